@@ -1,0 +1,29 @@
+"""Errors that a user can mend: each says what was found and what to do."""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "DataError", "ElementError", "PixNetError", "ResolutionError", "StoreError"]
+
+
+class PixNetError(ValueError):
+    """Base of every error that pixnet_sd raises on purpose."""
+
+
+class ElementError(PixNetError):
+    """No element, several elements, or the wrong kind of element where one was needed."""
+
+
+class ResolutionError(PixNetError):
+    """Micrometres per pixel unknown or absurd, or a transformation that cannot be used."""
+
+
+class DataError(PixNetError):
+    """Counts, genes or pixels that cannot be used as they are."""
+
+
+class CheckpointError(PixNetError):
+    """Weights or a checkpoint that are missing, truncated or of another kind."""
+
+
+class StoreError(PixNetError):
+    """A result that cannot be written: name taken, read-only store, too little disk."""

@@ -1,0 +1,1 @@
+"""Training and inference loops over tiles. Needs torch only; slides come in as read functions and arrays."""

@@ -1,0 +1,119 @@
+"""State of a run between epochs, so that a killed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixnet_sd._errors import CheckpointError
+
+__all__ = ["BestEpoch", "RunState"]
+
+_FILE = "training_state.pt"
+
+
+@dataclass
+class BestEpoch:
+    """The epoch that did best on held-out regions.
+
+    Attributes
+    ----------
+    epoch
+        Its number, from 1; 0 before any.
+    pcc
+        Its held-out PCC, mean over sizes and genes.
+    pcc_per_gene
+        Per gene, mean over slides and sizes.
+    weights
+        The network then; empty when nothing is held out.
+    """
+
+    epoch: int = 0
+    pcc: float = float("-inf")
+    pcc_per_gene: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class RunState:
+    """All that the next epoch depends on; everything random is drawn from the seed and the epoch's number.
+
+    Attributes
+    ----------
+    fingerprint
+        Of the data and settings; a state is only taken up by the same run.
+    epoch
+        Epochs done.
+    network, optimizer
+        Their state dicts.
+    history
+        One row an epoch.
+    best
+        The best epoch so far.
+    """
+
+    fingerprint: str
+    epoch: int = 0
+    network: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: BestEpoch = field(default_factory=BestEpoch)
+
+    def save(self, directory: Path) -> None:
+        """Write atomically: a kill in the middle leaves the state of the epoch before."""
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f"{_FILE}.partial"
+        content = {k: v for k, v in vars(self).items() if k != "best"} | {"best": asdict(self.best)}
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(directory / _FILE)
+
+    @classmethod
+    def load(cls, directory: Path, fingerprint: str) -> RunState:
+        """Read the state of the same run, or begin a new one.
+
+        Parameters
+        ----------
+        directory
+            Where `save` wrote.
+        fingerprint
+            Of this run.
+
+        Returns
+        -------
+        The saved state, or an empty one when there is none.
+
+        Raises
+        ------
+        CheckpointError
+            The state is of another run, or cannot be read.
+        """
+        path = directory / _FILE
+        if not path.exists():
+            return cls(fingerprint)
+        try:
+            content = torch.load(path, "cpu", weights_only=True)
+        except Exception as error:
+            # torch raises half a dozen types for a damaged file; for a user they mean the same.
+            raise CheckpointError(
+                f"The training state {str(path)!r} cannot be read ({type(error).__name__}). Delete it to train anew."
+            ) from error
+        if content.get("fingerprint") != fingerprint:
+            raise CheckpointError(
+                f"{str(directory.parent)!r} holds an unfinished run with other data or settings. Give another "
+                f"checkpoint_dir, or delete {str(path)!r} to train anew."
+            )
+        best = BestEpoch(**content.pop("best"))
+        return cls(**content, best=best)
+
+    @staticmethod
+    def remove(directory: Path) -> None:
+        """Delete the state of a finished run."""
+        (directory / _FILE).unlink(missing_ok=True)

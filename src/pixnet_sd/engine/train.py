@@ -1,0 +1,247 @@
+"""The training loop: tiles in, Eq. 6 down, the best epoch on held-out regions out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pixnet_sd._errors import PixNetError
+from pixnet_sd._logging import logger
+from pixnet_sd.nn.aggregation import count_pixels
+from pixnet_sd.nn.losses import multi_size_loss
+from pixnet_sd.nn.model import MAP_STRIDE, Network
+
+from .augment import N_SYMMETRIES
+from .batches import Batch, BatchPlan, make_batch, plan_batches, prefetch
+from .calibrate import calibrate
+from .features import FeatureMaps
+from .settings import TrainSettings, learning_rate
+from .slides import TrainingSlide
+from .state import BestEpoch, RunState
+from .tiling import TrainingTiles, training_tiles
+from .validate import validate
+
+__all__ = ["TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves besides the network's weights.
+
+    Attributes
+    ----------
+    history
+        One row an epoch: epoch, loss, val_pcc, val_mse, lr, seconds.
+    best_epoch
+        The epoch whose weights the network has.
+    pcc_per_gene
+        Held-out PCC of each gene at that epoch; empty without held-out regions.
+    """
+
+    history: list[dict[str, float]]
+    best_epoch: int
+    pcc_per_gene: list[float]
+
+
+def _seed_epoch(seed: int, epoch: int) -> np.random.Generator:
+    """One stream a (seed, epoch): a resumed run draws what the uninterrupted one would have drawn."""
+    sequence = np.random.SeedSequence((seed, epoch))
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+    return np.random.default_rng(sequence)
+
+
+def _start_head(network: Network, slides: Sequence[TrainingSlide]) -> None:
+    """Start the head at the mean target of the training regions."""
+    measured = [m for s in slides for m in s.measured]
+    mean = np.mean([m.values.mean(axis=0) for m in measured], axis=0)
+    n_px = [np.median(count_pixels(m.regions, s.height, s.width)) for s in slides for m in s.measured]
+    network.start_from(torch.from_numpy(mean), float(np.median(n_px)))
+
+
+class _Run:
+    """One training run: network, optimizer, tiles and state."""
+
+    def __init__(
+        self,
+        network: Network,
+        slides: Sequence[TrainingSlide],
+        held_out: Sequence[TrainingSlide],
+        settings: TrainSettings,
+        fabric: Fabric,
+        directory: Path,
+    ) -> None:
+        self.slides, self.held_out, self.settings = slides, held_out, settings
+        self.network = network
+        self.features = FeatureMaps(network, fabric, settings, directory / "features")
+        self.fabric = fabric
+        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        trained = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = kind(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.fixed_tiles = [training_tiles(s, settings.tile_px) for s in slides]
+
+    def tiles(self, rng: np.random.Generator) -> list[TrainingTiles]:
+        """Tiles of an epoch: moved at random, unless stored features tie them to their places."""
+        if self.features.stored:
+            return self.fixed_tiles
+        shifts = [tuple(rng.random(2)) for _ in self.slides]
+        return [training_tiles(s, self.settings.tile_px, shift=d) for s, d in zip(self.slides, shifts, strict=True)]
+
+    def epoch(self, epoch: int, bar: tqdm[None]) -> float:
+        """Pass over all tiles once; returns the mean loss."""
+        rng = _seed_epoch(self.settings.seed, epoch)
+        tiles = self.tiles(rng)
+        n_symmetries = N_SYMMETRIES if self.settings.symmetries else 1
+        plans = plan_batches(tiles, self.settings.batch_size, rng, n_symmetries)
+        self.network.train()
+        losses = []
+        for step, batch in enumerate(self.batches(tiles, plans)):
+            rate = learning_rate(self.settings, (epoch - 1 + step / len(plans)) / self.settings.max_epochs)
+            losses.append(self.step(batch, tiles, rate))
+            bar.set_postfix_str(f"step {step + 1}/{len(plans)}, loss {losses[-1]:.4f}", refresh=False)
+        return float(np.mean(losses))
+
+    def batches(self, tiles: list[TrainingTiles], plans: list[BatchPlan]) -> Iterator[Batch]:
+        """The epoch's batches, read ahead."""
+        with_image = not self.features.stored
+        return prefetch(
+            partial(make_batch, self.slides[p.slide], tiles[p.slide], p, MAP_STRIDE, with_image=with_image)
+            for p in plans
+        )
+
+    def step(self, batch: Batch, tiles: list[TrainingTiles], rate: float) -> float:
+        """One step of the optimizer; returns the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        features = self.features.of(batch, self.slides[batch.plan.slide], tiles[batch.plan.slide])
+        pairs = [
+            (self.network.predict_regions(features, operator), target.to(features.device))
+            for operator, target in zip(batch.operators, batch.targets, strict=True)
+            if len(target)
+        ]
+        loss = multi_size_loss(pairs, self.settings.pcc_weight)
+        value = loss.item()
+        if not np.isfinite(value):
+            raise PixNetError(
+                f"The loss became {value} on slide {self.slides[batch.plan.slide].name!r}. Lower lr (now "
+                f"{self.settings.lr:g}), or look for extreme values in the table."
+            )
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        return value
+
+    def restore(self, state: RunState) -> None:
+        """Take up a saved state."""
+        if state.epoch:
+            self.network.load_state_dict(state.network)
+            self.optimizer.load_state_dict(state.optimizer)
+            logger.info("resuming after epoch %d", state.epoch)
+
+    def record(self, state: RunState, epoch: int, loss: float, started: float) -> dict[str, float]:
+        """Validate, and write the epoch into the state."""
+        row = {"epoch": float(epoch), "loss": loss}
+        if self.held_out:
+            scores = validate(self.network, self.features, self.held_out, self.settings)
+            row |= {"val_pcc": scores.pcc, "val_mse": scores.mse}
+            if scores.pcc > state.best.pcc:
+                weights = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
+                state.best = BestEpoch(epoch, scores.pcc, scores.pcc_per_gene, weights)
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
+        state.history.append(row)
+        state.epoch = epoch
+        state.network, state.optimizer = self.network.state_dict(), self.optimizer.state_dict()
+        return row
+
+
+def _describe(row: dict[str, float]) -> str:
+    parts = [f"loss {row['loss']:.4f}"]
+    if "val_pcc" in row:
+        parts += [f"val PCC {row['val_pcc']:.3f}", f"val MSE {row['val_mse']:.4f}"]
+    return ", ".join(parts)
+
+
+def train(
+    network: Network,
+    slides: Sequence[TrainingSlide],
+    held_out: Sequence[TrainingSlide],
+    settings: TrainSettings,
+    *,
+    fabric: Fabric,
+    directory: Path,
+    fingerprint: str,
+    show_progress_bar: bool = True,
+) -> TrainResult:
+    """Train a network.
+
+    Parameters
+    ----------
+    network
+        Trained in place; it ends with the weights of the best epoch on held-out regions, or of the last.
+    slides
+        Slides with their training regions.
+    held_out
+        Slides with the regions to validate on; may be empty.
+    settings
+        How.
+    fabric
+        Device and precision.
+    directory
+        For the state of the run (after every epoch) and, with a frozen encoder, for the feature cache; both are
+        removed when the run is finished.
+    fingerprint
+        Identifies data and settings; a state found in `directory` is taken up if it has the same.
+    show_progress_bar
+        Show one bar over the epochs.
+
+    Returns
+    -------
+    History and held-out scores.
+
+    Raises
+    ------
+    CheckpointError
+        `directory` holds the state of another run.
+    PixNetError
+        Tiles too small for the regions, or a loss that is not finite.
+    """
+    state = RunState.load(directory, fingerprint)
+    network.to(fabric.device)
+    run = _Run(network, slides, held_out, settings, fabric, directory)
+    if not state.epoch:
+        _seed_epoch(settings.seed, 0)
+        _start_head(network, slides)
+        calibrate(network, run.features, slides, run.fixed_tiles, settings)
+    run.restore(state)
+    with tqdm(total=settings.max_epochs, initial=state.epoch, unit="epoch", disable=not show_progress_bar) as bar:
+        for epoch in range(state.epoch + 1, settings.max_epochs + 1):
+            if _exhausted(state, settings):
+                break
+            started = time.monotonic()
+            row = run.record(state, epoch, run.epoch(epoch, bar), started)
+            state.save(directory)
+            bar.set_description_str(_describe(row), refresh=False)
+            bar.update()
+    return _finish(run, state, directory)
+
+
+def _exhausted(state: RunState, settings: TrainSettings) -> bool:
+    """Early stopping: no better held-out PCC for `patience` epochs."""
+    return settings.patience is not None and bool(state.best.epoch) and state.epoch - state.best.epoch >= settings.patience
+
+
+def _finish(run: _Run, state: RunState, directory: Path) -> TrainResult:
+    if state.best.weights:
+        run.network.load_state_dict(state.best.weights)
+    run.network.eval()
+    run.features.clear()
+    RunState.remove(directory)
+    return TrainResult(state.history, state.best.epoch or state.epoch, state.best.pcc_per_gene)

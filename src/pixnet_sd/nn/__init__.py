@@ -1,0 +1,1 @@
+"""The network: encoder, decoder, losses, aggregation operators. Needs torch, timm, numpy and scipy only."""

@@ -1,0 +1,188 @@
+"""Feature pyramids F_1..F_L of Eq. 1-2: any timm backbone, brought to strides 4, 8, 16 and 32."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pixnet_sd._errors import CheckpointError, PixNetError
+
+from .weights import load_encoder_weights
+
+__all__ = ["STRIDES", "Encoder", "build_encoder"]
+
+STRIDES = (4, 8, 16, 32)
+N_VIT_LEVELS = 4
+
+_OFFLINE_HELP = (
+    "The ImageNet weights of {name!r} could not be fetched from timm's hub ({reason}). Without a network give "
+    "encoder_weights= a path to a safetensors or torch file of weights, or encoder_weights=None to train from scratch."
+)
+
+
+class Encoder(nn.Module):
+    """A timm feature extractor whose maps have strides 4, 8, 16 and 32.
+
+    Parameters
+    ----------
+    body
+        A timm model made with ``features_only=True``.
+    channels
+        Channels of the four maps.
+    mean, std
+        Input normalisation per RGB channel, on a scale of 0 to 1. It belongs to the weights and is saved with them.
+    frozen
+        Keep the weights and the batch-norm statistics as they are.
+    patch_px
+        Side of a ViT's patches, to whose multiple the input is resampled; None for ConvNets.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        body: nn.Module,
+        channels: Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        frozen: bool = False,
+        patch_px: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.channels = tuple(channels)
+        self.patch_px = patch_px
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+        self.frozen = frozen
+        if frozen:
+            self.body.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Set the mode; a frozen body stays in evaluation mode, so that batch-norm statistics do not move."""
+        super().train(mode)
+        if self.frozen:
+            self.body.eval()
+        return self
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Compute the pyramid.
+
+        Parameters
+        ----------
+        image
+            RGB, shape (B, 3, H, W), 0 to 255, H and W multiples of 32.
+
+        Returns
+        -------
+        F_1..F_4, shapes (B, C_l, H / s_l, W / s_l) for strides 4, 8, 16, 32.
+        """
+        x = (image / 255 - self.mean) / self.std
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self._convnet(x) if self.patch_px is None else self._vit(x, self.patch_px)
+
+    def _convnet(self, x: Tensor) -> list[Tensor]:
+        return list(self.body(x))
+
+    def _vit(self, x: Tensor, patch_px: int) -> list[Tensor]:
+        """One stride at several depths: shallow maps are resampled to fine strides, deep ones to coarse strides."""
+        height, width = x.shape[-2:]
+        fitted = [-(-size // patch_px) * patch_px for size in (height, width)]
+        if fitted != [height, width]:
+            x = functional.interpolate(x, fitted, mode="bilinear", align_corners=False)
+        return [
+            functional.interpolate(level, (height // s, width // s), mode="bilinear", align_corners=False)
+            for level, s in zip(self.body(x), STRIDES, strict=True)
+        ]
+
+
+def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    except Exception as error:
+        if pretrained:
+            # Whatever the hub client raises (it differs between versions), the cause for a user is the same.
+            raise CheckpointError(_OFFLINE_HELP.format(name=name, reason=type(error).__name__)) from error
+        raise
+
+
+def _is_vit(probe: nn.Module) -> bool:
+    return len(set(probe.feature_info.reduction())) == 1  # type: ignore[union-attr, operator]
+
+
+def _convnet_body(name: str, probe: nn.Module, *, pretrained: bool) -> nn.Module:
+    reductions: list[int] = probe.feature_info.reduction()  # type: ignore[union-attr, operator]
+    missing = [s for s in STRIDES if s not in reductions]
+    if missing:
+        raise PixNetError(
+            f"Encoder {name!r} has feature maps at strides {reductions}, and {missing} are missing. "
+            "Choose a timm backbone with maps at 4, 8, 16 and 32, such as 'resnet18' or 'convnext_tiny'."
+        )
+    return _create(name, pretrained=pretrained, out_indices=[reductions.index(s) for s in STRIDES])
+
+
+def _vit_body(name: str, probe: nn.Module, *, pretrained: bool) -> nn.Module:
+    depth = len(probe.feature_info.info)  # type: ignore[union-attr, arg-type]
+    indices = [round((k + 1) * depth / N_VIT_LEVELS) - 1 for k in range(N_VIT_LEVELS)]
+    return _create(name, pretrained=pretrained, out_indices=indices, dynamic_img_size=True)
+
+
+def _probe(name: str) -> nn.Module:
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:8]) or "see timm.list_models()"
+        raise PixNetError(f"timm knows no model named {name!r}. Some that it knows: {close}.")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
+        return _create(name, pretrained=False)
+
+
+def build_encoder(name: str = "resnet18", weights: str | Path | None = "imagenet", *, frozen: bool = False) -> Encoder:
+    """Build an encoder.
+
+    Parameters
+    ----------
+    name
+        A timm model: a ConvNet with maps at strides 4 to 32, or a ViT.
+    weights
+        ``"imagenet"`` (timm's default weights, fetched from its hub), None (random), or a path to a safetensors or
+        torch file (see `load_encoder_weights`).
+    frozen
+        Keep weights and batch-norm statistics fixed.
+
+    Returns
+    -------
+    The encoder, in training mode.
+
+    Raises
+    ------
+    PixNetError
+        timm does not know the model, or its strides do not fit.
+    CheckpointError
+        The weights cannot be fetched, opened or matched.
+    """
+    probe = _probe(name)
+    hub = str(weights) == "imagenet"
+    vit = _is_vit(probe)
+    body = (_vit_body if vit else _convnet_body)(name, probe, pretrained=hub)
+    if weights is not None and not hub:
+        load_encoder_weights(body, weights)
+    patch_px = body.feature_info.reduction()[0] if vit else None  # type: ignore[union-attr, operator]
+    cfg = timm.get_pretrained_cfg(name)
+    mean, std = (cfg.mean, cfg.std) if cfg is not None else timm.data.constants.IMAGENET_DEFAULT_MEAN_STD
+    return Encoder(
+        body,
+        body.feature_info.channels(),  # type: ignore[union-attr, operator]
+        mean,
+        std,
+        frozen=frozen,
+        patch_px=patch_px,
+    )

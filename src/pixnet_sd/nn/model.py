@@ -1,0 +1,126 @@
+"""PixNet's network: encoder, decoder, and the linear head that aggregation lets us apply last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .aggregation import Operator, aggregate
+from .decoder import Decoder, Lateral
+from .encoder import STRIDES, Encoder
+
+__all__ = ["MAP_STRIDE", "Aggregation", "DecoderConfig", "Network"]
+
+Aggregation = Literal["mean", "sum"]
+
+MAP_STRIDE = STRIDES[0]
+"""Working pixels per pixel of the gene map."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of the decoder.
+
+    Attributes
+    ----------
+    widths
+        Channels of D per level, finest first; None: the encoder's own channels, without laterals.
+    hidden
+        Hidden channels of the feed-forwards, finest first.
+    dropout
+        Channel dropout of the laterals.
+    """
+
+    widths: tuple[int, ...] | None
+    hidden: tuple[int, ...]
+    dropout: float = 0.0
+
+
+class Network(nn.Module):
+    """Image in, feature map D out; regions by `predict_regions`, the gene map by `gene_map`.
+
+    Parameters
+    ----------
+    encoder
+        Feature pyramid.
+    decoder
+        Its shape.
+    n_genes
+        M.
+    aggregation
+        ``"mean"`` or ``"sum"`` over a region's pixels (Eq. 5 is the sum).
+    """
+
+    def __init__(self, encoder: Encoder, decoder: DecoderConfig, n_genes: int, aggregation: Aggregation) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = Decoder(encoder.channels, decoder.widths, decoder.hidden, decoder.dropout)
+        self.head = nn.Linear(self.decoder.channels_out, n_genes)
+        self.aggregation = aggregation
+
+    def forward(self, image: Tensor) -> Tensor:
+        """RGB (B, 3, H, W) on a scale of 0 to 255 -> feature map D (B, C, H / 4, W / 4)."""
+        return self.decoder(self.encoder(image))
+
+    def gene_map(self, features: Tensor) -> Tensor:
+        """Eq. 4 before its Resize: D (B, C, h, w) -> D W + b (B, M, h, w)."""
+        return nn.functional.conv2d(features, self.head.weight[:, :, None, None], self.head.bias)
+
+    def predict_regions(self, features: Tensor, operator: Operator) -> Tensor:
+        """Eq. 4-5 without the map: A (D W + b), over n_px for a mean.
+
+        Parameters
+        ----------
+        features
+            Feature maps in the order of the operator's columns, shape (B, C, h, w) with B h w columns.
+        operator
+            Aggregation operator of n regions.
+
+        Returns
+        -------
+        Shape (n, M).
+        """
+        rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+        pooled = aggregate(rows, operator.matrix)
+        n_px = torch.as_tensor(operator.n_px, dtype=pooled.dtype, device=pooled.device)[:, None]
+        weight, bias = self.head.weight.float(), self.head.bias.float()
+        with torch.autocast(pooled.device.type, enabled=False):
+            if self.aggregation == "mean":
+                return (pooled / n_px.clamp_min(1e-12)) @ weight.T + bias
+            return pooled @ weight.T + n_px * bias
+
+    @torch.no_grad()
+    def start_from(self, mean_expression: Tensor, n_px: float) -> None:
+        """Start the head at the training mean, so that the first steps do not go into finding it.
+
+        Parameters
+        ----------
+        mean_expression
+            Mean target of each gene, shape (M,).
+        n_px
+            Typical pixels of a region; a sum is that much larger than a mean.
+        """
+        per_pixel = 1.0 if self.aggregation == "mean" else max(n_px, 1.0)
+        self.head.bias.copy_(mean_expression / per_pixel)
+        self.head.weight.mul_(0.1 / per_pixel)
+
+    @property
+    def has_laterals(self) -> bool:
+        """Whether the pyramid is standardised and projected before the decoder."""
+        return isinstance(self.decoder.laterals[0], Lateral)
+
+    def calibrate(self, samples: Sequence[Tensor]) -> None:
+        """Set the laterals' standardising constants.
+
+        Parameters
+        ----------
+        samples
+            Feature vectors of each level, shapes (n, C_l).
+        """
+        for lateral, values in zip(self.decoder.laterals, samples, strict=True):
+            if isinstance(lateral, Lateral):
+                lateral.calibrate(values.mean(0), values.std(0))

@@ -1,0 +1,377 @@
+"""Regions to aggregate over, as runs of pixels.
+
+A pixel belongs to a region when its centre does. Every kind of region answers the same question, which runs of pixels
+of a window are inside (`spans`), so that the aggregation operator knows one representation only. Coordinates are
+(x, y) in pixels of whatever grid the regions live on; pixel i covers [i, i + 1) and its centre is i + 0.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["Circles", "LabelGrid", "Polygons", "Regions", "Spans", "squares"]
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+
+_STRIP_PX = 1024  # rows of a label image read at once
+
+
+class Spans(NamedTuple):
+    """Runs of pixels ``[start, stop)`` of one row that lie in one region; four arrays of one length."""
+
+    region: Int
+    row: Int
+    start: Int
+    stop: Int
+
+    def clipped(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
+        """The part inside a window, empty runs dropped."""
+        start, stop = np.maximum(self.start, col0), np.minimum(self.stop, col1)
+        keep = (stop > start) & (self.row >= row0) & (self.row < row1)
+        return Spans(self.region[keep], self.row[keep], start[keep], stop[keep])
+
+
+class Regions(Protocol):
+    """What the aggregation operator needs of a set of regions."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def bounds(self) -> Float:
+        """Bounding boxes, shape (n, 4): xmin, ymin, xmax, ymax."""
+
+    @property
+    def centre_xy(self) -> Float:
+        """Centres, shape (n, 2)."""
+
+    @property
+    def area(self) -> Float:
+        """Areas in px², shape (n,)."""
+
+    def transform(self, matrix: ArrayLike) -> Self:
+        """The same regions after a 3 × 3 affine map of (x, y, 1)."""
+
+    def subset(self, index: ArrayLike) -> Self:
+        """The regions picked by an integer or boolean index, in that order."""
+
+    def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
+        """Runs of the window's pixels whose centre lies in a region."""
+
+
+def _apply(matrix: ArrayLike, xy: Float) -> Float:
+    m = np.asarray(matrix, dtype=np.float64)
+    return np.asarray(xy @ m[:2, :2].T + m[:2, 2])
+
+
+def _ranges(first: Int, length: Int) -> tuple[Int, Int]:
+    """Concatenated ``first[k] + arange(length[k])`` and the k of each entry."""
+    owner = np.repeat(np.arange(len(first)), length)
+    offset = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
+    return first[owner] + offset, owner
+
+
+def _first_centre(coordinate: Float) -> Int:
+    """Index of the first pixel whose centre is at or after a coordinate."""
+    return np.ceil(coordinate - 0.5).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Circles:
+    """Circles: (x - cx)² + (y - cy)² ≤ r² (Eq. 5).
+
+    Parameters
+    ----------
+    centre_xy
+        Centres, shape (n, 2), px.
+    radius
+        Radii, shape (n,), px.
+    """
+
+    centre_xy: Float
+    radius: Float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "centre_xy", np.asarray(self.centre_xy, np.float64).reshape(-1, 2))
+        object.__setattr__(self, "radius", np.broadcast_to(np.asarray(self.radius, np.float64), len(self.centre_xy)))
+
+    def __len__(self) -> int:
+        return len(self.radius)
+
+    @property
+    def bounds(self) -> Float:
+        """Bounding boxes, shape (n, 4)."""
+        return np.concatenate([self.centre_xy - self.radius[:, None], self.centre_xy + self.radius[:, None]], axis=1)
+
+    @property
+    def area(self) -> Float:
+        """Areas, px²."""
+        return np.pi * self.radius**2
+
+    def transform(self, matrix: ArrayLike) -> Circles:
+        """Map by a similarity: a circle stays a circle."""
+        scale = np.sqrt(abs(np.linalg.det(np.asarray(matrix, np.float64)[:2, :2])))
+        return Circles(_apply(matrix, self.centre_xy), self.radius * scale)
+
+    def subset(self, index: ArrayLike) -> Circles:
+        """The circles picked by an index."""
+        index = np.asarray(index)
+        return Circles(self.centre_xy[index], self.radius[index])
+
+    def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
+        """Runs of pixels inside, see `Regions.spans`."""
+        cx, cy = self.centre_xy.T
+        first = np.clip(_first_centre(cy - self.radius), row0, row1)
+        last = np.clip(np.floor(cy + self.radius - 0.5).astype(np.int64) + 1, first, row1)
+        row, region = _ranges(first, last - first)
+        cx, radius = cx[region], self.radius[region]
+        dy2 = (row + 0.5 - cy[region]) ** 2
+        half = np.sqrt(np.maximum(radius**2 - dy2, 0.0))
+        start, stop = _first_centre(cx - half), np.floor(cx + half - 0.5).astype(np.int64) + 1
+
+        def inside(col: Int) -> NDArray[np.bool_]:
+            return np.asarray((col + 0.5 - cx) ** 2 + dy2 <= radius**2)
+
+        # The square root rounds; the literal inequality decides on both ends.
+        start = np.where(inside(start - 1), start - 1, np.where(inside(start), start, start + 1))
+        stop = np.where(inside(stop), stop + 1, np.where(inside(stop - 1), stop, stop - 1))
+        return Spans(region, row, start, stop).clipped(row0, row1, col0, col1)
+
+
+@dataclass(frozen=True)
+class Polygons:
+    """Polygons and multipolygons, filled even-odd.
+
+    Parameters
+    ----------
+    vertices
+        Vertices of all rings, shape (v, 2), px; a ring does not repeat its first vertex.
+    ring_offsets
+        Where each ring starts in `vertices`, and v at the end, shape (rings + 1,).
+    ring_region
+        Region of each ring, ascending, shape (rings,). Holes are rings of the same region, wound the other way round
+        (only `area` looks at the winding).
+    n_regions
+        Number of regions.
+    """
+
+    vertices: Float
+    ring_offsets: Int
+    ring_region: Int
+    n_regions: int
+
+    def __len__(self) -> int:
+        return self.n_regions
+
+    @cached_property
+    def _region_offsets(self) -> Int:
+        """Where each region starts in `vertices`, shape (n + 1,)."""
+        return self.ring_offsets[np.searchsorted(self.ring_region, np.arange(self.n_regions + 1))]
+
+    @cached_property
+    def _edges(self) -> tuple[Float, Float]:
+        """Each vertex and the next one of its ring, closing the ring."""
+        after = np.arange(1, len(self.vertices) + 1)
+        after[self.ring_offsets[1:] - 1] = self.ring_offsets[:-1]
+        return self.vertices, self.vertices[after]
+
+    @cached_property
+    def _edge_region(self) -> Int:
+        return np.repeat(np.arange(self.n_regions), np.diff(self._region_offsets))
+
+    @cached_property
+    def bounds(self) -> Float:
+        """Bounding boxes, shape (n, 4)."""
+        starts = self._region_offsets[:-1]
+        return np.concatenate(
+            [np.minimum.reduceat(self.vertices, starts), np.maximum.reduceat(self.vertices, starts)], axis=1
+        ).reshape(-1, 4)
+
+    @cached_property
+    def _moments(self) -> tuple[Float, Float]:
+        """Signed area and area-weighted centre of each region (shoelace, about the region's first vertex)."""
+        origin = self.vertices[self._region_offsets[:-1]][self._edge_region]
+        (a, b) = (vertices - origin for vertices in self._edges)
+        cross = a[:, 0] * b[:, 1] - b[:, 0] * a[:, 1]
+        area = np.bincount(self._edge_region, cross, self.n_regions) / 2
+        first = [np.bincount(self._edge_region, (a + b)[:, k] * cross, self.n_regions) / 6 for k in (0, 1)]
+        return area, np.stack(first, axis=1)
+
+    @property
+    def area(self) -> Float:
+        """Areas, px²."""
+        return np.abs(self._moments[0])
+
+    @property
+    def centre_xy(self) -> Float:
+        """Centroids, shape (n, 2); of a degenerate polygon the middle of its box."""
+        area, first = self._moments
+        flat = area == 0
+        centroid = self.vertices[self._region_offsets[:-1]] + first / np.where(flat, 1.0, area)[:, None]
+        middle = (self.bounds[:, :2] + self.bounds[:, 2:]) / 2
+        return np.where(flat[:, None], middle, centroid)
+
+    def transform(self, matrix: ArrayLike) -> Polygons:
+        """Map by any affine map."""
+        return Polygons(_apply(matrix, self.vertices), self.ring_offsets, self.ring_region, self.n_regions)
+
+    def subset(self, index: ArrayLike) -> Polygons:
+        """The polygons picked by an index."""
+        picked = np.arange(self.n_regions)[np.asarray(index)]
+        rings = np.searchsorted(self.ring_region, np.arange(self.n_regions + 1))
+        n_rings = np.diff(rings)[picked]
+        ring, owner = _ranges(rings[:-1][picked], n_rings)
+        sizes = np.diff(self.ring_offsets)[ring]
+        vertex, _ = _ranges(self.ring_offsets[:-1][ring], sizes)
+        return Polygons(self.vertices[vertex], np.concatenate([[0], np.cumsum(sizes)]), owner, len(picked))
+
+    def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
+        """Runs of pixels inside by scan lines through pixel centres, see `Regions.spans`."""
+        a, b = self._edges
+        low, high = np.minimum(a[:, 1], b[:, 1]), np.maximum(a[:, 1], b[:, 1])
+        first = np.clip(_first_centre(low), row0, row1)
+        row, edge = _ranges(first, np.clip(_first_centre(high), first, row1) - first)
+        (x0, y0), (x1, y1) = a[edge].T, b[edge].T
+        crossing = x0 + (row + 0.5 - y0) / (y1 - y0) * (x1 - x0)
+        region = self._edge_region[edge]
+        order = np.lexsort((crossing, row, region))
+        enter, leave = order[::2], order[1::2]  # a closed ring crosses a line an even number of times
+        start, stop = _first_centre(crossing[enter]), _first_centre(crossing[leave])
+        return Spans(region[enter], row[enter], start, stop).clipped(row0, row1, col0, col1)
+
+
+def squares(centre_xy: ArrayLike, side: float, angle: float = 0.0) -> Polygons:
+    """Squares of one side and one rotation.
+
+    Parameters
+    ----------
+    centre_xy
+        Centres, shape (n, 2), px.
+    side
+        Side, px.
+    angle
+        Rotation of the squares, radians, from x towards y.
+
+    Returns
+    -------
+    One polygon a centre.
+    """
+    centre_xy = np.asarray(centre_xy, np.float64).reshape(-1, 2)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * side / 2 @ turn
+    n = len(centre_xy)
+    vertices = (centre_xy[:, None] + corners).reshape(-1, 2)
+    return Polygons(vertices, np.arange(0, 4 * n + 1, 4), np.arange(n), n)
+
+
+@dataclass(frozen=True)
+class LabelGrid:
+    """Regions given by a label image: region k is where the image equals ``ids[k]``.
+
+    Parameters
+    ----------
+    labels
+        Label image, shape (rows, columns), sliced lazily: a numpy or zarr array.
+    ids
+        Label of each region, unique, shape (n,).
+    to_grid
+        3 × 3 affine map from label pixels (x, y) to the pixels of the grid that regions are asked for on.
+    extent
+        Area, centre and box of each region in label pixels, when known; otherwise read from the labels on first need.
+    """
+
+    labels: Any
+    ids: Int
+    to_grid: Float = field(default_factory=lambda: np.eye(3))
+    extent: tuple[Float, Float, Float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def _sorted_ids(self) -> tuple[Int, Int]:
+        order = np.argsort(self.ids, kind="stable")
+        return np.asarray(self.ids)[order], order
+
+    def _region_of(self, values: NDArray[Any]) -> Int:
+        """Region index of each label value, -1 for values that are no region."""
+        ids, order = self._sorted_ids
+        if not len(ids):
+            return np.full(values.shape, -1)
+        place = np.minimum(np.searchsorted(ids, values), len(ids) - 1)
+        return np.where(ids[place] == values, order[place], -1)
+
+    @cached_property
+    def _extent(self) -> tuple[Float, Float, Float]:
+        """Area, mean centre and box of every region in label pixels, read in strips."""
+        if self.extent is not None:
+            return self.extent
+        n = len(self)
+        area, total = np.zeros(n), np.zeros((n, 2))
+        box = np.tile([np.inf, np.inf, -np.inf, -np.inf], (n, 1))
+        for top in range(0, self.labels.shape[0], _STRIP_PX):
+            region = self._region_of(np.asarray(self.labels[top : top + _STRIP_PX]))
+            row, col = np.nonzero(region >= 0)
+            k, xy = region[row, col], np.stack([col, row + top], axis=1).astype(np.float64)
+            area += np.bincount(k, minlength=n)
+            total += np.stack([np.bincount(k, xy[:, axis] + 0.5, n) for axis in (0, 1)], axis=1)
+            np.minimum.at(box, (k, slice(0, 2)), xy)
+            np.maximum.at(box, (k, slice(2, 4)), xy + 1)
+        return area, total / np.maximum(area, 1)[:, None], box
+
+    @property
+    def area(self) -> Float:
+        """Areas, px² of the grid."""
+        return self._extent[0] * abs(np.linalg.det(self.to_grid[:2, :2]))
+
+    @property
+    def centre_xy(self) -> Float:
+        """Mean of each region's pixel centres, shape (n, 2)."""
+        return _apply(self.to_grid, self._extent[1])
+
+    @property
+    def bounds(self) -> Float:
+        """Boxes around the regions (around their boxes, when the grid is rotated), shape (n, 4)."""
+        x0, y0, x1, y1 = self._extent[2].T
+        corners = np.stack([_apply(self.to_grid, np.stack(c, 1)) for c in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))])
+        return np.concatenate([corners.min(axis=0), corners.max(axis=0)], axis=1)
+
+    def transform(self, matrix: ArrayLike) -> LabelGrid:
+        """Map by any affine map; the label image itself stays as it is."""
+        return LabelGrid(self.labels, self.ids, np.asarray(matrix, np.float64) @ self.to_grid, self._extent)
+
+    def subset(self, index: ArrayLike) -> LabelGrid:
+        """The labels picked by an index."""
+        index = np.asarray(index)
+        area, centre, box = self._extent
+        return LabelGrid(self.labels, np.asarray(self.ids)[index], self.to_grid, (area[index], centre[index], box[index]))
+
+    def _look_up(self, row0: int, row1: int, col0: int, col1: int) -> Int:
+        """Region of each pixel centre of a window, -1 for none, shape (rows, columns)."""
+        x, y = np.meshgrid(np.arange(col0, col1) + 0.5, np.arange(row0, row1) + 0.5)
+        xy = np.floor(_apply(np.linalg.inv(self.to_grid), np.stack([x.ravel(), y.ravel()], 1))).astype(np.int64)
+        height, width = self.labels.shape
+        inside = np.all((xy >= 0) & (xy < (width, height)), axis=1)
+        region = np.full(len(xy), -1)
+        if inside.any():
+            (left, top), (right, bottom) = xy[inside].min(axis=0), xy[inside].max(axis=0) + 1
+            part = np.asarray(self.labels[top:bottom, left:right])
+            region[inside] = self._region_of(part[xy[inside, 1] - top, xy[inside, 0] - left])
+        return region.reshape(row1 - row0, col1 - col0)
+
+    def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
+        """Runs of pixels inside, see `Regions.spans`."""
+        if row1 <= row0 or col1 <= col0:
+            return Spans(*(np.empty(0, np.int64) for _ in range(4)))
+        region = self._look_up(row0, row1, col0, col1)
+        edge = np.ones((region.shape[0], region.shape[1] + 1), bool)  # a run ends where the region changes
+        edge[:, 1:-1] = region[:, 1:] != region[:, :-1]
+        row, col = np.nonzero(edge[:, :-1])
+        stop = np.nonzero(edge[:, 1:])[1] + 1
+        keep = (k := region[row, col]) >= 0
+        return Spans(k[keep], row[keep] + row0, col[keep] + col0, stop[keep] + col0)

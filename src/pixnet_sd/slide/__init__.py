@@ -1,0 +1,45 @@
+"""From SpatialData to slides: which image at which resolution, tiles of it, regions in pixels, measured expression."""
+
+from __future__ import annotations
+
+from ._checks import check_regions_on_image
+from ._count_checks import checked_totals
+from ._counts import Counts
+from ._image import ImageLevel, ImagePyramid
+from ._measured import Measured, measured
+from ._mpp import find_mpp
+from ._regions import regions_of
+from ._select import select_coordinate_system, select_image
+from ._slide import MAP_STRIDE, Slide, open_slide
+from ._tables import TableLink, bin_size_um, select_tables, table_link
+from ._targets import check_genes, choose_genes, log_normalise, targets_of
+from ._tissue import tissue_mask
+from ._transform import affine_matrix, similarity_scale
+
+__all__ = [
+    "MAP_STRIDE",
+    "Counts",
+    "ImageLevel",
+    "ImagePyramid",
+    "Measured",
+    "Slide",
+    "TableLink",
+    "affine_matrix",
+    "bin_size_um",
+    "check_genes",
+    "check_regions_on_image",
+    "checked_totals",
+    "choose_genes",
+    "find_mpp",
+    "log_normalise",
+    "measured",
+    "open_slide",
+    "regions_of",
+    "select_coordinate_system",
+    "select_image",
+    "select_tables",
+    "similarity_scale",
+    "table_link",
+    "targets_of",
+    "tissue_mask",
+]

@@ -1,0 +1,71 @@
+"""What an element is called, where it lives, and how to speak of it in a message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from pixnet_sd._errors import ElementError
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+    from xarray import DataArray
+
+__all__ = ["coordinate_systems", "describe_images", "names", "region_element", "scale0", "written_by_pixnet"]
+
+
+def scale0(element: Any) -> DataArray:
+    """Full-resolution array of a single-scale or multiscale raster element."""
+    from xarray import DataTree
+
+    if isinstance(element, DataTree):
+        return next(iter(element["scale0"].data_vars.values()))
+    return element
+
+
+def coordinate_systems(element: Any) -> dict[str, Any]:
+    """Coordinate systems of an element with the transformation to each, in the order of their names."""
+    from spatialdata.transformations import get_transformation
+
+    found: dict[str, Any] = get_transformation(element, get_all=True)
+    return dict(sorted(found.items()))
+
+
+def names(keys: Iterable[str]) -> str:
+    """Quoted, comma-separated names; the empty name, which readers do produce, stays visible."""
+    return ", ".join(repr(key) for key in keys) or "none"
+
+
+def describe_images(sdata: SpatialData, keys: Iterable[str]) -> str:
+    """One phrase an image: name, shape and coordinate systems."""
+    return "; ".join(_describe_image(key, sdata.images[key]) for key in keys)
+
+
+def _describe_image(key: str, element: Any) -> str:
+    sizes = scale0(element).sizes
+    shape = " x ".join(f"{sizes[axis]} {axis}" for axis in ("c", "y", "x"))
+    return f"{key!r} ({shape}; coordinate systems: {names(coordinate_systems(element))})"
+
+
+def region_element(sdata: SpatialData, key: str) -> Any:
+    """The shapes or labels element of that name.
+
+    Raises
+    ------
+    ElementError
+        If there is none.
+    """
+    if key in sdata.shapes:
+        return sdata.shapes[key]
+    if key in sdata.labels:
+        return sdata.labels[key]
+    found = f"Shapes: {names(sdata.shapes)}. Labels: {names(sdata.labels)}."
+    raise ElementError(f"There is no shapes or labels element {key!r} in this SpatialData object. {found}")
+
+
+def written_by_pixnet(sdata: SpatialData) -> set[str]:
+    """Names of the images, and of the elements annotated by tables, that this package wrote."""
+    maps = set(sdata.attrs.get("pixnet_sd", {}).get("maps", {}))
+    attrs = [table.uns.get("spatialdata_attrs", {}) for table in sdata.tables.values() if "pixnet_sd" in table.uns]
+    regions = [attr.get("region") for attr in attrs]
+    return maps | {name for region in regions for name in ([region] if isinstance(region, str) else region or [])}

@@ -1,0 +1,227 @@
+"""The levels of an image element, read by pixel ranges, straight from zarr where the element is a view of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from dask.array import Array as DaskArray
+from spatialdata import get_pyramid_levels
+from xarray import DataArray, DataTree
+
+from pixnet_sd._errors import DataError
+
+from ._pixels import check_uint8, rgb_channels
+
+__all__ = ["ImageLevel", "ImagePyramid", "largest_block_px", "stored_array"]
+
+if TYPE_CHECKING:
+    Pixels = zarr.Array[Any] | DaskArray | np.ndarray
+
+_SAMPLE_PX = 512
+
+
+@dataclass(frozen=True, eq=False)
+class ImageLevel:
+    """One level of an image: its pixels and how many scale-0 pixels each of them spans.
+
+    Reads are safe from threads; a level pickles, without its pixels when it is backed.
+
+    Attributes
+    ----------
+    pixels
+        (c, y, x) array: of zarr when the element is backed, else of dask or numpy.
+    scale
+        Scale-0 pixels per pixel of this level, (y, x).
+    origin
+        Where pixel (0, 0) of this level begins, in scale-0 pixels, (y, x).
+    channels
+        Positions of red, green and blue.
+    """
+
+    pixels: Pixels
+    scale: tuple[float, float]
+    origin: tuple[float, float]
+    channels: tuple[int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) in pixels of this level."""
+        return int(self.pixels.shape[1]), int(self.pixels.shape[2])
+
+    @property
+    def is_backed(self) -> bool:
+        """Whether reads go straight to zarr."""
+        return isinstance(self.pixels, zarr.Array)
+
+    def read(self, row0: int, row1: int, col0: int, col1: int) -> np.ndarray:
+        """Pixels of a box, clipped to the level: (h, w, 3) uint8."""
+        height, width = self.shape
+        row0, row1 = np.clip((row0, row1), 0, height).tolist()
+        col0, col1 = np.clip((col0, col1), 0, width).tolist()
+        if row0 >= row1 or col0 >= col1:
+            return np.empty((max(row1 - row0, 0), max(col1 - col0, 0), 3), np.uint8)
+        block: Any = self.pixels[:, row0:row1, col0:col1]
+        if isinstance(block, DaskArray):
+            block = block.compute(scheduler="threads")  # never a distributed client that is open by chance
+        block = np.asarray(block)
+        if self.channels != (0, 1, 2):
+            block = block[list(self.channels)]
+        return np.moveaxis(block[:3], 0, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePyramid:
+    """An RGB uint8 image element, finest level first.
+
+    Attributes
+    ----------
+    levels
+        The levels, at least one; the first has scale (1, 1).
+    """
+
+    levels: tuple[ImageLevel, ...]
+
+    @classmethod
+    def of(cls, element: DataArray | DataTree, image_key: str) -> ImagePyramid:
+        """Check an image element's pixels and find where each level is to be read.
+
+        Parameters
+        ----------
+        element
+            Image of spatialdata's model, (c, y, x), single or multiscale.
+        image_key
+            Its name, for messages.
+
+        Returns
+        -------
+        The pyramid. No pixels are read for uint8.
+
+        Raises
+        ------
+        DataError
+            Not a flat (c, y, x) image, not RGB or RGBA, or not uint8.
+        """
+        found = [element] if isinstance(element, DataArray) else list(get_pyramid_levels(element))
+        found.sort(key=lambda level: -level.sizes["y"] * level.sizes["x"])
+        _check_dims(found[0], image_key)
+        channels = rgb_channels(found[0].coords["c"].values.tolist(), image_key)
+        check_uint8(found[0].dtype, _sample(found), image_key, is_multiscale=isinstance(element, DataTree))
+        height, width = found[0].shape[1:]
+        levels = []
+        for level in found:
+            row_scale, row_origin = _placed(height, level.sizes["y"])
+            col_scale, col_origin = _placed(width, level.sizes["x"])
+            levels.append(ImageLevel(_source(level), (row_scale, col_scale), (row_origin, col_origin), channels))
+        return cls(tuple(levels))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of scale 0."""
+        return self.levels[0].shape
+
+    @property
+    def is_backed(self) -> bool:
+        """Whether every level is read straight from zarr."""
+        return all(level.is_backed for level in self.levels)
+
+    def level_for(self, scale: float) -> ImageLevel:
+        """Coarsest level that is no coarser than ``scale`` scale-0 pixels per pixel; the finest if all are."""
+        fine_enough = [level for level in self.levels if max(level.scale) <= scale * (1 + 1e-3)]
+        return fine_enough[-1] if fine_enough else self.levels[0]
+
+
+def _check_dims(level: DataArray, image_key: str) -> None:
+    if level.dims != ("c", "y", "x"):
+        raise DataError(
+            f"image {image_key!r} has axes {tuple(level.dims)}, a flat image of axes ('c', 'y', 'x') is needed: "
+            "give image_key= of one, or parse this one with spatialdata.models.Image2DModel."
+        )
+
+
+def _placed(size: int, level_size: int) -> tuple[float, float]:
+    """Scale of one axis of a level, and the scale-0 pixel at which it begins.
+
+    Image2DModel.parse (multiscale-spatial-image: coarsen, trim, side="right") averages blocks of a whole number of
+    pixels and drops what is left over from the **start** of the axis, yet records the ratio of the shapes, which puts
+    the level's start up to one of its pixels off. So a whole number is taken where one fits.
+    """
+    whole = max(1, round(size / level_size))
+    if abs(size / whole - level_size) >= 1:
+        return size / level_size, 0.0
+    return float(whole), float(max(0, size - whole * level_size))
+
+
+def _sample(levels: list[DataArray]) -> np.ndarray:
+    """Pixels from the middle of the coarsest level, none for uint8, which needs no look."""
+    if levels[0].dtype == np.uint8:
+        return np.empty(0, np.uint8)
+    middle = {axis: slice(max(0, levels[-1].sizes[axis] // 2 - _SAMPLE_PX), None) for axis in "yx"}
+    window = levels[-1].isel(middle).isel(y=slice(2 * _SAMPLE_PX), x=slice(2 * _SAMPLE_PX))
+    return np.asarray(window.data)
+
+
+def _source(level: DataArray) -> Pixels:
+    stored = stored_array(level.data)
+    return level.data if stored is None else stored
+
+
+def stored_array(data: DaskArray | np.ndarray) -> zarr.Array[Any] | None:
+    """The zarr array that a lazy array is an unchanged view of.
+
+    The answer comes from the array's own graph and not from the element's name and the object's path, so an element
+    that was replaced, sliced or computed upon is never mistaken for the one on disk.
+
+    Parameters
+    ----------
+    data
+        Pixels of an element.
+
+    Returns
+    -------
+    The zarr array, or None when there is anything but one plain read of it.
+    """
+    if not isinstance(data, DaskArray):
+        return None
+    layers = _layers(data)
+    stored = [value for layer in layers.values() if len(layer) == 1 for value in layer.values()]
+    stored = [value for value in stored if isinstance(value, zarr.Array)]
+    # dask.array.from_zarr makes two layers: the array itself, and a getter per block.
+    if len(layers) != 2 or len(stored) != 1 or not data.name.startswith("from-zarr"):
+        return None
+    return stored[0] if stored[0].shape == data.shape and stored[0].dtype == data.dtype else None
+
+
+def _layers(data: DaskArray) -> dict[str, Any]:
+    """Layers of a graph by name; none where dask keeps its graph in another way."""
+    return dict(getattr(data.__dask_graph__(), "layers", {}))
+
+
+def largest_block_px(level: ImageLevel) -> float:
+    """How many pixels of a level have to be loaded to get one of them, about.
+
+    A lazy image may show small chunks that are cut from one big one further down (so does the reader of Visium HD,
+    whose full image is one block), hence the look at every layer of the graph.
+
+    Parameters
+    ----------
+    level
+        A level of an image.
+
+    Returns
+    -------
+    Pixels (height x width) of the largest block on the way; 0 for pixels in memory.
+    """
+    if isinstance(level.pixels, zarr.Array):
+        return float(np.prod(level.pixels.chunks[1:]))
+    if isinstance(level.pixels, np.ndarray):
+        return 0.0
+    fewest = min((len(layer) for layer in _layers(level.pixels).values() if not _holds_data(layer)), default=0)
+    return level.shape[0] * level.shape[1] / fewest if fewest else 0.0
+
+
+def _holds_data(layer: Any) -> bool:
+    """Whether a layer of a graph holds arrays, in memory or on disk, that can be sliced without loading them whole."""
+    return all(isinstance(value, np.ndarray | zarr.Array) for value in layer.values())

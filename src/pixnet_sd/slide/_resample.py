@@ -1,0 +1,145 @@
+"""Exact separable resampling: every output pixel is the same number however the output is cut into tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Taps", "make_taps", "resample"]
+
+# Weights are whole numbers of 1/4096 and the picture between the two passes whole numbers of 1/16 grey level. Every
+# sum then stays below 2**24, so float32 holds it without rounding and the order in which BLAS adds cannot matter.
+_WEIGHT_ONE = 4096
+_BETWEEN = 16
+_BLOCK = 16  # output pixels per matrix product: small enough that the band is mostly full
+
+
+@dataclass(frozen=True, eq=False)
+class Taps:
+    """Which source pixels make each output pixel of one axis.
+
+    Attributes
+    ----------
+    start, stop
+        Source range that the output needs.
+    first
+        (n,) first source pixel of each output pixel.
+    weights
+        (n, k) float32, weight of source pixels ``first .. first + k - 1`` in units of 1/4096; each row sums to 4096.
+    """
+
+    start: int
+    stop: int
+    first: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the output pixels are the source pixels."""
+        return self.weights.shape[1] == 1 and self.stop - self.start == len(self.first)
+
+
+def make_taps(dst0: int, dst1: int, scale: float, src_size: int, origin: float = 0.0) -> Taps:
+    """Weights of source pixels for output pixels ``dst0 .. dst1 - 1`` of one axis.
+
+    Output pixel i has its centre at ``(i + 0.5) * scale - origin`` on the source axis, where source pixel j has its
+    own at ``j + 0.5``. Weights fall linearly to 0 at ``max(1, scale)`` source pixels from the centre (bilinear when
+    enlarging, an antialiasing triangle when reducing); source pixels outside the image have none.
+
+    Parameters
+    ----------
+    dst0, dst1
+        Output range; ``dst1 > dst0``.
+    scale
+        Source pixels per output pixel.
+    src_size
+        Source pixels on the axis.
+    origin
+        Where the source begins on the output's axis, in source pixels.
+
+    Returns
+    -------
+    The source range needed and the weights.
+    """
+    if origin == 0 and _moves_nothing(scale, src_size):
+        first = np.clip(np.arange(dst0, dst1), 0, src_size - 1)
+        return Taps(int(first[0]), int(first[-1]) + 1, first, np.full((len(first), 1), _WEIGHT_ONE, np.float32))
+    support = max(1.0, scale)
+    n_taps = min(int(np.ceil(2 * support)) + 1, src_size)
+    # The outermost output pixels may have their centres just beyond the image: its edge stands in for them.
+    centre = np.clip((np.arange(dst0, dst1) + 0.5) * scale - origin, 0, src_size)
+    first = np.clip(np.floor(centre - support + 0.5).astype(np.int64), 0, src_size - n_taps)
+    distance = np.abs(first[:, None] + np.arange(n_taps) + 0.5 - centre[:, None])
+    weights = _whole_weights(np.maximum(0.0, 1 - distance / support))
+    return Taps(int(first[0]), int(first[-1]) + n_taps, first, weights)
+
+
+def _moves_nothing(scale: float, src_size: int) -> bool:
+    """Whether the scale is 1, up to less than 1/20 of a pixel over the whole axis."""
+    return abs(scale - 1) * src_size < 0.05
+
+
+def _whole_weights(weights: np.ndarray) -> np.ndarray:
+    """Scale rows to sum 4096 exactly, in whole numbers: differences of the rounded running sum."""
+    running = np.cumsum(weights, axis=1)
+    steps = np.rint(running * (_WEIGHT_ONE / running[:, -1:]))
+    return np.diff(steps, axis=1, prepend=0.0).astype(np.float32)
+
+
+def resample(source: np.ndarray, rows: Taps, cols: Taps) -> np.ndarray:
+    """Resample a picture along both axes.
+
+    Parameters
+    ----------
+    source
+        (h, w, 3) uint8, the source pixels ``rows.start .. rows.stop`` by ``cols.start .. cols.stop``.
+    rows, cols
+        Weights per axis.
+
+    Returns
+    -------
+    (len(rows.first), len(cols.first), 3) uint8.
+    """
+    if rows.is_copy and cols.is_copy:
+        return np.ascontiguousarray(source)
+    planes = np.moveaxis(source, -1, 0)
+    between = _combine_rows(planes, rows)
+    return np.ascontiguousarray(np.moveaxis(_combine_cols(between, cols), 0, -1))
+
+
+def _combine_rows(planes: np.ndarray, rows: Taps) -> np.ndarray:
+    """(c, h, w) uint8 -> (c, rows, w) float32 in units of 1/16 grey level."""
+    out = np.empty((planes.shape[0], len(rows.first), planes.shape[2]), np.float32)
+    for lo, hi, start, stop, band in _bands(rows):
+        np.matmul(band, planes[:, start:stop].astype(np.float32), out=out[:, lo:hi])
+    out += _WEIGHT_ONE / _BETWEEN / 2
+    out *= _BETWEEN / _WEIGHT_ONE
+    return np.floor(out, out=out)
+
+
+def _combine_cols(planes: np.ndarray, cols: Taps) -> np.ndarray:
+    """(c, h, w) float32 in 1/16 grey level -> (c, h, cols) uint8."""
+    out = np.empty((*planes.shape[:2], len(cols.first)), np.uint8)
+    unit = np.float32(1 / (_BETWEEN * _WEIGHT_ONE))
+    for lo, hi, start, stop, band in _bands(cols):
+        summed = planes[..., start:stop] @ band.T
+        summed += _BETWEEN * _WEIGHT_ONE / 2
+        summed *= unit
+        out[..., lo:hi] = summed
+    return out
+
+
+def _bands(taps: Taps) -> list[tuple[int, int, int, int, np.ndarray]]:
+    """Blocks of output pixels: output range, source range within what was read, dense weights (out, source)."""
+    n_taps = taps.weights.shape[1]
+    blocks = []
+    for lo in range(0, len(taps.first), _BLOCK):
+        hi = min(lo + _BLOCK, len(taps.first))
+        first = taps.first[lo:hi]
+        band = np.zeros((hi - lo, int(first[-1] - first[0]) + n_taps), np.float32)
+        columns = (first - first[0])[:, None] + np.arange(n_taps)
+        np.put_along_axis(band, columns, taps.weights[lo:hi], axis=1)
+        start = int(first[0]) - taps.start
+        blocks.append((lo, hi, start, start + band.shape[1], band))
+    return blocks

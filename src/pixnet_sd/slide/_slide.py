@@ -1,0 +1,235 @@
+"""A slide image as the network sees it: one resolution, any box of it, whatever the store looks like."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from spatialdata import SpatialData
+
+from pixnet_sd._errors import ResolutionError
+from pixnet_sd._logging import logger
+
+from ._image import ImagePyramid, largest_block_px
+from ._mpp import find_mpp
+from ._resample import make_taps, resample
+from ._select import select_coordinate_system, select_image
+from ._transform import affine_matrix
+
+__all__ = ["MAP_STRIDE", "Slide", "open_slide"]
+
+MAP_STRIDE = 4  # working pixels per pixel of the feature map: the stride of the encoder's finest level
+_WHITE = 255
+_HUGE_BLOCK_PX = 64e6
+
+
+@dataclass(frozen=True, eq=False)
+class Slide:
+    """One H&E image, to be read at ``working_mpp`` as if it were stored so.
+
+    Three frames, all (x, y) with pixel i covering [i, i + 1): *image px*, of the element's scale 0; *working px*,
+    ``image px * mpp / working_mpp``; and the coordinate system. Slides pickle, without their pixels when backed,
+    and can be read from several threads at once.
+
+    Attributes
+    ----------
+    name
+        Name of the slide, empty when there is only one.
+    image_key, coordinate_system
+        The image element and the coordinate system in which other elements meet it.
+    mpp, mpp_rule
+        Micrometres per scale-0 pixel, and a sentence on where that comes from.
+    working_mpp
+        Micrometres per working pixel.
+    height_px, width_px
+        Size of scale 0.
+    to_system
+        (3, 3) float64, image px (x, y, 1) to the coordinate system.
+    pyramid
+        The levels that are read.
+    """
+
+    name: str
+    image_key: str
+    coordinate_system: str
+    mpp: float
+    mpp_rule: str
+    working_mpp: float
+    height_px: int
+    width_px: int
+    to_system: NDArray[np.float64]
+    pyramid: ImagePyramid
+
+    @property
+    def working_scale(self) -> float:
+        """Image px per working px."""
+        return self.working_mpp / self.mpp
+
+    @property
+    def working_shape(self) -> tuple[int, int]:
+        """(height, width) in working px, the last of each possibly only in part inside the image."""
+        scale = self.working_scale
+        return math.ceil(self.height_px / scale - 1e-6), math.ceil(self.width_px / scale - 1e-6)
+
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """(height, width) of the map grid: map px (i, j) covers working rows [4i, 4i + 4), columns [4j, 4j + 4)."""
+        height, width = self.working_shape
+        return -(-height // MAP_STRIDE), -(-width // MAP_STRIDE)
+
+    @property
+    def system_from_working(self) -> NDArray[np.float64]:
+        """(3, 3) float64, working px (x, y, 1) to the coordinate system."""
+        return self.to_system @ np.diag([self.working_scale, self.working_scale, 1.0])
+
+    @property
+    def working_from_system(self) -> NDArray[np.float64]:
+        """(3, 3) float64, the coordinate system (x, y, 1) to working px."""
+        return np.asarray(np.linalg.inv(self.system_from_working), np.float64)
+
+    @property
+    def is_backed(self) -> bool:
+        """Whether reads go straight to the store, so that the slide is cheap to pickle."""
+        return self.pyramid.is_backed
+
+    def at(self, working_mpp: float) -> Slide:
+        """The same slide at another resolution, µm per working px."""
+        return replace(self, working_mpp=_checked(working_mpp))
+
+    def read(self, row0: int, row1: int, col0: int, col1: int) -> NDArray[np.uint8]:
+        """Pixels of a box in working px, from the nearest finer level of the pyramid.
+
+        A pixel has the same value in every box that holds it.
+
+        Parameters
+        ----------
+        row0, row1, col0, col1
+            The box, rows ``row0 .. row1 - 1``. It may reach beyond the slide on any side.
+
+        Returns
+        -------
+        (row1 - row0, col1 - col0, 3) uint8; white (255) outside the slide.
+        """
+        height, width = self.working_shape
+        top, bottom, left, right = max(row0, 0), min(row1, height), max(col0, 0), min(col1, width)
+        if (top, bottom, left, right) == (row0, row1, col0, col1) and row0 < row1 and col0 < col1:
+            return self._read_inside(row0, row1, col0, col1)
+        tile = np.full((row1 - row0, col1 - col0, 3), _WHITE, np.uint8)
+        if top < bottom and left < right:
+            inside = self._read_inside(top, bottom, left, right)
+            tile[top - row0 : bottom - row0, left - col0 : right - col0] = inside
+        return tile
+
+    def _read_inside(self, row0: int, row1: int, col0: int, col1: int) -> NDArray[np.uint8]:
+        level = self.pyramid.level_for(self.working_scale)
+        rows, cols = (
+            make_taps(start, stop, self.working_scale / scale, size, origin / scale)
+            for start, stop, scale, size, origin in zip(
+                (row0, col0), (row1, col1), level.scale, level.shape, level.origin, strict=True
+            )
+        )
+        return resample(level.read(rows.start, rows.stop, cols.start, cols.stop), rows, cols)
+
+
+def open_slide(
+    sdata: SpatialData,
+    *,
+    image_key: str | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | Literal["coordinate_system"] | None = None,
+    allow_any_mpp: bool = False,
+    working_mpp: float = 0.5,
+    element_key: str | None = None,
+    name: str = "",
+) -> Slide:
+    """Find the slide image of an object and make it readable at the working resolution.
+
+    Parameters
+    ----------
+    sdata
+        Object with the image.
+    image_key
+        Image element; may be left out when only one reading is possible.
+    coordinate_system
+        Where image and regions meet; may be left out when only one reading is possible.
+    mpp
+        Micrometres per pixel of the image's scale 0, or ``"coordinate_system"`` if that is in µm; found by the rules of
+        :func:`find_mpp` when left out.
+    allow_any_mpp
+        Accept a value outside 0.1-2 µm/px.
+    working_mpp
+        Micrometres per pixel at which the slide is to be read.
+    element_key
+        Shapes or labels that the coordinate system has to reach as well.
+    name
+        Name of the slide among several.
+
+    Returns
+    -------
+    The slide. No pixels are read.
+
+    Raises
+    ------
+    ElementError
+        No image, several and none named, or no coordinate system in common.
+    ResolutionError
+        Micrometres per pixel unknown or absurd, or a transformation that is no similarity.
+    DataError
+        The image is not RGB uint8.
+    """
+    image_key = select_image(sdata, image_key=image_key, coordinate_system=coordinate_system)
+    coordinate_system = select_coordinate_system(
+        sdata, image_key=image_key, element_key=element_key, coordinate_system=coordinate_system
+    )
+    pyramid = ImagePyramid.of(sdata.images[image_key], image_key)
+    found_mpp, rule = find_mpp(
+        sdata, image_key=image_key, coordinate_system=coordinate_system, mpp=mpp, allow_any_mpp=allow_any_mpp
+    )
+    height, width = pyramid.shape
+    slide = Slide(
+        name=name,
+        image_key=image_key,
+        coordinate_system=coordinate_system,
+        mpp=found_mpp,
+        mpp_rule=rule,
+        working_mpp=_checked(working_mpp),
+        height_px=height,
+        width_px=width,
+        to_system=affine_matrix(sdata.images[image_key], coordinate_system),
+        pyramid=pyramid,
+    )
+    _warn_if_enlarged(slide)
+    _warn_if_huge_blocks(slide)
+    return slide
+
+
+def _checked(working_mpp: float) -> float:
+    if not (math.isfinite(working_mpp) and working_mpp > 0):
+        raise ResolutionError(f"working_mpp={working_mpp} found, a positive number of micrometres per pixel is needed.")
+    return float(working_mpp)
+
+
+def _warn_if_enlarged(slide: Slide) -> None:
+    if slide.mpp > slide.working_mpp * (1 + 1e-3):
+        logger.warning(
+            "image %r has %.4g µm/px and is enlarged to the working %.4g µm/px: detail finer than its pixels is not "
+            "there. If a larger image of the slide exists, give image_key=, or set working_mpp=%.2g.",
+            *(slide.image_key, slide.mpp, slide.working_mpp, slide.mpp),
+        )
+
+
+def _warn_if_huge_blocks(slide: Slide) -> None:
+    block = largest_block_px(slide.pyramid.level_for(slide.working_scale))
+    if block > _HUGE_BLOCK_PX:
+        remedy = (
+            "parse it anew with Image2DModel.parse(..., chunks=(3, 1024, 1024)) and write it"
+            if slide.is_backed
+            else "write the object first (sdata.write(path)) and go on with spatialdata.read_zarr(path)"
+        )
+        logger.warning(
+            "every tile of image %r loads a block of about %.0f million pixels, which is slow: %s.",
+            *(slide.image_key, block / 1e6, remedy),
+        )

@@ -1,0 +1,33 @@
+"""Writing results: checkpoints, the gene map as an image element, regions as shapes and a table."""
+
+from __future__ import annotations
+
+from ._commit import check_target, commit
+from ._gene_map import GeneMapReader, GeneMapWriter, estimate_bytes, open_map
+from ._pixnet import PixNet
+from ._provenance import record, recorded
+from ._raster import image_transforms, tissue_labels
+from ._record import ModelRecord, library_versions
+from ._shapes import circles_element, squares_element
+from ._table import region_table
+from ._thumbnail import thumbnail
+
+__all__ = [
+    "GeneMapReader",
+    "GeneMapWriter",
+    "ModelRecord",
+    "PixNet",
+    "check_target",
+    "circles_element",
+    "commit",
+    "estimate_bytes",
+    "image_transforms",
+    "library_versions",
+    "open_map",
+    "record",
+    "recorded",
+    "region_table",
+    "squares_element",
+    "thumbnail",
+    "tissue_labels",
+]

@@ -1,0 +1,393 @@
+"""How a result enters a SpatialData object: complete, or not at all.
+
+For a backed object every element is first written in full into a scratch store beside the user's store. Then, under a
+lock and with a journal:
+
+1. elements that are about to be replaced are taken out of the consolidated metadata, so that no reader looks for them;
+2. an old element is renamed away and the new one renamed in; nobody else's files are touched;
+3. the root ``zarr.json`` is replaced by one that holds the new elements' consolidated metadata and their provenance:
+   one rename makes all of them visible together;
+4. the journal goes, then the old elements and the scratch.
+
+A run killed before the journal is there has changed nothing; one killed after it is finished by the next run. In every
+state in between the store opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import spatialdata as sd
+import zarr
+from spatialdata.models import (
+    Image2DModel,
+    Image3DModel,
+    Labels2DModel,
+    Labels3DModel,
+    PointsModel,
+    ShapesModel,
+    TableModel,
+    get_model,
+)
+
+from pixnet_sd._errors import StoreError
+from pixnet_sd._logging import logger
+
+from ._disk import check_free_disk, check_writable, hold_lock, local_store, read_json, work_folder, write_json
+from ._names import ELEMENT_TYPES, check_names, existing_names
+from ._provenance import ATTRS_KEY, json_safe, merged_notes
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from spatialdata import SpatialData
+
+__all__ = ["Staged", "check_target", "commit", "consolidate", "element_type", "recover", "write_scratch_store"]
+
+LOCK_WAIT_S = 600.0
+
+_TYPES: dict[Any, str] = {
+    Image2DModel: "images",
+    Image3DModel: "images",
+    Labels2DModel: "labels",
+    Labels3DModel: "labels",
+    PointsModel: "points",
+    ShapesModel: "shapes",
+    TableModel: "tables",
+}
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An element that lies complete in a scratch store inside the work folder.
+
+    Attributes
+    ----------
+    name, kind
+        Element name and type (``"images"``, …).
+    scratch_store
+        The scratch store, holding the element at ``{kind}/{name}``, with consolidated metadata.
+    """
+
+    name: str
+    kind: str
+    scratch_store: Path
+
+
+@dataclass
+class _Journal:
+    """All that is needed to finish a commit; paths are relative to the work folder."""
+
+    moves: list[dict[str, Any]] = field(default_factory=list)
+    nodes: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    cleanup: list[str] = field(default_factory=list)
+
+
+def check_target(
+    sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool = False, needed_bytes: int = 0
+) -> None:
+    """Everything that can be refused before any work is done; also finishes what a killed run left behind.
+
+    Parameters
+    ----------
+    sdata
+        The object that results will be written to.
+    names
+        Element name → element type of the coming results.
+    overwrite
+        Whether elements of the same name and type may be replaced.
+    needed_bytes
+        Bytes that the results will take on disk, at most.
+
+    Raises
+    ------
+    StoreError
+        Name taken or not allowed, store read-only, old or not local, disk too small.
+    """
+    store = local_store(sdata)
+    if store is not None:
+        check_writable(store)
+        recover(sdata)
+    check_names(sdata, names, overwrite=overwrite)
+    if store is not None:
+        check_free_disk(store.parent, needed_bytes)
+
+
+def commit(
+    sdata: SpatialData,
+    elements: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    staged: tuple[Staged, ...] = (),
+    provenance: Mapping[str, Any] | None = None,
+    cleanup: tuple[Path, ...] = (),
+) -> None:
+    """Add elements to ``sdata``, and to its store when it is backed, all at once.
+
+    Parameters
+    ----------
+    sdata
+        The object; its elements and ``attrs["pixnet_sd"]`` are changed in place. Rasters that were written are replaced
+        in memory by what is read back lazily; tables and shapes stay as given.
+    elements
+        Element name → element, as the models of `spatialdata.models` parse them.
+    overwrite
+        Whether elements of the same name and type are replaced.
+    staged
+        Elements already written completely into a scratch store inside the work folder.
+    provenance
+        Section → key → info, noted in ``sdata.attrs["pixnet_sd"]`` together with the elements.
+    cleanup
+        Folders inside the work folder to delete afterwards.
+
+    Raises
+    ------
+    StoreError
+        As `check_target`.
+    """
+    names = {name: element_type(element) for name, element in elements.items()}
+    names.update({item.name: item.kind for item in staged})
+    store = local_store(sdata)
+    if store is None:
+        check_names(sdata, names, overwrite=overwrite)
+        _set(sdata, elements)
+        _set_notes(sdata, merged_notes({}, sdata.attrs.get(ATTRS_KEY), provenance or {}))
+        return
+    check_target(sdata, names, overwrite=overwrite)
+    work = work_folder(store)
+    with _commit_lock(store):
+        _settle(store, work, sdata)  # again: another run may have been killed, or have taken a name, while we waited
+        check_names(sdata, names, overwrite=overwrite)
+        fresh = _write_elements(work / "commit", elements)
+        journal = _plan(store, work, (*fresh, *staged), json_safe(provenance or {}), (*cleanup, work / "commit"))
+        write_json(work / "journal.json", vars(journal), scratch=work)
+        _finish(store, work, journal, sdata)
+    _set(sdata, {name: element for name, element in elements.items() if names[name] not in ("images", "labels")})
+    _read_back(sdata, store, {name: kind for name, kind in names.items() if kind in ("images", "labels")})
+    _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
+
+
+def recover(sdata: SpatialData) -> None:
+    """Finish a commit that was killed half-way and remove what it left; attach what it brought in."""
+    store = local_store(sdata)
+    if store is None or not work_folder(store).is_dir():
+        return
+    before = existing_names(sdata)
+    with _commit_lock(store):
+        names = _settle(store, work_folder(store), sdata)
+    if names:
+        _read_back(sdata, store, {name: kind for name, kind in names.items() if kind == before.get(name, kind)})
+        _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
+
+
+def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
+    """Finish or forget an interrupted commit; name → type of what a finished one brought in."""
+    names = {}
+    if (work / "journal.json").is_file():
+        journal = _Journal(**read_json(work / "journal.json"))
+        names = {move["name"]: move["kind"] for move in journal.moves}
+        logger.warning("Finishing the write of %s into %s, which was interrupted.", ", ".join(names), store)
+        _finish(store, work, journal, sdata)
+    for leftover in ("commit", "old"):
+        shutil.rmtree(work / leftover, ignore_errors=True)
+    for draft in work.glob("*.json.tmp"):
+        draft.unlink(missing_ok=True)
+    for name in {path.name.removesuffix(".lock") for path in work.glob("map-*")}:
+        _sweep_map(work / name)
+    return names
+
+
+def _sweep_map(folder: Path) -> None:
+    """Remove the folder of a gene map that was moved in, and the lock file of a run that was killed."""
+    lock = folder.with_name(f"{folder.name}.lock")
+    with contextlib.suppress(StoreError), hold_lock(lock, wait_s=0, busy="that run is alive"):
+        if not any(folder.glob("map.zarr/images/*/zarr.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_elements(scratch: Path, elements: Mapping[str, Any]) -> tuple[Staged, ...]:
+    """Write elements beside the store; on failure nothing remains."""
+    if not elements:
+        return ()
+    try:
+        return write_scratch_store(scratch / "new.zarr", elements)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise StoreError(f"Preparing the results in {scratch} failed: {error}. The store is unchanged.") from error
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def element_type(element: Any) -> str:
+    """``"images"``, ``"labels"``, ``"points"``, ``"shapes"`` or ``"tables"``."""
+    return _TYPES[get_model(element)]
+
+
+def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged, ...]:
+    """Write elements completely into a new store at ``path`` with spatialdata's own writer."""
+    with warnings.catch_warnings():
+        # a table of ours may annotate an element that is already in the user's store
+        warnings.filterwarnings("ignore", message="The table is annotating")
+        holder = sd.SpatialData.init_from_elements(dict(elements))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder.write(path, update_sdata_path=False, consolidate_metadata=False)
+    consolidate(path)
+    return tuple(Staged(name, element_type(element), path) for name, element in elements.items())
+
+
+def consolidate(path: Path) -> None:
+    """Write consolidated metadata into a scratch store; `SpatialData.write` does so only when it sets ``path``."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=zarr.errors.ZarrUserWarning)
+        zarr.consolidate_metadata(str(path))
+
+
+def _commit_lock(store: Path) -> AbstractContextManager[None]:
+    """One commit into a store at a time."""
+    return hold_lock(
+        work_folder(store) / "lock", wait_s=LOCK_WAIT_S, busy=f"Another run is writing into {store}; try again later."
+    )
+
+
+def _plan(
+    store: Path, work: Path, staged: tuple[Staged, ...], notes: dict[str, Any], cleanup: tuple[Path, ...]
+) -> _Journal:
+    """Collect what has to be moved and the metadata that the root will show."""
+    journal = _Journal(notes=notes, cleanup=[str(path.relative_to(work)) for path in cleanup])
+    for item in staged:
+        path = f"{item.kind}/{item.name}"
+        metadata = read_json(item.scratch_store / "zarr.json")["consolidated_metadata"]["metadata"]
+        journal.nodes.update({key: node for key, node in metadata.items() if _is_under(key, path)})
+        journal.groups.setdefault(item.kind, read_json(item.scratch_store / item.kind / "zarr.json"))
+        journal.moves.append(
+            {
+                "name": item.name,
+                "kind": item.kind,
+                "source": str((item.scratch_store / path).relative_to(work)),
+                "replaces": (store / path).exists(),
+            }
+        )
+    return journal
+
+
+def _finish(store: Path, work: Path, journal: _Journal, sdata: SpatialData) -> None:
+    """Steps 1 to 4 of the module's docstring; may be repeated from any point at which it stopped."""
+    try:
+        _hide(store, work, [f"{move['kind']}/{move['name']}" for move in journal.moves if move["replaces"]])
+        for kind, group in journal.groups.items():
+            _require_group(store / kind, group, work)
+        placed = [f"{move['kind']}/{move['name']}" for move in journal.moves if _place(store, work, move)]
+        _list_labels(store, work, [path.partition("/")[2] for path in placed if path.startswith("labels/")])
+        _publish(store, work, journal, placed, sdata.attrs.get(ATTRS_KEY))
+    except OSError as error:
+        raise StoreError(
+            f"Writing into {store} failed: {error}. The store still opens; the results wait in {work} and are moved in "
+            "by the next run that writes to this store."
+        ) from error
+    (work / "journal.json").unlink(missing_ok=True)
+    shutil.rmtree(work / "old", ignore_errors=True)
+    for relative in journal.cleanup:
+        shutil.rmtree(work / relative, ignore_errors=True)
+
+
+def _is_under(key: str, path: str) -> bool:
+    return key == path or key.startswith(path + "/")
+
+
+def _hide(store: Path, work: Path, paths: list[str]) -> None:
+    """Take elements out of the consolidated metadata: listed but absent, they would break every read."""
+    root = read_json(store / "zarr.json")
+    nodes = (root.get("consolidated_metadata") or {}).get("metadata", {})
+    hidden = [key for key in nodes if any(_is_under(key, path) for path in paths)]
+    if hidden:
+        for key in hidden:
+            del nodes[key]
+        write_json(store / "zarr.json", root, scratch=work)
+
+
+def _require_group(folder: Path, group: dict[str, Any], work: Path) -> None:
+    """Make the group of an element type where the store has none yet."""
+    if not (folder / "zarr.json").is_file():
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "zarr.json", group, scratch=work)
+
+
+def _place(store: Path, work: Path, move: dict[str, Any]) -> bool:
+    """Rename one element in, the old one away before; False when the user has put another there meanwhile."""
+    source, target = work / move["source"], store / move["kind"] / move["name"]
+    old = work / "old" / move["kind"] / move["name"]
+    if not source.exists():
+        return bool(target.exists())  # moved before the interruption
+    if target.exists():
+        if not move["replaces"] or old.exists():
+            logger.warning("%s holds another element by now and is left alone; our result is dropped.", target)
+            return False
+        old.parent.mkdir(parents=True, exist_ok=True)
+        target.rename(old)
+    source.rename(target)
+    return True
+
+
+def _list_labels(store: Path, work: Path, names: list[str]) -> None:
+    """OME-Zarr lists the label images in the attributes of their group."""
+    path = store / "labels" / "zarr.json"
+    if not names:
+        return
+    group = read_json(path)
+    listed = group.setdefault("attributes", {}).setdefault("ome", {}).setdefault("labels", [])
+    missing = [name for name in names if name not in listed]
+    if missing:
+        listed.extend(missing)
+        write_json(path, group, scratch=work)
+
+
+def _publish(store: Path, work: Path, journal: _Journal, placed: list[str], notes_in_memory: Any) -> None:
+    """Replace the root ``zarr.json``: consolidated metadata, where the store has it, and provenance."""
+    root = read_json(store / "zarr.json")
+    attributes = root.setdefault("attributes", {})
+    notes = merged_notes(attributes.get(ATTRS_KEY), notes_in_memory, journal.notes)
+    if notes:
+        attributes[ATTRS_KEY] = notes
+    consolidated = root.get("consolidated_metadata")
+    if consolidated:
+        nodes = consolidated["metadata"]
+        for kind in journal.groups:
+            inherited = {"consolidated_metadata": {**consolidated, "metadata": {}}}
+            nodes[kind] = {**read_json(store / kind / "zarr.json"), **inherited}
+        nodes.update({k: n for k, n in journal.nodes.items() if any(_is_under(k, path) for path in placed)})
+        consolidated["metadata"] = dict(sorted(nodes.items(), key=lambda item: (item[0].count("/"), item[0])))
+    write_json(store / "zarr.json", root, scratch=work)
+
+
+def _set(sdata: SpatialData, elements: Mapping[str, Any]) -> None:
+    """Set elements in memory."""
+    for name, element in elements.items():
+        getattr(sdata, element_type(element))[name] = element
+
+
+def _read_back(sdata: SpatialData, store: Path, names: Mapping[str, str]) -> None:
+    """Replace elements in memory by what is in the store now, lazily for rasters."""
+    if not names:
+        return
+    kinds: Any = tuple(kind for kind in ELEMENT_TYPES if kind in names.values())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The table is annotating")
+        fresh = sd.read_zarr(store, selection=kinds)
+    for name, kind in names.items():
+        if name in getattr(fresh, kind):
+            getattr(sdata, kind)[name] = getattr(fresh, kind)[name]
+
+
+def _set_notes(sdata: SpatialData, notes: dict[str, Any]) -> None:
+    """Keep the attribute away from objects that pixnet_sd has nothing to say about."""
+    if notes:
+        sdata.attrs[ATTRS_KEY] = notes

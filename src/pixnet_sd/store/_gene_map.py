@@ -1,0 +1,333 @@
+"""The gene map, written block by block and read back by pixel range."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import zarr
+from spatialdata import get_dask_backing_files
+
+from pixnet_sd._errors import DataError, ElementError
+from pixnet_sd._logging import logger
+
+from ._commit import check_target, commit
+from ._disk import hold_lock, local_store, read_json, work_folder
+from ._map_layout import Block, MapLayout, estimate_bytes, map_layout
+from ._map_sink import DiskSink, MemorySink
+from ._raster import image_transforms, map_transforms
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from spatialdata import SpatialData
+    from spatialdata.transformations import BaseTransformation
+
+__all__ = ["GeneMapReader", "GeneMapWriter", "estimate_bytes", "open_map", "read_block"]
+
+LOCK_WAIT_S = 15.0
+
+
+class GeneMapWriter:
+    """Streams a gene map into a SpatialData object, in blocks of any order; open it with `GeneMapWriter.open`.
+
+    The blocks lie beside the store until `commit` moves the finished element in. What a killed run has written is taken
+    up by the next one with the same fingerprint. Use it as a context manager: leaving it without `commit` keeps the
+    partial map for that. `write` may be called from several threads.
+
+    Attributes
+    ----------
+    layout
+        Shapes, chunks and blocks.
+    blocks
+        All blocks (row0, row1, col0, col1), aligned, in map pixels. Blocks that are never written are 0 and take no
+        room.
+    resumed
+        Whether a partial map was taken up.
+    """
+
+    def __init__(
+        self,
+        sdata: SpatialData,
+        *,
+        key: str,
+        genes: Sequence[str],
+        layout: MapLayout,
+        transforms: Mapping[str, BaseTransformation],
+        sink: DiskSink | MemorySink,
+        overwrite: bool,
+        lock: ExitStack,
+    ) -> None:
+        self.layout = layout
+        self.blocks = layout.blocks()
+        self.resumed = isinstance(sink, DiskSink) and sink.resumed
+        self._sdata, self._key, self._genes, self._transforms = sdata, key, list(genes), dict(transforms)
+        self._sink, self._overwrite, self._lock = sink, overwrite, lock
+        self._known = frozenset(self.blocks)
+
+    @classmethod
+    def open(
+        cls,
+        sdata: SpatialData,
+        *,
+        key: str,
+        genes: Sequence[str],
+        shape: tuple[int, int],
+        pitch_image_px: float,
+        image_key: str,
+        fingerprint: str,
+        block_px: int | None = None,
+        overwrite: bool = False,
+    ) -> GeneMapWriter:
+        """Start a gene map, or take up a partial one.
+
+        Parameters
+        ----------
+        sdata
+            The object that the map is for. A map for an object in memory stays in memory.
+        key
+            Name of the image element to be.
+        genes
+            Channel names, each once.
+        shape
+            Height and width in map pixels.
+        pitch_image_px
+            Image scale-0 pixels per map pixel.
+        image_key
+            Source image; the map gets all of its coordinate systems.
+        fingerprint
+            Text that is equal for two runs exactly when their values would be (model, slide, settings).
+        block_px
+            Side of a block, a power of two; default: the largest up to 512 with at most 256 MiB a block.
+        overwrite
+            Whether an image of that name may be replaced.
+
+        Raises
+        ------
+        StoreError
+            Name taken, store read-only, too little disk or memory, another run writing the same map.
+        DataError
+            When a gene is named twice.
+        """
+        if len(set(genes)) != len(genes):
+            twice = sorted({gene for gene in genes if list(genes).count(gene) > 1})
+            raise DataError(f"Genes named twice: {', '.join(twice[:5])}. Channel names have to be unique.")
+        layout = map_layout(len(genes), shape, block_px)
+        check_target(sdata, {key: "images"}, overwrite=overwrite)
+        transforms = map_transforms(image_transforms(sdata, image_key), pitch_image_px)
+        store = local_store(sdata)
+        sink: DiskSink | MemorySink
+        with ExitStack() as stack:
+            if store is None:
+                sink = MemorySink(layout)
+            else:
+                work = work_folder(store)
+                busy = f"Another run is writing the gene map {key!r} of {store}. Wait for it, or choose another key."
+                stack.enter_context(hold_lock(work / f"map-{key}.lock", wait_s=LOCK_WAIT_S, busy=busy))
+                identity = _identity(fingerprint, genes, layout, transforms)
+                sink = DiskSink(
+                    work / f"map-{key}", key=key, genes=genes, transforms=transforms, layout=layout, identity=identity
+                )
+                _check_room(sdata, key, overwrite, layout, sink)
+            return cls(
+                sdata,
+                key=key,
+                genes=genes,
+                layout=layout,
+                transforms=transforms,
+                sink=sink,
+                overwrite=overwrite,
+                lock=stack.pop_all(),
+            )
+
+    @property
+    def pending(self) -> list[Block]:
+        """Blocks that are not there yet."""
+        return [block for block in self.blocks if not self._sink.is_done(block)]
+
+    def write(self, block: Block, values: NDArray[np.float32]) -> None:
+        """Write one block into every level, then mark it done.
+
+        Parameters
+        ----------
+        block
+            One of `blocks`.
+        values
+            (genes, rows, columns), 0 off tissue.
+
+        Raises
+        ------
+        DataError
+            When the block is not one of `blocks`, the shape is another, or a value is not finite (plots of the map
+            would fail).
+        """
+        row0, row1, col0, col1 = block
+        if block not in self._known:
+            raise DataError(f"{block} is not one of the blocks of the gene map.")
+        if values.shape != (len(self._genes), row1 - row0, col1 - col0):
+            raise DataError(f"Block {block} of {len(self._genes)} genes got an array of shape {values.shape}.")
+        if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+            raise DataError(f"The prediction in block {block} is not finite (NaN or infinity): the model is broken.")
+        image = _padded(np.asarray(values, dtype=np.float32), block, self.layout)
+        for k, level in enumerate(self._sink.levels):
+            image = image if k == 0 else _halved(image)
+            row, col = row0 >> k, col0 >> k
+            level[:, row : row + image.shape[1], col : col + image.shape[2]] = image
+        self._sink.mark_done(block)
+
+    def commit(self, elements: Mapping[str, Any] | None = None, *, provenance: Mapping[str, Any] | None = None) -> None:
+        """Move the finished map into the object, together with other elements, all at once.
+
+        Parameters
+        ----------
+        elements
+            Other elements of the same result (tissue mask, shapes, tables), name → element.
+        provenance
+            Section → key → info for ``sdata.attrs["pixnet_sd"]``.
+        """
+        others = dict(elements or {})
+        if isinstance(self._sink, MemorySink):
+            others[self._key] = self._sink.element(self._genes, self._transforms)
+            commit(self._sdata, others, overwrite=self._overwrite, provenance=provenance)
+        else:
+            commit(
+                self._sdata,
+                others,
+                overwrite=self._overwrite,
+                staged=(self._sink.staged,),
+                provenance=provenance,
+                cleanup=(self._sink.folder,),
+            )
+        self.close()
+
+    def abort(self) -> None:
+        """Delete what was written."""
+        self._sink.discard()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the partial map; another run may then take it up."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and isinstance(self._sink, DiskSink) and self._sink.folder.exists():
+            logger.info("What was predicted so far waits in %s and is taken up by the same call.", self._sink.folder)
+        self.close()
+
+
+def _identity(
+    fingerprint: str, genes: Sequence[str], layout: MapLayout, transforms: Mapping[str, BaseTransformation]
+) -> dict[str, Any]:
+    """What two runs have to share for one to take up the other's partial map."""
+    matrices = {
+        system: transform.to_affine_matrix(("x", "y"), ("x", "y")).tolist() for system, transform in transforms.items()
+    }
+    return {"fingerprint": fingerprint, "genes": list(genes), "layout": asdict(layout), "transforms": matrices}
+
+
+def _check_room(sdata: SpatialData, key: str, overwrite: bool, layout: MapLayout, sink: DiskSink) -> None:
+    """Disk for the blocks that are still to come."""
+    blocks = layout.blocks()
+    missing = sum(not sink.is_done(block) for block in blocks)
+    needed = int(layout.nbytes * missing / len(blocks))
+    check_target(sdata, {key: "images"}, overwrite=overwrite, needed_bytes=needed)
+
+
+def _padded(values: NDArray[np.float32], block: Block, layout: MapLayout) -> NDArray[np.float32]:
+    """Zeros after the last predicted row and column, up to what the levels need."""
+    height, width = layout.padded
+    rows = height - block[1] if block[1] == layout.height else 0
+    cols = width - block[3] if block[3] == layout.width else 0
+    return np.pad(values, ((0, 0), (0, rows), (0, cols))) if rows or cols else values
+
+
+def _halved(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mean of 2 × 2 pixels."""
+    rows = image[:, ::2] + image[:, 1::2]
+    halved = rows[..., ::2] + rows[..., 1::2]
+    halved *= np.float32(0.25)
+    return halved
+
+
+@dataclass(frozen=True)
+class GeneMapReader:
+    """Level 0 of a gene map; can be sent to worker processes when the map is on disk.
+
+    Attributes
+    ----------
+    genes
+        Channel names.
+    shape
+        Height and width in map pixels, padding included.
+    """
+
+    genes: tuple[str, ...]
+    shape: tuple[int, int]
+    _array: Any = field(repr=False)
+
+    def read(
+        self, row0: int, row1: int, col0: int, col1: int, channels: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
+        """Values (channels, row1 − row0, col1 − col0); ``channels`` None: all of them.
+
+        Raises
+        ------
+        DataError
+            When the range leaves the map.
+        """
+        if not (0 <= row0 <= row1 <= self.shape[0] and 0 <= col0 <= col1 <= self.shape[1]):
+            raise DataError(f"Rows {row0}:{row1}, columns {col0}:{col1} leave the map of {self.shape} pixels.")
+        wanted = slice(None) if channels is None else np.asarray(channels, dtype=np.intp)
+        if isinstance(self._array, zarr.Array):
+            part = self._array.oindex[wanted, slice(row0, row1), slice(col0, col1)]
+        else:
+            part = self._array[wanted, row0:row1, col0:col1].compute(scheduler="synchronous")
+        return np.asarray(part, dtype=np.float32)
+
+
+def open_map(sdata: SpatialData, key: str) -> GeneMapReader:
+    """Open a gene map for reading: straight from Zarr when it lies in the object's store, else from memory.
+
+    Raises
+    ------
+    ElementError
+        When there is no multiscale image of that name.
+    """
+    element = sdata.images.get(key)
+    if element is None or "scale0" not in getattr(element, "children", {}):
+        found = ", ".join(sdata.images) or "none"
+        raise ElementError(f"{key!r} is not a gene map of this object. Its images: {found}.")
+    image = element["scale0"]["image"]
+    genes = tuple(str(gene) for gene in image.coords["c"].values)
+    shape = (image.sizes["y"], image.sizes["x"])
+    store = local_store(sdata)
+    folder = None if store is None else store / "images" / key
+    in_store = folder is not None and _is_backed_by(element, folder)
+    return GeneMapReader(genes, shape, _level0(folder) if in_store and folder is not None else image.data)
+
+
+def read_block(
+    sdata: SpatialData, key: str, row0: int, row1: int, col0: int, col1: int, channels: Sequence[int] | None = None
+) -> NDArray[np.float32]:
+    """One part of a gene map, float32 (channels, rows, columns); for many parts use `open_map` once."""
+    return open_map(sdata, key).read(row0, row1, col0, col1, channels)
+
+
+def _is_backed_by(element: Any, folder: Path) -> bool:
+    """Whether an image in memory is, chunk by chunk, what lies in ``folder``."""
+    files = get_dask_backing_files(element)
+    return bool(files) and all(Path(file).resolve().is_relative_to(folder) for file in files)
+
+
+def _level0(folder: Path) -> Any:
+    datasets = read_json(folder / "zarr.json")["attributes"]["ome"]["multiscales"][0]["datasets"]
+    return zarr.open_array(str(folder / datasets[0]["path"]), mode="r")

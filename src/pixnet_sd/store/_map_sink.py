@@ -1,0 +1,197 @@
+"""Where the levels of a gene map are kept while it is being written: on disk beside the store, or in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import dask.array as da
+import numpy as np
+import zarr
+from spatialdata.models import Image2DModel
+from spatialdata.transformations import BaseTransformation, set_transformation
+from xarray import DataArray, Dataset, DataTree
+
+from pixnet_sd._errors import StoreError
+from pixnet_sd._logging import logger
+
+from ._commit import Staged, consolidate, write_scratch_store
+from ._disk import read_json, write_json
+from ._done_log import DoneLog
+from ._memory import available_memory
+
+if TYPE_CHECKING:
+    from ._map_layout import Block, MapLayout
+
+__all__ = ["DiskSink", "MapSink", "MemorySink"]
+
+
+class MapSink(Protocol):
+    """Levels that take blocks."""
+
+    levels: Sequence[Any]
+
+    def is_done(self, block: Block) -> bool:
+        """Whether the block is already there."""
+
+    def mark_done(self, block: Block) -> None:
+        """Note, durably where that means something, that the block is there."""
+
+    def discard(self) -> None:
+        """Forget everything."""
+
+
+class MemorySink:
+    """NumPy levels, for objects that are not backed."""
+
+    def __init__(self, layout: MapLayout) -> None:
+        available = available_memory()
+        if layout.nbytes > available / 2:
+            raise StoreError(
+                f"The gene map takes {layout.nbytes / 1e9:.2f} GB, more than half of the {available / 1e9:.2f} GB of "
+                "memory that are free. Write the object to disk first: `sdata.write('/some/folder.zarr')`; the map is "
+                "then streamed into that store."
+            )
+        self.layout = layout
+        self.levels = [np.zeros(layout.level_shape(k), dtype=np.float32) for k in range(layout.n_levels)]
+        self._done: set[Block] = set()
+
+    def is_done(self, block: Block) -> bool:
+        """Whether the block was written."""
+        return block in self._done
+
+    def mark_done(self, block: Block) -> None:
+        """Note that the block was written."""
+        self._done.add(block)
+
+    def discard(self) -> None:
+        """Free the memory."""
+        self.levels = []
+
+    def element(self, genes: Sequence[str], transforms: Mapping[str, BaseTransformation]) -> DataTree:
+        """Multiscale image as `spatialdata.read_zarr` would return it, over the arrays in memory."""
+        nodes = {}
+        for k, array in enumerate(self.levels):
+            centres = {d: (np.arange(n) + 0.5) * 2.0**k for d, n in zip("yx", array.shape[1:], strict=True)}
+            data = da.from_array(array, chunks=self.layout.level_chunks(k))
+            image = DataArray(data, dims=("c", "y", "x"), coords={"c": list(genes), **centres}, name="image")
+            nodes[f"scale{k}"] = Dataset({"image": image})
+        tree = DataTree.from_dict(nodes)
+        set_transformation(tree, dict(transforms), set_all=True)
+        Image2DModel().validate(tree)
+        return tree
+
+
+class DiskSink:
+    """Zarr levels in ``{folder}/map.zarr``, with a log of finished blocks, so that a killed run can be taken up again.
+
+    Parameters
+    ----------
+    folder
+        Own folder of this map inside the work folder; a partial map in it is taken up when it was made for the same
+        ``identity``, and deleted when not.
+    key, genes, transforms, layout
+        The element to be.
+    identity
+        Everything that makes two runs the same, as JSON.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        key: str,
+        genes: Sequence[str],
+        transforms: Mapping[str, BaseTransformation],
+        layout: MapLayout,
+        identity: dict[str, Any],
+    ) -> None:
+        self.folder, self.key, self.layout = folder, key, layout
+        found = self._open(identity)
+        if not found:
+            if folder.exists():
+                logger.info("The partial map in %s was made with other settings and is deleted.", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            self._create(genes, transforms, identity)
+        self.resumed = found
+        self.levels = self._levels()
+        self._log = DoneLog(folder / "done.log", self._stored_bytes)
+
+    @property
+    def staged(self) -> Staged:
+        """The element, complete with metadata, ready for `commit`."""
+        consolidate(self.folder / "map.zarr")
+        return Staged(self.key, "images", self.folder / "map.zarr")
+
+    def is_done(self, block: Block) -> bool:
+        """Whether the block was logged and its chunks are all there."""
+        return self._log.holds(block)
+
+    def mark_done(self, block: Block) -> None:
+        """Log the block, with the bytes that its chunks take."""
+        self._log.add(block)
+
+    def discard(self) -> None:
+        """Delete the partial map."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _open(self, identity: dict[str, Any]) -> bool:
+        """Whether a usable partial map for ``identity`` is there."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if read_json(self.folder / "partial.json") == identity:
+                shapes = [level.shape for level in self._levels()]
+                return shapes == [self.layout.level_shape(k) for k in range(self.layout.n_levels)]
+        return False
+
+    def _create(
+        self, genes: Sequence[str], transforms: Mapping[str, BaseTransformation], identity: dict[str, Any]
+    ) -> None:
+        """Let spatialdata write a tiny map of the same kind, then give its arrays the full shape."""
+        side = 2 ** (self.layout.n_levels - 1)
+        tiny = Image2DModel.parse(
+            np.zeros((len(genes), side, side), dtype=np.float32),
+            dims=("c", "y", "x"),
+            c_coords=list(genes),
+            scale_factors=[2] * (self.layout.n_levels - 1),
+            transformations=dict(transforms),
+        )
+        write_scratch_store(self.folder / "map.zarr", {self.key: tiny})
+        for k, path in enumerate(self._level_paths()):
+            _stretch(path, self.layout.level_shape(k), self.layout.level_chunks(k))
+        # last, because a partial map may be taken up from here on
+        write_json(self.folder / "partial.json", identity, scratch=self.folder)
+
+    def _level_paths(self) -> list[Path]:
+        element = self.folder / "map.zarr" / "images" / self.key
+        multiscales = read_json(element / "zarr.json")["attributes"]["ome"]["multiscales"]
+        return [element / dataset["path"] for dataset in multiscales[0]["datasets"]]
+
+    def _levels(self) -> list[Any]:
+        return [zarr.open_array(str(path), mode="r+") for path in self._level_paths()]
+
+    def _stored_bytes(self, block: Block) -> int:
+        """Bytes that the chunks of a block take on disk, over all levels; chunks of zeros have no file."""
+        total = 0
+        for level, path in zip(self.levels, self._level_paths(), strict=True):
+            row, col = block[0] // self.layout.block_px, block[2] // self.layout.block_px
+            for gene in range(-(-level.shape[0] // level.chunks[0])):
+                with contextlib.suppress(FileNotFoundError):
+                    total += (path / level.metadata.encode_chunk_key((gene, row, col))).stat().st_size
+        return total
+
+
+def _stretch(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...]) -> None:
+    """Change shape and chunks in the metadata of an empty array; codecs, names and fill value stay spatialdata's."""
+    shutil.rmtree(path / "c", ignore_errors=True)
+    metadata = read_json(path / "zarr.json")
+    if metadata["chunk_grid"]["name"] != "regular" or metadata["fill_value"] != 0:
+        raise StoreError("This version of spatialdata lays images out in a way that pixnet_sd does not know yet.")
+    for codec in metadata["codecs"]:
+        if codec["name"] == "sharding_indexed":  # should spatialdata come to shard images: one file a chunk suits us
+            metadata["codecs"] = codec["configuration"]["codecs"]
+    metadata["shape"] = list(shape)
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = list(chunks)
+    write_json(path / "zarr.json", metadata, scratch=path)

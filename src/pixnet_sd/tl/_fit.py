@@ -1,0 +1,275 @@
+"""Train a model on slides that have both an image and measured expression."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from spatialdata import SpatialData
+
+from pixnet_sd._errors import CheckpointError, PixNetError
+from pixnet_sd._logging import logger
+from pixnet_sd.engine.device import make_fabric
+from pixnet_sd.engine.settings import TrainSettings
+from pixnet_sd.engine.train import TrainResult, train
+from pixnet_sd.nn.encoder import build_encoder
+from pixnet_sd.nn.model import Aggregation, Network
+from pixnet_sd.nn.receptive_field import receptive_radius_px, sees_whole_tile
+from pixnet_sd.nn.weights import hash_weights
+from pixnet_sd.store import ModelRecord, PixNet, library_versions, record
+
+from ._recipe import decoder_config, train_settings
+from ._training_data import data_hash, describe, open_sources, training_data
+
+__all__ = ["fit"]
+
+_BATCH_SIZE = {"cuda": 8, "mps": 4, "cpu": 2}
+
+
+def fit(
+    sdata: SpatialData | Mapping[str, SpatialData],
+    *,
+    image_key: str | None = None,
+    table_key: str | Sequence[str] | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    genes: Sequence[str] | None = None,
+    n_genes: int = 250,
+    target_sum: float = 1e4,
+    encoder: str = "resnet18",
+    encoder_weights: str | Path | None = "imagenet",
+    freeze_encoder: bool = False,
+    decoder_width: int = 512,
+    working_mpp: float = 0.5,
+    aggregation: Aggregation = "mean",
+    pcc_weight: float = 0.5,
+    preset: Literal["paper"] | None = None,
+    max_epochs: int = 500,
+    lr: float = 5e-4,
+    weight_decay: float = 1e-4,
+    tile_px: int = 512,
+    batch_size: int | None = None,
+    validation: float | Sequence[str] | None = 0.1,
+    patience: int | None = 30,
+    compile: bool = False,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    show_progress_bar: bool = True,
+) -> PixNet:
+    """Train PixNet.
+
+    A run that was cut off goes on from its last epoch when the same call is made again, and ends with the same weights
+    (on the same device and number of threads).
+
+    Parameters
+    ----------
+    sdata
+        A slide, or slides by name. Each needs an RGB image and a table that annotates shapes or labels.
+    image_key
+        Slide image; found when only one reading is possible. The same for all slides.
+    table_key
+        Table or tables with raw counts; default: all Visium HD bins, or the only table with a region.
+    coordinate_system
+        Where image and regions meet; found when only one reading is possible.
+    mpp
+        Micrometres per pixel of the image's scale 0; default: from the bins, spots or ``sdata.attrs``.
+    genes
+        Genes to learn; default: the `n_genes` with the highest mean expression on the training slides.
+    n_genes
+        How many genes, when they are not named.
+    target_sum
+        Targets are ``log1p(target_sum * x / sum(x))``, natural logarithm, the sum over all genes of a region.
+    encoder
+        timm model: a ConvNet with maps at strides 4 to 32, or a ViT.
+    encoder_weights
+        ``"imagenet"``, a path to a safetensors or torch file, or None for random weights.
+    freeze_encoder
+        Keep encoder weights and batch-norm statistics. Its features are then computed once and kept on disk during
+        the run, which makes training on a CPU several times faster.
+    decoder_width
+        Channels of the decoder at the coarsest stride; each finer level has half. With ``preset="paper"`` the hidden
+        width of all feed-forwards.
+    working_mpp
+        Micrometres per pixel at which the network sees a slide; the map's pixels are four times as large.
+    aggregation
+        ``"mean"`` over a region's pixels, or ``"sum"`` (Eq. 5 to the letter). Log-normalised targets do not add up, so
+        with regions of several sizes only the mean puts them on one scale; at one size the two differ by a constant.
+    pcc_weight
+        λ of Eq. 6.
+    preset
+        ``"paper"``: decoder, optimizer and schedule as in the paper; None: this package's.
+    max_epochs
+        Most passes over the tiles.
+    lr, weight_decay
+        Of AdamW (Adam for the paper's preset). The rate is constant when `validation` is given, and follows one cycle
+        otherwise.
+    tile_px
+        Side of a training tile in working pixels, a multiple of 32.
+    batch_size
+        Tiles of one slide per step; default 8 on a CUDA GPU, 2 on a CPU.
+    validation
+        Share of spatial blocks to hold out on every slide, names of slides to hold out, or None.
+    patience
+        Stop after so many epochs without a better held-out PCC; None never stops early.
+    compile
+        Run the network through ``torch.compile``.
+    device
+        ``"cpu"``, ``"cuda"`` ...; default: a CUDA GPU if there is one.
+    seed
+        Of everything random.
+    checkpoint_dir
+        Where the model goes; default: a folder ``pixnet_sd_models/<hash of data and settings>`` beside the (first)
+        backed store, else in the working directory.
+    show_progress_bar
+        Show a bar over epochs, with loss and held-out PCC.
+
+    Returns
+    -------
+    The model, with the weights of its best epoch. Its folder is recorded in ``sdata.attrs["pixnet_sd"]["model"]`` of
+    every slide (and of its store when backed); nothing else of the slides is changed.
+
+    Raises
+    ------
+    ElementError
+        Image, table or regions are missing or ambiguous.
+    ResolutionError
+        Micrometres per pixel are unknown or absurd, or regions do not lie on the image.
+    DataError
+        Counts, genes or pixels cannot be used.
+    CheckpointError
+        Encoder weights cannot be had, or `checkpoint_dir` holds another run.
+
+    References
+    ----------
+    Zhang et al., arXiv 2503.01347, Eq. 1-6.
+    """
+    slides = _named(sdata)
+    fabric = make_fabric(device)
+    shape = decoder_config(decoder_width, preset)
+    settings = train_settings(
+        preset=preset,
+        max_epochs=max_epochs,
+        lr=lr,
+        weight_decay=weight_decay,
+        pcc_weight=pcc_weight,
+        tile_px=tile_px,
+        batch_size=batch_size or _BATCH_SIZE.get(fabric.device.type, 2),
+        patience=patience,
+        holds_out=validation is not None,
+        compile=compile,
+        seed=seed,
+    )
+    torch.manual_seed(seed)
+    backbone = build_encoder(encoder, encoder_weights, frozen=freeze_encoder)
+    sources = open_sources(
+        slides,
+        image_key=image_key,
+        table_key=table_key,
+        coordinate_system=coordinate_system,
+        mpp=mpp,
+        working_mpp=working_mpp,
+    )
+    data = training_data(
+        sources, genes=genes, n_genes=n_genes, target_sum=target_sum, validation=validation, seed=seed
+    )
+    network = Network(backbone, shape, len(data.genes), aggregation)
+    halo_px = receptive_radius_px(network)
+    model = PixNet(
+        network,
+        ModelRecord(
+            genes=[str(g) for g in data.genes],
+            target_sum=target_sum,
+            aggregation=aggregation,
+            working_mpp=working_mpp,
+            encoder=encoder,
+            encoder_weights=None if encoder_weights is None else Path(encoder_weights).name,
+            encoder_sha256=hash_weights(backbone),
+            freeze_encoder=freeze_encoder,
+            decoder=shape,
+            tile_px=tile_px,
+            halo_px=halo_px,
+            sees_whole_tile=sees_whole_tile(network, halo_px),
+            training={"preset": preset, **asdict(settings)},
+            slides=describe(sources, data),
+            versions=library_versions(),
+        ),
+    )
+    fingerprint = _fingerprint(model.record, settings, data_hash(data))
+    directory = _directory(checkpoint_dir, slides, fingerprint)
+    finished = _finished(directory, fingerprint)
+    if finished is None:
+        result = train(
+            network,
+            data.training,
+            data.held_out,
+            settings,
+            fabric=fabric,
+            directory=directory / "training",
+            fingerprint=fingerprint,
+            show_progress_bar=show_progress_bar,
+        )
+        finished = _saved(model, result, directory, fingerprint)
+    for slide in slides.values():
+        record(slide, "model", None, str(directory.resolve()))
+    return finished
+
+
+def _named(sdata: SpatialData | Mapping[str, SpatialData]) -> dict[str, SpatialData]:
+    if isinstance(sdata, SpatialData):
+        return {"slide": sdata}
+    if not isinstance(sdata, Mapping) or not sdata:
+        raise PixNetError(f"fit needs a SpatialData object, or a mapping of names to some; got {type(sdata).__name__}.")
+    wrong = {name: type(s).__name__ for name, s in sdata.items() if not isinstance(s, SpatialData)}
+    if wrong:
+        raise PixNetError(f"These slides are not SpatialData objects: {wrong}.")
+    return {str(name): slide for name, slide in sdata.items()}
+
+
+def _fingerprint(model: ModelRecord, settings: TrainSettings, data: str) -> str:
+    """Equal for two calls exactly when they would train the same network on the same data."""
+    parts = {
+        "settings": asdict(settings),
+        "data": data,
+        "encoder": [model.encoder, model.encoder_sha256, model.freeze_encoder],
+        "decoder": asdict(model.decoder),
+        "targets": [model.target_sum, model.aggregation, model.working_mpp],
+        "versions": model.versions,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _directory(chosen: str | Path | None, slides: Mapping[str, SpatialData], fingerprint: str) -> Path:
+    if chosen is not None:
+        return Path(chosen).expanduser()
+    stores = [Path(s.path).parent for s in slides.values() if s.path is not None]
+    return (stores[0] if stores else Path.cwd()) / "pixnet_sd_models" / fingerprint[:12]
+
+
+def _finished(directory: Path, fingerprint: str) -> PixNet | None:
+    """The model, if the same run is already there."""
+    if not (directory / "config.json").exists():
+        return None
+    found = PixNet.load(directory)
+    if found.record.training.get("fingerprint") != fingerprint:
+        raise CheckpointError(
+            f"{str(directory)!r} already holds a model of another run. Give another checkpoint_dir, or delete it."
+        )
+    logger.info("the same run has finished before: its model is taken from %s", directory)
+    return found
+
+
+def _saved(model: PixNet, result: TrainResult, directory: Path, fingerprint: str) -> PixNet:
+    model.network.cpu()
+    model.record.history = result.history
+    model.record.held_out_pcc = [None if math.isnan(v) else v for v in result.pcc_per_gene]
+    model.record.training |= {"fingerprint": fingerprint, "best_epoch": result.best_epoch}
+    model.save(directory)
+    logger.info("model of epoch %d saved to %s", result.best_epoch, directory)
+    return model

@@ -1,0 +1,159 @@
+"""The gene map of a call of `predict`: whether it is there already, is to be written, or neither."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from spatialdata import SpatialData
+
+from pixnet_sd._errors import PixNetError
+from pixnet_sd.engine.infer import BlockSink
+from pixnet_sd.nn.aggregation import Window
+from pixnet_sd.nn.model import MAP_STRIDE
+from pixnet_sd.slide import Slide
+from pixnet_sd.store import GeneMapReader, GeneMapWriter, ModelRecord, open_map, recorded
+
+__all__ = ["CoarseSink", "MapInfo", "ReusedMap", "find_map", "map_factor", "map_info"]
+
+
+@dataclass(frozen=True)
+class MapInfo:
+    """What decides the values of a gene map, besides its genes.
+
+    Attributes
+    ----------
+    fingerprint
+        Hash over model, image, resolution, tissue and averaging.
+    factor
+        Native map pixels per stored map pixel.
+    """
+
+    fingerprint: str
+    factor: int
+
+
+def map_factor(map_um: float | None, slide: Slide) -> int:
+    """Native map pixels per pixel of the map that is asked for.
+
+    Raises
+    ------
+    PixNetError
+        `map_um` is not a whole multiple of the native pitch, so the map would have to be interpolated.
+    """
+    native = MAP_STRIDE * slide.working_mpp
+    factor = 1.0 if map_um is None else map_um / native
+    if not np.isfinite(factor) or factor < 1 or abs(factor - round(factor)) > 1e-6:
+        near = max(round(factor) if np.isfinite(factor) else 1, 1) * native
+        raise PixNetError(
+            f"map_um={map_um}: map pixels are whole multiples of the native {native:g} µm. Give map_um={near:g}."
+        )
+    return round(factor)
+
+
+def map_info(
+    record: ModelRecord, slide: Slide, tissue: NDArray[np.bool_], *, factor: int, n_symmetries: int, tile_px: int
+) -> MapInfo:
+    """Identify a map."""
+    parts: dict[str, Any] = {
+        "weights": record.weights_sha256,
+        "image": [slide.image_key, slide.height_px, slide.width_px, slide.mpp],
+        "thumbnail": hashlib.sha256(_overview(slide).tobytes()).hexdigest(),
+        "tissue": hashlib.sha256(np.packbits(tissue).tobytes()).hexdigest(),
+        "symmetries": n_symmetries,
+        "tile_px": tile_px if record.sees_whole_tile else None,
+    }
+    text = json.dumps(parts, sort_keys=True)
+    return MapInfo(hashlib.sha256(text.encode()).hexdigest(), factor)
+
+
+def _overview(slide: Slide) -> NDArray[np.uint8]:
+    """A strip of pixels through the middle of the slide, to tell images of one size apart."""
+    height, width = slide.working_shape
+    return slide.read(height // 2, height // 2 + 1, 0, width)
+
+
+@dataclass(frozen=True)
+class ReusedMap:
+    """A native gene map that was written by an earlier call with the same model and slide.
+
+    Attributes
+    ----------
+    reader
+        Its pixels.
+    channels
+        Channel of each gene that is asked for.
+    """
+
+    reader: GeneMapReader
+    channels: list[int]
+
+    def covers(self, window: Window) -> bool:
+        """All of it was predicted."""
+        return True
+
+    def read(self, window: Window) -> NDArray[np.float32]:
+        """Values (genes, rows, columns) of a window."""
+        return self.reader.read(*window, self.channels)
+
+
+def find_map(sdata: SpatialData, key: str, info: MapInfo, genes: Sequence[str]) -> ReusedMap | None:
+    """The map of an earlier call, if regions can be had from it exactly.
+
+    That takes the same model, image and tissue, the native pitch (a coarser map has lost what the bilinear resize
+    needs), and all of the genes.
+    """
+    found = recorded(sdata, "maps", key)
+    if not found or key not in sdata.images or found.get("fingerprint") != info.fingerprint or found.get("factor") != 1:
+        return None
+    reader = open_map(sdata, key)
+    if not set(genes) <= set(reader.genes):
+        return None
+    return ReusedMap(reader, [reader.genes.index(gene) for gene in genes])
+
+
+class CoarseSink:
+    """Averages blocks of the native map into the pixels of a coarser one.
+
+    Parameters
+    ----------
+    writer
+        Of the coarser map.
+    factor
+        Native pixels per coarse pixel.
+    shape
+        Native map size.
+    """
+
+    def __init__(self, writer: GeneMapWriter, factor: int, shape: tuple[int, int]) -> None:
+        self._writer, self._factor, self._shape = writer, factor, shape
+        self._coarse = {self._native(block): block for block in writer.blocks}
+
+    def _native(self, block: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        height, width = self._shape
+        row0, row1, col0, col1 = (v * self._factor for v in block)
+        return row0, min(row1, height), col0, min(col1, width)
+
+    @property
+    def pending(self) -> list[tuple[int, int, int, int]]:
+        """Blocks, native map pixels, that are not there yet."""
+        return [self._native(block) for block in self._writer.pending]
+
+    def write(self, block: tuple[int, int, int, int], values: NDArray[np.float32]) -> None:
+        """Average a native block and write it."""
+        f = self._factor
+        rows, cols = (-values.shape[axis] % f for axis in (1, 2))
+        padded = np.pad(values, ((0, 0), (0, rows), (0, cols)))
+        n, height, width = padded.shape
+        coarse = padded.reshape(n, height // f, f, width // f, f).mean(axis=(2, 4), dtype=np.float32)
+        self._writer.write(self._coarse[block], coarse)
+
+
+def sink_of(writer: GeneMapWriter, factor: int, shape: tuple[int, int]) -> BlockSink:
+    """The writer itself at the native pitch, or one that averages."""
+    return writer if factor == 1 else CoarseSink(writer, factor, shape)

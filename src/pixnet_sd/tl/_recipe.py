@@ -1,0 +1,83 @@
+"""From the arguments of `fit` to the shape of the network and the settings of a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pixnet_sd._errors import PixNetError
+from pixnet_sd.engine.settings import TrainSettings
+from pixnet_sd.engine.tiling import ALIGN_PX
+from pixnet_sd.nn.encoder import STRIDES
+from pixnet_sd.nn.model import DecoderConfig
+
+__all__ = ["Preset", "check_tile_px", "decoder_config", "train_settings"]
+
+Preset = Literal["paper"] | None
+
+DROPOUT = 0.5
+"""Channel dropout of the decoder's laterals."""
+
+_LEVELS = len(STRIDES)
+
+
+def decoder_config(decoder_width: int, preset: Preset) -> DecoderConfig:
+    """Shape of the decoder.
+
+    By default every level of the pyramid is standardised and projected, to `decoder_width` channels at the coarsest
+    stride and half as many at each finer one, where maps have four times the pixels. ``preset="paper"`` feeds in the
+    encoder's own channels, and every feed-forward is `decoder_width` wide (Eq. 3).
+    """
+    if preset == "paper":
+        return DecoderConfig(widths=None, hidden=(decoder_width,) * (_LEVELS - 1))
+    if decoder_width < 2**_LEVELS:
+        raise PixNetError(f"decoder_width={decoder_width} is too narrow: it halves at each stride. Give 16 or more.")
+    widths = tuple(decoder_width >> (_LEVELS - 1 - k) for k in range(_LEVELS))
+    return DecoderConfig(widths=widths, hidden=tuple(2 * w for w in widths[:-1]), dropout=DROPOUT)
+
+
+def check_tile_px(tile_px: int) -> None:
+    """Tiles have sides that the coarsest stride divides."""
+    if tile_px < 2 * ALIGN_PX or tile_px % ALIGN_PX:
+        raise PixNetError(
+            f"tile_px={tile_px}: a multiple of {ALIGN_PX} from {2 * ALIGN_PX} on is needed, such as "
+            f"{max(round(tile_px / ALIGN_PX), 2) * ALIGN_PX}."
+        )
+
+
+def train_settings(
+    *,
+    preset: Preset,
+    max_epochs: int,
+    lr: float,
+    weight_decay: float,
+    pcc_weight: float,
+    tile_px: int,
+    batch_size: int,
+    patience: int | None,
+    holds_out: bool,
+    compile: bool,
+    seed: int,
+) -> TrainSettings:
+    """Settings of a run.
+
+    A run with held-out regions may stop at any epoch, so its rate stays constant; one of known length anneals it.
+    ``preset="paper"``: Adam at a constant rate for all epochs, nothing jittered.
+    """
+    check_tile_px(tile_px)
+    if max_epochs < 1 or batch_size < 1:
+        raise PixNetError(f"max_epochs={max_epochs} and batch_size={batch_size} must be 1 or more.")
+    paper = preset == "paper"
+    return TrainSettings(
+        max_epochs=max_epochs,
+        lr=lr,
+        weight_decay=weight_decay,
+        optimizer="adam" if paper else "adamw",
+        anneal=not paper and not holds_out,
+        pcc_weight=pcc_weight,
+        tile_px=tile_px,
+        batch_size=batch_size,
+        patience=None if paper or not holds_out else patience,
+        stain_jitter=0.0 if paper else 0.05,
+        compile=compile,
+        seed=seed,
+    )

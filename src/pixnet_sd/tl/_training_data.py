@@ -1,0 +1,180 @@
+"""From SpatialData objects to training slides: genes, targets, and what is held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from spatialdata import SpatialData
+
+from pixnet_sd._errors import PixNetError
+from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
+from pixnet_sd.engine.split import hold_out_blocks
+from pixnet_sd.slide import Measured, Slide, choose_genes, measured, open_slide, targets_of
+
+__all__ = ["Source", "TrainingData", "Validation", "open_sources", "training_data"]
+
+Validation = float | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A slide with measured expression.
+
+    Attributes
+    ----------
+    slide
+        Its image.
+    tables
+        Its measured expression, one entry a table.
+    """
+
+    slide: Slide
+    tables: list[Measured]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains and validates on.
+
+    Attributes
+    ----------
+    genes
+        Genes to learn.
+    training, held_out
+        Slides with training regions, and with held-out ones.
+    """
+
+    genes: pd.Index
+    training: list[TrainingSlide]
+    held_out: list[TrainingSlide]
+
+
+def open_sources(
+    slides: Mapping[str, SpatialData],
+    *,
+    image_key: str | None,
+    table_key: str | Sequence[str] | None,
+    coordinate_system: str | None,
+    mpp: float | None,
+    working_mpp: float,
+) -> dict[str, Source]:
+    """Open every slide and its tables; arguments as of :func:`pixnet_sd.tl.fit`."""
+    sources = {}
+    for name, sdata in slides.items():
+        slide = open_slide(
+            sdata,
+            image_key=image_key,
+            coordinate_system=coordinate_system,
+            mpp=mpp,
+            working_mpp=working_mpp,
+            name=name,
+        )
+        sources[name] = Source(slide, measured(sdata, slide, table_key=table_key))
+    return sources
+
+
+def _held_out_names(validation: Validation, names: Sequence[str]) -> list[str]:
+    """Slides that are held out whole."""
+    if validation is None or isinstance(validation, int | float):
+        return []
+    wanted = [validation] if isinstance(validation, str) else list(validation)
+    unknown = [name for name in wanted if name not in names]
+    if unknown or not wanted or len(set(wanted)) == len(names):
+        raise PixNetError(
+            f"validation={wanted} must name some but not all of the slides {list(names)}. Give a share such as 0.1 to "
+            "hold out spatial blocks, or None."
+        )
+    return wanted
+
+
+def _block_share(validation: Validation) -> float | None:
+    if not isinstance(validation, int | float):
+        return None
+    if not 0 < validation < 1:
+        raise PixNetError(f"validation={validation}: a share between 0 and 1, names of slides, or None is needed.")
+    return float(validation)
+
+
+def _as_training_slide(source: Source, genes: pd.Index, target_sum: float) -> TrainingSlide:
+    height, width = source.slide.working_shape
+    groups = tuple(MeasuredRegions(m.table_key, m.regions, targets_of(m, genes, target_sum)) for m in source.tables)
+    return TrainingSlide(source.slide.name, source.slide.read, height, width, groups)
+
+
+def training_data(
+    sources: Mapping[str, Source],
+    *,
+    genes: Sequence[str] | None,
+    n_genes: int,
+    target_sum: float,
+    validation: Validation,
+    seed: int,
+) -> TrainingData:
+    """Choose genes on the training slides and split off what is held out.
+
+    Parameters
+    ----------
+    sources
+        Slides by name.
+    genes, n_genes, target_sum, validation, seed
+        As of :func:`pixnet_sd.tl.fit`.
+
+    Returns
+    -------
+    Training and held-out slides.
+
+    Raises
+    ------
+    PixNetError
+        `validation` fits neither the slides nor a share.
+    DataError
+        Genes are missing.
+    """
+    held_names = _held_out_names(validation, list(sources))
+    share = _block_share(validation)
+    tables = {name: source.tables for name, source in sources.items() if name not in held_names}
+    chosen = choose_genes(tables, n_genes=n_genes, genes=genes, target_sum=target_sum)
+    slides = {name: _as_training_slide(source, chosen, target_sum) for name, source in sources.items()}
+    training = [slides[name] for name in tables]
+    held_out = [slides[name] for name in held_names]
+    if share is not None:
+        pairs = [hold_out_blocks(slide, share, seed + k) for k, slide in enumerate(training)]
+        training, held_out = [p[0] for p in pairs], [p[1] for p in pairs]
+    return TrainingData(chosen, training, held_out)
+
+
+def describe(sources: Mapping[str, Source], data: TrainingData) -> dict[str, Any]:
+    """What a checkpoint says of its slides: elements, resolution, and how many regions trained and were held out."""
+    counts = {
+        kind: {s.name: {m.size_name: len(m.regions) for m in s.measured} for s in slides}
+        for kind, slides in (("training", data.training), ("held_out", data.held_out))
+    }
+    return {
+        name: {
+            "image": source.slide.image_key,
+            "coordinate_system": source.slide.coordinate_system,
+            "mpp": source.slide.mpp,
+            "mpp_rule": source.slide.mpp_rule,
+            "tables": {m.table_key: m.element_key for m in source.tables},
+            "training_regions": counts["training"].get(name, {}),
+            "held_out_regions": counts["held_out"].get(name, {}),
+        }
+        for name, source in sources.items()
+    }
+
+
+def data_hash(data: TrainingData) -> str:
+    """Hash of the targets and of where their regions are: equal for two runs exactly when they train on the same."""
+    digest = hashlib.sha256("\n".join(map(str, data.genes)).encode())
+    for slides in (data.training, data.held_out):
+        for slide in slides:
+            digest.update(f"{slide.name} {slide.height} {slide.width}".encode())
+            for group in slide.measured:
+                digest.update(np.ascontiguousarray(group.values).tobytes())
+                digest.update(np.ascontiguousarray(group.regions.bounds).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pixnet_sd.datasets._expression import gene_panel, integrate_on_grid, integrate_squares, sources
+from pixnet_sd.datasets._noise import Grid, Noise, hash_unit
+from pixnet_sd.datasets._staining import draw, draw_window
+from pixnet_sd.datasets._tissue import NucleusKind, Source, Tissue
+
+NOISE = Noise(0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    row0=st.integers(-500, 500), col0=st.integers(-500, 500), period_um=st.floats(1, 300), channel=st.integers(0, 63)
+)
+def test_noise_on_a_grid_is_noise_at_its_points(row0, col0, period_um, channel):
+    grid = Grid(row0, col0, 7, 5, 0.5)
+    x, y = np.meshgrid(grid.x_um, grid.y_um)
+    np.testing.assert_allclose(NOISE.grid(grid, period_um, channel), NOISE.at(x, y, period_um, channel), atol=2e-3)
+
+
+def test_noise_is_standardised():
+    drawn = NOISE.grid(Grid(0, 0, 1024, 1024, 1.0), 4, 3)
+    assert drawn.mean() == pytest.approx(0, abs=0.02)
+    assert drawn.std() == pytest.approx(1, abs=0.02)
+
+
+def test_hash_is_uniform_and_keeps_sites_apart():
+    row, col = (part.ravel() for part in np.meshgrid(np.arange(-100, 100), np.arange(-100, 100)))
+    one, two = hash_unit(0, row, col, 1), hash_unit(0, row, col, 2)
+    assert len(np.unique(one)) == len(one)
+    np.testing.assert_allclose(np.histogram(one, bins=4, range=(0, 1))[0] / len(one), 0.25, atol=0.02)
+    assert abs(np.corrcoef(one, two)[0, 1]) < 0.03
+    assert abs(np.corrcoef(one, hash_unit(0, row + 1, col, 1))[0, 1]) < 0.03
+
+
+def test_windows_fit_without_a_seam():
+    tissue = Tissue(200, 4)
+    whole = draw(tissue, 400, 0.5)
+    np.testing.assert_array_equal(draw_window(tissue, Grid(130, 90, 120, 150, 0.5)), whole[130:250, 90:240])
+
+
+def test_nuclei_do_not_depend_on_the_box():
+    tissue = Tissue(300, 1)
+    inner = tissue.nuclei((80, 90, 220, 210))
+    every = tissue.nuclei((0, 0, 300, 300))
+    keep = (every.x_um >= 80) & (every.x_um < 220) & (every.y_um >= 90) & (every.y_um < 210)
+    expected = every.subset(keep)
+    assert len(inner) > 100
+    np.testing.assert_allclose(np.sort(inner.x_um), np.sort(expected.x_um))
+    np.testing.assert_array_equal(np.bincount(inner.source), np.bincount(expected.source))
+
+
+def test_densities_do_not_depend_on_the_window():
+    tissue = Tissue(200, 4)
+    whole = sources(tissue, Grid(0, 0, 200, 200, 1.0))
+    part = sources(tissue, Grid(60, 40, 50, 70, 1.0))
+    np.testing.assert_allclose(part, whole[:, 60:110, 40:110], atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_compartment_is_there(seed):
+    tissue = Tissue(1000, seed)
+    nuclei = tissue.nuclei((0, 0, 1000, 1000))
+    assert np.bincount(nuclei.kind, minlength=len(NucleusKind)).min() > 100
+    assert np.bincount(nuclei.source, minlength=Source.MATRIX).min() > 20
+
+
+def test_density_of_nuclei_counts_them():
+    tissue = Tissue(200, 4)
+    density = sources(tissue, Grid(0, 0, 200, 200, 1.0))
+    nuclei = tissue.nuclei((0, 0, 200, 200))
+    np.testing.assert_allclose(
+        density[: Source.MATRIX].sum(axis=(1, 2)), np.bincount(nuclei.source, minlength=Source.MATRIX), rtol=1e-3
+    )
+
+
+def test_integrals_of_a_constant_are_areas():
+    density = np.full((1, 60, 60), 3.0, dtype=np.float32)
+    squares = integrate_squares(density, np.array([20.0, 33.3]), np.array([25.0, 40.1]), 7.5, 0.3)
+    np.testing.assert_allclose(squares[:, 0], 3 * 7.5**2, rtol=1e-6)
+    grid = integrate_on_grid(density, 60, 8)
+    np.testing.assert_allclose(grid[0, :7, :7], 3 * 64, rtol=1e-6)
+    np.testing.assert_allclose(grid[0, 7, 7], 3 * 16, rtol=1e-6)
+
+
+def test_integral_of_a_slope_is_read_at_the_centre():
+    x = np.arange(60) + 0.5
+    density = np.broadcast_to(x, (1, 60, 60)).astype(np.float32)
+    squares = integrate_squares(density, np.array([20.2]), np.array([30.0]), 4, np.deg2rad(10))
+    np.testing.assert_allclose(squares, 20.2 * 16, rtol=1e-5)
+    np.testing.assert_allclose(integrate_on_grid(density, 60, 2)[0, 0, :3], [4.0, 12.0, 20.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_genes", [1, 34, 40, 300])
+def test_panel(n_genes):
+    panel = gene_panel(n_genes)
+    assert len(set(panel.names)) == n_genes
+    assert panel.profile.shape == (len(Source), n_genes)
+    assert (panel.profile >= 0).all()
+    areas_and_nuclei = panel.profile[: Source.TISSUE]
+    np.testing.assert_array_equal(areas_and_nuclei.any(axis=0), panel.varying)

@@ -1,0 +1,185 @@
+"""Tiny SpatialData objects, shaped as readers of spatialdata-io shape them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anndata as ad
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pytest
+import shapely
+from numpy.typing import NDArray
+from scipy import sparse
+from spatialdata import SpatialData, rasterize_bins, rasterize_bins_link_table_to_labels
+from spatialdata.models import Image2DModel, ShapesModel, TableModel
+from spatialdata.transformations import Affine, BaseTransformation, Identity, Scale
+
+HEIGHT_PX, WIDTH_PX = 240, 320
+ORIGIN_UM = np.array([14.0, 8.0])
+SPAN_UM = np.array([128, 96])  # of the bins, along x and y
+
+
+@dataclass(frozen=True)
+class StubFrame:
+    """What `measured` needs of a slide."""
+
+    coordinate_system: str = "sample"
+    working_from_system: NDArray[np.float64] = field(default_factory=lambda: np.eye(3))
+    working_shape: tuple[int, int] = (HEIGHT_PX, WIDTH_PX)
+
+
+def make_image(
+    height: int = HEIGHT_PX,
+    width: int = WIDTH_PX,
+    *,
+    channels: Sequence[str] = ("r", "g", "b"),
+    scale_factors: Sequence[int] | None = None,
+    transformations: dict[str, BaseTransformation] | None = None,
+) -> Any:
+    """An image element of random uint8."""
+    pixels = np.random.default_rng(0).integers(0, 255, (len(channels), height, width), dtype=np.uint8)
+    return Image2DModel.parse(
+        pixels,
+        dims=("c", "y", "x"),
+        c_coords=list(channels),
+        scale_factors=None if scale_factors is None else list(scale_factors),
+        transformations=transformations or {"sample": Identity()},
+    )
+
+
+def make_table(
+    region: str | Sequence[str],
+    instances: Sequence[Any] | NDArray[Any],
+    *,
+    x: Any = None,
+    genes: int = 5,
+    obs: dict[str, Any] | None = None,
+) -> ad.AnnData:
+    """A table whose rows annotate instances of one element, or (a name a row) of several."""
+    n = len(instances)
+    x = sparse.csr_matrix(np.random.default_rng(0).poisson(3, (n, genes)).astype(np.float32)) if x is None else x
+    rows = [region] * n if isinstance(region, str) else list(region)
+    frame = pd.DataFrame(
+        {"region": pd.Categorical(rows), "location_id": np.asarray(instances), **(obs or {})},
+        index=[f"row{i}" for i in range(n)],
+    )
+    table = ad.AnnData(x, obs=frame, var=pd.DataFrame(index=[f"GENE{i}" for i in range(x.shape[1])]))
+    name = region if isinstance(region, str) else sorted(set(rows))
+    return TableModel.parse(table, region=name, region_key="region", instance_key="location_id")
+
+
+def lattice(bin_um: int, mpp: float, angle: float) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
+    """Rows, columns and centres in px of the bins."""
+    n_cols, n_rows = SPAN_UM // bin_um
+    row, col = (index.ravel() for index in np.mgrid[:n_rows, :n_cols])
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    um = np.stack([col + 0.5, row + 0.5], axis=1) * bin_um @ turn.T + ORIGIN_UM
+    return row, col, um / mpp
+
+
+def make_visium_hd(
+    *,
+    dataset_id: str = "sample",
+    mpp: float = 0.5,
+    bins: Sequence[int] = (8, 16),
+    angle: float = 0.02,
+    circles: bool = False,
+    labels: bool = False,
+    small_images: bool = True,
+    matrix: NDArray[np.float64] | None = None,
+    keep: Callable[[NDArray[Any], NDArray[Any]], NDArray[np.bool_]] | None = None,
+) -> SpatialData:
+    """What ``spatialdata_io.visium_hd`` returns, 120 x 160 µm of it.
+
+    `matrix` (3 x 3) places image and bins alike in the coordinate system; `keep(row, col)` picks bins.
+    """
+    place = Identity() if matrix is None else Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))
+    hires, lowres = Scale([0.25, 0.25], axes=("x", "y")), Scale([0.1, 0.1], axes=("x", "y"))
+    systems = {dataset_id: place, f"{dataset_id}_downscaled_hires": hires, f"{dataset_id}_downscaled_lowres": lowres}
+    shape = round(HEIGHT_PX * 0.5 / mpp), round(WIDTH_PX * 0.5 / mpp)
+    images = {f"{dataset_id}_full_image": make_image(*shape, scale_factors=(2, 2), transformations=systems)}
+    if small_images:
+        for name, scale, factor in (("hires", hires, 0.25), ("lowres", lowres, 0.1)):
+            placed = {f"{dataset_id}_downscaled_{name}": Identity(), dataset_id: scale.inverse()}
+            small = make_image(round(shape[0] * factor), round(shape[1] * factor), transformations=placed)
+            images[f"{dataset_id}_{name}_image"] = small
+    shapes, tables = {}, {}
+    for size in bins:
+        key = f"{dataset_id}_square_{size:03}um"
+        row, col, xy = lattice(size, mpp, angle)
+        picked = np.ones(len(row), bool) if keep is None else keep(row, col)
+        row, col, xy = row[picked], col[picked], xy[picked]
+        points = gpd.GeoDataFrame({"radius": size / mpp / 2}, geometry=shapely.points(xy), index=np.arange(len(xy)))
+        # As the reader does it: squares lie along the axes although the lattice is turned.
+        squares = gpd.GeoDataFrame(geometry=points.buffer(size / mpp / 2, cap_style="square"))
+        shapes[key] = ShapesModel.parse(points if circles else squares, transformations=dict(systems))
+        tables[f"square_{size:03}um"] = make_table(
+            key, np.arange(len(xy)), obs={"array_row": row, "array_col": col, "in_tissue": 1}
+        )
+    sdata = SpatialData(images=images, shapes=shapes, tables=tables)
+    if labels:
+        for size in bins:
+            _annotate_by_labels(sdata, f"{dataset_id}_square_{size:03}um", f"square_{size:03}um")
+    return sdata
+
+
+def _annotate_by_labels(sdata: SpatialData, shapes_key: str, table_key: str) -> None:
+    labels_key = f"{shapes_key}_labels"
+    sdata[labels_key] = rasterize_bins(
+        sdata, shapes_key, table_key, "array_col", "array_row", return_region_as_labels=True
+    )
+    rasterize_bins_link_table_to_labels(sdata, table_key, labels_key)
+
+
+def make_visium(*, mpp: float = 0.5, diameter_um: float = 65.0, pitch_um: float = 100.0) -> SpatialData:
+    """What ``spatialdata_io.visium`` returns: circles on a hexagonal lattice."""
+    row, col = (index.ravel() for index in np.mgrid[:6, :6])
+    um = np.stack([col + 0.5 * (row % 2), row * np.sqrt(3) / 2], axis=1) * pitch_um + 70
+    image = make_image(round(700 / mpp), round(750 / mpp), transformations={"global": Identity()})
+    spots = ShapesModel.parse(
+        um / mpp, geometry=0, radius=diameter_um / mpp / 2, transformations={"global": Identity()}
+    )
+    table = make_table("spots", np.asarray(spots.index))
+    return SpatialData(images={"tissue_full_image": image}, shapes={"spots": spots}, tables={"table": table})
+
+
+@pytest.fixture
+def image() -> Callable[..., Any]:
+    return make_image
+
+
+@pytest.fixture
+def table() -> Callable[..., ad.AnnData]:
+    return make_table
+
+
+@pytest.fixture
+def visium_hd() -> Callable[..., SpatialData]:
+    return make_visium_hd
+
+
+@pytest.fixture
+def visium() -> Callable[..., SpatialData]:
+    return make_visium
+
+
+@pytest.fixture
+def frame() -> type[StubFrame]:
+    return StubFrame
+
+
+@pytest.fixture
+def circles() -> Callable[..., Any]:
+    """Circles element from centres (n, 2) px."""
+
+    def make(xy: Any, radius: Any = 5.0, *, index: Any = None, system: str = "sample") -> Any:
+        xy = np.asarray(xy, dtype=float)
+        index = np.arange(len(xy)) if index is None else index
+        frame = gpd.GeoDataFrame({"radius": np.broadcast_to(radius, len(xy))}, geometry=shapely.points(xy), index=index)
+        return ShapesModel.parse(frame, transformations={system: Identity()})
+
+    return make

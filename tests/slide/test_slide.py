@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import logging
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import spatialdata as sd
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel
+from spatialdata.transformations import Affine
+
+from pixnet_sd._errors import ResolutionError
+from pixnet_sd.slide import _slide
+from pixnet_sd.slide._image import ImagePyramid
+from pixnet_sd.slide._slide import Slide, open_slide
+
+HEIGHT, WIDTH, MPP = 613, 790, 0.25
+MARK_XY = (431.5, 222.0)  # centre of the mark in image px
+SYSTEM = np.array([[0.0, -0.5, 900.0], [0.5, 0.0, -20.0], [0, 0, 1]])  # a quarter turn, a scale and a translation
+
+
+def picture() -> np.ndarray:
+    """Textured, with a black disk."""
+    pixels = np.random.default_rng(3).integers(180, 240, (3, HEIGHT, WIDTH), dtype=np.uint8)
+    rows, cols = np.mgrid[:HEIGHT, :WIDTH] + 0.5
+    pixels[:, np.hypot(cols - MARK_XY[0], rows - MARK_XY[1]) < 30] = 0
+    return pixels
+
+
+def objects(scale_factors: list[int] | None) -> SpatialData:
+    image = Image2DModel.parse(
+        picture(),
+        c_coords=["r", "g", "b"],
+        scale_factors=scale_factors,
+        transformations={"here": Affine(SYSTEM, input_axes=("x", "y"), output_axes=("x", "y"))},
+    )
+    return SpatialData(images={"he": image})
+
+
+@pytest.fixture(scope="module", params=[None, [2, 2]], ids=["single", "multi"])
+def in_memory(request: pytest.FixtureRequest) -> SpatialData:
+    return objects(request.param)
+
+
+@pytest.fixture(scope="module")
+def backed(in_memory: SpatialData, tmp_path_factory: pytest.TempPathFactory) -> SpatialData:
+    path: Path = tmp_path_factory.mktemp("slide") / "slide.zarr"
+    in_memory.write(path)
+    return sd.read_zarr(path)
+
+
+def whole(slide: Slide) -> np.ndarray:
+    height, width = slide.working_shape
+    return slide.read(0, height, 0, width)
+
+
+def centroid_xy(tile: np.ndarray) -> np.ndarray:
+    darkness = np.maximum(0, 120 - tile.mean(axis=-1))
+    rows, cols = np.mgrid[: tile.shape[0], : tile.shape[1]] + 0.5
+    return np.array([(cols * darkness).sum(), (rows * darkness).sum()]) / darkness.sum()
+
+
+@pytest.mark.parametrize("working_mpp", [0.17, 0.25, 0.37, 0.5, 0.9, 1.0, 2.0])
+def test_a_mark_is_where_it_was_drawn(backed: SpatialData, working_mpp: float) -> None:
+    slide = open_slide(backed, mpp=MPP, working_mpp=working_mpp)
+    expected = np.array(MARK_XY) * MPP / working_mpp
+    assert np.abs(centroid_xy(whole(slide)) - expected).max() < 0.1
+    row0, col0 = (expected[::-1] - 60 * MPP / working_mpp).astype(int)
+    n = int(120 * MPP / working_mpp)
+    found = np.array([col0, row0]) + centroid_xy(slide.read(row0, row0 + n, col0, col0 + n))
+    assert np.abs(found - expected).max() < 0.1
+
+
+@pytest.mark.parametrize("working_mpp", [0.25, 0.5, 1.0])
+def test_a_mark_lands_at_the_same_place_of_the_coordinate_system(backed: SpatialData, working_mpp: float) -> None:
+    slide = open_slide(backed, mpp=MPP, working_mpp=working_mpp)
+    found = slide.system_from_working @ np.append(centroid_xy(whole(slide)), 1)
+    np.testing.assert_allclose(found, SYSTEM @ [*MARK_XY, 1], atol=0.1)
+    np.testing.assert_allclose(slide.working_from_system @ slide.system_from_working, np.eye(3), atol=1e-12)
+
+
+def test_at_the_image_resolution_the_pixels_are_the_image(backed: SpatialData) -> None:
+    slide = open_slide(backed, mpp=0.5)
+    np.testing.assert_array_equal(whole(slide), picture().transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("working_mpp", [0.25, 0.5, 0.61, 1.0])
+def test_backed_and_in_memory_read_the_same(in_memory: SpatialData, backed: SpatialData, working_mpp: float) -> None:
+    from_memory, from_store = (open_slide(s, mpp=MPP, working_mpp=working_mpp) for s in (in_memory, backed))
+    assert from_store.is_backed
+    assert not from_memory.is_backed
+    np.testing.assert_array_equal(whole(from_memory), whole(from_store))
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), mpp=st.sampled_from([0.25, 0.2738, 0.5, 0.7]))
+def test_a_box_is_cut_from_the_same_picture_and_white_around_it(data: st.DataObject, mpp: float) -> None:
+    slide = small_slide(mpp)
+    height, width = slide.working_shape
+    row0, col0 = data.draw(st.tuples(st.integers(-20, height + 5), st.integers(-20, width + 5)))
+    rows, cols = data.draw(st.tuples(st.integers(0, 60), st.integers(0, 60)))
+    padded = np.pad(whole(slide), ((20, 80), (20, 80), (0, 0)), constant_values=255)
+    expected = padded[row0 + 20 : row0 + 20 + rows, col0 + 20 : col0 + 20 + cols]
+    np.testing.assert_array_equal(slide.read(row0, row0 + rows, col0, col0 + cols), expected)
+
+
+def small_slide(mpp: float) -> Slide:
+    pixels = np.random.default_rng(5).integers(0, 256, (3, 61, 87), dtype=np.uint8)
+    image = Image2DModel.parse(pixels, c_coords=["r", "g", "b"], scale_factors=[2])
+    return open_slide(SpatialData(images={"he": image}), mpp=mpp)
+
+
+def test_threads_and_unpickled_slides_read_the_same(backed: SpatialData) -> None:
+    slide = open_slide(backed, mpp=MPP)
+    pickled = pickle.dumps(slide)
+    assert len(pickled) < 20_000
+    full = whole(slide)
+    boxes = [(row, row + 70, col, col + 64) for row in range(0, 230, 30) for col in range(0, 320, 64)]
+    for reader in (slide, pickle.loads(pickled)):
+        with ThreadPoolExecutor(8) as pool:
+            tiles = list(pool.map(lambda box, reader=reader: reader.read(*box), boxes))
+        for (row0, row1, col0, col1), tile in zip(boxes, tiles, strict=True):
+            np.testing.assert_array_equal(tile, full[row0:row1, col0:col1])
+
+
+@pytest.mark.parametrize(
+    ("working_mpp", "working_shape", "map_shape"),
+    [(0.25, (613, 790), (154, 198)), (0.5, (307, 395), (77, 99)), (1.0, (154, 198), (39, 50))],
+)
+def test_shapes_round_up(
+    backed: SpatialData, working_mpp: float, working_shape: tuple[int, int], map_shape: tuple[int, int]
+) -> None:
+    slide = open_slide(backed, mpp=MPP).at(working_mpp)
+    assert slide.working_shape == working_shape
+    assert slide.map_shape == map_shape
+
+
+def test_a_rounding_error_of_mpp_adds_no_pixel(backed: SpatialData) -> None:
+    assert open_slide(backed, mpp=0.5 * (1 + 1e-10)).working_shape == (HEIGHT, WIDTH)
+
+
+def test_reads_come_from_the_nearest_finer_level() -> None:
+    slide = open_slide(objects([2, 2]), mpp=MPP, working_mpp=0.6)
+    assert slide.pyramid.level_for(slide.working_scale) is slide.pyramid.levels[1]
+
+
+def test_an_image_coarser_than_working_is_enlarged_and_said_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "pixnet_sd"):
+        slide = open_slide(objects(None), mpp=1.0)
+        slide.read(0, 100, 0, 100)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "1 µm/px and is enlarged" in caplog.text
+    assert slide.working_shape == (2 * HEIGHT, 2 * WIDTH)
+
+
+def test_huge_blocks_are_warned_of(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = objects(None)["he"]
+    image.data = image.data.map_blocks(np.ascontiguousarray)  # no longer a slice of pixels in memory
+    sdata = SpatialData(images={"he": image})
+    with caplog.at_level(logging.WARNING, "pixnet_sd"):
+        open_slide(sdata, mpp=0.5)
+        assert caplog.text == ""
+        monkeypatch.setattr(_slide, "_HUGE_BLOCK_PX", HEIGHT * WIDTH - 1)
+        open_slide(sdata, mpp=0.5)
+    assert "write the object first" in caplog.text
+
+
+@pytest.mark.parametrize("working_mpp", [0.0, -0.5, float("nan"), float("inf")])
+def test_a_working_mpp_that_is_no_length_is_refused(working_mpp: float) -> None:
+    with pytest.raises(ResolutionError, match="working_mpp"):
+        open_slide(objects(None), mpp=0.5, working_mpp=working_mpp)
+
+
+def test_what_was_chosen_is_in_the_slide(backed: SpatialData) -> None:
+    slide = open_slide(backed, mpp=0.3, name="first")
+    assert (slide.name, slide.image_key, slide.coordinate_system) == ("first", "he", "here")
+    assert (slide.mpp, slide.height_px, slide.width_px) == (0.3, HEIGHT, WIDTH)
+    assert slide.mpp_rule
+    assert isinstance(slide.pyramid, ImagePyramid)
+    np.testing.assert_allclose(slide.to_system, SYSTEM)
+
+
+def test_the_room_opens_without_torch_and_squidpy() -> None:
+    code = "import sys, pixnet_sd.slide; print(sorted({'torch', 'timm', 'squidpy', 'scanpy'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from pixnet_sd._errors import DataError
+from pixnet_sd.nn.regions import Circles
+from pixnet_sd.slide._counts import Counts
+from pixnet_sd.slide._measured import Measured
+from pixnet_sd.slide._targets import check_genes, choose_genes, log_normalise, targets_of
+
+X = np.array([[1, 3, 0], [0, 5, 5], [2, 0, 0]], dtype=np.float32)
+
+
+def of(x, genes, radius: float = 5.0) -> Measured:
+    x = np.asarray(x, dtype=np.float32)
+    return Measured(
+        table_key=f"t{radius:.0f}",
+        element_key="spots",
+        regions=Circles(np.zeros((len(x), 2)), radius),
+        instances=pd.RangeIndex(len(x)),
+        counts=Counts.of(sparse.csr_matrix(x), np.arange(len(x)), "x"),
+        var_names=pd.Index(list(genes)),
+        total=x.sum(axis=1),
+    )
+
+
+@pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_array])
+def test_log_normalise(make) -> None:
+    found = log_normalise(make(X[:, 1:]), X.sum(axis=1), target_sum=100)
+    expected = [[np.log1p(75), 0], [np.log1p(50), np.log1p(50)], [0, 0]]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_log_normalise_agrees_with_scanpy() -> None:
+    sc = pytest.importorskip("scanpy")
+    import anndata as ad
+
+    adata = ad.AnnData(X.copy())
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.pp.log1p(adata)
+    np.testing.assert_allclose(log_normalise(X, X.sum(axis=1)), adata.X, rtol=1e-6)
+
+
+def test_a_region_without_counts_is_zero() -> None:
+    np.testing.assert_array_equal(log_normalise(np.zeros((1, 2)), [0.0]), [[0, 0]])
+
+
+def test_targets_in_the_order_of_genes_with_totals_over_all() -> None:
+    found = targets_of(of(X, "ABC"), ["C", "A"], target_sum=10)
+    np.testing.assert_allclose(found, np.log1p(np.array([[0, 2.5], [5, 0], [0, 10]])), rtol=1e-6)
+    with pytest.raises(DataError, match="1 of 2 genes are not in table 't5': 'Z'"):
+        targets_of(of(X, "ABC"), ["A", "Z"])
+
+
+def test_genes_by_mean_log_expression_not_by_sum() -> None:
+    # A has more counts in all, but B is high in more regions.
+    x = [[90, 1, 0], [0, 1, 1], [0, 1, 1]]
+    assert list(choose_genes({"": [of(x, "ABC")]}, n_genes=2)) == ["B", "C"]
+
+
+def test_ties_by_name_and_zero_genes_never() -> None:
+    with pytest.warns(UserWarning, match="4 genes were asked for, but only 3"):
+        chosen = choose_genes({"": [of([[1, 1, 0, 1]] * 2, ["z", "b", "zero", "a"])]}, n_genes=4)
+    assert list(chosen) == ["a", "b", "z"]
+
+
+def test_slides_weigh_the_same() -> None:
+    many = of([[8, 2]] * 50, "AB")
+    few = of([[1, 99]], "AB")
+    # Over regions A would win; over slides B does.
+    assert list(choose_genes({"many": [many], "few": [few]}, n_genes=1, target_sum=10)) == ["B"]
+
+
+def test_genes_of_every_table_by_the_coarsest() -> None:
+    coarse, fine = of([[1, 9, 5]], "ABC", radius=50), of([[9, 1]], "AB", radius=5)
+    assert list(choose_genes({"s": [fine, coarse]}, n_genes=2)) == ["B", "A"]
+    with pytest.warns(UserWarning, match=r"only 2 .*'s': 't5' 2, 's': 't50' 3"):
+        choose_genes({"s": [fine, coarse]}, n_genes=3)
+
+
+def test_slides_without_a_common_gene() -> None:
+    with pytest.raises(DataError, match="No gene is measured"):
+        choose_genes({"a": [of([[1]], "A")], "b": [of([[1]], "B")]}, n_genes=1)
+
+
+def test_at_least_one_gene() -> None:
+    with pytest.raises(DataError, match="n_genes = 0"):
+        choose_genes({"": [of(X, "ABC")]}, n_genes=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_named_genes_in_their_order() -> None:
+    slides = {"a": [of(X, "ABC")], "b": [of(X, "CBA")]}
+    assert list(choose_genes(slides, genes=["C", "A"])) == ["C", "A"]
+    assert list(choose_genes(slides, genes="B")) == ["B"]
+
+
+def test_named_genes_missing_in_one_slide() -> None:
+    slides = {"a": [of(X, ["ERBB2", "A", "B"])], "b": [of(X, ["Erbb2", "A", "B"])]}
+    with pytest.raises(
+        DataError, match=r"1 of 2 genes are not in table 't5' of slide 'b': 'ERBB2' \(there is 'Erbb2'\)"
+    ):
+        choose_genes(slides, genes=["A", "ERBB2"])
+
+
+@pytest.mark.parametrize("genes", [["A", "B", "A"], []])
+def test_named_genes_once_and_at_least_one(genes) -> None:
+    with pytest.raises(DataError, match="each gene once and at least one"):
+        choose_genes({"": [of(X, "ABC")]}, genes=genes)
+
+
+def test_named_gene_without_counts() -> None:
+    with pytest.warns(UserWarning, match=r"1 of the genes named have no counts .*\('C'\)"):
+        choose_genes({"": [of([[1, 2, 0]], "ABC")]}, genes=["C", "A"])
+
+
+def test_missing_genes_are_listed_up_to_ten_with_close_matches() -> None:
+    missing = [f"LOST{i}" for i in range(13)]
+    with pytest.raises(DataError, match=r"14 of 15 genes are not in the model: 'CD3E' \(there is 'CD3D'\).*and 4 more"):
+        check_genes(["CD3E", "ACTB", *missing], ["ACTB", "CD3D"], "the model")
+    check_genes(["ACTB"], ["ACTB", "CD3D"], "the model")
