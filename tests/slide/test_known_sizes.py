@@ -114,11 +114,13 @@ def test_nothing_of_known_size(circles) -> None:
     assert um_per_unit(sdata, "elsewhere") is None
 
 
-def test_bins_written_by_pixnet_say_nothing(visium_hd) -> None:
+def test_bins_that_pixnet_annotated_still_tell_their_size(visium_hd) -> None:
     sdata = visium_hd()
-    for table in sdata.tables.values():
-        table.uns["pixnet_sd"] = {}
-    assert um_per_unit(sdata, "sample") is None
+    for key in list(sdata.tables):
+        predicted = sdata.tables.pop(key)
+        predicted.uns["pixnet_sd"] = {}
+        sdata.tables[f"pixnet_{key}"] = predicted
+    assert "016um" in um_per_unit(sdata, "sample")[1]
 
 
 def test_identity_moves_nothing(visium_hd) -> None:

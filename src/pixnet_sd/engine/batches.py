@@ -6,15 +6,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy import sparse
 from torch import Tensor
 
 from pixnet_sd.nn.aggregation import Grid, Operator, build_operator
-from pixnet_sd.nn.regions import Regions
+from pixnet_sd.nn.regions import Regions, Spans
 
 from .slides import TrainingSlide
 from .tiling import Tile, TrainingTiles
@@ -98,7 +99,7 @@ def plan_batches(
             turn = 0 if rng is None else int(rng.integers(n_symmetries))
             plans.append(BatchPlan(slide, tuple(order[start : start + batch_size].tolist()), turn))
     if rng is not None:
-        rng.shuffle(plans)  # type: ignore[arg-type]
+        rng.shuffle(plans)
     return plans
 
 
@@ -107,8 +108,26 @@ def tile_regions(regions: Regions, tile: Tile) -> Regions:
     return regions.transform(np.array([[1, 0, -tile.col0], [0, 1, -tile.row0], [0, 0, 1]], np.float64))
 
 
-def _tile_operator(regions: Regions, tile: Tile, stride: int) -> Operator:
-    return build_operator(tile_regions(regions, tile), Grid(tile.height // stride, tile.width // stride, stride))
+class _OnSlide:
+    """What `build_operator` asks of a tile's regions, without the pixels that lie outside the slide."""
+
+    def __init__(self, regions: Regions, tile: Tile, slide: TrainingSlide) -> None:
+        self._regions = tile_regions(regions, tile)
+        self._slide = (-tile.row0, slide.height - tile.row0, -tile.col0, slide.width - tile.col0)
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def subset(self, index: ArrayLike) -> Regions:
+        return self._regions.subset(index)
+
+    def spans(self, *window: int) -> Spans:
+        return self._regions.spans(*window).clipped(*self._slide)
+
+
+def _tile_operator(regions: Regions, tile: Tile, slide: TrainingSlide, stride: int) -> Operator:
+    grid = Grid(tile.height // stride, tile.width // stride, stride)
+    return build_operator(cast(Regions, _OnSlide(regions, tile, slide)), grid)
 
 
 def _operators(slide: TrainingSlide, found: TrainingTiles, plan: BatchPlan, stride: int) -> list[Operator]:
@@ -116,7 +135,8 @@ def _operators(slide: TrainingSlide, found: TrainingTiles, plan: BatchPlan, stri
     joined = []
     for size, measured in enumerate(slide.measured):
         parts = [
-            _tile_operator(measured.regions.subset(found.members[t][size]), found.tiles[t], stride) for t in plan.tiles
+            _tile_operator(measured.regions.subset(found.members[t][size]), found.tiles[t], slide, stride)
+            for t in plan.tiles
         ]
         matrix = sparse.csr_array(sparse.block_diag([p.matrix for p in parts], format="csr"))
         joined.append(Operator(matrix, np.concatenate([p.n_px for p in parts])))

@@ -53,7 +53,7 @@ def calibrate(
         return
     plans = plan_batches(tiles, settings.batch_size, None)
     picked = torch.randperm(len(plans))[:_MAX_BATCHES].tolist()
-    network.eval()
+    network.train()  # an encoder that will be trained normalises by batch statistics, a frozen one never does
     pooled: list[list[Tensor]] = [[] for _ in STRIDES]
     for plan in (plans[i] for i in picked):
         slide, found = slides[plan.slide], tiles[plan.slide]

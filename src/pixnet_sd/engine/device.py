@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from lightning_fabric import Fabric
 
 from pixnet_sd._errors import PixNetError
 
 __all__ = ["make_fabric"]
+
+
+_COUNT: dict[str, Callable[[], int]] = {
+    "cpu": lambda: 1,
+    "cuda": lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0,
+    "mps": lambda: int(torch.backends.mps.is_available()),
+}
+
+
+def _parse(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in _COUNT:
+        raise PixNetError(f"device={str(device)!r} is none that can be used. Use 'cpu', 'cuda', 'cuda:1' or 'mps'.")
+    return chosen
 
 
 def make_fabric(device: str | torch.device | None = None) -> Fabric:
@@ -27,9 +46,16 @@ def make_fabric(device: str | torch.device | None = None) -> Fabric:
     PixNetError
         The device does not exist here.
     """
-    chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise PixNetError(f"device={str(device)!r} was asked for, and torch sees no CUDA GPU. Use device='cpu'.")
-    precision = "bf16-mixed" if chosen.type == "cuda" else "32-true"
-    devices = 1 if chosen.index is None else [chosen.index]
-    return Fabric(accelerator=chosen.type, devices=1 if chosen.type == "cpu" else devices, precision=precision)
+    chosen = _parse(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    n_found = _COUNT[chosen.type]()
+    if (chosen.index or 0) >= n_found:
+        raise PixNetError(
+            f"device={str(device)!r} was asked for, and torch sees {n_found or 'no'} {chosen.type.upper()} GPU. Use "
+            "device='cpu', or another number."
+        )
+    index = None if chosen.type == "cpu" else getattr(chosen, "index", None)
+    return Fabric(
+        accelerator=chosen.type,
+        devices=1 if index is None else [index],
+        precision="bf16-mixed" if chosen.type == "cuda" else "32-true",
+    )

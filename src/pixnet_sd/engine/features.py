@@ -42,7 +42,7 @@ class FeatureMaps:
         self.device = fabric.device
         self._gpu = fabric.device.type == "cuda"
         if self._gpu:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         self._forward = torch.compile(network) if settings.compile else network
         self._cache = PyramidCache(network.encoder, directory, settings.stain_jitter, settings.seed)
         self.stored = network.encoder.frozen

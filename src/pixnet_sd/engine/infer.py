@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pixnet_sd.nn.aggregation import Grid, Window, aggregate
+from pixnet_sd.nn.aggregation import Window, aggregate
 from pixnet_sd.nn.model import MAP_STRIDE, Network
 
 from .augment import apply_symmetry, undo_symmetry

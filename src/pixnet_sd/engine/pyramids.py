@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -92,14 +93,18 @@ class PyramidCache:
         if self._full:
             return
         needed = sum(level.numel() * 2 for level in pyramid)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if needed > _FREE_SHARE * shutil.disk_usage(self.directory).free:
-            self._full = True
-            logger.warning("no disk left for the feature cache in %s: further tiles are encoded each time", path.parent)
-            return
         partial = path.with_suffix(".partial")
-        save_file({str(k): level.cpu().contiguous() for k, level in enumerate(pyramid)}, partial)
-        partial.replace(path)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._full = needed > _FREE_SHARE * shutil.disk_usage(self.directory).free
+            if not self._full:
+                save_file({str(k): level.cpu().contiguous() for k, level in enumerate(pyramid)}, partial)
+                partial.replace(path)
+        except (OSError, SafetensorError):  # a quota, which the free disk does not show
+            self._full = True
+            partial.unlink(missing_ok=True)
+        if self._full:
+            logger.warning("no disk left for the feature cache in %s: further tiles are encoded each time", path.parent)
 
 
 def _key(slide: TrainingSlide, tile: Tile, symmetry: int) -> int:

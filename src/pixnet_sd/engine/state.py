@@ -100,18 +100,18 @@ class RunState:
             return cls(fingerprint)
         try:
             content = torch.load(path, "cpu", weights_only=True)
+            state = cls(**content | {"best": BestEpoch(**content["best"])})
         except Exception as error:
             # torch raises half a dozen types for a damaged file; for a user they mean the same.
             raise CheckpointError(
                 f"The training state {str(path)!r} cannot be read ({type(error).__name__}). Delete it to train anew."
             ) from error
-        if content.get("fingerprint") != fingerprint:
+        if state.fingerprint != fingerprint:
             raise CheckpointError(
                 f"{str(directory.parent)!r} holds an unfinished run with other data or settings. Give another "
                 f"checkpoint_dir, or delete {str(path)!r} to train anew."
             )
-        best = BestEpoch(**content.pop("best"))
-        return cls(**content, best=best)
+        return state
 
     @staticmethod
     def remove(directory: Path) -> None:

@@ -51,21 +51,19 @@ def _align_up(px: float) -> int:
     return int(-(-px // ALIGN_PX) * ALIGN_PX)
 
 
-def _origins(low: float, high: float, side: int, overlap: float, shift: float) -> NDArray[np.int64]:
-    """Starts of tiles of one side that cover [low, high) with an overlap, moved by a share of their step."""
-    step = max(side - _align_up(overlap), ALIGN_PX)
-    if high - low <= side:
-        slack = side - (high - low)
-        return np.array([np.floor(low - slack * shift)], dtype=np.int64)
-    first = low - shift * step
-    return np.arange(first, high - _align_up(overlap), step).astype(np.int64)
+def _origins(low: float, high: float, side: int, step: int, shift: float) -> NDArray[np.int64]:
+    """Starts, whole pixels, of tiles of one side that cover [low, high), moved by a share of what leaves it covered."""
+    spare = side - 1 - (high - low)
+    if spare >= 0:
+        return np.array([np.floor(low - spare * shift)], dtype=np.int64)
+    return np.arange(np.floor(low - step * shift), high - side + step, step).astype(np.int64)
 
 
 def _check_fits(slide: TrainingSlide, needed_px: float, tile_px: int) -> None:
-    if needed_px > tile_px:
+    if needed_px > tile_px - ALIGN_PX:
         raise PixNetError(
-            f"Slide {slide.name!r} has regions that need tiles of {needed_px:.0f} working pixels, and tiles are "
-            f"{tile_px}: none would fit. Give tile_px={_align_up(2 * needed_px)} or more, or a coarser working_mpp."
+            f"Slide {slide.name!r} has regions that need tiles of {needed_px + ALIGN_PX:.0f} working pixels, and tiles "
+            f"are {tile_px}: none would fit. Give tile_px={_align_up(2 * needed_px)} or more, or a coarser working_mpp."
         )
 
 
@@ -74,8 +72,8 @@ def training_tiles(
 ) -> TrainingTiles:
     """Cover a slide's measured regions with tiles.
 
-    Tiles overlap by the largest region and its margin, so that every region lies wholly inside at least one. A slide whose regions
-    fit into one tile gets one, no larger than they need.
+    Tiles overlap by the largest region and its margin, so that every region lies wholly inside at least one. A slide
+    whose regions fit into one tile gets one, no larger than they need.
 
     Parameters
     ----------
@@ -95,7 +93,7 @@ def training_tiles(
     Raises
     ------
     PixNetError
-        A region is larger than a tile.
+        A region and its margin leave tiles no room to overlap.
     """
     margin = tile_px // MARGIN_SHARE
     boxes = [m.regions.bounds + np.array([-margin, -margin, margin, margin]) for m in slide.measured]
@@ -104,16 +102,20 @@ def training_tiles(
     _check_fits(slide, extent, tile_px)
     (left, top), (right, bottom) = every[:, :2].min(axis=0), every[:, 2:].max(axis=0)
     height, width = (min(tile_px, _align_up(size + ALIGN_PX)) for size in (bottom - top, right - left))
+    step = tile_px - _align_up(extent)
     rows, cols = (
-        _origins(low, high, side, extent, offset)
+        _origins(low, high, side, step, offset)
         for low, high, side, offset in ((top, bottom, height, shift[0]), (left, right, width, shift[1]))
     )
     free = [np.ones(len(box), bool) for box in boxes]
     tiles, members = [], []
     for row0 in rows:
+        strips = [np.nonzero(_within(box[:, [1, 3]], row0, height))[0] for box in boxes]
         for col0 in cols:
-            corner = (col0, row0, col0 + width, row0 + height)
-            inside = tuple(np.nonzero(_within(box, corner) & f)[0] for box, f in zip(boxes, free, strict=True))
+            inside = tuple(
+                index[_within(box[index][:, [0, 2]], col0, width) & f[index]]
+                for box, index, f in zip(boxes, strips, free, strict=True)
+            )
             if any(len(index) for index in inside):
                 tiles.append(Tile(int(row0), int(col0), height, width))
                 members.append(inside)
@@ -123,6 +125,6 @@ def training_tiles(
     return TrainingTiles(tiles, members)
 
 
-def _within(box: NDArray[np.float64], corner: tuple[int, int, int, int]) -> NDArray[np.bool_]:
-    left, top, right, bottom = corner
-    return (box[:, 0] >= left) & (box[:, 1] >= top) & (box[:, 2] <= right) & (box[:, 3] <= bottom)
+def _within(span: NDArray[np.float64], start: int, side: int) -> NDArray[np.bool_]:
+    """Which (low, high) lie inside [start, start + side]."""
+    return (span[:, 0] >= start) & (span[:, 1] <= start + side)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from pixnet_sd._errors import PixNetError
@@ -217,6 +216,7 @@ def train(
     network.to(fabric.device)
     run = _Run(network, slides, held_out, settings, fabric, directory)
     if not state.epoch:
+        run.features.clear()  # a run that was stopped in its first epoch may have had another encoder
         _seed_epoch(settings.seed, 0)
         _start_head(network, slides)
         calibrate(network, run.features, slides, run.fixed_tiles, settings)
@@ -235,7 +235,9 @@ def train(
 
 def _exhausted(state: RunState, settings: TrainSettings) -> bool:
     """Early stopping: no better held-out PCC for `patience` epochs."""
-    return settings.patience is not None and bool(state.best.epoch) and state.epoch - state.best.epoch >= settings.patience
+    return (
+        settings.patience is not None and bool(state.best.epoch) and state.epoch - state.best.epoch >= settings.patience
+    )
 
 
 def _finish(run: _Run, state: RunState, directory: Path) -> TrainResult:

@@ -78,7 +78,7 @@ class Operator(NamedTuple):
     n_px: Float
 
 
-def _resize_taps(position: Float, size: int, stride: int) -> tuple[Int, Int, Float]:
+def _resize_taps(position: NDArray[np.floating[Any]], size: int, stride: int) -> tuple[Int, Int, Float]:
     """Two low-resolution neighbours of each resized pixel coordinate and the weight of the second."""
     source = np.clip(position / stride - 0.5, 0, size - 1)
     low = np.minimum(np.floor(source).astype(np.int64), max(size - 2, 0))
@@ -229,7 +229,7 @@ class _SparseProduct(torch.autograd.Function):
         return matrix @ x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
         (transposed,) = ctx.saved_tensors
         return None, None, transposed @ grads[0].contiguous()
 

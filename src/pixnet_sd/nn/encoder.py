@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -177,7 +178,7 @@ def build_encoder(name: str = "resnet18", weights: str | Path | None = "imagenet
         load_encoder_weights(body, weights)
     patch_px = body.feature_info.reduction()[0] if vit else None  # type: ignore[union-attr, operator]
     cfg = timm.get_pretrained_cfg(name)
-    mean, std = (cfg.mean, cfg.std) if cfg is not None else timm.data.constants.IMAGENET_DEFAULT_MEAN_STD
+    mean, std = (cfg.mean, cfg.std) if cfg is not None else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return Encoder(
         body,
         body.feature_info.channels(),  # type: ignore[union-attr, operator]

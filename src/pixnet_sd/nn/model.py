@@ -59,6 +59,7 @@ class Network(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.decoder = Decoder(encoder.channels, decoder.widths, decoder.hidden, decoder.dropout)
+        self.decoder_config = decoder
         self.head = nn.Linear(self.decoder.channels_out, n_genes)
         self.aggregation = aggregation
 

@@ -320,8 +320,8 @@ class LabelGrid:
             k, xy = region[row, col], np.stack([col, row + top], axis=1).astype(np.float64)
             area += np.bincount(k, minlength=n)
             total += np.stack([np.bincount(k, xy[:, axis] + 0.5, n) for axis in (0, 1)], axis=1)
-            np.minimum.at(box, (k, slice(0, 2)), xy)
-            np.maximum.at(box, (k, slice(2, 4)), xy + 1)
+            np.minimum.at(box[:, :2], k, xy)
+            np.maximum.at(box[:, 2:], k, xy + 1)
         return area, total / np.maximum(area, 1)[:, None], box
 
     @property
@@ -349,7 +349,8 @@ class LabelGrid:
         """The labels picked by an index."""
         index = np.asarray(index)
         area, centre, box = self._extent
-        return LabelGrid(self.labels, np.asarray(self.ids)[index], self.to_grid, (area[index], centre[index], box[index]))
+        extent = area[index], centre[index], box[index]
+        return LabelGrid(self.labels, np.asarray(self.ids)[index], self.to_grid, extent)
 
     def _look_up(self, row0: int, row1: int, col0: int, col1: int) -> Int:
         """Region of each pixel centre of a window, -1 for none, shape (rows, columns)."""

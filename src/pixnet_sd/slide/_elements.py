@@ -64,8 +64,9 @@ def region_element(sdata: SpatialData, key: str) -> Any:
 
 
 def written_by_pixnet(sdata: SpatialData) -> set[str]:
-    """Names of the images, and of the elements annotated by tables, that this package wrote."""
+    """Names of the images and shapes that this package made; elements of the user that it annotated are not among them.
+
+    Shapes that `tl.predict` makes are called after the table that comes with them, ``{table}_shapes``.
+    """
     maps = set(sdata.attrs.get("pixnet_sd", {}).get("maps", {}))
-    attrs = [table.uns.get("spatialdata_attrs", {}) for table in sdata.tables.values() if "pixnet_sd" in table.uns]
-    regions = [attr.get("region") for attr in attrs]
-    return maps | {name for region in regions for name in ([region] if isinstance(region, str) else region or [])}
+    return maps | {f"{key}_shapes" for key, table in sdata.tables.items() if "pixnet_sd" in table.uns}

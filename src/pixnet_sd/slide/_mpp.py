@@ -79,7 +79,8 @@ def _value(
     measured = um_per_unit(sdata, system)
     if measured is None:
         raise ResolutionError(_unknown(sdata, image_key, system))
-    return measured[0] * scale, measured[1]
+    # rounded, because the last digits of a fit differ between machines, and results are recognised by their mpp
+    return float(f"{measured[0] * scale:.10g}"), measured[1]
 
 
 def _from_caller(

@@ -36,9 +36,9 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
 
     Returns
     -------
-    One row a gene: ``pcc`` (Pearson over regions; NaN when the measured gene is constant), ``mse``, ``mae``. ``attrs``
-    has ``MSE``, ``MAE``, ``PCC@F``, ``PCC@S``, ``PCC@M`` (first quartile, median and mean over genes), ``n_regions`` and
-    ``n_genes``. For several slides, average these per slide or pool the regions, and say which.
+    One row a gene: ``pcc`` (Pearson over regions; NaN when the measured gene is constant), ``mse``, ``mae``.
+    ``attrs`` has ``MSE``, ``MAE``, ``PCC@F``, ``PCC@S``, ``PCC@M`` (first quartile, median and mean over genes),
+    ``n_regions`` and ``n_genes``. For several slides, average these per slide or pool the regions, and say which.
 
     Raises
     ------

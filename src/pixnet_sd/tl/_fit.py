@@ -8,24 +8,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from lightning_fabric import Fabric
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import CheckpointError, PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.settings import TrainSettings
-from pixnet_sd.engine.train import TrainResult, train
+from pixnet_sd.engine.train import train
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.model import Aggregation, Network
 from pixnet_sd.nn.receptive_field import receptive_radius_px, sees_whole_tile
 from pixnet_sd.nn.weights import hash_weights
-from pixnet_sd.store import ModelRecord, PixNet, library_versions, record
+from pixnet_sd.store import ModelRecord, PixNet, library_versions
+from pixnet_sd.store import record as note
 
 from ._recipe import decoder_config, train_settings
-from ._training_data import data_hash, describe, open_sources, training_data
+from ._training_data import TrainingData, data_hash, describe, open_sources, training_data
 
 __all__ = ["fit"]
 
@@ -38,7 +40,8 @@ def fit(
     image_key: str | None = None,
     table_key: str | Sequence[str] | None = None,
     coordinate_system: str | None = None,
-    mpp: float | None = None,
+    mpp: float | Literal["coordinate_system"] | None = None,
+    allow_any_mpp: bool = False,
     genes: Sequence[str] | None = None,
     n_genes: int = 250,
     target_sum: float = 1e4,
@@ -79,7 +82,10 @@ def fit(
     coordinate_system
         Where image and regions meet; found when only one reading is possible.
     mpp
-        Micrometres per pixel of the image's scale 0; default: from the bins, spots or ``sdata.attrs``.
+        Micrometres per pixel of the image's scale 0, or ``"coordinate_system"`` when `coordinate_system` is in
+        micrometres; default: from the bins, spots or ``sdata.attrs``.
+    allow_any_mpp
+        Accept a resolution outside 0.1-2 µm per pixel.
     genes
         Genes to learn; default: the `n_genes` with the highest mean expression on the training slides.
     n_genes
@@ -152,7 +158,6 @@ def fit(
     """
     slides = _named(sdata)
     fabric = make_fabric(device)
-    shape = decoder_config(decoder_width, preset)
     settings = train_settings(
         preset=preset,
         max_epochs=max_epochs,
@@ -174,51 +179,30 @@ def fit(
         table_key=table_key,
         coordinate_system=coordinate_system,
         mpp=mpp,
+        allow_any_mpp=allow_any_mpp,
         working_mpp=working_mpp,
     )
-    data = training_data(
-        sources, genes=genes, n_genes=n_genes, target_sum=target_sum, validation=validation, seed=seed
-    )
-    network = Network(backbone, shape, len(data.genes), aggregation)
-    halo_px = receptive_radius_px(network)
-    model = PixNet(
+    data = training_data(sources, genes=genes, n_genes=n_genes, target_sum=target_sum, validation=validation, seed=seed)
+    network = Network(backbone, decoder_config(decoder_width, preset), len(data.genes), aggregation)
+    record = _record(
         network,
-        ModelRecord(
-            genes=[str(g) for g in data.genes],
-            target_sum=target_sum,
-            aggregation=aggregation,
-            working_mpp=working_mpp,
-            encoder=encoder,
-            encoder_weights=None if encoder_weights is None else Path(encoder_weights).name,
-            encoder_sha256=hash_weights(backbone),
-            freeze_encoder=freeze_encoder,
-            decoder=shape,
-            tile_px=tile_px,
-            halo_px=halo_px,
-            sees_whole_tile=sees_whole_tile(network, halo_px),
-            training={"preset": preset, **asdict(settings)},
-            slides=describe(sources, data),
-            versions=library_versions(),
-        ),
+        settings,
+        genes=[str(gene) for gene in data.genes],
+        target_sum=target_sum,
+        working_mpp=working_mpp,
+        encoder=encoder,
+        encoder_weights=None if encoder_weights is None else Path(encoder_weights).name,
+        preset=preset,
+        slides=describe(sources, data),
+        data_sha256=data_hash(data),
     )
-    fingerprint = _fingerprint(model.record, settings, data_hash(data))
-    directory = _directory(checkpoint_dir, slides, fingerprint)
-    finished = _finished(directory, fingerprint)
-    if finished is None:
-        result = train(
-            network,
-            data.training,
-            data.held_out,
-            settings,
-            fabric=fabric,
-            directory=directory / "training",
-            fingerprint=fingerprint,
-            show_progress_bar=show_progress_bar,
-        )
-        finished = _saved(model, result, directory, fingerprint)
+    directory = _directory(checkpoint_dir, slides, record.training["fingerprint"])
+    model = _finished(directory, record) or _trained(
+        PixNet(network, record), data, settings, fabric, directory, show_progress_bar
+    )
     for slide in slides.values():
-        record(slide, "model", None, str(directory.resolve()))
-    return finished
+        note(slide, "model", None, str(directory.resolve()))
+    return model
 
 
 def _named(sdata: SpatialData | Mapping[str, SpatialData]) -> dict[str, SpatialData]:
@@ -232,17 +216,27 @@ def _named(sdata: SpatialData | Mapping[str, SpatialData]) -> dict[str, SpatialD
     return {str(name): slide for name, slide in sdata.items()}
 
 
-def _fingerprint(model: ModelRecord, settings: TrainSettings, data: str) -> str:
-    """Equal for two calls exactly when they would train the same network on the same data."""
-    parts = {
-        "settings": asdict(settings),
-        "data": data,
-        "encoder": [model.encoder, model.encoder_sha256, model.freeze_encoder],
-        "decoder": asdict(model.decoder),
-        "targets": [model.target_sum, model.aggregation, model.working_mpp],
-        "versions": model.versions,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _record(
+    network: Network, settings: TrainSettings, *, preset: str | None, data_sha256: str, **known: Any
+) -> ModelRecord:
+    """Describe a network that is about to be trained; `known` are fields of the record."""
+    halo_px = receptive_radius_px(network)
+    record = ModelRecord(
+        aggregation=network.aggregation,
+        encoder_sha256=hash_weights(network.encoder),
+        freeze_encoder=network.encoder.frozen,
+        decoder=network.decoder_config,
+        tile_px=settings.tile_px,
+        halo_px=halo_px,
+        sees_whole_tile=sees_whole_tile(network, halo_px),
+        versions=library_versions(),
+        **known,
+    )
+    text = json.dumps([asdict(record), asdict(settings), preset, data_sha256], sort_keys=True)
+    # Equal for two calls exactly when they would train the same network on the same data.
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    record.training = {"preset": preset, **asdict(settings), "fingerprint": fingerprint}
+    return record
 
 
 def _directory(chosen: str | Path | None, slides: Mapping[str, SpatialData], fingerprint: str) -> Path:
@@ -252,12 +246,12 @@ def _directory(chosen: str | Path | None, slides: Mapping[str, SpatialData], fin
     return (stores[0] if stores else Path.cwd()) / "pixnet_sd_models" / fingerprint[:12]
 
 
-def _finished(directory: Path, fingerprint: str) -> PixNet | None:
+def _finished(directory: Path, record: ModelRecord) -> PixNet | None:
     """The model, if the same run is already there."""
     if not (directory / "config.json").exists():
         return None
     found = PixNet.load(directory)
-    if found.record.training.get("fingerprint") != fingerprint:
+    if found.record.training.get("fingerprint") != record.training["fingerprint"]:
         raise CheckpointError(
             f"{str(directory)!r} already holds a model of another run. Give another checkpoint_dir, or delete it."
         )
@@ -265,11 +259,29 @@ def _finished(directory: Path, fingerprint: str) -> PixNet | None:
     return found
 
 
-def _saved(model: PixNet, result: TrainResult, directory: Path, fingerprint: str) -> PixNet:
+def _trained(
+    model: PixNet,
+    data: TrainingData,
+    settings: TrainSettings,
+    fabric: Fabric,
+    directory: Path,
+    show_progress_bar: bool,
+) -> PixNet:
+    """Train, and save into the directory."""
+    result = train(
+        model.network,
+        data.training,
+        data.held_out,
+        settings,
+        fabric=fabric,
+        directory=directory / "training",
+        fingerprint=model.record.training["fingerprint"],
+        show_progress_bar=show_progress_bar,
+    )
     model.network.cpu()
     model.record.history = result.history
     model.record.held_out_pcc = [None if math.isnan(v) else v for v in result.pcc_per_gene]
-    model.record.training |= {"fingerprint": fingerprint, "best_epoch": result.best_epoch}
+    model.record.training["best_epoch"] = result.best_epoch
     model.save(directory)
     logger.info("model of epoch %d saved to %s", result.best_epoch, directory)
     return model

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
-from pixnet_sd._errors import PixNetError
+from pixnet_sd._errors import ElementError, PixNetError
 from pixnet_sd.engine.infer import BlockSink
 from pixnet_sd.nn.aggregation import Window
 from pixnet_sd.nn.model import MAP_STRIDE
-from pixnet_sd.slide import Slide
+from pixnet_sd.slide import Slide, affine_matrix
 from pixnet_sd.store import GeneMapReader, GeneMapWriter, ModelRecord, open_map, recorded
 
-__all__ = ["CoarseSink", "MapInfo", "ReusedMap", "find_map", "map_factor", "map_info"]
+__all__ = ["CoarseSink", "MapInfo", "ReusedMap", "find_map", "map_factor", "map_info", "partial_map", "sink_of"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _overview(slide: Slide) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class ReusedMap:
-    """A native gene map that was written by an earlier call with the same model and slide.
+    """A native gene map, or part of one, that was written by an earlier call with the same model and slide.
 
     Attributes
     ----------
@@ -94,27 +94,45 @@ class ReusedMap:
     channels: list[int]
 
     def covers(self, window: Window) -> bool:
-        """All of it was predicted."""
-        return True
+        """Whether the map reaches over a window; all of it was predicted."""
+        return window.row1 <= self.reader.shape[0] and window.col1 <= self.reader.shape[1]
 
     def read(self, window: Window) -> NDArray[np.float32]:
         """Values (genes, rows, columns) of a window."""
         return self.reader.read(*window, self.channels)
 
 
-def find_map(sdata: SpatialData, key: str, info: MapInfo, genes: Sequence[str]) -> ReusedMap | None:
+def find_map(
+    sdata: SpatialData, key: str, info: MapInfo, genes: Sequence[str], slide: Slide
+) -> ReusedMap | None:
     """The map of an earlier call, if regions can be had from it exactly.
 
     That takes the same model, image and tissue, the native pitch (a coarser map has lost what the bilinear resize
-    needs), and all of the genes.
+    needs), all of the genes, and an image that was not aligned anew since.
     """
     found = recorded(sdata, "maps", key)
     if not found or key not in sdata.images or found.get("fingerprint") != info.fingerprint or found.get("factor") != 1:
         return None
     reader = open_map(sdata, key)
-    if not set(genes) <= set(reader.genes):
+    if not set(genes) <= set(reader.genes) or not _lies_on(sdata, key, slide):
         return None
     return ReusedMap(reader, [reader.genes.index(gene) for gene in genes])
+
+
+def partial_map(writer: GeneMapWriter, info: MapInfo) -> ReusedMap | None:
+    """What a run that was cut off has left of a native map; windows with blocks to come are not read from it."""
+    reader = writer.reader() if info.factor == 1 else None
+    return None if reader is None else ReusedMap(reader, list(range(len(reader.genes))))
+
+
+def _lies_on(sdata: SpatialData, key: str, slide: Slide) -> bool:
+    """Whether a native map still lies where its image does."""
+    pitch = MAP_STRIDE * slide.working_scale
+    try:
+        found = affine_matrix(sdata.images[key], slide.coordinate_system)
+    except ElementError:
+        return False
+    return bool(np.allclose(found, slide.to_system @ np.diag([pitch, pitch, 1.0]), rtol=1e-6))
 
 
 class CoarseSink:

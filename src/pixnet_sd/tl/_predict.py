@@ -35,7 +35,7 @@ from pixnet_sd.store import (
     tissue_labels,
 )
 
-from ._map_request import MapInfo, ReusedMap, find_map, map_factor, map_info, sink_of
+from ._map_request import MapInfo, ReusedMap, find_map, map_factor, map_info, partial_map, sink_of
 from ._recipe import check_tile_px
 from ._region_request import RegionRequest, request_regions
 
@@ -56,7 +56,8 @@ def predict(
     genes: Sequence[str] | None = None,
     image_key: str | None = None,
     coordinate_system: str | None = None,
-    mpp: float | None = None,
+    mpp: float | Literal["coordinate_system"] | None = None,
+    allow_any_mpp: bool = False,
     map_um: float | None = None,
     write_map: bool = True,
     tile_px: int | None = None,
@@ -90,7 +91,7 @@ def predict(
         Predict the regions of this shapes or labels element.
     genes
         Genes to predict; default: all of the model's.
-    image_key, coordinate_system, mpp
+    image_key, coordinate_system, mpp, allow_any_mpp
         As in :func:`fit`.
     map_um
         Pixel size of the map, a whole multiple of the native one (4 times the model's working µm per pixel).
@@ -146,6 +147,7 @@ def predict(
         image_key=image_key,
         coordinate_system=coordinate_system,
         mpp=mpp,
+        allow_any_mpp=allow_any_mpp,
         working_mpp=found.record.working_mpp,
         element_key=shapes_key,
     )
@@ -194,7 +196,7 @@ class _Job:
         self, settings: InferSettings, device: str | torch.device | None, *, write_map: bool, show_progress_bar: bool
     ) -> None:
         """Check that results can be written, predict, and write them all at once."""
-        reused = find_map(self.sdata, self.map_key, self.info, self.genes)
+        reused = find_map(self.sdata, self.map_key, self.info, self.genes, self.slide)
         write_map = write_map and not (reused is not None and self.info.factor == 1)
         if reused is not None and self.request is None and not write_map:
             logger.info("the gene map %r of this model and slide is there already", self.map_key)
@@ -206,6 +208,8 @@ class _Job:
         plan = plan_regions(regions, grid, self.tissue, settings.tile_px // MAP_STRIDE)
         with ExitStack() as stack:
             writer = stack.enter_context(self._writer()) if write_map else None
+            if writer is not None and reused is None:
+                reused = partial_map(writer, self.info)
             result = infer(
                 self.model.network,
                 self.slide.read,
@@ -317,7 +321,7 @@ def _model(sdata: SpatialData, model: PixNet | str | Path | None) -> PixNet:
     if isinstance(model, PixNet):
         return model
     if model is None:
-        model = recorded(sdata, "model")
+        model = str(recorded(sdata, "model") or "")
         if not model:
             raise CheckpointError(
                 "No model was given, and none is recorded in this object. Give predict(sdata, model=...) a PixNet or "
@@ -343,9 +347,7 @@ def _tissue(sdata: SpatialData, slide: Slide) -> NDArray[np.bool_]:
     return tissue
 
 
-def _settings(
-    model: PixNet, tile_px: int | None, batch_size: int, n_symmetries: Literal[1, 4, 8]
-) -> InferSettings:
+def _settings(model: PixNet, tile_px: int | None, batch_size: int, n_symmetries: Literal[1, 4, 8]) -> InferSettings:
     record = model.record
     if tile_px is None:
         tile_px = record.tile_px if record.sees_whole_tile else _TILE_PX

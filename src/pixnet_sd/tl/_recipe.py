@@ -17,6 +17,9 @@ Preset = Literal["paper"] | None
 DROPOUT = 0.5
 """Channel dropout of the decoder's laterals."""
 
+MIN_WIDTH = 32
+"""Fewest channels of a level, unless `decoder_width` itself is smaller."""
+
 _LEVELS = len(STRIDES)
 
 
@@ -24,14 +27,16 @@ def decoder_config(decoder_width: int, preset: Preset) -> DecoderConfig:
     """Shape of the decoder.
 
     By default every level of the pyramid is standardised and projected, to `decoder_width` channels at the coarsest
-    stride and half as many at each finer one, where maps have four times the pixels. ``preset="paper"`` feeds in the
-    encoder's own channels, and every feed-forward is `decoder_width` wide (Eq. 3).
+    stride and half as many at each finer one, where maps have four times the pixels, down to 32: the finest width is
+    the rank of the gene map. ``preset="paper"`` feeds in the encoder's own channels, and every feed-forward is
+    `decoder_width` wide (Eq. 3).
     """
+    if decoder_width < 1:
+        raise PixNetError(f"decoder_width={decoder_width}: 1 or more channels are needed.")
     if preset == "paper":
         return DecoderConfig(widths=None, hidden=(decoder_width,) * (_LEVELS - 1))
-    if decoder_width < 2**_LEVELS:
-        raise PixNetError(f"decoder_width={decoder_width} is too narrow: it halves at each stride. Give 16 or more.")
-    widths = tuple(decoder_width >> (_LEVELS - 1 - k) for k in range(_LEVELS))
+    least = min(decoder_width, MIN_WIDTH)
+    widths = tuple(max(decoder_width >> (_LEVELS - 1 - k), least) for k in range(_LEVELS))
     return DecoderConfig(widths=widths, hidden=tuple(2 * w for w in widths[:-1]), dropout=DROPOUT)
 
 

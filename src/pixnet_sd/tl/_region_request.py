@@ -137,9 +137,7 @@ def _circles(
     return RegionRequest(key, f"{key}_shapes", element, regions, index, 2 * radius_um)
 
 
-def _bins(
-    sdata: SpatialData, slide: Slide, centres: NDArray[np.float64], bin_um: float, key: str
-) -> RegionRequest:
+def _bins(sdata: SpatialData, slide: Slide, centres: NDArray[np.float64], bin_um: float, key: str) -> RegionRequest:
     transforms = image_transforms(sdata, slide.image_key)
     element = squares_element(centres * slide.working_scale, bin_um / slide.mpp, transforms)
     regions = squares(centres, bin_um / slide.working_mpp)
@@ -158,7 +156,8 @@ def _at_shapes(
     height, width = slide.working_shape
     keep = check_regions_on_image(regions.bounds, width=width, height=height, what=f"Element {shapes_key!r}")
     if not keep.all():
-        logger.warning("%d of %d regions of %r lie off the image and are left out", (~keep).sum(), len(keep), shapes_key)
+        n_off, n = int((~keep).sum()), len(keep)
+        logger.warning("%d of %d regions of %r lie off the image and are left out", n_off, n, shapes_key)
         regions, ids = regions.subset(np.flatnonzero(keep)), ids[keep]
     key = f"{key_added}_{shapes_key}"
     if radius_um is not None:

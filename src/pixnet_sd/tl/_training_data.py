@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -60,7 +60,8 @@ def open_sources(
     image_key: str | None,
     table_key: str | Sequence[str] | None,
     coordinate_system: str | None,
-    mpp: float | None,
+    mpp: float | Literal["coordinate_system"] | None,
+    allow_any_mpp: bool,
     working_mpp: float,
 ) -> dict[str, Source]:
     """Open every slide and its tables; arguments as of :func:`pixnet_sd.tl.fit`."""
@@ -71,6 +72,7 @@ def open_sources(
             image_key=image_key,
             coordinate_system=coordinate_system,
             mpp=mpp,
+            allow_any_mpp=allow_any_mpp,
             working_mpp=working_mpp,
             name=name,
         )

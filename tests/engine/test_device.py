@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pixnet_sd._errors import PixNetError
+from pixnet_sd.engine.device import make_fabric
+
+
+def test_cpu_in_full_precision() -> None:
+    fabric = make_fabric("cpu")
+    assert fabric.device == torch.device("cpu")
+    with fabric.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_cpu_when_there_is_no_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert make_fabric().device.type == "cpu"
+
+
+def test_a_torch_device_will_do() -> None:
+    assert make_fabric(torch.device("cpu")).device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
+def test_absent_gpu(monkeypatch, device) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PixNetError, match="no CUDA GPU.*device='cpu'"):
+        make_fabric(device)
+
+
+def test_gpu_number_that_is_not_there(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(PixNetError, match=r"'cuda:5'.*2 CUDA GPU"):
+        make_fabric("cuda:5")
+
+
+def test_absent_mps(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(PixNetError, match=r"'mps'.*device='cpu'"):
+        make_fabric("mps")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "meta", ""])
+def test_no_such_kind_of_device(device: str) -> None:
+    with pytest.raises(PixNetError, match=f"{device!r}.*'cpu'"):
+        make_fabric(device)
+
+
+@pytest.mark.gpu
+def test_gpu_by_default_in_bf16() -> None:
+    fabric = make_fabric()
+    assert fabric.device.type == "cuda"
+    with fabric.autocast():
+        ones = torch.ones(2, 2, device=fabric.device)
+        assert (ones @ ones).dtype == torch.bfloat16

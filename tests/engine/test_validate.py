@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pixnet_sd.engine.batches import Batch
+from pixnet_sd.engine.features import FeatureMaps
+from pixnet_sd.engine.settings import TrainSettings
+from pixnet_sd.engine.slides import TrainingSlide
+from pixnet_sd.engine.tiling import TrainingTiles
+from pixnet_sd.engine.validate import validate
+from pixnet_sd.nn.regions import Circles
+
+SETTINGS = TrainSettings(tile_px=64, batch_size=3)
+
+
+class Colours:
+    """Stands in for a network that knows the answer: its map is the colour of the slide over 128."""
+
+    stored = False
+
+    def of(self, batch: Batch, slide: TrainingSlide, tiles: TrainingTiles) -> Tensor:
+        return torch.nn.functional.avg_pool2d(batch.image.float(), 4)
+
+
+@pytest.fixture
+def oracle(make_network):
+    network = make_network()
+    network.head = torch.nn.Linear(3, 3)
+    torch.nn.init.zeros_(network.head.bias)
+    network.head.weight.data = torch.eye(3) / 128
+    return network
+
+
+def test_a_network_that_knows_scores_high(oracle, learnable) -> None:
+    slides = [learnable(150, 200, radii=(5.0, 10.0)), learnable(64, 300, seed=1, name="other")]
+    scores = validate(oracle, Colours(), slides, SETTINGS)
+    assert scores.pcc > 0.95
+    assert scores.mse < 0.01
+    assert min(scores.pcc_per_gene) > 0.9
+
+
+def test_regions_are_scored_in_their_order(oracle, learnable) -> None:
+    slide = learnable(150, 200)
+    (measured,) = slide.measured
+    measured.values[:] = measured.values[::-1].copy()
+    assert abs(validate(oracle, Colours(), [slide], SETTINGS).pcc) < 0.6
+
+
+def test_constant_genes_take_no_part(oracle, learnable) -> None:
+    here, there = learnable(), learnable(seed=1)
+    here.measured[0].values[:, :2] = 1
+    there.measured[0].values[:, 1] = 0
+    scores = validate(oracle, Colours(), [here, there], SETTINGS)
+    assert np.isnan(scores.pcc_per_gene).tolist() == [False, True, False]
+    assert scores.pcc == pytest.approx((scores.pcc_per_gene[0] + scores.pcc_per_gene[2]) / 2)
+    assert scores.pcc > 0.9
+
+
+def test_nothing_varies(oracle, slide_of, reader, draw) -> None:
+    slide = slide_of(
+        Circles([[20, 20], [40, 20]], 5), values=[np.ones((2, 3), np.float32)], read=reader(draw(64, 64))
+    )
+    scores = validate(oracle, Colours(), [slide], SETTINGS)
+    assert scores.pcc == float("-inf")
+    assert np.isfinite(scores.mse)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_chance_no_gradients_no_statistics(make_network, fabric, learnable, tmp_path: Path, frozen: bool) -> None:
+    network = make_network(frozen=frozen, dropout=0.5).train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    features = FeatureMaps(network, fabric, SETTINGS, tmp_path)
+    slide = learnable()
+    once, again = (validate(network, features, [slide], SETTINGS) for _ in range(2))
+    assert once == again
+    assert all(p.grad is None for p in network.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())

@@ -1,0 +1,47 @@
+"""`import pixnet_sd` costs nothing, and its rooms come when they are asked for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+import pixnet_sd
+
+HEAVY = ("torch", "timm", "spatialdata", "anndata", "zarr", "squidpy")
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_loads_nothing_heavy():
+    loaded = run_python(f"import sys, pixnet_sd; dir(pixnet_sd); print([m for m in {HEAVY} if m in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_datasets_load_no_torch():
+    assert run_python("import sys, pixnet_sd; pixnet_sd.datasets.sample; print('torch' in sys.modules)") == "False"
+
+
+def test_public_names_resolve():
+    assert dir(pixnet_sd) == sorted(pixnet_sd.__all__)
+    for name in pixnet_sd.__all__:
+        assert getattr(pixnet_sd, name) is not None
+    assert {"fit", "predict", "evaluate"} <= set(dir(pixnet_sd.tl))
+    assert pixnet_sd.PixNet.__module__.startswith("pixnet_sd.store")
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match=r"module 'pixnet_sd' has no attribute 'predcit'"):
+        pixnet_sd.predcit  # noqa: B018
+
+
+def test_version():
+    try:
+        expected = importlib.metadata.version("pixnet_sd")
+    except importlib.metadata.PackageNotFoundError:
+        expected = "0+unknown"
+    assert pixnet_sd.__version__ == expected

@@ -1,0 +1,221 @@
+"""Values do not depend on tiles or on how a slide lies in its coordinate system; what belongs together stays together.
+
+The landmark tests take a network whose map is the darkness of the image, so that the map's peak is where the dark spot
+is, and no training blurs that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import geopandas as gpd
+import numpy as np
+import pytest
+import shapely
+import spatialdata as sd
+import torch
+from spatialdata.models import Image2DModel, ShapesModel
+from spatialdata.transformations import Affine, get_transformation, set_transformation
+
+import pixnet_sd as ps
+from pixnet_sd.nn.model import Network
+
+FULL, BINS = "sample_full_image", "sample_square_008um"
+SYSTEM = "sample"
+
+
+def similarity(*, degrees: float = 0.0, scale: float = 1.0, mirror: bool = False, shift=(0.0, 0.0)) -> np.ndarray:
+    a = np.deg2rad(degrees)
+    flip = np.diag([-1.0, 1.0]) if mirror else np.eye(2)
+    matrix = np.eye(3)
+    matrix[:2, :2] = scale * np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) @ flip
+    matrix[:2, 2] = shift
+    return matrix
+
+
+def affine(matrix: np.ndarray) -> Affine:
+    return Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))
+
+
+def to_system(element, xy: np.ndarray, system: str = SYSTEM) -> np.ndarray:
+    """Points of an element, (n, 2), in the coordinate system."""
+    matrix = get_transformation(element, to_coordinate_system=system).to_affine_matrix(("x", "y"), ("x", "y"))
+    return np.column_stack([xy, np.ones(len(xy))]) @ matrix[:2].T
+
+
+def centres(shapes: gpd.GeoDataFrame) -> np.ndarray:
+    return shapely.get_coordinates(shapely.centroid(shapes.geometry.to_numpy()))
+
+
+@pytest.fixture
+def sharp(model) -> ps.PixNet:
+    """The model as if trained at a third of the resolution, which makes the slide larger than a tile."""
+    return ps.PixNet(model.network, replace(model.record, working_mpp=1 / 3))
+
+
+def test_tile_size_leaves_no_trace(fitted, sharp, predict, map_values, forward_passes):
+    maps, passes = [], []
+    for tile_px in (256, 512, 1024):
+        predict(fitted, sharp, tile_px=tile_px, key_added=f"t{tile_px}")
+        maps.append(map_values(fitted, f"t{tile_px}_map"))
+        passes.append(len(forward_passes) - sum(passes))
+    assert passes == [8, 3, 1]  # of 9, 4 and 1; corners are glass
+    spread = maps[0][:, :150, :150].std()
+    assert spread > 0
+    for other in maps[1:]:
+        assert np.abs(other - maps[0]).max() <= 1e-4 * spread
+
+
+def test_batched_tiles_give_the_same(fitted, sharp, predict, map_values):
+    predict(fitted, sharp, key_added="one")
+    predict(fitted, sharp, key_added="four", batch_size=4)
+    assert np.abs(map_values(fitted, "four_map") - map_values(fitted, "one_map")).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        pytest.param(similarity(degrees=90, shift=(500.0, 20.0)), id="rotated"),
+        pytest.param(similarity(mirror=True), id="mirrored"),
+        pytest.param(similarity(degrees=-33, scale=0.4, mirror=True, shift=(-70.0, 10.0)), id="all"),
+    ],
+)
+def test_slide_moved_in_its_coordinate_system(fitted, predict, map_values, moved):
+    predict(fitted, shapes_key=BINS, key_added="before")
+    predict(fitted, radius_um=12, key_added="before", write_map=False)
+    for element in (fitted.images[FULL], fitted.shapes[BINS]):
+        set_transformation(element, affine(moved), SYSTEM)
+    predict(fitted, shapes_key=BINS, key_added="after", coordinate_system=SYSTEM)
+    predict(fitted, radius_um=12, key_added="after", coordinate_system=SYSTEM, write_map=False)
+
+    for name in (BINS, "circles_12um"):
+        before, after = (fitted.tables[f"{when}_{name}"] for when in ("before", "after"))
+        np.testing.assert_allclose(after.X, before.X, atol=1e-5)
+        np.testing.assert_allclose(after.obs["area_um2"], before.obs["area_um2"], rtol=1e-6)
+    np.testing.assert_allclose(map_values(fitted, "after_map"), map_values(fitted, "before_map"), atol=1e-6)
+    old, new = (fitted.shapes[f"{when}_circles_12um_shapes"] for when in ("before", "after"))
+    landed = np.column_stack([to_system(old, centres(old)), np.ones(len(old))]) @ moved[:2].T
+    np.testing.assert_allclose(to_system(new, centres(new)), landed, atol=1e-6)
+
+
+def test_shapes_moved_alone_are_followed(fitted, predict):
+    """Bins given in other units, as circles from another tool would be, are still the same bins."""
+    predict(fitted, shapes_key=BINS, write_map=False)
+    away = similarity(degrees=20, scale=3, shift=(5.0, 7.0))
+    there = shapely.transform(
+        fitted.shapes[BINS].geometry.to_numpy(), lambda xy: np.column_stack([xy, np.ones(len(xy))]) @ away[:2].T
+    )
+    moved = gpd.GeoDataFrame(geometry=there)
+    fitted.shapes["elsewhere"] = ShapesModel.parse(moved, transformations={SYSTEM: affine(np.linalg.inv(away))})
+    predict(fitted, shapes_key="elsewhere", write_map=False)
+    same, other = fitted.tables[f"pixnet_{BINS}"], fitted.tables["pixnet_elsewhere"]
+    np.testing.assert_allclose(other.X, same.X, atol=1e-4)
+
+
+class Darkness(Network):
+    """Every channel of D is the mean darkness of the 4 × 4 pixels below."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        dark = torch.nn.functional.avg_pool2d(255 - image.mean(dim=1, keepdim=True), 4)
+        return dark.expand(-1, self.head.in_features, -1, -1)
+
+
+@pytest.fixture
+def darkness(model) -> ps.PixNet:
+    record = replace(model.record, genes=["DARK"], held_out_pcc=[], weights_sha256="darkness")
+    network = Darkness(model.network.encoder, record.decoder, 1, "mean")
+    torch.nn.init.constant_(network.head.weight, 1 / network.head.in_features)
+    torch.nn.init.zeros_(network.head.bias)
+    return ps.PixNet(network, record)
+
+
+MPP = 0.7
+SPOT_XY = np.array([311.3, 208.9])  # px of the image, on no pixel's centre
+LANDMARKS = SPOT_XY + np.array([[0, 0], [60, -40], [-70, 30], [20, 80]])
+
+
+def spotted_image(transformation: Affine):
+    """Glass, a pale disk of tissue, and one dark spot in it."""
+    y, x = np.mgrid[:420, :560] + 0.5
+    tissue = (x - 300) ** 2 + (y - 210) ** 2 < 170**2
+    pixels = np.where(tissue, [[[205]], [[150]], [[190]]], 240).astype(float)
+    pixels -= 90 * np.exp(-((x - SPOT_XY[0]) ** 2 + (y - SPOT_XY[1]) ** 2) / (2 * 12**2))
+    return Image2DModel.parse(
+        pixels.round().astype(np.uint8),
+        dims=("c", "y", "x"),
+        c_coords=["r", "g", "b"],
+        scale_factors=[2],
+        transformations={SYSTEM: transformation},
+    )
+
+
+@pytest.fixture(params=["turned", "mirrored"])
+def landmark_slide(request) -> tuple[sd.SpatialData, np.ndarray]:
+    """A slide, rotated, scaled and shifted in its system, and shapes that are drawn in the system itself."""
+    matrix = similarity(degrees=25, scale=MPP, shift=(130.0, -60.0), mirror=request.param == "mirrored")
+    there = np.column_stack([LANDMARKS, np.ones(len(LANDMARKS))]) @ matrix[:2].T
+    shapes = gpd.GeoDataFrame({"radius": np.full(len(there), 6.0)}, geometry=shapely.points(there))
+    shapes = ShapesModel.parse(shapes, transformations={SYSTEM: affine(np.eye(3))})
+    sdata = sd.SpatialData(images={"he": spotted_image(affine(matrix))}, shapes={"landmarks": shapes})
+    return sdata, there[0]
+
+
+def weighted_centre(xy: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Centre of what stands out above the tissue around."""
+    weight = np.clip(values - (np.median(values) + 0.3 * (values.max() - np.median(values))), 0, None)
+    return (xy * weight[:, None]).sum(axis=0) / weight.sum()
+
+
+@pytest.mark.parametrize("map_um", [None, 12.0])
+def test_landmark(landmark_slide, darkness, predict, map_values, map_um):
+    sdata, spot = landmark_slide
+    predict(sdata, darkness, mpp="coordinate_system", radius_um=4, map_um=map_um)
+    predict(sdata, darkness, mpp="coordinate_system", shapes_key="landmarks", write_map=False)
+    half_map_px = (map_um or 4.0) / 2  # µm, the unit of the system
+
+    picture = map_values(sdata)[0]
+    rows, cols = np.nonzero(picture)
+    map_centre = weighted_centre(np.column_stack([cols, rows]) + 0.5, picture[rows, cols])
+    assert np.linalg.norm(to_system(sdata.images["pixnet_map"], map_centre[None])[0] - spot) < half_map_px / 2
+    peak = np.array([np.unravel_index(picture.argmax(), picture.shape)])[:, ::-1] + 0.5
+    assert np.linalg.norm(to_system(sdata.images["pixnet_map"], peak)[0] - spot) < half_map_px * np.sqrt(2)
+
+    circles, table = sdata.shapes["pixnet_circles_4um_shapes"], sdata.tables["pixnet_circles_4um"]
+    drawn = weighted_centre(to_system(circles, centres(circles)), table.X[:, 0])
+    assert np.linalg.norm(drawn - spot) < 1.0
+    assert (circles.index == table.obs["instance_id"]).all()
+
+    at_landmarks = sdata.tables["pixnet_landmarks"].to_df()["DARK"]
+    assert at_landmarks.idxmax() == "0"
+    assert at_landmarks.iloc[0] > at_landmarks.iloc[1:].max() + 30
+
+
+def test_landmark_levels_of_the_map_agree(landmark_slide, darkness, predict):
+    sdata, spot = landmark_slide
+    predict(sdata, darkness, mpp="coordinate_system")
+    for level in sdata.images["pixnet_map"].children.values():
+        image = level["image"]
+        place = np.unravel_index(image.values[0].argmax(), image.shape[1:])
+        xy = np.array([[image.x.values[place[1]], image.y.values[place[0]]]])
+        pitch = float(image.x.values[1] - image.x.values[0]) * 4
+        # coordinates of every level are pixels of level 0
+        assert np.abs(to_system(sdata.images["pixnet_map"], xy)[0] - spot).max() < pitch / 2 * np.sqrt(2)
+
+
+def test_values_are_means_over_the_pixels_below(landmark_slide, darkness, predict):
+    """Against the image itself: the mean darkness in a circle, of working pixels read by hand."""
+    sdata, _ = landmark_slide
+    predict(sdata, darkness, mpp="coordinate_system", shapes_key="landmarks", write_map=False)
+    pixels = 255 - sdata.images["he"]["scale0"]["image"].values.mean(axis=0)
+    y, x = np.mgrid[:420, :560] + 0.5
+    inside = [(x - cx) ** 2 + (y - cy) ** 2 <= (6.0 / MPP) ** 2 for cx, cy in LANDMARKS]
+    expected = [pixels[mask].mean() for mask in inside]
+    np.testing.assert_allclose(sdata.tables["pixnet_landmarks"].X[:, 0], expected, rtol=0.03)
+
+
+@pytest.mark.parametrize("n_symmetries", [4, 8])
+def test_averaged_copies_are_turned_back(landmark_slide, darkness, predict, map_values, n_symmetries):
+    sdata, _ = landmark_slide
+    predict(sdata, darkness, mpp="coordinate_system")
+    predict(sdata, darkness, mpp="coordinate_system", key_added="averaged", n_symmetries=n_symmetries)
+    np.testing.assert_allclose(map_values(sdata, "averaged_map"), map_values(sdata), atol=1e-3)
