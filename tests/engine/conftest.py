@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -97,7 +98,7 @@ class TinyBody(nn.Module):
         widths = (3, 6, *CHANNELS)
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, d, 3, stride=2, padding=1), nn.BatchNorm2d(d), nn.ReLU())
-            for c, d in zip(widths[:-1], widths[1:], strict=True)
+            for c, d in itertools.pairwise(widths)
         )
         for stage in self.stages:  # as if it had been trained: evaluation and training mode differ
             stage[1].running_mean.normal_(0, 0.1)

@@ -47,9 +47,7 @@ def test_turning_the_map_back_equals_moving_the_regions(k: int) -> None:
     turned = apply_symmetry(torch.rand(2, height, width), k)  # what a network makes of a turned tile
 
     back = build_operator(regions, Grid(height, width, stride))
-    there = build_operator(
-        moved(regions, k, height * stride, width * stride), Grid(*turned.shape[-2:], stride)
-    )
+    there = build_operator(moved(regions, k, height * stride, width * stride), Grid(*turned.shape[-2:], stride))
     undone = aggregate(undo_symmetry(turned, k).flatten(1).T, back.matrix)
     assert back.n_px.sum() > 200
     np.testing.assert_array_equal(back.n_px, there.n_px)

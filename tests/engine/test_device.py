@@ -26,7 +26,7 @@ def test_a_torch_device_will_do() -> None:
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
 def test_absent_gpu(monkeypatch, device) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(PixNetError, match="no CUDA GPU.*device='cpu'"):
+    with pytest.raises(PixNetError, match=r"no CUDA GPU.*device='cpu'"):
         make_fabric(device)
 
 

@@ -45,7 +45,7 @@ def test_nothing_there_begins_anew(tmp_path: Path) -> None:
 
 def test_state_of_another_run(state, tmp_path: Path) -> None:
     state.save(tmp_path / "training")
-    with pytest.raises(CheckpointError, match="other data or settings.*checkpoint_dir") as refused:
+    with pytest.raises(CheckpointError, match=r"other data or settings.*checkpoint_dir") as refused:
         RunState.load(tmp_path / "training", "xyz")
     assert str(tmp_path) in str(refused.value)
     assert (tmp_path / "training" / FILE).exists()

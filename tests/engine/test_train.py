@@ -101,7 +101,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, epoch: int, *, saved: bool) -> No
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
-    ("epoch", "saved", "held"), [(1, False, True), (1, True, False), (2, True, True), (3, False, False), (3, True, True)]
+    ("epoch", "saved", "held"),
+    [(1, False, True), (1, True, False), (2, True, True), (3, False, False), (3, True, True)],
 )
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     make_network, run, learnable, monkeypatch, frozen: bool, epoch: int, saved: bool, held: bool
@@ -181,6 +182,15 @@ def test_early_stopping_restores_the_best_epoch(make_network, run, learnable, mo
     run(two_epochs, [slide], folder="two", max_epochs=2)
     assert same(weights(network), weights(two_epochs))
     assert not network.training
+
+
+def test_the_last_epoch_on_request(make_network, run, learnable, monkeypatch) -> None:
+    slide = learnable()
+    scripted(monkeypatch, 0.5, 0.1, 0.2)
+    network, plain = make_network(), make_network()
+    assert run(network, [slide], [slide], keep_best=False).best_epoch == 3
+    run(plain, [slide], folder="plain")
+    assert same(weights(network), weights(plain))
 
 
 def test_without_patience_all_epochs_run(make_network, run, learnable, monkeypatch) -> None:

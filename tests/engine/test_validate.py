@@ -62,9 +62,7 @@ def test_constant_genes_take_no_part(oracle, learnable) -> None:
 
 
 def test_nothing_varies(oracle, slide_of, reader, draw) -> None:
-    slide = slide_of(
-        Circles([[20, 20], [40, 20]], 5), values=[np.ones((2, 3), np.float32)], read=reader(draw(64, 64))
-    )
+    slide = slide_of(Circles([[20, 20], [40, 20]], 5), values=[np.ones((2, 3), np.float32)], read=reader(draw(64, 64)))
     scores = validate(oracle, Colours(), [slide], SETTINGS)
     assert scores.pcc == float("-inf")
     assert np.isfinite(scores.mse)

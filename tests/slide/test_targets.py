@@ -123,3 +123,11 @@ def test_missing_genes_are_listed_up_to_ten_with_close_matches() -> None:
     with pytest.raises(DataError, match=r"14 of 15 genes are not in the model: 'CD3E' \(there is 'CD3D'\).*and 4 more"):
         check_genes(["CD3E", "ACTB", *missing], ["ACTB", "CD3D"], "the model")
     check_genes(["ACTB"], ["ACTB", "CD3D"], "the model")
+
+
+def test_held_out_slides_must_have_the_genes_but_do_not_rank_them() -> None:
+    training = {"train": [of([[3, 2, 1]], "ABC")]}
+    held_out = {"test": [of([[0, 1, 9]], ["B", "Z", "C"])]}
+    assert list(choose_genes(training, held_out=held_out, n_genes=2)) == ["B", "C"]
+    with pytest.raises(DataError, match="table 't5' of slide 'test': 'A'"):
+        choose_genes(training, held_out=held_out, genes=["A"])

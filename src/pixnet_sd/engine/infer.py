@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import lcm
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ from .augment import apply_symmetry, undo_symmetry
 from .batches import prefetch
 from .region_plan import RegionPlan, windows_of
 from .slides import ReadTile
+from .tiling import ALIGN_PX
 
 __all__ = ["BlockSink", "InferSettings", "Inference", "StoredMap", "infer"]
 
@@ -280,7 +282,7 @@ def infer(
     Regions' values, and how much was computed and reused.
     """
     step = settings.tile_px // MAP_STRIDE
-    side = step if block_px is None else -(-step // block_px) * block_px
+    side = _window_side(step, block_px)
     visits = _plan_visits(plan, side, step, sink, stored)
     run = _Pass(network, read, plan, genes, fabric, settings)
     total = sum(len(v.tiles) for v in visits)
@@ -290,6 +292,12 @@ def infer(
             _walk(run, visit, tiles, stored, writer)
             bar.update(len(visit.tiles))
     return Inference(_finish(run), total, sum(v.reuse for v in visits))
+
+
+def _window_side(step: int, block_px: int | None) -> int:
+    """Side of a window: whole blocks, room for a tile, and tiles that start where the coarsest stride does."""
+    unit = lcm(block_px or 1, ALIGN_PX // MAP_STRIDE)
+    return -(-step // unit) * unit
 
 
 def _walk(

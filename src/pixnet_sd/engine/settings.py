@@ -35,6 +35,8 @@ class TrainSettings:
         Tiles of one slide per step.
     patience
         Epochs without a better held-out PCC after which to stop; None never stops early.
+    keep_best
+        End with the weights of the best epoch on held-out regions instead of the last.
     stain_jitter
         Strength of `jitter_stain`.
     symmetries
@@ -54,6 +56,7 @@ class TrainSettings:
     tile_px: int = 512
     batch_size: int = 8
     patience: int | None = None
+    keep_best: bool = True
     stain_jitter: float = 0.05
     symmetries: bool = True
     compile: bool = False

@@ -13,7 +13,7 @@ from pixnet_sd.nn.encoder import STRIDES
 
 from .slides import TrainingSlide
 
-__all__ = ["Tile", "TrainingTiles", "training_tiles"]
+__all__ = ["ALIGN_PX", "Tile", "TrainingTiles", "training_tiles"]
 
 ALIGN_PX = STRIDES[-1]
 """Sides of tiles are multiples of the coarsest stride."""
@@ -110,10 +110,10 @@ def training_tiles(
     free = [np.ones(len(box), bool) for box in boxes]
     tiles, members = [], []
     for row0 in rows:
-        strips = [np.nonzero(_within(box[:, [1, 3]], row0, height))[0] for box in boxes]
+        strips = [np.nonzero(_within(box[:, 1::2], row0, height))[0] for box in boxes]
         for col0 in cols:
             inside = tuple(
-                index[_within(box[index][:, [0, 2]], col0, width) & f[index]]
+                index[_within(box[index, ::2], col0, width) & f[index]]
                 for box, index, f in zip(boxes, strips, free, strict=True)
             )
             if any(len(index) for index in inside):

@@ -151,7 +151,7 @@ class _Run:
         if self.held_out:
             scores = validate(self.network, self.features, self.held_out, self.settings)
             row |= {"val_pcc": scores.pcc, "val_mse": scores.mse}
-            if scores.pcc > state.best.pcc:
+            if scores.pcc > state.best.pcc or not self.settings.keep_best:
                 weights = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
                 state.best = BestEpoch(epoch, scores.pcc, scores.pcc_per_gene, weights)
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}

@@ -6,7 +6,7 @@ Eq. 4 resizes the low-resolution gene map D W + b to the slide, Eq. 5 sums it ov
 
 with R the bilinear resize (half-pixel centres, clamped at the border) and mask the pixels of each region. A region is a
 few runs of pixels, and R is separable: along a run the weights are differences of the cumulated column resize, across
-rows they are the row resize. So A costs the regions' outlines, not their areas.
+rows they are the row resize. So building A costs the ends of the runs, the regions' outlines, and not their pixels.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .regions import Float, Int, Regions, Spans, _ranges
 __all__ = ["Grid", "Operator", "Window", "aggregate", "build_operator", "count_pixels"]
 
 _CHUNK_PX = 4_000_000  # rows × regions looked at together when counting pixels
+_ROUNDING = 1e-9  # far above what sums of weights are off by, far below the smallest weight
 
 
 class Window(NamedTuple):
@@ -85,59 +86,95 @@ def _resize_taps(position: NDArray[np.floating[Any]], size: int, stride: int) ->
     return low, np.minimum(low + 1, size - 1), source - low
 
 
-def _cumulative_resize(first: int, last: int, size: int, stride: int, col0: int, col1: int) -> Float:
-    """Summed resize weights of the pixels [first, first + k), shape (last - first + 1, col1 - col0)."""
-    low, high, weight = _resize_taps(np.arange(first, last) + 0.5, size, stride)
-    total = np.zeros((last - first + 1, size if size < 3 else col1 - col0 + 2))
-    offset = 0 if size < 3 else col0 - 1  # one column of slack on both sides of the window
-    for tap, value in ((low, 1 - weight), (high, weight)):
-        inside = (tap - offset >= 0) & (tap - offset < total.shape[1])
-        np.add.at(total, (np.nonzero(inside)[0] + 1, tap[inside] - offset), value[inside])
-    return np.cumsum(total, axis=0)[:, col0 - offset : col1 - offset]
-
-
 def _reach(low0: int, low1: int, size: int, stride: int) -> tuple[int, int]:
     """Resized pixels whose weights touch the low-resolution pixels [low0, low1)."""
     return max(low0 - 1, 0) * stride, min(low1 + 1, size) * stride
 
 
-def _along_runs(spans: Spans, first: int, cumulative: Float, col0: int, grid: Grid) -> sparse.csr_array:
-    """Column weights of every run, shape (runs, window columns)."""
-    n_cols = cumulative.shape[1]
-    left = np.clip(spans.start // grid.stride - 1 - col0, 0, n_cols)
-    right = np.clip((spans.stop - 1) // grid.stride + 2 - col0, left, n_cols)
-    col, run = _ranges(left, right - left)
-    value = cumulative[spans.stop[run] - first, col] - cumulative[spans.start[run] - first, col]
-    indptr = np.concatenate([[0], np.cumsum(right - left)])
-    return sparse.csr_array((value, col, indptr), shape=(len(spans.row), n_cols))
+def _column_steps(first: int, last: int, col0: int, col1: int, grid: Grid) -> sparse.csr_array:
+    """How each position between pixels, as the end of a run, changes A from one column of the window to the next.
+
+    A run [a, b) weighs on column c with C(b, c) - C(a, c), where C(p, c) cumulates the resize weights of c over the
+    pixels before p. From column to column C changes only near p, so its differences are sparse. Left of the window C
+    is taken as constant, which cancels between the ends of a run, and right of it as zero.
+
+    Returns
+    -------
+    C(p, c) - C(p, c - 1), shape (last - first + 1, col1 - col0 + 1).
+    """
+    stride, n_cols = grid.stride, col1 - col0
+    pixel = np.arange(first, last)
+    low, high, weight = _resize_taps(pixel + 0.5, grid.width, stride)
+    cumulated = np.zeros((n_cols + 2, 3 * stride + 1))  # of each column over the 3 strides of pixels that touch it
+    for tap, value in ((low, 1 - weight), (high, weight)):
+        inside = np.nonzero((tap >= col0) & (tap < col1))[0]
+        place = (tap - col0 + 1)[inside], (pixel - (tap - 1) * stride + 1)[inside]
+        np.add.at(cumulated, place, value[inside])
+    cumulated = np.cumsum(cumulated, axis=1)
+    cumulated[0] = stride
+
+    position = np.arange(first, last + 1)[:, None]
+    column = position // stride + np.arange(-2, 3)
+    reached = np.clip(position - (column - 1) * stride, 0, 3 * stride)
+    step = np.diff(cumulated[np.clip(column - col0 + 1, 0, n_cols + 1), reached], axis=1)
+    column = column[:, 1:] - col0
+    keep = (column >= 0) & (column <= n_cols) & (step != 0)
+    indptr = np.concatenate([[0], np.cumsum(keep.sum(axis=1))])
+    return sparse.csr_array((step[keep], column[keep], indptr), shape=(len(position), n_cols + 1))
 
 
-def _across_rows(spans: Spans, window: Window, grid: Grid) -> tuple[sparse.csr_array, Int]:
-    """Row weights: (region, low row) pairs × runs, and the pairs as ``region * window rows + row``, ascending."""
+def _run_ends(spans: Spans, first: int, last: int, window: Window, grid: Grid) -> tuple[sparse.csr_array, Int]:
+    """Ends of the runs with their row weights, added up per low-resolution row.
+
+    Returns
+    -------
+    Plus at stops and minus at starts, shape (pairs, last - first + 1), and the (region, low-resolution row) pairs as
+    ``region * window rows + row``, ascending.
+    """
     n_rows = window.shape[0]
     low, high, weight = _resize_taps(spans.row + 0.5, grid.height, grid.stride)
     tap = np.concatenate([low, high]) - window.row0
-    run = np.tile(np.arange(len(low)), 2)
     value = np.concatenate([1 - weight, weight])
-    keep = (tap >= 0) & (tap < n_rows) & (value != 0)
-    pair = np.tile(spans.region, 2)[keep] * n_rows + tap[keep]
-    pairs, place = np.unique(pair, return_inverse=True)
-    return sparse.csr_array((value[keep], (place, run[keep])), shape=(len(pairs), len(low))), pairs
+    keep = np.nonzero((tap >= 0) & (tap < n_rows) & (value != 0))[0]
+    run, value = keep % max(len(low), 1), value[keep]
+    pairs, pair = np.unique(spans.region[run] * n_rows + tap[keep], return_inverse=True)
+    ends = np.concatenate([spans.stop[run], spans.start[run]]) - first
+    entries = (np.concatenate([value, -value]), (np.tile(pair, 2), ends))
+    return sparse.csr_array(entries, shape=(len(pairs), last - first + 1)), pairs
 
 
-def _sum_matrix(regions: Regions, grid: Grid, window: Window) -> sparse.csr_array:
-    """A of Eq. 5 restricted to the columns of a window."""
+def _cumulated(steps: sparse.csr_array) -> sparse.csr_array:
+    """Rows cumulated along their columns; each row of steps adds up to zero, so that it ends where it becomes zero."""
+    steps.sort_indices()
+    occupied = np.nonzero(np.diff(steps.indptr))[0]
+    begin, end = np.zeros((2, steps.shape[0]), np.int64)
+    begin[occupied] = steps.indices[steps.indptr[occupied]]
+    end[occupied] = steps.indices[steps.indptr[occupied + 1] - 1]
+    column, _ = _ranges(begin, end - begin)
+    indptr = np.concatenate([[0], np.cumsum(end - begin)])
+    # The rows lie end to end: the last step of one, back to zero, falls on the first of the next.
+    place = steps.indices + np.repeat(indptr[:-1] - begin, np.diff(steps.indptr))
+    value = np.cumsum(np.bincount(place, steps.data, len(column) + 1))[:-1]
+    return sparse.csr_array((value, column, indptr), shape=steps.shape)
+
+
+def _sum_matrix(spans: Spans, n_regions: int, grid: Grid, window: Window) -> sparse.csr_array:
+    """A of Eq. 5 restricted to the columns of a window, from the runs that can touch it."""
     n_rows, n_cols = window.shape
-    row_reach = _reach(window.row0, window.row1, grid.height, grid.stride)
     first, last = _reach(window.col0, window.col1, grid.width, grid.stride)
-    spans = regions.spans(*row_reach, first, last)
-    cumulative = _cumulative_resize(first, last, grid.width, grid.stride, window.col0, window.col1)
-    rows, pairs = _across_rows(spans, window, grid)
-    blocks = sparse.csr_array(rows @ _along_runs(spans, first, cumulative, window.col0, grid))
+    ends, pairs = _run_ends(spans, first, last, window, grid)
+    blocks = _cumulated(ends @ _column_steps(first, last, window.col0, window.col1, grid))
     # A (region, low row) pair holds the next stretch of its region's row of A: only the pointers change.
     column = blocks.indices + np.repeat((pairs % n_rows) * n_cols, np.diff(blocks.indptr))
-    ends = np.searchsorted(pairs // n_rows, np.arange(len(regions) + 1))
-    return sparse.csr_array((blocks.data, column, blocks.indptr[ends]), shape=(len(regions), n_rows * n_cols))
+    value = np.where(np.abs(blocks.data) < _ROUNDING, 0.0, blocks.data)
+    indptr = blocks.indptr[np.searchsorted(pairs // n_rows, np.arange(n_regions + 1))]
+    matrix = sparse.csr_array((value, column, indptr), shape=(n_regions, n_rows * n_cols))
+    matrix.eliminate_zeros()  # holes, and between the parts of a region
+    return matrix
+
+
+def _count(spans: Spans, n_regions: int) -> Float:
+    return np.bincount(spans.region, spans.stop - spans.start, n_regions).astype(np.float64)
 
 
 def count_pixels(regions: Regions, height: int, width: int) -> Float:
@@ -157,8 +194,7 @@ def count_pixels(regions: Regions, height: int, width: int) -> Float:
     total = np.zeros(len(regions))
     step = max(_CHUNK_PX // max(len(regions), 1), 256)
     for row0 in range(0, height, step):
-        spans = regions.spans(row0, min(row0 + step, height), 0, width)
-        total += np.bincount(spans.region, spans.stop - spans.start, len(regions))
+        total += _count(regions.spans(row0, min(row0 + step, height), 0, width), len(regions))
     return total
 
 
@@ -166,9 +202,9 @@ def _point_matrix(regions: Regions, empty: Int, grid: Grid, window: Window) -> t
     """Rows for regions that hold no pixel centre: the resized map at their centre times their area."""
     picked = regions.subset(empty)
     x, y = picked.centre_xy.T
-    area = np.where(picked.area > 0, picked.area, 1.0)
     inside = (x >= 0) & (y >= 0) & (x < grid.width * grid.stride) & (y < grid.height * grid.stride)
-    area = np.where(inside, area, 0.0)
+    x, y = np.where(inside, x, 0.0), np.where(inside, y, 0.0)  # what is nowhere has NaN
+    area = np.where(inside, np.where(picked.area > 0, picked.area, 1.0), 0.0)
     columns, rows = (_resize_taps(v, size, grid.stride) for v, size in ((x, grid.width), (y, grid.height)))
     entries: list[tuple[Int, Int, Float]] = []
     for row, row_weight in ((rows[0], 1 - rows[2]), (rows[1], rows[2])):
@@ -192,7 +228,8 @@ def build_operator(
     ----------
     regions
         Regions in pixels of the resized map. What lies outside the map does not count. A region that is inside but
-        holds no pixel centre gets the map's bilinear value at its centre, weighted by its area.
+        holds no pixel centre gets the map's bilinear value at its centre, weighted by its area (by 1 px² if it has
+        none, such as a circle of radius 0).
     grid
         The whole low-resolution grid and its stride.
     window
@@ -209,10 +246,15 @@ def build_operator(
     Zhang et al., arXiv 2503.01347, Eq. 4–5.
     """
     window = grid.window if window is None else window
-    if n_px is None:
+    rows = _reach(window.row0, window.row1, grid.height, grid.stride)
+    cols = _reach(window.col0, window.col1, grid.width, grid.stride)
+    spans = regions.spans(*rows, *cols)
+    if n_px is None and window == grid.window:
+        n_px = _count(spans, len(regions))
+    elif n_px is None:
         n_px = count_pixels(regions, grid.height * grid.stride, grid.width * grid.stride)
     n_px = np.array(n_px, dtype=np.float64)
-    matrix = _sum_matrix(regions, grid, window)
+    matrix = _sum_matrix(spans, len(regions), grid, window)
     empty = np.nonzero(n_px == 0)[0]
     if len(empty):
         points, n_px[empty] = _point_matrix(regions, empty, grid, window)
@@ -220,24 +262,26 @@ def build_operator(
     return Operator(matrix, n_px)
 
 
+def _product(matrix: Any, x: Tensor) -> Tensor:
+    """Sparse matrix times tensor: by torch on CUDA, elsewhere by SciPy, as torch needs MKL and does not know MPS."""
+    if not x.is_cuda:
+        return torch.from_numpy(matrix @ x.cpu().numpy()).to(x.device)
+    entries = matrix.tocoo()
+    index, value = (torch.from_numpy(part) for part in (np.stack(entries.coords), entries.data))
+    return torch.sparse_coo_tensor(index, value, matrix.shape, device=x.device, check_invariants=False) @ x
+
+
 class _SparseProduct(torch.autograd.Function):
     """A @ x for a constant sparse A; the gradient is Aᵀ @ g."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, transposed: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(transposed)
-        return matrix @ x
+    def forward(ctx: Any, matrix: sparse.csr_array, x: Tensor) -> Tensor:
+        ctx.matrix = matrix
+        return _product(matrix, x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
-        (transposed,) = ctx.saved_tensors
-        return None, None, transposed @ grads[0].contiguous()
-
-
-def _to_torch(matrix: sparse.csr_array, device: torch.device) -> Tensor:
-    parts = (torch.from_numpy(matrix.indptr.astype(np.int64)), torch.from_numpy(matrix.indices.astype(np.int64)))
-    values = torch.from_numpy(matrix.data.astype(np.float32))
-    return torch.sparse_csr_tensor(*parts, values, matrix.shape, device=device)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, _product(ctx.matrix.T, grads[0])
 
 
 def aggregate(features: Tensor, matrix: sparse.csr_array) -> Tensor:
@@ -254,7 +298,5 @@ def aggregate(features: Tensor, matrix: sparse.csr_array) -> Tensor:
     -------
     Shape (regions, C), float32.
     """
-    device = features.device
-    forward, backward = _to_torch(matrix, device), _to_torch(sparse.csr_array(matrix.T), device)
-    with torch.autocast(device.type, enabled=False):
-        return _SparseProduct.apply(forward, backward, features.float())
+    with torch.autocast(features.device.type, enabled=False):
+        return _SparseProduct.apply(matrix.astype(np.float32), features.float())

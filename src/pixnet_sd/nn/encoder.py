@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,10 +22,15 @@ __all__ = ["STRIDES", "Encoder", "build_encoder"]
 
 STRIDES = (4, 8, 16, 32)
 N_VIT_LEVELS = 4
+HUB_TIMEOUT_S = 5.0
 
 _OFFLINE_HELP = (
     "The ImageNet weights of {name!r} could not be fetched from timm's hub ({reason}). Without a network give "
     "encoder_weights= a path to a safetensors or torch file of weights, or encoder_weights=None to train from scratch."
+)
+_FIXED_SIZE = (
+    "Encoder {name!r} does not take images of any size: {reason}. Choose a ConvNet or a plain ViT, such as 'resnet18', "
+    "'convnext_tiny' or 'vit_small_patch16_224'."
 )
 
 
@@ -106,7 +112,29 @@ class Encoder(nn.Module):
         ]
 
 
+def _require_hub(name: str) -> None:
+    """Fail within seconds when the weights are not cached and the hub does not answer; timm would retry for a minute.
+
+    Raises
+    ------
+    CheckpointError
+        No answer.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        return
+    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    if any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files):
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except Exception as error:
+        raise CheckpointError(_OFFLINE_HELP.format(name=name, reason=type(error).__name__)) from error
+
+
 def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
+    if pretrained:
+        _require_hub(name)
     try:
         return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
     except Exception as error:
@@ -134,16 +162,37 @@ def _convnet_body(name: str, probe: nn.Module, *, pretrained: bool) -> nn.Module
 def _vit_body(name: str, probe: nn.Module, *, pretrained: bool) -> nn.Module:
     depth = len(probe.feature_info.info)  # type: ignore[union-attr, arg-type]
     indices = [round((k + 1) * depth / N_VIT_LEVELS) - 1 for k in range(N_VIT_LEVELS)]
-    return _create(name, pretrained=pretrained, out_indices=indices, dynamic_img_size=True)
+    options = {"out_indices": indices, "dynamic_img_size": True}
+    try:
+        _probe(name, **options)
+    except TypeError as error:
+        raise PixNetError(_FIXED_SIZE.format(name=name, reason=f"it fails ({error})")) from error
+    return _create(name, pretrained=pretrained, **options)
 
 
-def _probe(name: str) -> nn.Module:
+def _probe(name: str, **options: Any) -> nn.Module:
+    """The model without its weights in memory, to ask it what it has."""
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:8]) or "see timm.list_models()"
         raise PixNetError(f"timm knows no model named {name!r}. Some that it knows: {close}.")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
-        return _create(name, pretrained=False)
+        return _create(name, pretrained=False, **options)
+
+
+@torch.no_grad()
+def _check_any_size(encoder: Encoder, name: str) -> None:
+    """Try an image of a size that no backbone was made for: some take only their own."""
+    height, width = 2 * STRIDES[-1], 3 * STRIDES[-1]
+    try:
+        shapes = [tuple(x.shape[1:]) for x in encoder.eval()(torch.zeros(1, 3, height, width))]
+        wanted = [(c, height // s, width // s) for c, s in zip(encoder.channels, STRIDES, strict=True)]
+        reason = "" if shapes == wanted else f"it gives maps {shapes} where {wanted} are needed"
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = f"it fails ({error})"
+    if reason:
+        raise PixNetError(_FIXED_SIZE.format(name=name, reason=f"at {height} × {width} px {reason}"))
+    encoder.train()
 
 
 def build_encoder(name: str = "resnet18", weights: str | Path | None = "imagenet", *, frozen: bool = False) -> Encoder:
@@ -166,7 +215,7 @@ def build_encoder(name: str = "resnet18", weights: str | Path | None = "imagenet
     Raises
     ------
     PixNetError
-        timm does not know the model, or its strides do not fit.
+        timm does not know the model, its strides do not fit, or it takes images of one size only.
     CheckpointError
         The weights cannot be fetched, opened or matched.
     """
@@ -179,7 +228,7 @@ def build_encoder(name: str = "resnet18", weights: str | Path | None = "imagenet
     patch_px = body.feature_info.reduction()[0] if vit else None  # type: ignore[union-attr, operator]
     cfg = timm.get_pretrained_cfg(name)
     mean, std = (cfg.mean, cfg.std) if cfg is not None else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return Encoder(
+    encoder = Encoder(
         body,
         body.feature_info.channels(),  # type: ignore[union-attr, operator]
         mean,
@@ -187,3 +236,5 @@ def build_encoder(name: str = "resnet18", weights: str | Path | None = "imagenet
         frozen=frozen,
         patch_px=patch_px,
     )
+    _check_any_size(encoder, name)
+    return encoder

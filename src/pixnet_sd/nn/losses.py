@@ -22,10 +22,14 @@ def pearson_per_gene(predicted: Tensor, measured: Tensor) -> Tensor:
 
     Returns
     -------
-    r_g, shape (genes,); NaN for a gene that is constant in `measured`, which has no correlation.
+    r_g, shape (genes,); NaN for a gene that is constant in `measured`, which has no correlation; 0, without a gradient,
+    for one that is constant in `predicted` only.
     """
     p, m = predicted - predicted.mean(0), measured - measured.mean(0)
-    r = (p * m).sum(0) / (torch.sqrt((p * p).sum(0) * (m * m).sum(0)) + _EPS)
+    product = (p * p).sum(0) * (m * m).sum(0)
+    varies = (predicted.amax(0) > predicted.amin(0)) & (product > 0)
+    r = (p * m).sum(0) / (torch.sqrt(torch.where(varies, product, 1.0)) + _EPS)
+    r = torch.where(varies, r, 0.0)  # rather than the infinite slope of the square root at 0
     constant = measured.amax(0) == measured.amin(0)
     return torch.where(constant, torch.nan, r)
 

@@ -20,6 +20,7 @@ Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 
 _STRIP_PX = 1024  # rows of a label image read at once
+_SNAP_PX = 1e-9  # neighbours share a side but for its rounding: what is as close to a pixel centre lies on it
 
 
 class Spans(NamedTuple):
@@ -78,7 +79,7 @@ def _ranges(first: Int, length: Int) -> tuple[Int, Int]:
 
 def _first_centre(coordinate: Float) -> Int:
     """Index of the first pixel whose centre is at or after a coordinate."""
-    return np.ceil(coordinate - 0.5).astype(np.int64)
+    return np.ceil(coordinate - (0.5 + _SNAP_PX)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Circles:
         """Runs of pixels inside, see `Regions.spans`."""
         cx, cy = self.centre_xy.T
         first = np.clip(_first_centre(cy - self.radius), row0, row1)
-        last = np.clip(np.floor(cy + self.radius - 0.5).astype(np.int64) + 1, first, row1)
+        last = np.clip(np.floor(cy + self.radius - (0.5 - _SNAP_PX)).astype(np.int64) + 1, first, row1)
         row, region = _ranges(first, last - first)
         cx, radius = cx[region], self.radius[region]
         dy2 = (row + 0.5 - cy[region]) ** 2
@@ -322,7 +323,9 @@ class LabelGrid:
             total += np.stack([np.bincount(k, xy[:, axis] + 0.5, n) for axis in (0, 1)], axis=1)
             np.minimum.at(box[:, :2], k, xy)
             np.maximum.at(box[:, 2:], k, xy + 1)
-        return area, total / np.maximum(area, 1)[:, None], box
+        absent = area == 0
+        box[absent] = np.nan
+        return area, total / np.where(absent, np.nan, area)[:, None], box
 
     @property
     def area(self) -> Float:
@@ -331,12 +334,12 @@ class LabelGrid:
 
     @property
     def centre_xy(self) -> Float:
-        """Mean of each region's pixel centres, shape (n, 2)."""
+        """Mean of each region's pixel centres, shape (n, 2); NaN for a label that the image does not hold."""
         return _apply(self.to_grid, self._extent[1])
 
     @property
     def bounds(self) -> Float:
-        """Boxes around the regions (around their boxes, when the grid is rotated), shape (n, 4)."""
+        """Boxes around the regions (around their boxes, when the grid is rotated), shape (n, 4); NaN as the centre."""
         x0, y0, x1, y1 = self._extent[2].T
         corners = np.stack([_apply(self.to_grid, np.stack(c, 1)) for c in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))])
         return np.concatenate([corners.min(axis=0), corners.max(axis=0)], axis=1)
@@ -355,7 +358,8 @@ class LabelGrid:
     def _look_up(self, row0: int, row1: int, col0: int, col1: int) -> Int:
         """Region of each pixel centre of a window, -1 for none, shape (rows, columns)."""
         x, y = np.meshgrid(np.arange(col0, col1) + 0.5, np.arange(row0, row1) + 0.5)
-        xy = np.floor(_apply(np.linalg.inv(self.to_grid), np.stack([x.ravel(), y.ravel()], 1))).astype(np.int64)
+        xy = _apply(np.linalg.inv(self.to_grid), np.stack([x.ravel(), y.ravel()], axis=1))
+        xy = np.floor(xy + _SNAP_PX).astype(np.int64)
         height, width = self.labels.shape
         inside = np.all((xy >= 0) & (xy < (width, height)), axis=1)
         region = np.full(len(xy), -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -109,6 +110,7 @@ def _with_close_match(gene: str, there: pd.Index) -> str:
 def choose_genes(
     slides: Mapping[str, Sequence[Measured]],
     *,
+    held_out: Mapping[str, Sequence[Measured]] = MappingProxyType({}),
     n_genes: int = 250,
     genes: Sequence[str] | None = None,
     target_sum: float = 1e4,
@@ -122,6 +124,8 @@ def choose_genes(
     ----------
     slides
         Measured expression of each training slide, by name.
+    held_out
+        Of slides that are only scored on: their tables must have the genes, and say nothing about their means.
     n_genes
         How many, if they are not named.
     genes
@@ -139,17 +143,18 @@ def choose_genes(
         If named genes are missing or occur twice, or the slides have no gene in common with counts.
     """
     if genes is not None:
-        return _named_genes(slides, [genes] if isinstance(genes, str) else list(genes))
+        return _named_genes(slides, held_out, [genes] if isinstance(genes, str) else list(genes))
     if n_genes < 1:
         raise DataError(f"n_genes = {n_genes}: at least one gene is needed.")
-    mean = _mean_over_slides(slides, _shared_genes(slides), target_sum)
+    every = {**slides, **held_out}
+    mean = _mean_over_slides(slides, _shared_genes(every), target_sum)
     ranked = mean[mean > 0].reset_index().sort_values(["mean", "gene"], ascending=[False, True])["gene"]
     if ranked.empty:
-        raise DataError(f"No gene is measured, with counts, in all slides: {_genes_per_slide(slides)}.")
+        raise DataError(f"No gene is measured, with counts, in all slides: {_genes_per_slide(every)}.")
     if len(ranked) < n_genes:
         warnings.warn(
             f"{n_genes} genes were asked for, but only {len(ranked)} are in every table and have counts "
-            f"({_genes_per_slide(slides)}); all of them are used.",
+            f"({_genes_per_slide(every)}); all of them are used.",
             UserWarning,
             stacklevel=2,
         )
@@ -174,12 +179,14 @@ def _genes_per_slide(slides: Mapping[str, Sequence[Measured]]) -> str:
     return "genes by slide and table: " + ", ".join(listed)
 
 
-def _named_genes(slides: Mapping[str, Sequence[Measured]], genes: list[str]) -> pd.Index:
+def _named_genes(
+    slides: Mapping[str, Sequence[Measured]], held_out: Mapping[str, Sequence[Measured]], genes: list[str]
+) -> pd.Index:
     wanted = pd.Index(genes, dtype=object)
     twice = wanted[wanted.duplicated()].unique()
     if len(twice) or not len(wanted):
         raise DataError(f"genes= must name each gene once and at least one; named twice: {list(twice[:_FIRST])}.")
-    for name, tables in slides.items():
+    for name, tables in {**slides, **held_out}.items():
         for table in tables:
             check_genes(wanted, table.var_names, f"table {table.table_key!r} of slide {name!r}")
     mean = _mean_over_slides(slides, wanted, 1.0)

@@ -8,16 +8,16 @@ from typing import Any
 
 import pandas as pd
 from huggingface_hub import ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pixnet_sd._errors import CheckpointError
+from pixnet_sd._errors import CheckpointError, PixNetError
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.model import Network
 from pixnet_sd.nn.weights import hash_weights
 
-from ._record import ModelRecord, read_record, write_json_atomically
+from ._record import ModelRecord, library_versions, read_record, write_json_atomically
 
 __all__ = ["PixNet"]
 
@@ -117,8 +117,33 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd", tags=["spatial-transcripto
             )
         return cls(network, record)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        self.save(save_directory)
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> PixNet:
+        """Read a model from a folder or from the Hugging Face hub.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path
+            A folder, or ``"owner/name"`` on the hub.
+        options
+            ``revision``, ``token``, ``cache_dir``, ``local_files_only`` ... as in huggingface_hub.
+
+        Returns
+        -------
+        The model, on the CPU.
+
+        Raises
+        ------
+        CheckpointError
+            It cannot be had, or is no checkpoint of ours.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise CheckpointError(
+                f"{str(pretrained_model_name_or_path)!r} is neither a folder here nor could it be fetched from the "
+                f"hub ({type(error).__name__}). Check its name, and the network."
+            ) from error
 
     @classmethod
     def _from_pretrained(
@@ -134,23 +159,27 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd", tags=["spatial-transcripto
     ) -> PixNet:
         if Path(model_id).is_dir():
             return cls.load(model_id)
-        try:
-            folder = snapshot_download(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-                allow_patterns=[_CONFIG, _WEIGHTS],
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-            raise CheckpointError(
-                f"{model_id!r} is neither a folder here nor could it be fetched from the hub ({type(error).__name__})."
-            ) from error
+        folder = snapshot_download(
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=[_CONFIG, _WEIGHTS],
+        )
         return cls.load(folder)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory)
 
 
 def _empty_network(record: ModelRecord) -> Network:
-    encoder = build_encoder(record.encoder, None, frozen=record.freeze_encoder)
+    try:
+        encoder = build_encoder(record.encoder, None, frozen=record.freeze_encoder)
+    except PixNetError as error:
+        raise CheckpointError(
+            f"The checkpoint was made with encoder {record.encoder!r} of timm {record.versions.get('timm', '(unknown)')}"
+            f", and the timm installed here, {library_versions()['timm']}, does not have it. Install that version."
+        ) from error
     return Network(encoder, record.decoder, len(record.genes), record.aggregation)

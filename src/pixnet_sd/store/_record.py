@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +12,8 @@ import pandas as pd
 
 from pixnet_sd._errors import CheckpointError
 from pixnet_sd.nn.model import Aggregation, DecoderConfig
+
+from ._provenance import json_safe
 
 __all__ = ["FORMAT", "ModelRecord", "library_versions", "read_record", "write_json_atomically"]
 
@@ -105,15 +106,7 @@ class ModelRecord:
 
     def to_json(self) -> str:
         """Text of ``config.json``; NaN becomes null."""
-        return json.dumps(_plain(asdict(self)), indent=2)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json.dumps(json_safe(asdict(self)), indent=2)
 
 
 def read_record(path: Path) -> ModelRecord:
@@ -134,9 +127,7 @@ def read_record(path: Path) -> ModelRecord:
         There is none, it is damaged, or it is not one of ours.
     """
     if not path.is_file():
-        raise CheckpointError(
-            f"{str(path.parent)!r} is no pixnet_sd checkpoint: it has no config.json. Give the folder that fit left."
-        )
+        raise CheckpointError(f"{_no_checkpoint(path.parent)} Give the folder that fit left.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -151,7 +142,19 @@ def read_record(path: Path) -> ModelRecord:
     missing = [f.name for f in fields(ModelRecord) if f.name not in content]
     if missing:
         raise CheckpointError(f"{str(path)!r} lacks {missing}. Restore it, or train again.")
-    return ModelRecord(**{k: v for k, v in content.items() if k in known})
+    try:
+        return ModelRecord(**{k: v for k, v in content.items() if k in known})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"its decoder is {content['decoder']!r}"
+        raise CheckpointError(f"{str(path)!r} is damaged ({what}). Restore it, or train again.") from error
+
+
+def _no_checkpoint(folder: Path) -> str:
+    if not folder.exists():
+        return f"There is no folder {str(folder)!r}."
+    if not folder.is_dir():
+        return f"{str(folder)!r} is a file, and a checkpoint is a folder."
+    return f"{str(folder)!r} is no pixnet_sd checkpoint: it has no config.json."
 
 
 def library_versions() -> dict[str, str]:

@@ -23,7 +23,8 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
     """Score a prediction against measured expression of the same regions.
 
     Measured counts are normalised as the model's targets were. Regions are matched by the element that both tables
-    annotate and by instance id, genes by name; what only one of the tables has takes no part.
+    annotate and by instance id, genes by name; what only one of the tables has takes no part, nor do regions without a
+    single count.
 
     Parameters
     ----------
@@ -45,7 +46,7 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
     ElementError
         A table is missing, or the tables annotate different elements.
     DataError
-        Counts cannot be used, or the tables have no region or gene in common.
+        Counts cannot be used, or the tables have no region with counts, or no gene, in common.
     """
     predicted = _predicted(sdata, predicted_key)
     measured, link = _measured(sdata, table_key, predicted_key)
@@ -54,44 +55,67 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
     genes = predicted.var_names[predicted.var_names.isin(measured.var_names)]
     if not len(common) or not len(genes):
         raise DataError(
-            f"Tables {table_key!r} and {predicted_key!r} have {len(common)} regions and {len(genes)} genes in common; "
-            f"ids look like {list(link.instances[:3])} and {list(ids[:3])}."
+            f"Tables {table_key!r} and {predicted_key!r} have {len(common)} regions and {len(genes)} genes in common. "
+            f"Regions are called {_first(link.instances)} and {_first(ids)}, genes {_first(measured.var_names)} and "
+            f"{_first(predicted.var_names)}."
         )
-    target = _targets(measured, link, genes, float(predicted.uns["pixnet_sd"]["target_sum"]))
+    total, target = _targets(measured, link, genes, float(predicted.uns["pixnet_sd"]["target_sum"]))
+    common = common[total[link.instances.get_indexer(common)] > 0]
+    if not len(common):
+        raise DataError(f"Table {table_key!r}: none of the regions that {predicted_key!r} predicts has a count.")
     values = _dense(predicted[ids.get_indexer(common), genes].X)
     return _scores(values, target[link.instances.get_indexer(common)], genes)
 
 
+def _first(names: pd.Index) -> list[Any]:
+    found: list[Any] = names[:3].tolist()
+    return found
+
+
 def _predicted(sdata: SpatialData, key: str) -> AnnData:
-    if key not in sdata.tables:
-        raise ElementError(f"There is no table {key!r}. Tables: {list(sdata.tables)}.")
-    table = sdata.tables[key]
+    table = _table(sdata, key)
     if "pixnet_sd" not in table.uns:
         raise ElementError(f"Table {key!r} was not written by pixnet_sd's predict. Did you swap the two keys?")
     return table
 
 
+def _table(sdata: SpatialData, key: str) -> AnnData:
+    if key not in sdata.tables:
+        there = ", ".join(map(repr, sdata.tables)) or "none"
+        raise ElementError(f"There is no table {key!r}. Tables: {there}.")
+    return sdata.tables[key]
+
+
 def _measured(sdata: SpatialData, table_key: str, predicted_key: str) -> tuple[AnnData, TableLink]:
     """The measured table, and its rows that annotate the predicted table's element."""
-    if table_key not in sdata.tables:
-        raise ElementError(f"There is no table {table_key!r}. Tables: {list(sdata.tables)}.")
-    element = sdata.tables[predicted_key].uns["spatialdata_attrs"]["region"]
-    link = table_link(sdata, table_key=table_key)
+    measured, predicted = _table(sdata, table_key), sdata.tables[predicted_key]
+    if "pixnet_sd" in measured.uns:
+        raise ElementError(f"Table {table_key!r} holds predictions: give table_key= of a table with raw counts.")
+    if not measured.var_names.is_unique:
+        twice = measured.var_names[measured.var_names.duplicated()][0]
+        raise DataError(
+            f"Table {table_key!r}: gene {twice!r} occurs more than once, and genes are matched by name. Call "
+            "table.var_names_make_unique() first."
+        )
+    element = predicted.uns["spatialdata_attrs"]["region"]
+    system = predicted.uns["pixnet_sd"].get("coordinate_system")
+    link = table_link(sdata, table_key=table_key, coordinate_system=system)
     if [link.element_key] != ([element] if isinstance(element, str) else list(element)):
         raise ElementError(
             f"Table {table_key!r} measures the regions of {link.element_key!r}, and {predicted_key!r} predicts those "
             f"of {element!r}. Predict with shapes_key={link.element_key!r}."
         )
-    return sdata.tables[table_key], link
+    return measured, link
 
 
-def _targets(measured: AnnData, link: TableLink, genes: pd.Index, target_sum: float) -> NDArray[np.float32]:
-    """Normalised expression of the link's rows; NaN for a region without a single count."""
+def _targets(
+    measured: AnnData, link: TableLink, genes: pd.Index, target_sum: float
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Counts of each of the link's rows over all genes, and normalised expression of some."""
     what = f"Table {link.table_key!r}"
     counts = Counts.of(measured.X, link.rows, what)
     total = checked_totals(counts, measured.var_names, what)
-    columns = counts.columns(measured.var_names.get_indexer(genes))
-    return log_normalise(columns, np.where(total > 0, total, np.nan), target_sum)
+    return total, log_normalise(counts.columns(measured.var_names.get_indexer(genes)), total, target_sum)
 
 
 def _dense(x: Any) -> NDArray[np.float32]:
@@ -99,8 +123,7 @@ def _dense(x: Any) -> NDArray[np.float32]:
 
 
 def _scores(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: pd.Index) -> pd.DataFrame:
-    measured = np.isfinite(target).all(axis=1)
-    predicted, target = predicted[measured].astype(np.float64), target[measured].astype(np.float64)
+    predicted, target = predicted.astype(np.float64), target.astype(np.float64)
     error = predicted - target
     frame = pd.DataFrame(
         {
@@ -117,7 +140,7 @@ def _scores(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: 
         "PCC@F": float(pcc.quantile(0.25)),
         "PCC@S": float(pcc.median()),
         "PCC@M": float(pcc.mean()),
-        "n_regions": int(measured.sum()),
+        "n_regions": len(target),
         "n_genes": len(frame),
     }
     return frame

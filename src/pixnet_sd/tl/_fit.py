@@ -26,7 +26,7 @@ from pixnet_sd.nn.weights import hash_weights
 from pixnet_sd.store import ModelRecord, PixNet, library_versions
 from pixnet_sd.store import record as note
 
-from ._recipe import decoder_config, train_settings
+from ._recipe import check_choices, decoder_config, default_aggregation, train_settings
 from ._training_data import TrainingData, data_hash, describe, open_sources, training_data
 
 __all__ = ["fit"]
@@ -50,7 +50,7 @@ def fit(
     freeze_encoder: bool = False,
     decoder_width: int = 512,
     working_mpp: float = 0.5,
-    aggregation: Aggregation = "mean",
+    aggregation: Aggregation | None = None,
     pcc_weight: float = 0.5,
     preset: Literal["paper"] | None = None,
     max_epochs: int = 500,
@@ -105,12 +105,14 @@ def fit(
     working_mpp
         Micrometres per pixel at which the network sees a slide; the map's pixels are four times as large.
     aggregation
-        ``"mean"`` over a region's pixels, or ``"sum"`` (Eq. 5 to the letter). Log-normalised targets do not add up, so
-        with regions of several sizes only the mean puts them on one scale; at one size the two differ by a constant.
+        ``"mean"`` over a region's pixels (the default), or ``"sum"`` (Eq. 5 to the letter, and what the paper's preset
+        uses). Log-normalised targets do not add up, so with regions of several sizes only the mean puts them on one
+        scale; at one size the two differ by a constant.
     pcc_weight
         λ of Eq. 6.
     preset
-        ``"paper"``: decoder, optimizer and schedule as in the paper; None: this package's.
+        ``"paper"``: decoder, aggregation, optimizer and schedule as in the paper, the last epoch kept; None: this
+        package's.
     max_epochs
         Most passes over the tiles.
     lr, weight_decay
@@ -157,6 +159,7 @@ def fit(
     Zhang et al., arXiv 2503.01347, Eq. 1-6.
     """
     slides = _named(sdata)
+    check_choices(preset, aggregation, target_sum)
     fabric = make_fabric(device)
     settings = train_settings(
         preset=preset,
@@ -183,7 +186,7 @@ def fit(
         working_mpp=working_mpp,
     )
     data = training_data(sources, genes=genes, n_genes=n_genes, target_sum=target_sum, validation=validation, seed=seed)
-    network = Network(backbone, decoder_config(decoder_width, preset), len(data.genes), aggregation)
+    network = Network(backbone, decoder_config(decoder_width, preset), len(data.genes), aggregation or default_aggregation(preset))
     record = _record(
         network,
         settings,

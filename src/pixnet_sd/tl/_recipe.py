@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pixnet_sd._errors import PixNetError
 from pixnet_sd.engine.settings import TrainSettings
 from pixnet_sd.engine.tiling import ALIGN_PX
 from pixnet_sd.nn.encoder import STRIDES
-from pixnet_sd.nn.model import DecoderConfig
+from pixnet_sd.nn.model import Aggregation, DecoderConfig
 
-__all__ = ["Preset", "check_tile_px", "decoder_config", "train_settings"]
+__all__ = ["Preset", "check_choices", "check_tile_px", "decoder_config", "default_aggregation", "train_settings"]
 
 Preset = Literal["paper"] | None
 
@@ -40,6 +41,21 @@ def decoder_config(decoder_width: int, preset: Preset) -> DecoderConfig:
     return DecoderConfig(widths=widths, hidden=tuple(2 * w for w in widths[:-1]), dropout=DROPOUT)
 
 
+def default_aggregation(preset: Preset) -> Aggregation:
+    """Eq. 5 sums; the mean is what puts regions of several sizes on one scale."""
+    return "sum" if preset == "paper" else "mean"
+
+
+def check_choices(preset: Preset, aggregation: Aggregation | None, target_sum: float) -> None:
+    """Options that would otherwise be taken for others."""
+    if preset not in ("paper", None):
+        raise PixNetError(f"preset={preset!r}: give 'paper' or None.")
+    if aggregation not in ("mean", "sum", None):
+        raise PixNetError(f"aggregation={aggregation!r}: give 'mean' or 'sum'.")
+    if not (math.isfinite(target_sum) and target_sum > 0):
+        raise PixNetError(f"target_sum={target_sum}: a positive number of counts is needed, such as 1e4.")
+
+
 def check_tile_px(tile_px: int) -> None:
     """Tiles have sides that the coarsest stride divides."""
     if tile_px < 2 * ALIGN_PX or tile_px % ALIGN_PX:
@@ -66,11 +82,17 @@ def train_settings(
     """Settings of a run.
 
     A run with held-out regions may stop at any epoch, so its rate stays constant; one of known length anneals it.
-    ``preset="paper"``: Adam at a constant rate for all epochs, nothing jittered.
+    ``preset="paper"``: Adam at a constant rate for all epochs, the last of which is kept; nothing jittered.
     """
     check_tile_px(tile_px)
     if max_epochs < 1 or batch_size < 1:
         raise PixNetError(f"max_epochs={max_epochs} and batch_size={batch_size} must be 1 or more.")
+    if patience is not None and patience < 1:
+        raise PixNetError(f"patience={patience}: give 1 or more epochs, or None to train for all of max_epochs.")
+    if not lr > 0 or not weight_decay >= 0 or not pcc_weight >= 0:
+        raise PixNetError(
+            f"lr={lr} must be above 0, weight_decay={weight_decay} and pcc_weight={pcc_weight} not below."
+        )
     paper = preset == "paper"
     return TrainSettings(
         max_epochs=max_epochs,
@@ -82,6 +104,7 @@ def train_settings(
         tile_px=tile_px,
         batch_size=batch_size,
         patience=None if paper or not holds_out else patience,
+        keep_best=not paper,
         stain_jitter=0.0 if paper else 0.05,
         compile=compile,
         seed=seed,

@@ -140,7 +140,8 @@ def training_data(
     held_names = _held_out_names(validation, list(sources))
     share = _block_share(validation)
     tables = {name: source.tables for name, source in sources.items() if name not in held_names}
-    chosen = choose_genes(tables, n_genes=n_genes, genes=genes, target_sum=target_sum)
+    unseen = {name: sources[name].tables for name in held_names}
+    chosen = choose_genes(tables, held_out=unseen, n_genes=n_genes, genes=genes, target_sum=target_sum)
     slides = {name: _as_training_slide(source, chosen, target_sum) for name, source in sources.items()}
     training = [slides[name] for name in tables]
     held_out = [slides[name] for name in held_names]

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import from_numpy
+from torch.nn.functional import interpolate
+
+from pixnet_sd.engine.region_plan import RegionPlan, plan_regions, windows_of
+from pixnet_sd.nn.aggregation import Grid, build_operator
+from pixnet_sd.nn.regions import Circles, squares
+
+GRID = Grid(30, 41, 4)
+HEIGHT, WIDTH = 120, 164
+WHOLE = max(GRID.height, GRID.width)
+
+
+@pytest.fixture(scope="module")
+def tissue() -> np.ndarray:
+    """A disk, with a hole."""
+    y, x = np.mgrid[: GRID.height, : GRID.width]
+    return ((y - 14) ** 2 + (x - 16) ** 2 < 13**2) & ((y - 12) ** 2 + (x - 20) ** 2 > 9)
+
+
+@pytest.fixture(scope="module")
+def circles() -> Circles:
+    rng = np.random.default_rng(2)
+    anywhere = rng.uniform([-10, -10], [WIDTH + 10, HEIGHT + 10], (60, 2))
+    return Circles(anywhere, rng.uniform(0.2, 25, 60))
+
+
+def mask_of(circle: np.ndarray, radius: float) -> np.ndarray:
+    y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
+    return (x - circle[0]) ** 2 + (y - circle[1]) ** 2 <= radius**2
+
+
+def resized(low: np.ndarray) -> np.ndarray:
+    """Eq. 4's Resize."""
+    full = from_numpy(low.astype(np.float64))[None, None]
+    return interpolate(full, (HEIGHT, WIDTH), mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def test_windows_tile_the_grid_once() -> None:
+    times = np.zeros((GRID.height, GRID.width), int)
+    for row0, row1, col0, col1 in windows_of(GRID, 7):
+        assert max(row1 - row0, col1 - col0) <= 7
+        times[row0:row1, col0:col1] += 1
+    assert (times == 1).all()
+
+
+def test_divisor_counts_tissue_or_all_pixels_of_glass(tissue, circles) -> None:
+    plan = plan_regions(circles, GRID, tissue, WHOLE)
+    seen = resized(tissue)
+    for k, (centre, radius) in enumerate(zip(circles.centre_xy, circles.radius, strict=True)):
+        mask = mask_of(centre, radius)
+        if not mask.any():
+            continue
+        on_tissue = seen[mask].sum()
+        assert plan.on_glass[k] == (on_tissue == 0)
+        assert plan.divisor[k] == pytest.approx(on_tissue if on_tissue else mask.sum())
+    assert plan.on_glass.any()
+    assert (~plan.on_glass).any()
+
+
+def test_off_the_slide_and_between_pixel_centres(tissue) -> None:
+    circles = Circles([[-50, 50], [40, 40], [160, 2]], [5, 0.2, 0.2])
+    plan = plan_regions(circles, GRID, tissue, WHOLE)
+    assert plan.n_px.tolist() == [0, 0, 0]
+    np.testing.assert_allclose(plan.divisor, [0, np.pi * 0.04, np.pi * 0.04])
+    assert plan.on_glass.tolist() == [True, False, True]
+
+
+def test_glass_support_is_where_glass_regions_have_weight(tissue, circles) -> None:
+    plan = plan_regions(circles, GRID, tissue, WHOLE)
+    weight = build_operator(circles.subset(plan.on_glass), GRID).matrix.sum(axis=0).reshape(tissue.shape)
+    np.testing.assert_array_equal(plan.glass_support, weight > 0)
+    assert not (plan.glass_support & tissue).any()
+
+
+def test_nothing_to_support_without_glass_regions(tissue) -> None:
+    plan = plan_regions(Circles([[64, 60]], 10.0), GRID, tissue, WHOLE)
+    assert not plan.on_glass.any()
+    assert not plan.glass_support.any()
+
+
+def dense(plan: RegionPlan, side: int) -> np.ndarray:
+    """The operator put together from its windows."""
+    whole = np.zeros((len(plan.regions), GRID.height, GRID.width))
+    for window in windows_of(GRID, side):
+        index, matrix = plan.operator(window)
+        part = matrix.toarray().reshape(len(index), *window.shape)
+        whole[index, window.row0 : window.row1, window.col0 : window.col1] += part
+    return whole.reshape(len(plan.regions), -1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(plan_side=st.integers(3, 45), side=st.integers(3, 45))
+def test_windows_leave_no_trace(tissue, circles, plan_side: int, side: int) -> None:
+    one, cut = plan_regions(circles, GRID, tissue, WHOLE), plan_regions(circles, GRID, tissue, plan_side)
+    np.testing.assert_allclose(cut.divisor, one.divisor)
+    np.testing.assert_array_equal(cut.on_glass, one.on_glass)
+    np.testing.assert_array_equal(cut.glass_support, one.glass_support)
+    np.testing.assert_allclose(dense(cut, side), dense(one, WHOLE), atol=1e-12)
+
+
+def test_operator_leaves_glass_out_except_of_glass_regions(tissue, circles) -> None:
+    plan = plan_regions(circles, GRID, tissue, WHOLE)
+    weights = dense(plan, WHOLE)
+    full = build_operator(circles, GRID).matrix.toarray()
+    expected = np.where(plan.on_glass[:, None] | tissue.ravel(), full, 0)
+    np.testing.assert_allclose(weights, expected, atol=1e-12)
+    np.testing.assert_allclose(weights.sum(axis=1), plan.divisor)
+
+
+def test_only_regions_near_a_window_are_looked_at(tissue) -> None:
+    bins = squares(np.mgrid[4:WIDTH:8, 4:HEIGHT:8].reshape(2, -1).T, 8)
+    plan = plan_regions(bins, GRID, tissue, WHOLE)
+    index, _ = plan.operator(next(windows_of(GRID, 4)))
+    assert 4 <= len(index) <= 25
+
+
+def test_no_regions(tissue) -> None:
+    plan = plan_regions(Circles(np.empty((0, 2)), np.empty(0)), GRID, tissue, 8)
+    assert len(plan.divisor) == 0
+    assert not plan.glass_support.any()
+    assert plan.operator(GRID.window)[1].shape == (0, GRID.height * GRID.width)

@@ -1,0 +1,124 @@
+"""`config.json`: everything in it comes back, and what is no checkpoint of ours is told so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pixnet_sd._errors import CheckpointError
+from pixnet_sd.nn.model import DecoderConfig
+from pixnet_sd.store._record import FORMAT, ModelRecord, library_versions, read_record, write_json_atomically
+
+
+@pytest.fixture
+def record() -> ModelRecord:
+    return ModelRecord(
+        genes=["ACTB", "µ-gene"],
+        target_sum=1e4,
+        aggregation="mean",
+        working_mpp=0.5,
+        encoder="test_resnet",
+        encoder_weights=None,
+        encoder_sha256="e",
+        freeze_encoder=True,
+        decoder=DecoderConfig(widths=(2, 4, 8, 16), hidden=(4, 8, 16), dropout=0.5),
+        tile_px=128,
+        halo_px=160,
+        sees_whole_tile=False,
+        weights_sha256="w",
+        training={"seed": 0, "preset": None},
+        slides={"a": {"mpp": 0.25}},
+        held_out_pcc=[0.25, None],
+        history=[{"epoch": 1.0, "loss": 2.0}],
+        versions={"torch": "2"},
+    )
+
+
+@pytest.mark.parametrize("widths", [(2, 4, 8, 16), None])
+def test_round_trip(record: ModelRecord, tmp_path: Path, widths) -> None:
+    record = replace(record, decoder=replace(record.decoder, widths=widths))
+    (tmp_path / "config.json").write_text(record.to_json(), encoding="utf-8")
+    assert read_record(tmp_path / "config.json") == record
+
+
+def test_nan_is_null_in_the_file(record: ModelRecord) -> None:
+    record.history = [{"epoch": 1.0, "val_pcc": float("-inf"), "loss": np.float64("nan")}]
+    found = json.loads(record.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["history"] == [{"epoch": 1.0, "val_pcc": None, "loss": None}]
+
+
+def test_numpy_values_are_written_as_plain_ones(record: ModelRecord) -> None:
+    record.slides = {"a": {"mpp": np.float64(0.5), "n": np.int64(3), "seen": np.bool_(True)}}
+    record.held_out_pcc = [np.float32(0.5), None]
+    found = json.loads(record.to_json())
+    assert found["slides"] == {"a": {"mpp": 0.5, "n": 3, "seen": True}}
+    assert found["held_out_pcc"] == [0.5, None]
+
+
+def test_fields_of_a_later_version_are_ignored(record: ModelRecord, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(asdict(record) | {"new_in_2030": 1}))
+    assert read_record(tmp_path / "config.json") == record
+
+
+def test_var(record: ModelRecord) -> None:
+    assert list(record.var.index) == record.genes
+    assert record.var["held_out_pcc"].dtype == "float64"
+    assert record.var["held_out_pcc"].tolist()[0] == 0.25
+    assert np.isnan(record.var["held_out_pcc"].tolist()[1])
+    assert list(replace(record, held_out_pcc=[]).var.columns) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "damaged"),
+        ('{"format": "pixnet_sd/1", "genes": [', "damaged"),
+        ("[1, 2]", "its format is None, and 'pixnet_sd/1' is needed"),
+        ('{"architectures": ["ResNet"]}', r"not a checkpoint of this package.*encoder_weights="),
+        ('{"format": "pixnet_sd/2"}', "its format is 'pixnet_sd/2'"),
+        ('{"format": "pixnet_sd/1", "genes": []}', r"lacks \['target_sum', 'aggregation'"),
+    ],
+)
+def test_not_ours(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_record(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "decoder", [{"widths": [2, 4]}, {"widths": 2, "hidden": 3}, {"widths": None, "hidden": [3], "depth": 4}]
+)
+def test_edited_by_hand(record: ModelRecord, tmp_path: Path, decoder: dict) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(asdict(record) | {"decoder": decoder}))
+    with pytest.raises(CheckpointError, match=r"config.json' is damaged \(its decoder is .*Restore it, or train again"):
+        read_record(tmp_path / "config.json")
+
+
+def test_no_config(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no pixnet_sd checkpoint: it has no config.json. Give the folder"):
+        read_record(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"There is no folder .*nowhere"):
+        read_record(tmp_path / "nowhere" / "config.json")
+
+
+def test_a_binary_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"\x80\x04\xff\x00")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_record(tmp_path / "config.json")
+
+
+def test_versions() -> None:
+    assert {"pixnet_sd", "torch", "timm", "spatialdata"} <= set(library_versions())
+    assert library_versions()["torch"][0].isdigit()
+
+
+def test_replacing_leaves_nothing_beside(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for text in ("{}", f'{{"format": "{FORMAT}"}}'):
+        write_json_atomically(path, text)
+        assert path.read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

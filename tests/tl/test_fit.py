@@ -1,0 +1,258 @@
+"""`tl.fit`: what it takes, what it leaves, and when it does nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import spatialdata as sd
+import torch
+from safetensors.torch import save_file
+
+import pixnet_sd as ps
+from pixnet_sd._errors import CheckpointError, DataError, PixNetError
+from pixnet_sd.nn.encoder import build_encoder
+
+FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
+
+
+@pytest.fixture(scope="session")
+def drawn_pair() -> dict[str, sd.SpatialData]:
+    """Two slides of other tissue, the second with bins of two sizes and a gene of its own."""
+    pair = {
+        "a": ps.datasets.sample(size_um=150, mpp=1.0, bin_um=(8,), seed=1),
+        "b": ps.datasets.sample(size_um=150, mpp=1.0, bin_um=(8, 16), seed=2),
+    }
+    for table in pair["b"].tables.values():
+        table.var_names = [name.replace("ACTB", "OTHER") for name in table.var_names]
+    return pair
+
+
+@pytest.fixture
+def pair(drawn_pair) -> dict[str, sd.SpatialData]:
+    """Objects of a test's own, over the same elements."""
+    return {name: sd.SpatialData.init_from_elements(dict(_elements(sdata))) for name, sdata in drawn_pair.items()}
+
+
+def _elements(sdata: sd.SpatialData):
+    return ((name, element) for _, name, element in sdata.gen_elements())
+
+
+def test_what_it_leaves(slide, fit, tmp_path, user_files):
+    before = user_files(slide.path)
+    model = fit(slide, checkpoint_dir=tmp_path / "model", validation=0.25)
+    assert sorted(path.name for path in (tmp_path / "model").rglob("*") if path.is_file()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert slide.attrs["pixnet_sd"] == {"model": str(tmp_path / "model")}
+    again = sd.read_zarr(slide.path)
+    assert again.attrs["pixnet_sd"] == slide.attrs["pixnet_sd"]
+    assert {name for _, name, _ in again.gen_elements()} == {name for _, name, _ in slide.gen_elements()}
+    assert user_files(slide.path) == before
+    assert model.genes == model.record.genes
+    assert len(model.genes) == 6
+    assert not model.network.training
+
+
+def test_genes_are_the_highest(slide, model):
+    counts = slide.tables[TABLE].to_df()
+    mean = np.log1p(1e4 * counts.div(counts.sum(axis=1), axis=0)).mean().sort_values(ascending=False)
+    assert model.genes == list(mean.index[:6])
+
+
+def test_config_is_plain_json(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["format"] == "pixnet_sd/1"
+    assert config["log_base"] == "e"
+    assert config["target_sum"] == 1e4
+    assert config["slides"]["slide"]["image"] == FULL
+    assert config["slides"]["slide"]["mpp"] == 1.0
+    assert config["slides"]["slide"]["tables"] == {TABLE: BINS}
+    split = [config["slides"]["slide"][f"{part}_regions"][TABLE] for part in ("training", "held_out")]
+    assert min(split) > 30
+    assert sum(split) <= 408
+    assert config["training"]["seed"] == 0
+    assert len(config["held_out_pcc"]) == 6
+
+
+def test_history(model):
+    history = model.history
+    assert isinstance(history, pd.DataFrame)
+    assert list(history.index) == [1, 2]
+    assert {"loss", "val_pcc", "val_mse", "lr", "seconds"} <= set(history.columns)
+    assert np.isfinite(history.to_numpy()).all()
+    best = int(history["val_pcc"].idxmax())
+    assert model.record.training["best_epoch"] == best
+    assert np.nanmean(np.array(model.record.held_out_pcc, float)) == pytest.approx(history["val_pcc"][best], abs=1e-6)
+
+
+def test_same_call_returns_the_finished_model(slide, fit, tmp_path, caplog, monkeypatch):
+    first = fit(slide, checkpoint_dir=tmp_path / "model")
+    monkeypatch.setattr("pixnet_sd.tl._fit.train", None)
+    caplog.set_level("INFO", "pixnet_sd")
+    second = fit(sd.read_zarr(slide.path), checkpoint_dir=tmp_path / "model")
+    assert "the same run has finished before" in caplog.text
+    for key, value in first.network.state_dict().items():
+        assert torch.equal(value, second.network.state_dict()[key])
+
+
+@pytest.mark.parametrize("other", [{"lr": 1e-3}, {"seed": 1}, {"decoder_width": 24}, {"target_sum": 1e3}])
+def test_other_settings_into_the_same_folder(slide, fit, checkpoint, other, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    before = (tmp_path / "model" / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"model' already holds a model of another run. Give another checkpoint_"):
+        fit(slide, checkpoint_dir=tmp_path / "model", validation=0.25, **other)
+    assert (tmp_path / "model" / "config.json").read_bytes() == before
+
+
+def test_predicting_does_not_change_what_is_trained(fitted, fit, predict, checkpoint, monkeypatch):
+    """Results of ours beside the counts are not taken for counts."""
+    predict(fitted, shapes_key=BINS)
+    monkeypatch.setattr("pixnet_sd.tl._fit.train", None)
+    fit(fitted, checkpoint_dir=checkpoint, validation=0.25)
+
+
+def test_folder_beside_the_store(slide, fit):
+    fit(slide, max_epochs=1)
+    folder = Path(slide.attrs["pixnet_sd"]["model"])
+    assert folder.parent == Path(slide.path).parent.resolve() / "pixnet_sd_models"
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_object_in_memory(pair, fit, predict, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit(pair["a"], max_epochs=1)
+    assert Path(pair["a"].attrs["pixnet_sd"]["model"]).parent == tmp_path.resolve() / "pixnet_sd_models"
+    predict(pair["a"], bin_um=16)
+    assert "pixnet_bins_16um" in pair["a"].tables
+
+
+def test_two_slides(pair, fit, tmp_path):
+    model = fit(pair, checkpoint_dir=tmp_path / "model", validation=["b"])
+    assert "ACTB" not in model.genes
+    slides = model.record.slides
+    assert slides["a"]["held_out_regions"] == {}
+    assert slides["b"]["training_regions"] == {}
+    assert set(slides["b"]["held_out_regions"]) == {"square_008um", "square_016um"}
+    for sdata in pair.values():
+        assert sdata.attrs["pixnet_sd"]["model"] == str(tmp_path / "model")
+
+
+def test_genes_come_from_training_slides(pair, fit, tmp_path):
+    """A gene that the held-out slide lacks cannot be scored there."""
+    with pytest.raises(DataError, match=r"genes are not in table 'square_008um' of slide 'b': 'ACTB'"):
+        fit(pair, checkpoint_dir=tmp_path / "model", validation=["b"], genes=["ACTB", "CD68"])
+
+
+def test_several_tables(pair, fit, tmp_path):
+    keys = ["square_008um", "square_016um"]
+    model = fit(pair["b"], checkpoint_dir=tmp_path / "model", table_key=keys, validation=None)
+    assert set(model.record.slides["slide"]["training_regions"]) == set(keys)
+    assert model.record.held_out_pcc == []
+    assert "held_out_pcc" not in model.record.var
+    assert {"loss", "lr", "seconds"} == set(model.history.columns)
+
+
+def test_named_genes_in_order(slide, fit, tmp_path):
+    model = fit(slide, checkpoint_dir=tmp_path / "model", genes=["CD68", "ACTB"], max_epochs=1)
+    assert model.genes == ["CD68", "ACTB"]
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "sum"])
+def test_aggregation_starts_at_the_mean(slide, fit, predict, tmp_path, aggregation):
+    """With either, predictions are on the scale of the targets from the start."""
+    model = fit(slide, checkpoint_dir=tmp_path / "model", aggregation=aggregation, max_epochs=1, lr=1e-5)
+    assert model.record.aggregation == aggregation
+    predict(slide, shapes_key=BINS, write_map=False)
+    scores = ps.tl.evaluate(slide, table_key=TABLE, predicted_key=f"pixnet_{BINS}")
+    counts = slide.tables[TABLE].to_df()
+    target = np.log1p(1e4 * counts.div(counts.sum(axis=1), axis=0))[model.genes]
+    assert scores.attrs["MSE"] < 2 * target.var(ddof=0).mean()
+
+
+def test_paper_preset(slide, fit, predict, tmp_path):
+    model = fit(slide, checkpoint_dir=tmp_path / "model", preset="paper", aggregation="sum", max_epochs=1)
+    settings = model.record.training
+    assert (settings["optimizer"], settings["anneal"], settings["patience"]) == ("adam", False, None)
+    assert model.record.decoder.widths is None
+    assert model.record.decoder.hidden == (16, 16, 16)
+    predict(slide, bin_um=16, write_map=False)
+    assert np.isfinite(slide.tables["pixnet_bins_16um"].X).all()
+
+
+def test_frozen_encoder(slide, fit, tmp_path):
+    torch.manual_seed(0)
+    encoder = build_encoder("test_resnet", None)
+    save_file(encoder.body.state_dict(), tmp_path / "encoder.safetensors")
+    model = fit(
+        slide,
+        checkpoint_dir=tmp_path / "model",
+        freeze_encoder=True,
+        encoder_weights=tmp_path / "encoder.safetensors",
+    )
+    for key, value in encoder.body.state_dict().items():
+        assert torch.equal(model.network.encoder.body.state_dict()[key], value), key
+    assert model.record.encoder_weights == "encoder.safetensors"
+    assert model.record.freeze_encoder
+    assert not (tmp_path / "model" / "training").exists() or not list((tmp_path / "model" / "training").iterdir())
+
+
+def test_same_seed_same_weights(slide, fit, tmp_path):
+    models = [fit(slide, checkpoint_dir=tmp_path / name, seed=seed) for name, seed in (("1", 3), ("2", 3), ("3", 4))]
+    one, two, other = (m.network.head.weight for m in models)
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_it_learns(slide, fit, tmp_path):
+    """A few epochs bring the loss well below that of the first."""
+    model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=8, lr=5e-3, validation=None, patience=None)
+    assert model.history["loss"].iloc[-1] < 0.9 * model.history["loss"].iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"validation": 1.5}, "validation=1.5: a share between 0 and 1, names of slides, or None"),
+        ({"validation": ["b"]}, r"\['b'\].*slide"),
+        ({"validation": ["slide"]}, "slide"),
+        ({"tile_px": 100}, "tile_px=100: a multiple of 32 from 64 on is needed, such as 96"),
+        ({"max_epochs": 0}, "max_epochs=0"),
+        ({"encoder": "resnet19"}, "timm knows no model named 'resnet19'"),
+        ({"encoder_weights": "/no/such.pt"}, "no weights file at '/no/such.pt'"),
+        ({"genes": ["actb", "CD68"]}, r"1 of 2 genes are not in table .*'actb' \(there is 'ACTB'\)"),
+        ({"genes": []}, "at least one"),
+        ({"n_genes": 0}, "n_genes = 0"),
+        ({"working_mpp": 0}, "working_mpp=0"),
+        ({"table_key": "counts"}, "There is no table 'counts'. Tables: 'square_008um'"),
+        ({"device": "cuda:7"}, "cuda"),
+        ({"device": "gpu"}, "gpu"),
+        ({"aggregation": "median"}, "aggregation='median': give 'mean' or 'sum'"),
+        ({"preset": "papr"}, "preset='papr': give 'paper' or None"),
+        ({"patience": 0}, "patience=0: give 1 or more epochs, or None"),
+        ({"target_sum": 0}, "target_sum=0: a positive number"),
+        ({"lr": -1}, "lr=-1 must be above 0"),
+        ({"pcc_weight": float("nan")}, "pcc_weight=nan"),
+    ],
+)
+def test_arguments_that_do_not_fit(slide, fit, tmp_path, arguments, message):
+    with pytest.raises(PixNetError, match=message):
+        fit(slide, checkpoint_dir=tmp_path / "model", **arguments)
+    assert not (tmp_path / "model").exists()
+    assert "pixnet_sd" not in sd.read_zarr(slide.path).attrs
+
+
+@pytest.mark.parametrize("wrong", [{}, "slide.zarr", {"a": "slide.zarr"}])
+def test_no_slides(fit, wrong):
+    with pytest.raises(PixNetError, match="SpatialData"):
+        fit(wrong)
+
+
+def test_all_slides_held_out(pair, fit, tmp_path):
+    with pytest.raises(PixNetError, match="validation"):
+        fit(pair, checkpoint_dir=tmp_path / "model", validation=["a", "b"])
