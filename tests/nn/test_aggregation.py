@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
+from tests.nn.literal import dense_operator, example_map, masks, resize
+from tests.nn.strategies import KINDS, grid_and_regions, grids, regions_on
 from torch.nn import functional
 
 from pixnet_sd.nn import aggregation
 from pixnet_sd.nn.aggregation import Grid, Window, aggregate, build_operator, count_pixels
 from pixnet_sd.nn.regions import Circles, LabelGrid, Regions, squares
-from tests.nn.literal import dense_operator, example_map, masks, resize
-from tests.nn.strategies import KINDS, grid_and_regions, grids, regions_on
 
 GRID = Grid(6, 5, 4)  # 24 × 20 px
 

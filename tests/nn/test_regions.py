@@ -8,11 +8,11 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.nn.literal import masks, rings
+from tests.nn.strategies import KINDS, grid_and_regions, polygons_of, regions_on, similarities
 
 from pixnet_sd.nn.aggregation import Grid
 from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons, Regions, Spans, squares
-from tests.nn.literal import masks, rings
-from tests.nn.strategies import KINDS, grid_and_regions, polygons_of, regions_on, similarities
 
 SLIDE = Grid(20, 25, 1)
 

@@ -1,0 +1,221 @@
+"""What `predict` leaves is read back as it was, and drawn by squidpy and spatialdata-plot at the first call."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import spatialdata as sd
+from geopandas.testing import assert_geodataframe_equal
+from spatialdata.transformations import get_transformation
+from xarray import DataTree
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+FULL, BINS = "sample_full_image", "sample_square_008um"
+
+
+@pytest.fixture
+def predicted(fitted, predict) -> sd.SpatialData:
+    predict(fitted, radius_um=8)
+    predict(fitted, shapes_key=BINS)
+    return fitted
+
+
+@pytest.fixture
+def picture_to():
+    """Keep pictures for a look at them where PIXNET_PICTURES says so."""
+    yield lambda name: plt.savefig(Path(os.environ["PIXNET_PICTURES"]) / name) if "PIXNET_PICTURES" in os.environ else 0
+    plt.close("all")
+
+
+def assert_same(one: sd.SpatialData, other: sd.SpatialData) -> None:
+    """Same elements with the same values, types, names and transformations."""
+    elements = {name: (kind, element) for kind, name, element in other.gen_elements()}
+    assert {name for _, name, _ in one.gen_elements()} == set(elements)
+    for kind, name, element in one.gen_elements():
+        assert elements[name][0] == kind
+        {"shapes": same_shapes, "tables": same_tables}.get(kind, same_rasters)(element, elements[name][1])
+
+
+def same_rasters(one, other) -> None:
+    same_transformations(one, other)
+    assert isinstance(one, DataTree) == isinstance(other, DataTree)
+    pairs = zip(sd.get_pyramid_levels(one), sd.get_pyramid_levels(other), strict=True)
+    for mine, theirs in pairs:
+        assert mine.dtype == theirs.dtype
+        assert mine.dims == theirs.dims
+        np.testing.assert_array_equal(mine.values, theirs.values)
+        for dim in mine.dims:
+            assert (dim in mine.coords) == (dim in theirs.coords)
+            if dim in mine.coords:
+                np.testing.assert_array_equal(mine.coords[dim].values, theirs.coords[dim].values)
+
+
+def same_shapes(one, other) -> None:
+    same_transformations(one, other)
+    assert_geodataframe_equal(one, other, check_index_type=False)
+    assert one.index.equals(other.index)
+
+
+def same_tables(one, other) -> None:
+    for frame in ("obs", "var"):
+        pd.testing.assert_frame_equal(getattr(one, frame), getattr(other, frame), check_index_type=False)
+    values = [x.toarray() if hasattr(x, "toarray") else x for x in (one.X, other.X)]
+    assert values[0].dtype == values[1].dtype
+    np.testing.assert_array_equal(*values)
+    np.testing.assert_array_equal(one.obsm["spatial"], other.obsm["spatial"])
+    same_entries(one.uns, other.uns)
+
+
+def same_entries(one, other) -> None:
+    """Nested dictionaries of arrays and scalars."""
+    if not hasattr(one, "keys"):
+        np.testing.assert_array_equal(one, other)
+        return
+    assert set(one) == set(other)
+    for key in one:
+        same_entries(one[key], other[key])
+
+
+def same_transformations(one, other) -> None:
+    mine, theirs = (
+        {k: t.to_affine_matrix(("x", "y"), ("x", "y")).tolist() for k, t in get_transformation(e, get_all=True).items()}
+        for e in (one, other)
+    )
+    assert mine == theirs
+
+
+def test_read_back_the_same(predicted):
+    again = sd.read_zarr(predicted.path)
+    assert_same(again, predicted)
+    assert again.attrs["pixnet_sd"] == predicted.attrs["pixnet_sd"]
+    names = {name for _, name, _ in again.gen_elements()}
+    assert names >= {"pixnet_map", "pixnet_map_tissue", "pixnet_circles_8um_shapes", "pixnet_circles_8um"}
+    assert not list(Path(predicted.path).parent.glob(".*pixnet_sd*"))
+
+
+def test_written_by_spatialdata(predicted, tmp_path):
+    """A copy that SpatialData itself writes holds the same."""
+    predicted.write(tmp_path / "copy.zarr", update_sdata_path=False)
+    assert_same(sd.read_zarr(tmp_path / "copy.zarr"), predicted)
+
+
+def test_in_memory_object_can_be_written(fitted, model, predict, tmp_path):
+    memory = sd.SpatialData(images={FULL: fitted.images[FULL]}, shapes={BINS: fitted.shapes[BINS]})
+    predict(memory, model, radius_um=8)
+    memory.write(tmp_path / "memory.zarr", update_sdata_path=False)
+    assert_same(sd.read_zarr(tmp_path / "memory.zarr"), memory)
+
+
+def test_read_without_consolidated_metadata(predicted):
+    import zarr
+
+    group = zarr.open_group(str(predicted.path), mode="r", use_consolidated=False)
+    consolidated = zarr.open_group(str(predicted.path), mode="r", use_consolidated=True)
+    for kind in ("images", "labels", "shapes", "tables"):
+        assert set(group[kind]) == set(consolidated[kind])
+
+
+def test_map_element(predicted, model):
+    tree = predicted.images["pixnet_map"]
+    finest = tree["scale0"]["image"]
+    assert finest.dtype == np.float32
+    assert list(finest.coords["c"].values) == model.genes
+    assert len(tree.children) >= 2
+    tissue = predicted.labels["pixnet_map_tissue"]["scale0"]["image"].values == 1
+    assert tissue.shape == finest.shape[1:]
+    assert (finest.values[:, ~tissue] == 0).all()
+    assert np.isfinite(finest.values).all()
+    assert np.abs(finest.values[:, tissue]).min(axis=1).max() > 0
+    transformations = get_transformation(tree, get_all=True)
+    assert set(transformations) == set(get_transformation(predicted.images[FULL], get_all=True))
+
+
+def test_table_annotates_its_shapes(predicted):
+    for key, region in (("pixnet_circles_8um", "pixnet_circles_8um_shapes"), (f"pixnet_{BINS}", BINS)):
+        joined, table = sd.join_spatialelement_table(sdata=predicted, spatial_element_names=region, table_name=key)
+        assert len(joined[region]) == table.n_obs == predicted.tables[key].n_obs == len(predicted.shapes[region])
+        values = sd.get_values(predicted.tables[key].var_names[0], sdata=predicted, element_name=region, table_name=key)
+        assert values.notna().all().all()
+
+
+def test_provenance(predicted, model):
+    noted = sd.read_zarr(predicted.path).attrs["pixnet_sd"]
+    sha = model.record.weights_sha256
+    assert noted["maps"]["pixnet_map"]["model_sha256"] == sha
+    assert set(noted["tables"]) == {"pixnet_circles_8um", f"pixnet_{BINS}"}
+    uns = sd.read_zarr(predicted.path).tables["pixnet_circles_8um"].uns["pixnet_sd"]
+    assert uns["model_sha256"] == sha
+    assert (uns["target_sum"], uns["log_base"], uns["image"], uns["mpp"]) == (1e4, "e", FULL, 1.0)
+
+
+@pytest.mark.parametrize("key", ["pixnet_circles_8um", f"pixnet_{BINS}"])
+def test_squidpy(predicted, picture_to, key):
+    import squidpy as sq
+
+    table = sd.read_zarr(predicted.path).tables[key]
+    gene = table.var_names[0]
+    sq.pl.spatial_scatter(table, color=gene)
+    axes = plt.gcf().axes[0]
+    picture_to(f"squidpy_{key}.png")
+    (image,) = axes.get_images()
+    assert image.get_array().shape == (200, 200, 3)
+    (spots,) = axes.collections
+    np.testing.assert_allclose(spots.get_array(), table.to_df()[gene], rtol=1e-6)
+    assert len(np.unique(spots.to_rgba(spots.get_array()), axis=0)) > 10
+    # as large as they are on the slide, and where they are
+    extents = [path.get_extents() for path in spots.get_paths()]
+    centres = np.array([[(e.x0 + e.x1) / 2, (e.y0 + e.y1) / 2] for e in extents])
+    np.testing.assert_allclose(centres, table.obsm["spatial"], atol=1e-6)
+    expected = 16 if "circles" in key else 2 * np.sqrt(64 / np.pi)
+    np.testing.assert_allclose([e.width for e in extents], expected, rtol=1e-3)
+    assert axes.get_title() == gene
+
+
+def test_spatialdata_plot(predicted, picture_to):
+    import spatialdata_plot  # noqa: F401
+
+    again = sd.read_zarr(predicted.path)
+    gene = again.tables["pixnet_circles_8um"].var_names[0]
+    figure, axes = plt.subplots()
+    again.pl.render_images("pixnet_map", channel=gene).pl.show(ax=axes, coordinate_systems="sample")
+    picture_to("spatialdata_plot_map.png")
+    (image,) = axes.get_images()
+    drawn = np.ma.filled(image.get_array(), 0).astype(float)
+    assert drawn.shape[:2] == (50, 50)
+    assert len(np.unique(drawn.reshape(2500, -1), axis=0)) > 50
+    corners = image.get_transform().transform([[0, 0], [50, 50]]) - axes.transData.transform([[0, 0], [200, 200]])
+    assert np.abs(corners).max() < 1  # on the whole of the slide
+
+
+def test_spatialdata_plot_of_circles(predicted, picture_to):
+    import spatialdata_plot  # noqa: F401
+
+    gene = predicted.tables["pixnet_circles_8um"].var_names[0]
+    figure, axes = plt.subplots()
+    chain = predicted.pl.render_images(FULL).pl.render_shapes(
+        "pixnet_circles_8um_shapes", color=gene, table_name="pixnet_circles_8um"
+    )
+    chain.pl.show(ax=axes, coordinate_systems="sample")
+    picture_to("spatialdata_plot_circles.png")
+    assert len(axes.get_images()) == 1
+    (patches,) = axes.collections
+    assert len(patches.get_paths()) == predicted.tables["pixnet_circles_8um"].n_obs
+    assert len(np.unique(patches.get_facecolor(), axis=0)) > 10
+
+
+def test_scanpy_reads_the_table(predicted):
+    """Plain AnnData tools take it as any spatial table."""
+    table = predicted.tables["pixnet_circles_8um"]
+    assert isinstance(table.obs["region"].dtype, pd.CategoricalDtype)
+    assert table.obs_names.is_unique
+    library = table.uns["spatial"]["sample"]
+    assert library["images"]["hires"].dtype == np.uint8
+    assert set(library["scalefactors"]) >= {"tissue_hires_scalef", "spot_diameter_fullres"}
