@@ -23,7 +23,7 @@ def batch_norms(encoder: Encoder) -> list[nn.BatchNorm2d]:
     return [layer for layer in encoder.modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
-# Two ConvNets as timm wraps them (flattened names; pruned in place), squeeze-excite, NHWC inside, ViTs of two patches.
+# Each way in which timm makes features, and ViTs whose patches divide the image or do not.
 @pytest.mark.parametrize(
     "name",
     ["resnet10t", "test_convnext", "mobilenetv3_small_050", "test_efficientnet", "test_vit", "eva02_tiny_patch14_224"],

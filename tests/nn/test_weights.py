@@ -101,9 +101,7 @@ def test_all_matched_is_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize("other", ["test_vit", "test_convnext"])
 def test_weights_of_another_network(tmp_path: Path, other: str) -> None:
     save_file(plain(other).state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"Only \d+ of the encoder's \d+ tensors.*other.safetensors.*Set encoder="
-    ):
+    with pytest.raises(CheckpointError, match=r"Only \d+ of the encoder's \d+ tensors.*other.safet.*Set encoder="):
         build_encoder("test_resnet", tmp_path / "other.safetensors")
 
 
@@ -139,8 +137,9 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     torch.save(contents, tmp_path / "torch.pt")
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"bomb": Bomb(trace)}))
     for name in ("torch.pt", "plain.pkl"):
-        with pytest.raises(CheckpointError, match=r"cannot be opened as weights.*are never run"):
+        with pytest.raises(CheckpointError, match=r"cannot be opened as weights.*are never run") as caught:
             read_weights(tmp_path / name)
+        assert "weights_only" not in str(caught.value)  # torch says how to run it
     assert not trace.exists()
     torch.load(tmp_path / "torch.pt", weights_only=False)
     assert trace.exists()  # it would have gone off

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def _vit_body(name: str, probe: nn.Module, *, pretrained: bool) -> nn.Module:
 def _probe(name: str, **options: Any) -> nn.Module:
     """The model without its weights in memory, to ask it what it has."""
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:8]) or "see timm.list_models()"
+        close = ", ".join(get_close_matches(name, timm.list_models(), n=5)) or "see timm.list_models()"
         raise PixNetError(f"timm knows no model named {name!r}. Some that it knows: {close}.")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
