@@ -158,9 +158,7 @@ def fit_and_predict(
     )
     sdata = sd.read_zarr(stores[test])
     spots = next(iter(sdata.shapes))
-    ps.tl.predict(
-        sdata, model, shapes_key=spots, write_map=False, tile_px=3456, n_symmetries=N_SYMMETRIES
-    )
+    ps.tl.predict(sdata, model, shapes_key=spots, write_map=False, tile_px=3456, n_symmetries=N_SYMMETRIES)
     table = sdata.tables[f"pixnet_{spots}"]
     return np.asarray(table.X, dtype=np.float64), pd.Index(table.obs["instance_id"])
 

@@ -333,6 +333,14 @@ def test_without_a_map_only_tiles_at_regions_run(walk, pixels, reader) -> None:
     assert walk(None, 64, read=read).tiles_run == 0
 
 
+@pytest.mark.parametrize("offset", np.arange(-7, 8, 2.0))
+def test_a_small_region_beside_a_corner_of_tiles(walk, gene_map, tissue, offset: float) -> None:
+    """Its bilinear weights reach into tiles that its pixels do not touch."""
+    circle = Circles([[128.2 + offset, 127.8 - 0.4 * offset]], 1.2)
+    expected = literal(circle, gene_map, tissue, "mean")
+    assert_close(walk(circle, 64).values, expected, gene_map.std())
+
+
 @pytest.fixture(scope="module")
 def stored(walk) -> NDArray[np.float32]:
     sink = ArraySink(16)

@@ -1,7 +1,7 @@
 """Generated regions of every kind, on and around a small slide.
 
-Coordinates are hundredths plus a fixed odd fraction: no pixel centre lies on an outline, where the reference may decide
-otherwise. What happens there is tested by itself, with numbers that are exact.
+Coordinates are hundredths plus an odd fraction, sizes hundredths plus another: no pixel centre lies on an outline,
+where the reference may decide otherwise. What happens there is tested by itself, with numbers that are exact.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ def number(low: float, high: float) -> st.SearchStrategy[float]:
     return st.integers(round(low * 100), round(high * 100)).map(lambda v: v / 100 + 0.00314159)
 
 
+def half_size(low: float, high: float) -> st.SearchStrategy[float]:
+    """A radius or half a side, that taken from a `number` leaves no round one."""
+    return st.integers(round(low * 100), round(high * 100)).map(lambda v: v / 100 + 0.00173205)
+
+
 def points(grid: Grid, beyond: float = 12.0) -> st.SearchStrategy[Float]:
     """A point on the slide or up to `beyond` pixels off it."""
     height, width = grid.height * grid.stride, grid.width * grid.stride
@@ -44,7 +49,7 @@ def polygons_of(regions: Sequence[Sequence[Float]]) -> Polygons:
 
 @st.composite
 def circles(draw: st.DrawFn, grid: Grid) -> Circles:
-    each = st.tuples(points(grid), st.one_of(number(0.01, 0.8), number(0.8, 30)))
+    each = st.tuples(points(grid), st.one_of(half_size(0.01, 0.8), half_size(0.8, 30)))
     centre, radius = zip(*draw(st.lists(each, min_size=1, max_size=4)), strict=True)
     return Circles(np.stack(centre), np.array(radius))
 
@@ -52,13 +57,13 @@ def circles(draw: st.DrawFn, grid: Grid) -> Circles:
 @st.composite
 def aligned_squares(draw: st.DrawFn, grid: Grid) -> Polygons:
     centres = draw(st.lists(points(grid), min_size=1, max_size=4))
-    return squares(np.stack(centres), 2 * draw(number(0.05, 12)))
+    return squares(np.stack(centres), 2 * draw(half_size(0.05, 12)))
 
 
 @st.composite
 def rotated_squares(draw: st.DrawFn, grid: Grid) -> Polygons:
     centres = draw(st.lists(points(grid), min_size=1, max_size=4))
-    return squares(np.stack(centres), 2 * draw(number(0.05, 12)), draw(angles))
+    return squares(np.stack(centres), 2 * draw(half_size(0.05, 12)), draw(angles))
 
 
 @st.composite

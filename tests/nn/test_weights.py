@@ -135,7 +135,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     trace = tmp_path / "was_run"
     contents = {**without_head(), "bomb": Bomb(trace)}
     torch.save(contents, tmp_path / "torch.pt")
-    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"bomb": Bomb(trace)}))
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"bomb": Bomb(trace)}, protocol=2))
     for name in ("torch.pt", "plain.pkl"):
         with pytest.raises(CheckpointError, match=r"cannot be opened as weights.*are never run") as caught:
             read_weights(tmp_path / name)

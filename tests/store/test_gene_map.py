@@ -235,7 +235,7 @@ def test_genes_named_twice(slide):
 def test_too_little_disk_is_refused_before_any_block(slide, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(StoreError, match="GB are free"):
+    with pytest.raises(StoreError, match="MB are free"):
         start(slide)
 
 

@@ -135,7 +135,7 @@ def test_weights_of_another_network(saved: Path, tmp_path: Path) -> None:
 def test_weights_swapped_for_others_of_the_same_shape(saved: Path, tmp_path: Path) -> None:
     other = make_model(1).save(tmp_path / "other")
     shutil.copy(other / "model.safetensors", saved / "model.safetensors")
-    with pytest.raises(CheckpointError, match="not those its config.json was written for"):
+    with pytest.raises(CheckpointError, match=r"not those its config.json was written for"):
         PixNet.load(saved)
 
 
@@ -149,20 +149,23 @@ def test_config_of_another_kind(saved: Path) -> None:
 def test_not_a_checkpoint_folder(saved: Path, tmp_path: Path, given: str) -> None:
     if given == "folder":
         (tmp_path / "empty").mkdir()
-        with pytest.raises(CheckpointError, match="empty' is no pixnet_sd checkpoint: it has no config.json"):
+        with pytest.raises(CheckpointError, match=r"empty' is no pixnet_sd checkpoint: it has no config.json"):
             PixNet.load(tmp_path / "empty")
-        with pytest.raises(CheckpointError, match="There is no folder .*typo"):
+        with pytest.raises(CheckpointError, match=r"There is no folder .*typo"):
             PixNet.load(tmp_path / "typo")
     else:
         path = saved / ("model.safetensors" if given == "weights" else "config.json")
-        with pytest.raises(CheckpointError, match=r"is a file, and a checkpoint is a folder. Give the folder that fit left"):
+        with pytest.raises(CheckpointError, match=r"is a file, and a checkpoint is a folder. Give the folder"):
             PixNet.load(path)
 
 
 def test_encoder_that_this_timm_does_not_know(saved: Path) -> None:
     text = (saved / "config.json").read_text()
     (saved / "config.json").write_text(text.replace("test_resnet", "resnet_of_2030"))
-    with pytest.raises(CheckpointError, match="made with encoder 'resnet_of_2030' of timm .*, and the timm installed here, .*, does not have it"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"encoder 'resnet_of_2030' of timm .* installed here, .*, does not have it",
+    ):
         PixNet.load(saved)
 
 
@@ -179,5 +182,5 @@ def test_pretrained_that_cannot_be_had(name: str, monkeypatch, tmp_path: Path) -
 
 
 def test_pretrained_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         PixNet.from_pretrained(str(tmp_path))

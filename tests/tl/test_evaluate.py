@@ -124,7 +124,7 @@ def test_keys_swapped(sdata):
 
 @pytest.mark.parametrize("keys", [("nowhere", "predicted"), ("counts", "nowhere")])
 def test_no_such_table(sdata, keys):
-    with pytest.raises(ElementError, match="There is no table 'nowhere'. Tables: .*'counts', 'predicted'"):
+    with pytest.raises(ElementError, match=r"There is no table 'nowhere'. Tables: .*'counts', 'predicted'"):
         evaluate(sdata, table_key=keys[0], predicted_key=keys[1])
 
 
@@ -178,8 +178,6 @@ def test_genes_named_twice(sdata):
 
 def test_after_predict(fitted, predict):
     predict(fitted, shapes_key="sample_square_008um", write_map=False)
-    found = evaluate(
-        sd.read_zarr(fitted.path), table_key="square_008um", predicted_key="pixnet_sample_square_008um"
-    )
+    found = evaluate(sd.read_zarr(fitted.path), table_key="square_008um", predicted_key="pixnet_sample_square_008um")
     assert found.attrs["n_regions"] == 408
     assert np.isfinite(found.to_numpy()).all()

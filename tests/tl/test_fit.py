@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -245,6 +246,65 @@ def test_arguments_that_do_not_fit(slide, fit, tmp_path, arguments, message):
         fit(slide, checkpoint_dir=tmp_path / "model", **arguments)
     assert not (tmp_path / "model").exists()
     assert "pixnet_sd" not in sd.read_zarr(slide.path).attrs
+
+
+def test_spots_without_counts_are_left_out(slide, fit, tmp_path):
+    x = slide.tables[TABLE].X.tolil()
+    x[:40] = 0
+    slide.tables[TABLE].X = x.tocsr()
+    with pytest.warns(UserWarning, match="40 of 408 regions have no counts at all and are left out"):
+        model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1, validation=None)
+    assert model.record.slides["slide"]["training_regions"] == {TABLE: 368}
+
+
+def test_gene_without_counts(slide, fit, predict, tmp_path):
+    """Never chosen; one that is named is learnt as zero and has no correlation."""
+    names = slide.tables[TABLE].var_names
+    x = slide.tables[TABLE].X.tolil()
+    x[:, names.get_loc("GENE004")] = 0
+    slide.tables[TABLE].X = x.tocsr()
+    assert "GENE004" not in fit(slide, checkpoint_dir=tmp_path / "chosen", max_epochs=1).genes
+    with pytest.warns(UserWarning, match=r"1 of the genes named have no counts in the training slides \('GENE004'\)"):
+        model = fit(slide, checkpoint_dir=tmp_path / "named", genes=["CD68", "GENE004"], max_epochs=1)
+    assert model.record.held_out_pcc[1] is None
+    predict(slide, shapes_key=BINS, write_map=False)
+    assert np.isfinite(slide.tables[f"pixnet_{BINS}"].X).all()
+    scores = ps.tl.evaluate(slide, table_key=TABLE, predicted_key=f"pixnet_{BINS}")
+    assert np.isnan(scores.loc["GENE004", "pcc"])
+    assert scores.attrs["PCC@M"] == scores.loc["CD68", "pcc"]
+
+
+def test_logged_counts_are_warned_of(slide, fit, tmp_path):
+    slide.tables[TABLE].X = slide.tables[TABLE].X.log1p()
+    with pytest.warns(UserWarning, match=r"X looks log-normalised already .* Put raw counts there") as caught:
+        fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1)
+    assert len([w for w in caught if "log-normalised" in str(w.message)]) == 1
+
+
+def test_store_that_cannot_be_written(slide, fit, predict, tmp_path, monkeypatch, caplog):
+    """A slide on a read-only disk can be trained on; the model is then noted in memory only."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    before = (Path(slide.path) / "zarr.json").read_bytes()
+    monkeypatch.setattr("pixnet_sd.store._provenance.write_json", refuse)
+    model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1)
+    assert "recorded in memory only" in caplog.text
+    assert "Read-only file system" in caplog.text
+    assert slide.attrs["pixnet_sd"]["model"] == str(tmp_path / "model")
+    assert ps.PixNet.load(tmp_path / "model").record == model.record
+    assert (Path(slide.path) / "zarr.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("folder", ["file", "file/model"])
+def test_checkpoint_dir_that_cannot_be_made(slide, fit, tmp_path, monkeypatch, folder):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("pixnet_sd.tl._fit.train", None)  # it does not come to that
+    with pytest.raises(
+        CheckpointError, match=rf"{folder}' cannot be written .*Give checkpoint_dir= a folder that can be"
+    ):
+        fit(slide, checkpoint_dir=tmp_path / folder)
 
 
 @pytest.mark.parametrize("wrong", [{}, "slide.zarr", {"a": "slide.zarr"}])

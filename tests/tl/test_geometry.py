@@ -6,6 +6,7 @@ is, and no training blurs that.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import geopandas as gpd
@@ -219,3 +220,28 @@ def test_averaged_copies_are_turned_back(landmark_slide, darkness, predict, map_
     predict(sdata, darkness, mpp="coordinate_system")
     predict(sdata, darkness, mpp="coordinate_system", key_added="averaged", n_symmetries=n_symmetries)
     np.testing.assert_allclose(map_values(sdata, "averaged_map"), map_values(sdata), atol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_coarser_map_in_several_blocks(landmark_slide, darkness, predict, map_values, monkeypatch, factor):
+    sdata, _ = landmark_slide
+    monkeypatch.setattr("pixnet_sd.tl._predict._BLOCK_PX", 64)
+    predict(sdata, darkness, mpp="coordinate_system")
+    predict(sdata, darkness, mpp="coordinate_system", key_added="coarse", map_um=4.0 * factor, tile_px=64)
+    native = map_values(sdata)[0, :74, :98]
+    native = np.pad(native, [(0, -side % factor) for side in native.shape])
+    height, width = (side // factor for side in native.shape)
+    expected = native.reshape(height, factor, width, factor).mean(axis=(1, 3))
+    np.testing.assert_allclose(map_values(sdata, "coarse_map")[0, :height, :width], expected, atol=1e-3)
+
+
+def test_map_read_back_in_several_windows(landmark_slide, darkness, predict, caplog):
+    """Circles across the windows' borders get the same from the map as from the network."""
+    sdata, _ = landmark_slide
+    predict(sdata, darkness, mpp="coordinate_system", radius_um=10, write_map=False, key_added="run")
+    predict(sdata, darkness, mpp="coordinate_system")
+    caplog.set_level("INFO", "pixnet_sd")
+    predict(sdata, darkness, mpp="coordinate_system", radius_um=10, tile_px=64)
+    assert re.search(r"reused for the regions: 0 tiles run, [1-9]\d windows read back", caplog.text)
+    run, read = (sdata.tables[f"{key}_circles_10um"].X for key in ("run", "pixnet"))
+    np.testing.assert_allclose(read, run, rtol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import matplotlib as mpl
@@ -14,6 +15,8 @@ from geopandas.testing import assert_geodataframe_equal
 from spatialdata.transformations import get_transformation
 from xarray import DataTree
 
+import pixnet_sd as ps
+
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
@@ -21,11 +24,14 @@ import matplotlib.pyplot as plt
 FULL, BINS = "sample_full_image", "sample_square_008um"
 
 
-@pytest.fixture
-def predicted(fitted, predict) -> sd.SpatialData:
-    predict(fitted, radius_um=8)
-    predict(fitted, shapes_key=BINS)
-    return fitted
+@pytest.fixture(scope="module")
+def predicted(_fitted, tmp_path_factory) -> sd.SpatialData:
+    """Not to be changed."""
+    store = shutil.copytree(_fitted[0], tmp_path_factory.mktemp("predicted") / "slide.zarr")
+    sdata = sd.read_zarr(store)
+    for regions in ({"radius_um": 8}, {"shapes_key": BINS}):
+        ps.tl.predict(sdata, **regions, tile_px=256, device="cpu", show_progress_bar=False)
+    return sdata
 
 
 @pytest.fixture
@@ -187,8 +193,8 @@ def test_spatialdata_plot(predicted, picture_to):
 
     again = sd.read_zarr(predicted.path)
     gene = again.tables["pixnet_circles_8um"].var_names[0]
-    figure, axes = plt.subplots()
-    again.pl.render_images("pixnet_map", channel=gene).pl.show(ax=axes, coordinate_systems="sample")
+    _, axes = plt.subplots()
+    again.pl.render_images("pixnet_map", channel=gene).pl.show(ax=axes)
     picture_to("spatialdata_plot_map.png")
     (image,) = axes.get_images()
     drawn = np.ma.filled(image.get_array(), 0).astype(float)
@@ -204,11 +210,11 @@ def test_spatialdata_plot_of_circles(predicted, picture_to):
     import spatialdata_plot  # noqa: F401
 
     gene = predicted.tables["pixnet_circles_8um"].var_names[0]
-    figure, axes = plt.subplots()
+    _, axes = plt.subplots()
     chain = predicted.pl.render_images(FULL).pl.render_shapes(
         "pixnet_circles_8um_shapes", color=gene, table_name="pixnet_circles_8um"
     )
-    chain.pl.show(ax=axes, coordinate_systems="sample")
+    chain.pl.show(ax=axes)
     picture_to("spatialdata_plot_circles.png")
     assert len(axes.get_images()) == 1
     (patches,) = axes.collections

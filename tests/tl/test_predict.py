@@ -314,6 +314,19 @@ def test_model_given_as_text(fitted, checkpoint, predict, tmp_path):
     assert "pixnet_bins_16um" in fitted.tables
 
 
+def test_alpha_is_left_out(fitted, predict):
+    predict(fitted, bin_um=16, write_map=False)
+    pixels = fitted.images[FULL]["scale0"]["image"].values
+    fitted.images[FULL] = sd.models.Image2DModel.parse(
+        np.concatenate([pixels, np.full_like(pixels[:1], 255)]),
+        dims=("c", "y", "x"),
+        c_coords=["r", "g", "b", "a"],
+        transformations={"sample": Identity()},
+    )
+    predict(fitted, bin_um=16, write_map=False, key_added="rgba", image_key=FULL)
+    np.testing.assert_array_equal(fitted.tables["rgba_bins_16um"].X, fitted.tables["pixnet_bins_16um"].X)
+
+
 def test_shapes_partly_off_the_image(fitted, predict):
     xy = np.array([[100.0, 100.0], [198.0, 100.0], [500.0, 100.0]])
     fitted.shapes["spots"] = sd.models.ShapesModel.parse(

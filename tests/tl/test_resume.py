@@ -110,6 +110,7 @@ def assert_same_model(one, other) -> None:
     assert one.history.drop(columns="seconds").equals(other.history.drop(columns="seconds"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed(fitted, slide, uninterrupted, predict, fit, fast, forward_passes, map_values, user_files, tmp_path):
     before = {sdata.path: user_files(sdata.path) for sdata in (fitted, slide)}

@@ -20,6 +20,7 @@ from .tiling import TrainingTiles
 __all__ = ["calibrate"]
 
 _MAX_BATCHES = 16
+_MAX_REGIONS = 1024  # kept of a batch and size: two moments need no more, and a batch has thousands of 2 µm bins
 
 
 @torch.no_grad()
@@ -62,5 +63,6 @@ def calibrate(
             rows = pyramid[level].float().permute(0, 2, 3, 1).flatten(0, 2)
             for operator in make_batch(slide, found, plan, stride, with_image=False).operators:
                 n_px = torch.as_tensor(operator.n_px, dtype=torch.float32, device=rows.device)
-                pooled[level].append(aggregate(rows, operator.matrix) / n_px.clamp_min(1e-12)[:, None])
+                means = aggregate(rows, operator.matrix) / n_px.clamp_min(1e-12)[:, None]
+                pooled[level].append(means[:: -(-len(means) // _MAX_REGIONS) or 1])
     network.calibrate([torch.cat(level) for level in pooled])

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class _Run:
         shifts = [tuple(rng.random(2)) for _ in self.slides]
         return [training_tiles(s, self.settings.tile_px, shift=d) for s, d in zip(self.slides, shifts, strict=True)]
 
-    def epoch(self, epoch: int, bar: tqdm[None]) -> float:
+    def epoch(self, epoch: int, bar: tqdm[Any]) -> float:
         """Pass over all tiles once; returns the mean loss."""
         rng = _seed_epoch(self.settings.seed, epoch)
         tiles = self.tiles(rng)

@@ -83,7 +83,7 @@ class Network(nn.Module):
 
         Returns
         -------
-        Shape (n, M).
+        Shape (n, M); of a region off the slide (n_px 0) the sum is 0 and the mean the bias.
         """
         rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
         pooled = aggregate(rows, operator.matrix)
@@ -91,8 +91,9 @@ class Network(nn.Module):
         weight, bias = self.head.weight.float(), self.head.bias.float()
         with torch.autocast(pooled.device.type, enabled=False):
             if self.aggregation == "mean":
-                return (pooled / n_px.clamp_min(1e-12)) @ weight.T + bias
-            return pooled @ weight.T + n_px * bias
+                return nn.functional.linear(pooled / n_px.clamp_min(1e-12), weight, bias)
+            # A sum has n_px times the bias: one channel more, so that nothing of the size of the result is added up.
+            return torch.cat([pooled, n_px], dim=1) @ torch.cat([weight, bias[:, None]], dim=1).T
 
     @torch.no_grad()
     def start_from(self, mean_expression: Tensor, n_px: float) -> None:
@@ -124,4 +125,4 @@ class Network(nn.Module):
         """
         for lateral, values in zip(self.decoder.laterals, samples, strict=True):
             if isinstance(lateral, Lateral):
-                lateral.calibrate(values.mean(0), values.std(0))
+                lateral.calibrate(values.mean(0), values.std(0, correction=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._commit import check_target, commit
+from ._disk import size_text
 from ._gene_map import GeneMapReader, GeneMapWriter, estimate_bytes, open_map
 from ._pixnet import PixNet
 from ._provenance import record, recorded
@@ -27,6 +28,7 @@ __all__ = [
     "record",
     "recorded",
     "region_table",
+    "size_text",
     "squares_element",
     "thumbnail",
     "tissue_labels",

@@ -27,7 +27,16 @@ if sys.platform != "win32":
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["check_free_disk", "check_writable", "hold_lock", "local_store", "read_json", "work_folder", "write_json"]
+__all__ = [
+    "check_free_disk",
+    "check_writable",
+    "hold_lock",
+    "local_store",
+    "read_json",
+    "size_text",
+    "work_folder",
+    "write_json",
+]
 
 DISK_MARGIN = 0.05
 """Fraction asked for on top of the bytes needed."""
@@ -108,19 +117,24 @@ def _probe(folder: Path, message: str) -> None:
         raise StoreError(f"{message} ({error.strerror or error})") from error
 
 
+def size_text(n_bytes: float) -> str:
+    """Bytes for people: ``"1.25 GB"`` (10⁹ bytes), below a tenth of that ``"3.10 MB"``."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
+
+
 def check_free_disk(path: Path, needed_bytes: int) -> None:
     """Raise when the disk that holds ``path`` has not ``needed_bytes`` plus 5 % free.
 
     Raises
     ------
     StoreError
-        Saying how much is needed and how much is free, in GB (10⁹ bytes).
+        Saying how much is needed and how much is free.
     """
     free = shutil.disk_usage(path).free
     wanted = needed_bytes * (1 + DISK_MARGIN)
     if wanted > free:
         raise StoreError(
-            f"The result may take up to {wanted / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free at {path}. Free "
+            f"The result may take up to {size_text(wanted)}, but only {size_text(free)} are free at {path}. Free "
             "some space, write the object to a larger disk, or predict fewer genes (`genes=`) or a coarser map "
             "(`map_um=`)."
         )

@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 from spatialdata import get_dask_backing_files
 
-from pixnet_sd._errors import DataError, ElementError
+from pixnet_sd._errors import DataError, ElementError, StoreError
 from pixnet_sd._logging import logger
 
 from ._commit import check_target, commit
@@ -243,7 +243,12 @@ def _check_room(sdata: SpatialData, key: str, overwrite: bool, layout: MapLayout
     blocks = layout.blocks()
     missing = sum(not sink.is_done(block) for block in blocks)
     needed = int(layout.nbytes * missing / len(blocks))
-    check_target(sdata, {key: "images"}, overwrite=overwrite, needed_bytes=needed)
+    try:
+        check_target(sdata, {key: "images"}, overwrite=overwrite, needed_bytes=needed)
+    except StoreError:
+        if not sink.resumed:
+            sink.discard()
+        raise
 
 
 def _padded(values: NDArray[np.float32], block: Block, layout: MapLayout) -> NDArray[np.float32]:

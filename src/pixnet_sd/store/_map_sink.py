@@ -19,7 +19,7 @@ from pixnet_sd._errors import StoreError
 from pixnet_sd._logging import logger
 
 from ._commit import Staged, consolidate, write_scratch_store
-from ._disk import read_json, write_json
+from ._disk import read_json, size_text, write_json
 from ._done_log import DoneLog
 from ._memory import available_memory
 
@@ -51,7 +51,7 @@ class MemorySink:
         available = available_memory()
         if layout.nbytes > available / 2:
             raise StoreError(
-                f"The gene map takes {layout.nbytes / 1e9:.2f} GB, more than half of the {available / 1e9:.2f} GB of "
+                f"The gene map takes {size_text(layout.nbytes)}, more than half of the {size_text(available)} of "
                 "memory that are free. Write the object to disk first: `sdata.write('/some/folder.zarr')`; the map is "
                 "then streamed into that store."
             )

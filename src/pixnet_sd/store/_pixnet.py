@@ -178,8 +178,9 @@ def _empty_network(record: ModelRecord) -> Network:
     try:
         encoder = build_encoder(record.encoder, None, frozen=record.freeze_encoder)
     except PixNetError as error:
+        then, now = record.versions.get("timm", "(unknown)"), library_versions()["timm"]
         raise CheckpointError(
-            f"The checkpoint was made with encoder {record.encoder!r} of timm {record.versions.get('timm', '(unknown)')}"
-            f", and the timm installed here, {library_versions()['timm']}, does not have it. Install that version."
+            f"The checkpoint was made with encoder {record.encoder!r} of timm {then}, and the timm installed here, "
+            f"{now}, does not have it. Install that version."
         ) from error
     return Network(encoder, record.decoder, len(record.genes), record.aggregation)

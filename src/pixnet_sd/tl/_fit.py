@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from spatialdata import SpatialData
 
-from pixnet_sd._errors import CheckpointError, PixNetError
+from pixnet_sd._errors import CheckpointError, PixNetError, StoreError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.settings import TrainSettings
@@ -152,7 +153,7 @@ def fit(
     DataError
         Counts, genes or pixels cannot be used.
     CheckpointError
-        Encoder weights cannot be had, or `checkpoint_dir` holds another run.
+        Encoder weights cannot be had, or `checkpoint_dir` holds another run or cannot be written.
 
     References
     ----------
@@ -186,7 +187,9 @@ def fit(
         working_mpp=working_mpp,
     )
     data = training_data(sources, genes=genes, n_genes=n_genes, target_sum=target_sum, validation=validation, seed=seed)
-    network = Network(backbone, decoder_config(decoder_width, preset), len(data.genes), aggregation or default_aggregation(preset))
+    network = Network(
+        backbone, decoder_config(decoder_width, preset), len(data.genes), aggregation or default_aggregation(preset)
+    )
     record = _record(
         network,
         settings,
@@ -204,7 +207,7 @@ def fit(
         PixNet(network, record), data, settings, fabric, directory, show_progress_bar
     )
     for slide in slides.values():
-        note(slide, "model", None, str(directory.resolve()))
+        _note(slide, str(directory.resolve()))
     return model
 
 
@@ -262,6 +265,28 @@ def _finished(directory: Path, record: ModelRecord) -> PixNet | None:
     return found
 
 
+def _check_writable(directory: Path) -> None:
+    """Find out before the training, not after it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(directory)!r} cannot be written ({error.strerror or error}). Give checkpoint_dir= a folder that can "
+            "be."
+        ) from error
+
+
+def _note(slide: SpatialData, folder: str) -> None:
+    """Record the model in the object, and in its store if that can be written."""
+    try:
+        note(slide, "model", None, folder)
+    except StoreError as error:
+        slide.attrs["pixnet_sd"] = {**(slide.attrs.get("pixnet_sd") or {}), "model": folder}
+        logger.warning("the model is recorded in memory only: %s", error)
+
+
 def _trained(
     model: PixNet,
     data: TrainingData,
@@ -271,6 +296,7 @@ def _trained(
     show_progress_bar: bool,
 ) -> PixNet:
     """Train, and save into the directory."""
+    _check_writable(directory)
     result = train(
         model.network,
         data.training,

@@ -102,9 +102,7 @@ class ReusedMap:
         return self.reader.read(*window, self.channels)
 
 
-def find_map(
-    sdata: SpatialData, key: str, info: MapInfo, genes: Sequence[str], slide: Slide
-) -> ReusedMap | None:
+def find_map(sdata: SpatialData, key: str, info: MapInfo, genes: Sequence[str], slide: Slide) -> ReusedMap | None:
     """The map of an earlier call, if regions can be had from it exactly.
 
     That takes the same model, image and tissue, the native pitch (a coarser map has lost what the bilinear resize

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
-from pixnet_sd._errors import CheckpointError, PixNetError
+from pixnet_sd._errors import CheckpointError, DataError, PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.infer import Inference, InferSettings, infer
@@ -31,6 +31,7 @@ from pixnet_sd.store import (
     image_transforms,
     recorded,
     region_table,
+    size_text,
     thumbnail,
     tissue_labels,
 )
@@ -134,7 +135,7 @@ def predict(
     ResolutionError
         Micrometres per pixel unknown or absurd.
     DataError
-        Genes that the model does not know, or an image that is not RGB uint8.
+        Genes that the model does not know, or an image that is not RGB uint8 or shows no tissue.
     CheckpointError
         No model, or a damaged one.
     StoreError
@@ -241,8 +242,8 @@ class _Job:
         height, width = (-(-size // self.info.factor) for size in self.slide.map_shape)
         pitch_um = MAP_STRIDE * self.slide.working_mpp * self.info.factor
         logger.info(
-            "gene map: %d genes, %d x %d pixels of %g µm, at most %.2f GB",
-            *(len(self.genes), height, width, pitch_um, estimate_bytes(len(self.genes), height, width) / 1e9),
+            "gene map: %d genes, %d x %d pixels of %g µm, at most %s",
+            *(len(self.genes), height, width, pitch_um, size_text(estimate_bytes(len(self.genes), height, width))),
         )
         return GeneMapWriter.open(
             self.sdata,
@@ -321,18 +322,32 @@ def _model(sdata: SpatialData, model: PixNet | str | Path | None) -> PixNet:
     if isinstance(model, PixNet):
         return model
     if model is None:
-        model = str(recorded(sdata, "model") or "")
-        if not model:
-            raise CheckpointError(
-                "No model was given, and none is recorded in this object. Give predict(sdata, model=...) a PixNet or "
-                "a checkpoint folder, or train one with fit(sdata)."
-            )
+        return PixNet.load(_recorded_folder(sdata))
+    if not isinstance(model, str | Path):
+        raise PixNetError(f"model= needs a PixNet or a checkpoint folder; got a {type(model).__name__}.")
     return PixNet.load(model)
+
+
+def _recorded_folder(sdata: SpatialData) -> Path:
+    folder = str(recorded(sdata, "model") or "")
+    if not folder:
+        raise CheckpointError(
+            "No model was given, and none is recorded in this object. Give predict(sdata, model=...) a PixNet or "
+            "a checkpoint folder, or train one with fit(sdata)."
+        )
+    if not Path(folder).exists():
+        raise CheckpointError(
+            f"The model that is recorded in this object, {folder!r}, is not there any more. Give model= the folder "
+            "that it was moved to, or train again with fit(sdata)."
+        )
+    return Path(folder)
 
 
 def _genes(model: PixNet, genes: Sequence[str] | None) -> tuple[NDArray[np.intp], list[str]]:
     """Indices into the head, and names, of the genes to predict."""
     names = model.genes if genes is None else [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
+    if not names:
+        raise DataError("genes= names no gene. Leave it out for all of the model's.")
     check_genes(names, model.genes, "the model")
     return np.array([model.genes.index(gene) for gene in names], dtype=np.intp), names
 
@@ -340,7 +355,7 @@ def _genes(model: PixNet, genes: Sequence[str] | None) -> tuple[NDArray[np.intp]
 def _tissue(sdata: SpatialData, slide: Slide) -> NDArray[np.bool_]:
     tissue = tissue_mask(sdata, slide)
     if not tissue.any():
-        raise PixNetError(
+        raise DataError(
             f"No tissue was found on image {slide.image_key!r}: it looks like empty glass. Check image_key= (an H&E "
             "image on a bright background is needed)."
         )
