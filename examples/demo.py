@@ -219,10 +219,10 @@ def draw_picture(slide: SpatialData, scores: pd.DataFrame, options: Options) -> 
     add_scale_bar(histology, options.size_um)
     for column, gene in enumerate(DRAWN, start=2):
         axes = [figure.add_subplot(grid[row, column]) for row in range(2)]
-        low, high = np.nanpercentile(maps["truth"].sel(c=gene), [1, 99])
+        limits = tuple(np.nanpercentile(maps["truth"].sel(c=gene), [1, 99]))
         titles = (f"{gene}, truth", f"{gene}, prediction (PCC {scores.loc[gene, 'truth']:.2f})")
         for ax, title, source in zip(axes, titles, maps.values(), strict=True):
-            drawn = show(ax, source.sel(c=gene), MAP_UM, title, options, vmin=low, vmax=high)
+            drawn = show(ax, source.sel(c=gene), MAP_UM, title, options, limits)
         bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.8, aspect=30, pad=0.02)
         bar.set_label("log-normalised expression")
     path = options.output / "demo.png"
@@ -246,11 +246,18 @@ def gene_map(slide: SpatialData) -> DataArray:
     return predicted.where(tissue.values > 0)
 
 
-def show(axes: Axes, pixels: DataArray, pitch_um: float, title: str, options: Options, **limits: float) -> AxesImage:
+def show(
+    axes: Axes,
+    pixels: DataArray,
+    pitch_um: float,
+    title: str,
+    options: Options,
+    limits: tuple[float | None, float | None] = (None, None),
+) -> AxesImage:
     """Draw a picture of the whole slide and mark the held-out part."""
     size, cut = options.size_um, options.cut_um
     extent = (0.0, pixels.sizes["x"] * pitch_um, pixels.sizes["y"] * pitch_um, 0.0)
-    drawn = axes.imshow(pixels.values, extent=extent, interpolation="nearest", **limits)
+    drawn = axes.imshow(pixels.values, extent=extent, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     axes.set(xlim=(0, size), ylim=(size, 0))
     axes.set_title(title, fontsize=15)
     axes.axvline(cut, color="black", linestyle="--", linewidth=1.5)

@@ -147,7 +147,13 @@ def test_calibrate_standardises_each_level() -> None:
     for lateral, values in zip(network.decoder.laterals, samples, strict=True):
         standard = (values - lateral.mean) * lateral.scale
         torch.testing.assert_close(standard.mean(0), torch.zeros(values.shape[1]), rtol=0, atol=1e-4)
-        torch.testing.assert_close(standard.std(0), torch.ones(values.shape[1]), rtol=0, atol=1e-3)
+        torch.testing.assert_close(standard.std(0, correction=0), torch.ones(values.shape[1]), rtol=0, atol=1e-3)
+
+
+def test_calibrate_with_a_single_region_stays_finite() -> None:
+    network = make()
+    network.calibrate([torch.randn(1, c) for c in network.encoder.channels])
+    assert all(torch.isfinite(lateral.scale).all() for lateral in network.decoder.laterals)
 
 
 def test_papers_decoder_has_nothing_to_calibrate() -> None:

@@ -214,15 +214,17 @@ class TestReuse:
         predict(fitted, bin_um=16, write_map=False)
         assert forward_passes == [1]
 
-    def test_regions_on_glass_are_run(self, fitted, predict, forward_passes):
+    def test_regions_on_glass_are_run(self, fitted, predict, forward_passes, caplog):
         predict(fitted)
         del forward_passes[:]
         corner = sd.models.ShapesModel.parse(
             np.array([[3.0, 3.0], [100.0, 100.0]]), geometry=0, radius=3, transformations={"sample": Identity()}
         )
         fitted.shapes["corner"] = corner
+        caplog.set_level("INFO", "pixnet_sd")
         predict(fitted, shapes_key="corner")
         assert forward_passes == [1]
+        assert "1 regions lie off tissue, where the map is 0: their tiles are run" in caplog.text
         table = fitted.tables["pixnet_corner"]
         assert np.isfinite(table.X).all()
         assert list(table.obs["tissue_area_um2"] > 0) == [False, True]

@@ -223,7 +223,7 @@ class _Job:
                 stored=reused,
                 show_progress_bar=show_progress_bar,
             )
-            self._say_reused(reused, result)
+            self._say_reused(reused, plan, result)
             elements, notes = self._results(plan, result, with_map=writer is not None)
             if writer is not None:
                 writer.commit(elements, provenance=notes)
@@ -257,12 +257,15 @@ class _Job:
             overwrite=self.overwrite,
         )
 
-    def _say_reused(self, reused: ReusedMap | None, result: Inference) -> None:
-        if reused is not None and result.windows_reused:
-            logger.info(
-                "gene map %r reused for the regions: %d tiles run, %d windows read back",
-                *(self.map_key, result.tiles_run, result.windows_reused),
-            )
+    def _say_reused(self, reused: ReusedMap | None, plan: RegionPlan, result: Inference) -> None:
+        if reused is None or self.request is None:
+            return
+        logger.info(
+            "gene map %r reused for the regions: %d tiles run, %d windows read back",
+            *(self.map_key, result.tiles_run, result.windows_reused),
+        )
+        if plan.on_glass.any():
+            logger.info("%d regions lie off tissue, where the map is 0: their tiles are run", plan.on_glass.sum())
 
     def _results(
         self, plan: RegionPlan, result: Inference, *, with_map: bool
