@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with step("Fitting"):
         model = fit(slide, options)
     with step("Predicting"):
-        ps.tl.predict(slide, model, radius_um=BIN_UM)
+        ps.tl.predict(slide, model, radius_um=8)
         ps.tl.predict(slide, model, shapes_key=SHAPES)  # read back from the map: the network does not run again
     with step("Scoring"):
         scores = score(slide, options)
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\nHeld-out part, bins of {BIN_UM} µm, Pearson correlation over bins, spatially varying genes:\n")
     print(scores.round(3).to_string())
     print(f"\n{where(options, picture)}\n\nAll of it took {time.monotonic() - started:.0f} s.")
-    return verdict(float(scores.loc["mean", "truth"]), options.min_pcc)
+    return verdict(scores["truth"]["mean"], options.min_pcc)
 
 
 def parse(arguments: Sequence[str] | None) -> Options:
@@ -151,7 +151,7 @@ def score(slide: SpatialData, options: Options) -> pd.DataFrame:
     )
     against_counts = ps.tl.evaluate(part, table_key=TABLE, predicted_key=PREDICTED).loc[genes, "pcc"]
     truth = true_bins(options).loc[held_out.obs_names, genes]
-    against_truth = predicted_bins(slide).reindex(held_out.obs_names)[genes].corrwith(truth)
+    against_truth = predicted_bins(slide).loc[held_out.obs_names, genes].corrwith(truth).fillna(0)  # constant: 0
     scores = pd.DataFrame({"counts": against_counts, "truth": against_truth})
     scores.loc["mean"] = scores.mean()
     return scores
@@ -172,7 +172,12 @@ def instances(table: Any) -> NDArray[Any]:
 def true_bins(options: Options) -> pd.DataFrame:
     """Expected counts of the bins, normalised as measured counts are."""
     expected = ps.datasets.sample_truth_bins(BIN_UM, size_um=options.size_um, mpp=MPP, seed=options.seed)
-    return np.log1p(TARGET_SUM * expected.div(expected.sum(axis=1), axis=0))
+    return normalise(expected.div(expected.sum(axis=1), axis=0))
+
+
+def normalise(shares: Any) -> Any:
+    """Each gene's share of the counts, log-normalised as the targets of the fit are."""
+    return np.log1p(TARGET_SUM * shares)
 
 
 def x_um(table: Any) -> NDArray[np.float64]:
@@ -220,7 +225,7 @@ def draw_picture(slide: SpatialData, scores: pd.DataFrame, options: Options) -> 
     for column, gene in enumerate(DRAWN, start=2):
         axes = [figure.add_subplot(grid[row, column]) for row in range(2)]
         limits = tuple(np.nanpercentile(maps["truth"].sel(c=gene), [1, 99]))
-        titles = (f"{gene}, truth", f"{gene}, prediction (PCC {scores.loc[gene, 'truth']:.2f})")
+        titles = (f"{gene}, truth", f"{gene}, prediction (PCC {scores['truth'][gene]:.2f})")
         for ax, title, source in zip(axes, titles, maps.values(), strict=True):
             drawn = show(ax, source.sel(c=gene), MAP_UM, title, options, limits)
         bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.8, aspect=30, pad=0.02)
@@ -234,7 +239,7 @@ def true_map(options: Options) -> DataArray:
     """Expected counts on the gene map's grid, normalised as the targets are; NaN off tissue."""
     expected = ps.datasets.sample_truth(size_um=options.size_um, mpp=MPP, seed=options.seed, pitch_um=MAP_UM)
     total = expected.sum("c")
-    return np.log1p(TARGET_SUM * expected / total.where(total > 0.1 * total.max()))
+    return normalise(expected / total.where(total > 0.1 * total.max()))
 
 
 def gene_map(slide: SpatialData) -> DataArray:

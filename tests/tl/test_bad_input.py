@@ -19,6 +19,7 @@ from scipy import sparse
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity, Translation, get_transformation, set_transformation
 
+from pixnet_sd import tl
 from pixnet_sd._errors import CheckpointError, DataError, ElementError, PixNetError, ResolutionError, StoreError
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
@@ -337,3 +338,8 @@ class TestStore:
         store, fitted.path = fitted.path, tmp_path / "s.zarr.zip"
         refused(StoreError, "not a local folder", only="predict")
         fitted.path = store
+
+
+def test_a_path_in_place_of_an_object() -> None:
+    with pytest.raises(PixNetError, match="needs a SpatialData object, got str: spatialdata.read_zarr"):
+        tl.predict("slide.zarr")

@@ -123,24 +123,24 @@ def _column_steps(first: int, last: int, col0: int, col1: int, grid: Grid) -> sp
     return sparse.csr_array((step[keep], column[keep], indptr), shape=(len(position), n_cols + 1))
 
 
-def _run_ends(spans: Spans, first: int, last: int, window: Window, grid: Grid) -> tuple[sparse.csr_array, Int]:
-    """Ends of the runs with their row weights, added up per low-resolution row.
-
-    Returns
-    -------
-    Plus at stops and minus at starts, shape (pairs, last - first + 1), and the (region, low-resolution row) pairs as
-    ``region * window rows + row``, ascending.
-    """
-    n_rows = window.shape[0]
+def _across_rows(spans: Spans, window: Window, grid: Grid) -> tuple[sparse.csr_array, Int]:
+    """Row weights: (region, low row) pairs × runs, and the pairs as ``region * window rows + row``, ascending."""
+    n_rows, n_runs = window.shape[0], len(spans.row)
     low, high, weight = _resize_taps(spans.row + 0.5, grid.height, grid.stride)
     tap = np.concatenate([low, high]) - window.row0
     value = np.concatenate([1 - weight, weight])
     keep = np.nonzero((tap >= 0) & (tap < n_rows) & (value != 0))[0]
-    run, value = keep % max(len(low), 1), value[keep]
+    run = keep % max(n_runs, 1)
     pairs, pair = np.unique(spans.region[run] * n_rows + tap[keep], return_inverse=True)
-    ends = np.concatenate([spans.stop[run], spans.start[run]]) - first
-    entries = (np.concatenate([value, -value]), (np.tile(pair, 2), ends))
-    return sparse.csr_array(entries, shape=(len(pairs), last - first + 1)), pairs
+    return sparse.csr_array((value[keep], (pair, run)), shape=(len(pairs), n_runs)), pairs
+
+
+def _ends(spans: Spans, first: int, last: int) -> sparse.csr_array:
+    """Runs × positions between the pixels [first, last): one where a run stops, minus one where it starts."""
+    n_runs = len(spans.row)
+    position = np.stack([spans.start, spans.stop], axis=1).ravel() - first
+    parts = (np.tile([-1.0, 1.0], n_runs), position, np.arange(0, 2 * n_runs + 1, 2))
+    return sparse.csr_array(parts, shape=(n_runs, last - first + 1))
 
 
 def _cumulated(steps: sparse.csr_array) -> sparse.csr_array:
@@ -150,7 +150,7 @@ def _cumulated(steps: sparse.csr_array) -> sparse.csr_array:
     begin, end = np.zeros((2, steps.shape[0]), np.int64)
     begin[occupied] = steps.indices[steps.indptr[occupied]]
     end[occupied] = steps.indices[steps.indptr[occupied + 1] - 1]
-    column, _ = _ranges(begin, end - begin)
+    column = _ranges(begin, end - begin)[0]
     indptr = np.concatenate([[0], np.cumsum(end - begin)])
     # The rows lie end to end: the last step of one, back to zero, falls on the first of the next.
     place = steps.indices + np.repeat(indptr[:-1] - begin, np.diff(steps.indptr))
@@ -162,13 +162,16 @@ def _sum_matrix(spans: Spans, n_regions: int, grid: Grid, window: Window) -> spa
     """A of Eq. 5 restricted to the columns of a window, from the runs that can touch it."""
     n_rows, n_cols = window.shape
     first, last = _reach(window.col0, window.col1, grid.width, grid.stride)
-    ends, pairs = _run_ends(spans, first, last, window, grid)
-    blocks = _cumulated(ends @ _column_steps(first, last, window.col0, window.col1, grid))
+    rows, pairs = _across_rows(spans, window, grid)
+    blocks = _cumulated(rows @ _ends(spans, first, last) @ _column_steps(first, last, window.col0, window.col1, grid))
+    blocks.data[np.abs(blocks.data) < _ROUNDING] = 0.0
     # A (region, low row) pair holds the next stretch of its region's row of A: only the pointers change.
-    column = blocks.indices + np.repeat((pairs % n_rows) * n_cols, np.diff(blocks.indptr))
-    value = np.where(np.abs(blocks.data) < _ROUNDING, 0.0, blocks.data)
+    column = np.repeat((pairs % n_rows) * n_cols, np.diff(blocks.indptr))
+    column += blocks.indices
     indptr = blocks.indptr[np.searchsorted(pairs // n_rows, np.arange(n_regions + 1))]
-    matrix = sparse.csr_array((value, column, indptr), shape=(n_regions, n_rows * n_cols))
+    kind = sparse.get_index_dtype(maxval=max(n_rows * n_cols, len(column)))  # 32 bits nearly always, half the memory
+    parts = (blocks.data, column.astype(kind), indptr.astype(kind))
+    matrix = sparse.csr_array(parts, shape=(n_regions, n_rows * n_cols))
     matrix.eliminate_zeros()  # holes, and between the parts of a region
     return matrix
 
@@ -299,4 +302,5 @@ def aggregate(features: Tensor, matrix: sparse.csr_array) -> Tensor:
     Shape (regions, C), float32.
     """
     with torch.autocast(features.device.type, enabled=False):
-        return _SparseProduct.apply(matrix.astype(np.float32), features.float())
+        single = sparse.csr_array((matrix.data.astype(np.float32), matrix.indices, matrix.indptr), shape=matrix.shape)
+        return _SparseProduct.apply(single, features.float())

@@ -73,8 +73,9 @@ def _apply(matrix: ArrayLike, xy: Float) -> Float:
 def _ranges(first: Int, length: Int) -> tuple[Int, Int]:
     """Concatenated ``first[k] + arange(length[k])`` and the k of each entry."""
     owner = np.repeat(np.arange(len(first)), length)
-    offset = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
-    return first[owner] + offset, owner
+    value = (first - (np.cumsum(length) - length))[owner]
+    value += np.arange(len(owner))
+    return value, owner
 
 
 def _first_centre(coordinate: Float) -> Int:

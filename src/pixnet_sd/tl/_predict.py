@@ -141,6 +141,10 @@ def predict(
     StoreError
         A name is taken, the store cannot be written, or the disk is too small.
     """
+    if not isinstance(sdata, SpatialData):
+        raise PixNetError(
+            f"predict needs a SpatialData object, got {type(sdata).__name__}: spatialdata.read_zarr(path)."
+        )
     found = _model(sdata, model)
     index, names = _genes(found, genes)
     slide = open_slide(
