@@ -5,14 +5,14 @@
 One tile, its feature map D, a linear head. Both ways give every region's sum of every gene, and the gradients with
 respect to D and the head:
 
-- fast: `build_operator` from the regions' geometry and `Network.predict_regions`.
-- literal: apply the head at every pixel, resize to the tile, sum inside the masks. The masks are made beforehand and
-  are not counted. Of two ways to sum the quicker one runs: many small regions gather their pixels and add them up
-  (dense masks of the bins take 20 times as long), few large ones are a product of a dense mask matrix and the map
-  (gathering takes 6 times as long, and 5 GB).
+- fast: `Network.predict_regions` with the operator A.
+- literal: apply the head at every pixel, resize to the tile, sum inside the masks. Of two ways to sum the quicker one
+  runs: many small regions gather their pixels and add them up (dense masks of the bins take 20 times as long), few
+  large ones are a product of a dense mask matrix and the map (gathering takes 6 times as long, and 5 GB).
 
-Times are medians of alternating runs in this process. Memory is the peak resident size of a process of its own above
-that before the run, when imports, inputs and masks are there and both ways have run once at a small size. Linux only.
+A and the masks, which either way makes once from the regions' geometry, are timed by themselves ("prepare"). Times are
+medians of alternating runs in this process. Memory is the peak resident size of a process of its own, preparation
+included, above that when imports and inputs are there and both ways have run once at a small size. Linux only.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pixnet_sd.nn.aggregation import Grid, build_operator
+from pixnet_sd.nn.aggregation import Grid, Operator, build_operator
 from pixnet_sd.nn.model import DecoderConfig, Network
 from pixnet_sd.nn.regions import Circles, Regions, squares
 
@@ -55,7 +55,6 @@ class Problem:
     features: Tensor  # D, (1, C, h, w)
     network: Network  # of which only the head is used
     upstream: Tensor  # (n, M)
-    masks: Tensor | Sequence[Tensor]  # dense and flat (n, pixels), or the flat pixels of each region
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -93,12 +92,6 @@ def make_regions(kind: str, tile_px: int, n: int) -> Regions:
 
 def make_problem(kind: str, tile_px: int, n: int, channels: int, genes: int) -> Problem:
     regions, generator = make_regions(kind, tile_px, n), torch.Generator().manual_seed(0)
-    pixels = [torch.from_numpy(flat_pixels(regions, k, tile_px)) for k in range(len(regions))]
-    masks: Tensor | list[Tensor] = pixels
-    if kind == "circles":
-        masks = torch.zeros(len(regions), tile_px**2)
-        for mask, listed in zip(masks, pixels, strict=True):
-            mask[listed] = 1
     low = tile_px // STRIDE
     return Problem(
         tile_px,
@@ -106,33 +99,51 @@ def make_problem(kind: str, tile_px: int, n: int, channels: int, genes: int) -> 
         torch.randn(1, channels, low, low, generator=generator).requires_grad_(),
         Network(NoEncoder(), DecoderConfig((channels, 1, 1, 1), (1, 1, 1)), genes, "sum"),
         torch.randn(len(regions), genes, generator=generator),
-        masks,
     )
 
 
-def fast(problem: Problem) -> Result:
+def make_operator(problem: Problem) -> Operator:
+    """A."""
     height, width = problem.features.shape[-2:]
-    operator = build_operator(problem.regions, Grid(height, width, STRIDE))
+    return build_operator(problem.regions, Grid(height, width, STRIDE))
+
+
+def make_masks(problem: Problem) -> Tensor | list[Tensor]:
+    """Dense and flat masks (n, pixels) of circles, the flat pixels of each bin."""
+    n = len(problem.regions)
+    pixels = [torch.from_numpy(flat_pixels(problem.regions, k, problem.tile_px)) for k in range(n)]
+    if not isinstance(problem.regions, Circles):
+        return pixels
+    masks = torch.zeros(n, problem.tile_px**2)
+    for mask, listed in zip(masks, pixels, strict=True):
+        mask[listed] = 1
+    return masks
+
+
+def fast(problem: Problem, operator: Operator) -> Result:
     values = problem.network.predict_regions(problem.features, operator)
     return Result(values.detach(), torch.autograd.grad(values, problem.leaves, problem.upstream))
 
 
-def literal(problem: Problem) -> Result:
+def literal(problem: Problem, masks: Tensor | Sequence[Tensor]) -> Result:
     full = resize(problem.network.gene_map(problem.features)[0], STRIDE).flatten(1)
-    if isinstance(problem.masks, Tensor):
-        values = problem.masks @ full.T
+    if isinstance(masks, Tensor):
+        values = masks @ full.T
     else:
-        lengths = torch.tensor([len(pixels) for pixels in problem.masks]).expand(len(full), -1).contiguous()
-        values = torch.segment_reduce(full[:, torch.cat(list(problem.masks))], "sum", lengths=lengths, axis=1).T
+        lengths = torch.tensor([len(pixels) for pixels in masks]).expand(len(full), -1).contiguous()
+        values = torch.segment_reduce(full[:, torch.cat(list(masks))], "sum", lengths=lengths, axis=1).T
     return Result(values.detach(), torch.autograd.grad(values, problem.leaves, problem.upstream))
 
 
-WAYS: dict[str, Callable[[Problem], Result]] = {"fast": fast, "literal": literal}
+WAYS: dict[str, tuple[Callable[[Problem], Any], Callable[[Problem, Any], Result]]] = {
+    "fast": (make_operator, fast),
+    "literal": (make_masks, literal),
+}
 
 
-def seconds(run: Callable[[Problem], Result], problem: Problem) -> tuple[float, Result]:
+def seconds(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     start = time.perf_counter()
-    result = run(problem)
+    result = run(*arguments)
     return time.perf_counter() - start, result
 
 
@@ -150,13 +161,15 @@ def resident_mb(field: str) -> float:
 
 def peak_mb(way: str, kind: str, arguments: argparse.Namespace) -> float:
     """Peak of one run above what was there before, in this process."""
-    WAYS[way](make_problem(kind, 64, 16, 4, 3))
+    prepare, run = WAYS[way]
+    small = make_problem(kind, 64, 16, 4, 3)
+    run(small, prepare(small))
     problem = make_problem(kind, arguments.tile_px, getattr(arguments, kind), arguments.channels, arguments.genes)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or the run would use what the imports left, for free
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak: ru_maxrss still has that of the imports
     before = resident_mb("VmRSS")
-    WAYS[way](problem)
+    run(problem, prepare(problem))
     return resident_mb("VmHWM") - before
 
 
@@ -170,18 +183,19 @@ def compare(kind: str, arguments: argparse.Namespace) -> None:
     n = getattr(arguments, kind)
     memory = {way: measure_peak(way, kind) for way in WAYS}
     problem = make_problem(kind, arguments.tile_px, n, arguments.channels, arguments.genes)
+    prepared = {way: seconds(prepare, problem) for way, (prepare, _) in WAYS.items()}
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for repeat in range(arguments.repeats + 1):
         results = {}
-        for way, run in WAYS.items():
-            elapsed, results[way] = seconds(run, problem)
+        for way, (_, run) in WAYS.items():
+            elapsed, results[way] = seconds(run, problem, prepared[way][1])
             if repeat:  # the first is a warm-up
                 times[way].append(elapsed)
     elapsed_of = {way: median(values) for way, values in times.items()}
     for way in WAYS:
-        print(f"| {n:,} {kind} | {way} | {elapsed_of[way]:.4f} | {memory[way]:.0f} | |")
+        print(f"| {n:,} {kind} | {way} | {prepared[way][0]:.3f} | {elapsed_of[way]:.4f} | {memory[way]:.0f} | |")
     print(
-        f"| {n:,} {kind} | **literal / fast** | **{elapsed_of['literal'] / elapsed_of['fast']:.0f}** "
+        f"| {n:,} {kind} | **literal / fast** | | **{elapsed_of['literal'] / elapsed_of['fast']:.0f}** "
         f"| **{memory['literal'] / memory['fast']:.0f}** | {off_by(results['fast'], results['literal']):.0e} |",
         flush=True,
     )
@@ -206,7 +220,8 @@ def main() -> None:
     print(
         f"{arguments.tile_px}² px, {arguments.channels} channels, {arguments.genes} genes, "
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n\n"
-        "| regions | way | s, forward + backward | peak MB | largest relative difference |\n|---|---|---:|---:|---:|"
+        "| regions | way | s, prepare | s, forward + backward | peak MB | largest relative difference |\n"
+        "|---|---|---:|---:|---:|---:|"
     )
     for kind in ("bins", "circles"):
         compare(kind, arguments)
