@@ -15,6 +15,7 @@ import argparse
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     options = parse(arguments)
+    warnings.filterwarnings("ignore", message="zarr v3 autosharding")  # of anndata, dozens of times
     started = time.monotonic()
     with step("Drawing the slide"):
         slide = draw_slide(options)
@@ -227,7 +229,7 @@ def draw_picture(slide: SpatialData, scores: pd.DataFrame, options: Options) -> 
         limits = tuple(np.nanpercentile(maps["truth"].sel(c=gene), [1, 99]))
         titles = (f"{gene}, truth", f"{gene}, prediction (PCC {scores['truth'][gene]:.2f})")
         for ax, title, source in zip(axes, titles, maps.values(), strict=True):
-            drawn = show(ax, source.sel(c=gene), MAP_UM, title, options, limits)
+            drawn = show(ax, source.sel(c=gene), BIN_UM, title, options, limits)
         bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.8, aspect=30, pad=0.02)
         bar.set_label("log-normalised expression")
     path = options.output / "demo.png"
@@ -236,19 +238,20 @@ def draw_picture(slide: SpatialData, scores: pd.DataFrame, options: Options) -> 
 
 
 def true_map(options: Options) -> DataArray:
-    """Expected counts on the gene map's grid, normalised as the targets are; NaN off tissue."""
-    expected = ps.datasets.sample_truth(size_um=options.size_um, mpp=MPP, seed=options.seed, pitch_um=MAP_UM)
+    """Expected counts of pixels as large as the bins, normalised as the targets are; NaN off tissue."""
+    expected = ps.datasets.sample_truth(size_um=options.size_um, mpp=MPP, seed=options.seed, pitch_um=BIN_UM)
     total = expected.sum("c")
-    return normalise(expected / total.where(total > 0.1 * total.max()))
+    return normalise(expected / total.where(total > 0.01 * total.max()))
 
 
 def gene_map(slide: SpatialData) -> DataArray:
-    """The predicted gene map; NaN off tissue."""
+    """The predicted gene map, averaged to pixels as large as the bins; NaN off tissue."""
     predicted, tissue = (
         sd.get_pyramid_levels(element, n=0)
         for element in (slide.images["pixnet_map"], slide.labels["pixnet_map_tissue"])
     )
-    return predicted.where(tissue.values > 0)
+    side = round(BIN_UM / MAP_UM)
+    return predicted.where(tissue.values > 0).coarsen(y=side, x=side, boundary="pad").mean()
 
 
 def show(

@@ -167,11 +167,16 @@ def test_aggregate_keeps_float32_under_autocast() -> None:
 
 
 def test_aggregate_warns_of_nothing() -> None:
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # not only at the first call of a process
     operator = build_operator(Circles([[10.0, 12.0]], 6.0), GRID)
     features = torch.ones(30, 2, requires_grad=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        aggregate(features, operator.matrix).sum().backward()
+        try:
+            aggregate(features, operator.matrix).sum().backward()
+        finally:
+            torch.set_warn_always(before)
 
 
 def test_aggregate_passes_gradients_on_through_views() -> None:
