@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from pixnet_sd.engine.augment import N_SYMMETRIES, apply_symmetry, jitter_stain, undo_symmetry
-from pixnet_sd.nn.aggregation import Grid, aggregate, build_operator
+from pixnet_sd.nn.aggregation import build_operator
+from pixnet_sd.nn.grid import Grid
+from pixnet_sd.nn.operators import aggregate
 from pixnet_sd.nn.regions import Polygons
 
 EVERY = range(N_SYMMETRIES)

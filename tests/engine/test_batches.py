@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import torch
 from pixnet_sd.engine.batches import BatchPlan, make_batch, plan_batches, prefetch, tile_regions
 from pixnet_sd.engine.slides import TrainingSlide
 from pixnet_sd.engine.tiling import Tile, TrainingTiles, training_tiles
-from pixnet_sd.nn.aggregation import Grid, build_operator
+from pixnet_sd.nn.aggregation import build_operator
+from pixnet_sd.nn.grid import Grid
+from pixnet_sd.nn.operators import Operator
 from pixnet_sd.nn.regions import Circles
 
 AHEAD = 3
@@ -31,6 +34,12 @@ def on_slide(bounds: np.ndarray, slide: TrainingSlide) -> np.ndarray:
     return (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2:] <= (slide.width, slide.height)).all(axis=1)
 
 
+def dense(operator: Operator, plan: BatchPlan, found: TrainingTiles, stride: int) -> np.ndarray:
+    """An operator as a matrix, by applying it to every map pixel in turn."""
+    n = sum(found.tiles[t].height * found.tiles[t].width // stride**2 for t in plan.tiles)
+    return operator.apply(torch.eye(n)).numpy()
+
+
 @pytest.mark.parametrize("stride", [4, 8, 32])
 def test_operator_is_block_diagonal(slide, found, stride: int) -> None:
     plan = BatchPlan(0, (2, 0, 5))
@@ -38,14 +47,14 @@ def test_operator_is_block_diagonal(slide, found, stride: int) -> None:
     for size, measured in enumerate(slide.measured):
         operator = batch.operators[size]
         row = col = 0
-        rest = operator.matrix.toarray()
+        rest = dense(operator, plan, found, stride)
         for t in plan.tiles:
-            tile, members = found.tiles[t], found.members[t][size]
+            tile, members = found.tiles[t], found.members(t)[size]
             grid = Grid(tile.height // stride, tile.width // stride, stride)
             alone = build_operator(tile_regions(measured.regions.subset(members), tile), grid)
             rows, cols = slice(row, row + len(members)), slice(col, col + grid.height * grid.width)
             whole = on_slide(measured.regions.bounds[members], slide)
-            np.testing.assert_allclose(rest[rows, cols][whole], alone.matrix.toarray()[whole])
+            np.testing.assert_allclose(rest[rows, cols][whole], alone.matrix.toarray()[whole], rtol=1e-5)
             np.testing.assert_array_equal(operator.n_px[rows][whole], alone.n_px[whole])
             rest[rows, cols] = 0
             row, col = rows.stop, cols.stop
@@ -61,22 +70,22 @@ def test_pixels_targets_and_members_go_together(slide, found) -> None:
         expected = slide.read(row0, row0 + height, col0, col0 + width)
         np.testing.assert_array_equal(picture.permute(1, 2, 0), expected)
     for size, measured in enumerate(slide.measured):
-        members = np.concatenate([found.members[t][size] for t in plan.tiles])
+        members = np.concatenate([found.members(t)[size] for t in plan.tiles])
         np.testing.assert_array_equal(batch.members[size], members)
         np.testing.assert_array_equal(batch.targets[size], measured.values[members])
-        assert batch.operators[size].matrix.shape[0] == len(members)
+        assert len(batch.operators[size].n_px) == len(members)
 
 
 def test_a_size_absent_from_a_tile(slide_of, draw, reader) -> None:
     small, large = Circles([[20, 20], [500, 20]], [3, 3]), Circles([[20, 20]], [20])
     slide = slide_of(small, large, read=reader(draw(64, 512)))
     found = training_tiles(slide, 128)
-    empty = next(t for t, members in enumerate(found.members) if not len(members[1]))
+    empty = next(t for t in range(len(found.tiles)) if not len(found.members(t)[1]))
     batch = make_batch(slide, found, BatchPlan(0, (empty,)), 4)
-    assert batch.operators[1].matrix.shape == (0, 32 * found.tiles[0].height // 4)
+    assert batch.operators[1].apply(torch.ones(32 * found.tiles[0].height // 4, 2)).shape == (0, 2)
     assert batch.targets[1].shape == (0, 1)
     both = make_batch(slide, found, BatchPlan(0, (empty, 1 - empty)), 4)
-    assert both.operators[1].matrix.shape[0] == 1
+    assert len(both.operators[1].n_px) == 1
 
 
 def test_regions_partly_off_the_slide_count_what_is_inside(slide_of, draw, reader) -> None:
@@ -89,7 +98,8 @@ def test_regions_partly_off_the_slide_count_what_is_inside(slide_of, draw, reade
     inside = [((x - cx) ** 2 + (y - cy) ** 2 <= 81).sum() for cx, cy in circles.centre_xy[:3]]
     np.testing.assert_array_equal(operator.n_px[:3], inside)
     assert 0 < operator.n_px[3] < 1
-    np.testing.assert_allclose(operator.matrix.sum(axis=1), operator.n_px)
+    n_columns = found.tiles[0].height * found.tiles[0].width // 16
+    np.testing.assert_allclose(operator.apply(torch.ones(n_columns, 1))[:, 0], operator.n_px, rtol=1e-5)
 
 
 def test_pixels_are_left_out_when_not_asked_for(slide_of) -> None:
@@ -97,8 +107,26 @@ def test_pixels_are_left_out_when_not_asked_for(slide_of) -> None:
     assert make_batch(slide, training_tiles(slide, 64), BatchPlan(0, (0,)), 4, with_image=False).image is None
 
 
+def test_lazy_targets_are_asked_for_each_tile_in_ascending_order(slide, found) -> None:
+    """What a batch of a slide with targets on disk holds, without ever having them all."""
+
+    class Lazy:
+        def __init__(self, values: np.ndarray) -> None:
+            self.values, self.shape = values, values.shape
+
+        def __getitem__(self, index: np.ndarray) -> np.ndarray:
+            assert (np.diff(index) > 0).all()
+            return self.values[index]
+
+    lazy = replace(slide, measured=tuple(replace(m, values=Lazy(m.values)) for m in slide.measured))
+    plan = BatchPlan(0, (2, 0, 5))
+    one, other = (make_batch(s, training_tiles(s, 64), plan, 4) for s in (lazy, slide))
+    for got, expected in zip(one.targets, other.targets, strict=True):
+        assert torch.equal(got, expected)
+
+
 def tiles_of(*numbers: int) -> list[TrainingTiles]:
-    return [TrainingTiles([Tile(0, k, 32, 32) for k in range(n)], [()] * n) for n in numbers]
+    return [TrainingTiles(None, [Tile(0, k, 32, 32) for k in range(n)], 2) for n in numbers]
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
@@ -172,7 +200,7 @@ def test_prefetch_does_not_run_away(ahead: int) -> None:
 def test_prefetch_closes_when_the_consumer_stops() -> None:
     started: list[int] = []
     before = threading.active_count()
-    results = prefetch(endless(started))
+    results = prefetch(endless(started), AHEAD)
     next(results)
     results.close()
     at_close = len(started)
@@ -183,7 +211,7 @@ def test_prefetch_closes_when_the_consumer_stops() -> None:
 def test_batches_feed_an_aggregation(slide, found) -> None:
     """The batch's operator on the tiles' own colours gives the regions' mean colours."""
     batch = make_batch(slide, found, BatchPlan(0, tuple(range(len(found.tiles)))), 4)
-    colours = torch.nn.functional.avg_pool2d(batch.image.float(), 4).permute(0, 2, 3, 1).reshape(-1, 3).numpy()
+    colours = torch.nn.functional.avg_pool2d(batch.image.float(), 4).permute(0, 2, 3, 1).reshape(-1, 3)
     for operator, target in zip(batch.operators, batch.targets, strict=True):
-        mean = operator.matrix @ colours / operator.n_px[:, None] / 128
+        mean = operator.apply(colours).numpy() / operator.n_px[:, None] / 128
         assert np.corrcoef(mean.ravel(), target.numpy().ravel())[0, 1] > 0.95

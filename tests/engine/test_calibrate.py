@@ -20,14 +20,14 @@ def literal(network, slides, tiles) -> list[torch.Tensor]:
     """Mean features of every region in every tile, by upsampling each level and averaging over the region's pixels."""
     pooled: list[list[torch.Tensor]] = [[] for _ in STRIDES]
     for slide, found in zip(slides, tiles, strict=True):
-        for (row0, col0, height, width), members in zip(found.tiles, found.members, strict=True):
+        for t, (row0, col0, height, width) in enumerate(found.tiles):
             pixels = slide.read(row0, row0 + height, col0, col0 + width)
             image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
             y, x = np.mgrid[row0 : row0 + height, col0 : col0 + width] + 0.5
             on_slide = (x > 0) & (y > 0) & (x < slide.width) & (y < slide.height)
             for level, maps in enumerate(network.encoder(image)):
                 full = functional.interpolate(maps, (height, width), mode="bilinear", align_corners=False)[0]
-                for measured, index in zip(slide.measured, members, strict=True):
+                for measured, index in zip(slide.measured, found.members(t), strict=True):
                     for (cx, cy), r in zip(
                         measured.regions.centre_xy[index], measured.regions.radius[index], strict=True
                     ):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pixnet_sd.engine.batches import Batch
@@ -12,7 +15,8 @@ from pixnet_sd.engine.features import FeatureMaps
 from pixnet_sd.engine.settings import TrainSettings
 from pixnet_sd.engine.slides import TrainingSlide
 from pixnet_sd.engine.tiling import TrainingTiles
-from pixnet_sd.engine.validate import validate
+from pixnet_sd.engine.validate import Moments, validate
+from pixnet_sd.nn.losses import pearson_per_gene
 from pixnet_sd.nn.regions import Circles
 
 SETTINGS = TrainSettings(tile_px=64, batch_size=3)
@@ -22,6 +26,7 @@ class Colours:
     """Stands in for a network that knows the answer: its map is the colour of the slide over 128."""
 
     stored = False
+    pins = False
 
     def of(self, batch: Batch, slide: TrainingSlide, tiles: TrainingTiles) -> Tensor:
         return torch.nn.functional.avg_pool2d(batch.image.float(), 4)
@@ -78,3 +83,21 @@ def test_no_chance_no_gradients_no_statistics(make_network, fabric, learnable, t
     assert once == again
     assert all(p.grad is None for p in network.parameters())
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+@given(
+    cuts=st.lists(st.integers(0, 40), max_size=4).map(sorted), seed=st.integers(0, 99), offset=st.sampled_from([0, 1e3])
+)
+def test_moments_do_not_depend_on_the_batches(cuts: list[int], seed: int, offset: float) -> None:
+    rng = np.random.default_rng(seed)
+    measured = torch.from_numpy(rng.normal(offset, 1, (40, 3)).astype(np.float32))
+    predicted = measured + torch.from_numpy(rng.normal(0, 1, (40, 3)).astype(np.float32))
+    measured[:, 1], predicted[:, 2] = 0.1, 0.3
+    moments = Moments(3)
+    for start, stop in itertools.pairwise([0, *cuts, 40]):
+        moments.add(predicted[start:stop], measured[start:stop])
+    expected = pearson_per_gene(predicted.double(), measured.double()).numpy()
+    np.testing.assert_allclose(moments.pcc, expected, atol=1e-6)
+    assert np.isnan(moments.pcc[1])
+    assert moments.pcc[2] == 0
+    assert moments.mse == pytest.approx(float(((predicted - measured) ** 2).mean()), rel=1e-5)

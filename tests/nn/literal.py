@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from pixnet_sd.nn.aggregation import Grid
+from pixnet_sd.nn.grid import Grid
 from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons, Regions
 
 Float = NDArray[np.float64]

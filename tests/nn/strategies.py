@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from pixnet_sd.nn.aggregation import Grid
+from pixnet_sd.nn.grid import Grid
+from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons, Regions, squares
 
 Float = NDArray[np.float64]
@@ -97,6 +98,29 @@ def similarities(draw: st.DrawFn, grid: Grid) -> Float:
     matrix = np.eye(3)
     matrix[:2, :2], matrix[:2, 2] = turn @ np.diag([1, flip]), draw(points(grid, beyond=4.0))
     return matrix
+
+
+def turned(pitch: float, angle: float, origin: tuple[float, float], mirror: int = 1) -> Float:
+    """From lattice coordinates (col, row, 1) to pixels."""
+    matrix = np.eye(3)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix[:2, :2], matrix[:2, 2] = pitch * turn @ np.diag([1, mirror]), origin
+    return matrix
+
+
+@st.composite
+def lattices(draw: st.DrawFn, grid: Grid) -> Lattice:
+    """Squares or circles on some points of a lattice that is turned a little, much, or not at all."""
+    few = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    start = draw(st.tuples(st.integers(-3, 3), st.integers(-3, 3)))
+    row, col = (part.ravel() + first for part, first in zip(np.mgrid[: few[0], : few[1]], start, strict=True))
+    order = np.array(draw(st.permutations(range(len(row)))))[: draw(st.integers(1, len(row)))]
+    small_angle = st.integers(-300, 300).map(lambda v: np.deg2rad(v / 100 + 0.00271828))
+    angle = draw(st.one_of(st.just(0.0), small_angle, angles, st.just(np.pi / 2)))
+    origin = draw(points(grid, beyond=4.0))
+    pitch = 2 * draw(half_size(0.6, 7))
+    radius = draw(st.one_of(st.none(), half_size(0.5, 6)))
+    return Lattice(row[order], col[order], turned(pitch, angle, origin, draw(st.sampled_from([1, -1]))), radius)
 
 
 @st.composite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -16,8 +17,10 @@ from tests.nn.strategies import KINDS, grid_and_regions, grids, regions_on
 from torch.nn import functional
 
 from pixnet_sd.nn import aggregation
-from pixnet_sd.nn.aggregation import Grid, Window, aggregate, build_operator, count_pixels
-from pixnet_sd.nn.regions import Circles, LabelGrid, Regions, squares
+from pixnet_sd.nn.aggregation import build_operator, count_pixels
+from pixnet_sd.nn.grid import Grid, Window
+from pixnet_sd.nn.operators import aggregate
+from pixnet_sd.nn.regions import Circles, LabelGrid, Regions, chunks, squares
 
 GRID = Grid(6, 5, 4)  # 24 × 20 px
 
@@ -82,7 +85,13 @@ def test_commutes_with_flips_and_right_angles(data: st.DataObject, swap: bool, f
 
 
 def test_count_pixels_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aggregation, "_CHUNK_PX", 1)  # strips of 256 rows
+    monkeypatch.setattr(aggregation, "_STRIP_PX", 7)
+    labels = LabelGrid(np.arange(40).reshape(8, 5) % 7, np.array([3, 5, 0]), np.diag([6.314, 5.171, 1.0]))
+    np.testing.assert_array_equal(count_pixels(labels, 45, 40), masks(labels, 45, 40).sum((1, 2)))
+
+
+def test_count_pixels_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregation, "chunks", partial(chunks, size=3))
     regions = Circles([[20.3, 256.2], [30.1, 511.7], [10.2, 600.1], [20.0, 90.0]], [17.3, 9.2, 30.7, 0.2])
     np.testing.assert_array_equal(count_pixels(regions, 600, 40), masks(regions, 600, 40).sum((1, 2)))
 

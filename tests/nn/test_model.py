@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from scipy import sparse
 from tests.nn.literal import aggregates, resize, sums
 from tests.nn.strategies import grid_and_regions
 from torch import Tensor
 
-from pixnet_sd.nn.aggregation import Grid, Operator, build_operator
+from pixnet_sd.nn.aggregation import build_operator
 from pixnet_sd.nn.encoder import build_encoder
+from pixnet_sd.nn.grid import Grid
 from pixnet_sd.nn.model import MAP_STRIDE, Aggregation, DecoderConfig, Network
+from pixnet_sd.nn.operators import TiledOperator
 from pixnet_sd.nn.regions import Circles, Regions
 
 CHANNELS, GENES = 4, 3
@@ -85,10 +86,7 @@ def test_batches_have_their_columns_one_after_the_other() -> None:
     network, grid = MODELS["mean"], Grid(5, 6, 4)
     maps = [feature_map(grid, seed) for seed in (0, 1)]
     parts = [build_operator(Circles(centre, 5.0), grid) for centre in ([[9.0, 9.0], [3.0, 3.0]], [[15.0, 12.0]])]
-    together = Operator(
-        sparse.csr_array(sparse.block_diag([p.matrix for p in parts], format="csr")),
-        np.concatenate([p.n_px for p in parts]),
-    )
+    together = TiledOperator(parts)
     expected = torch.cat([network.predict_regions(d, p) for d, p in zip(maps, parts, strict=True)])
     torch.testing.assert_close(network.predict_regions(torch.cat(maps), together), expected)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tests.nn.literal import masks, rings
 from tests.nn.strategies import KINDS, grid_and_regions, polygons_of, regions_on, similarities
 
-from pixnet_sd.nn.aggregation import Grid
+from pixnet_sd.nn.grid import Grid
 from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons, Regions, Spans, squares
 
 SLIDE = Grid(20, 25, 1)

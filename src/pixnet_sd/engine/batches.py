@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
-from scipy import sparse
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pixnet_sd.nn.aggregation import Grid, Operator, build_operator
-from pixnet_sd.nn.regions import Regions, Spans
+from pixnet_sd.nn.aggregation import build_operator
+from pixnet_sd.nn.grid import Grid, Window
+from pixnet_sd.nn.operators import Operator, TiledOperator
+from pixnet_sd.nn.regions import Regions
 
 from .slides import TrainingSlide
 from .tiling import Tile, TrainingTiles
 
-__all__ = ["Batch", "BatchPlan", "make_batch", "plan_batches", "prefetch", "tile_regions"]
+__all__ = ["AHEAD", "Batch", "BatchPlan", "make_batch", "plan_batches", "prefetch", "tile_regions"]
 
 T = TypeVar("T")
 
-_AHEAD = 3
+WORKERS = min(max(os.cpu_count() or 1, 2), 8)
+"""Threads that read tiles and build operators."""
+
+AHEAD = WORKERS + 1
+"""Results that may wait for the network."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Batch:
     operators
         Per size, the operator of all regions over the B tiles' map pixels.
     targets
-        Per size, shape (regions, M), float32.
+        Per size, shape (regions, M), float32; empty when they were not asked for.
     members
         Per size, indices of the regions among the slide's.
     """
@@ -68,7 +74,7 @@ class Batch:
     image: Tensor | None
     operators: list[Operator]
     targets: list[Tensor]
-    members: list[np.ndarray]
+    members: list[NDArray[np.intp]]
 
 
 def plan_batches(
@@ -108,43 +114,37 @@ def tile_regions(regions: Regions, tile: Tile) -> Regions:
     return regions.transform(np.array([[1, 0, -tile.col0], [0, 1, -tile.row0], [0, 0, 1]], np.float64))
 
 
-class _OnSlide:
-    """What `build_operator` asks of a tile's regions, without the pixels that lie outside the slide."""
-
-    def __init__(self, regions: Regions, tile: Tile, slide: TrainingSlide) -> None:
-        self._regions = tile_regions(regions, tile)
-        self._slide = (-tile.row0, slide.height - tile.row0, -tile.col0, slide.width - tile.col0)
-
-    def __len__(self) -> int:
-        return len(self._regions)
-
-    def subset(self, index: ArrayLike) -> Regions:
-        return self._regions.subset(index)
-
-    def spans(self, *window: int) -> Spans:
-        return self._regions.spans(*window).clipped(*self._slide)
-
-
 def _tile_operator(regions: Regions, tile: Tile, slide: TrainingSlide, stride: int) -> Operator:
+    """Operator of a tile's regions; pixels outside the slide do not count."""
     grid = Grid(tile.height // stride, tile.width // stride, stride)
-    return build_operator(cast(Regions, _OnSlide(regions, tile, slide)), grid)
+    inside = Window(-tile.row0, slide.height - tile.row0, -tile.col0, slide.width - tile.col0)
+    return build_operator(tile_regions(regions, tile), grid, inside=inside)
 
 
-def _operators(slide: TrainingSlide, found: TrainingTiles, plan: BatchPlan, stride: int) -> list[Operator]:
+def _operators(
+    slide: TrainingSlide, tiles: list[Tile], members: list[tuple[NDArray[np.intp], ...]], stride: int
+) -> list[Operator]:
     """Per size, the tiles' operators side by side: each tile has its own columns."""
-    joined = []
-    for size, measured in enumerate(slide.measured):
-        parts = [
-            _tile_operator(measured.regions.subset(found.members[t][size]), found.tiles[t], slide, stride)
-            for t in plan.tiles
-        ]
-        matrix = sparse.csr_array(sparse.block_diag([p.matrix for p in parts], format="csr"))
-        joined.append(Operator(matrix, np.concatenate([p.n_px for p in parts])))
-    return joined
+    return [
+        TiledOperator(
+            [
+                _tile_operator(measured.regions.subset(inside[size]), tile, slide, stride)
+                for tile, inside in zip(tiles, members, strict=True)
+            ]
+        )
+        for size, measured in enumerate(slide.measured)
+    ]
 
 
 def make_batch(
-    slide: TrainingSlide, found: TrainingTiles, plan: BatchPlan, stride: int, *, with_image: bool = True
+    slide: TrainingSlide,
+    found: TrainingTiles,
+    plan: BatchPlan,
+    stride: int,
+    *,
+    with_image: bool = True,
+    with_targets: bool = True,
+    pin: bool = False,
 ) -> Batch:
     """Read a batch's pixels, build its operators and collect its targets.
 
@@ -160,22 +160,31 @@ def make_batch(
         Working pixels per map pixel.
     with_image
         False leaves the pixels out, for features that are already known.
+    with_targets
+        False leaves the targets out.
+    pin
+        Put pixels and targets into page-locked memory, from which a GPU copies while it computes.
 
     Returns
     -------
     The batch.
     """
-    members = [np.concatenate([found.members[t][size] for t in plan.tiles]) for size in range(len(slide.measured))]
-    targets = [torch.from_numpy(m.values[index]) for m, index in zip(slide.measured, members, strict=True)]
+    tiles = [found.tiles[t] for t in plan.tiles]
+    inside = [found.members(t) for t in plan.tiles]
+    members = [np.concatenate(index) for index in zip(*inside, strict=True)]
+    place = torch.Tensor.pin_memory if pin else torch.Tensor.contiguous
+    targets = []
+    if with_targets:
+        each = zip(slide.measured, zip(*inside, strict=True), strict=True)
+        targets = [place(torch.from_numpy(np.concatenate([m.values[k] for k in index]))) for m, index in each]
     image = None
     if with_image:
-        tiles = (found.tiles[t] for t in plan.tiles)
         pixels = [slide.read(t.row0, t.row0 + t.height, t.col0, t.col0 + t.width) for t in tiles]
-        image = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return Batch(plan, image, _operators(slide, found, plan, stride), targets, members)
+        image = place(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
+    return Batch(plan, image, _operators(slide, tiles, inside, stride), targets, members)
 
 
-def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = _AHEAD) -> Iterator[T]:
+def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Iterator[T]:
     """Run tasks in threads, a few ahead of the consumer, and yield their results in order.
 
     Parameters
@@ -189,7 +198,7 @@ def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = _AHEAD) -> Iterator[
     ------
     Results, in the order of the tasks; a task's exception is raised at its place.
     """
-    with ThreadPoolExecutor(max_workers=min(ahead, 2)) as pool:
+    with ThreadPoolExecutor(max_workers=min(ahead, WORKERS)) as pool:
         waiting: deque[Future[T]] = deque()
         try:
             for task in tasks:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pixnet_sd.nn.aggregation import aggregate
 from pixnet_sd.nn.encoder import STRIDES
 from pixnet_sd.nn.model import Network
 
@@ -61,8 +60,8 @@ def calibrate(
         pyramid = features.pyramid(slide, [found.tiles[t] for t in plan.tiles], 0)
         for level, stride in enumerate(STRIDES):
             rows = pyramid[level].float().permute(0, 2, 3, 1).flatten(0, 2)
-            for operator in make_batch(slide, found, plan, stride, with_image=False).operators:
+            for operator in make_batch(slide, found, plan, stride, with_image=False, with_targets=False).operators:
                 n_px = torch.as_tensor(operator.n_px, dtype=torch.float32, device=rows.device)
-                means = aggregate(rows, operator.matrix) / n_px.clamp_min(1e-12)[:, None]
+                means = operator.apply(rows) / n_px.clamp_min(1e-12)[:, None]
                 pooled[level].append(means[:: -(-len(means) // _MAX_REGIONS) or 1])
     network.calibrate([torch.cat(level) for level in pooled])

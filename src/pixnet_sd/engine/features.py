@@ -33,6 +33,13 @@ class FeatureMaps:
         Of the run.
     directory
         For stored pyramids.
+
+    Attributes
+    ----------
+    pins
+        Whether batches are to be made in page-locked memory.
+    stored
+        Whether pyramids are stored.
     """
 
     def __init__(self, network: Network, fabric: Fabric, settings: TrainSettings, directory: Path) -> None:
@@ -40,8 +47,8 @@ class FeatureMaps:
         self.fabric = fabric
         self.settings = settings
         self.device = fabric.device
-        self._gpu = fabric.device.type == "cuda"
-        if self._gpu:
+        self.pins = fabric.device.type == "cuda"
+        if self.pins:
             network.to(memory_format=torch.channels_last)
         self._forward = torch.compile(network) if settings.compile else network
         self._cache = PyramidCache(network.encoder, directory, settings.stain_jitter, settings.seed)
@@ -68,7 +75,7 @@ class FeatureMaps:
         if self.network.training:
             image = jitter_stain(image, self.settings.stain_jitter, torch.default_generator)
         image = apply_symmetry(image, turn)
-        layout = torch.channels_last if self._gpu else torch.contiguous_format
+        layout = torch.channels_last if self.pins else torch.contiguous_format
         with self.fabric.autocast():
             return self._forward(image.contiguous(memory_format=layout))
 

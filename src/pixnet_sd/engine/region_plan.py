@@ -1,29 +1,93 @@
-"""Which pixels of the map the requested regions need, and by what their sums are divided.
+"""Which pixels of the map the requested regions need, and each window's share of their sums.
 
 The map is zero off tissue, and a region sums the map (Eq. 5), so glass inside a region adds nothing; a mean divides by
 the tissue pixels. A region that lies on glass altogether was still asked for by its user: it is predicted from all of
 its pixels, and the network has to run there.
+
+There may be millions of regions: what is known of each beforehand is a few bytes, found part by part; operators are
+made window by window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy import sparse
+from torch import Tensor
 
-from pixnet_sd.nn.aggregation import Grid, Window, build_operator, count_pixels
-from pixnet_sd.nn.regions import Regions
+from pixnet_sd.nn.aggregation import build_operator, count_pixels
+from pixnet_sd.nn.grid import Grid, Window
+from pixnet_sd.nn.lattice import Lattice
+from pixnet_sd.nn.operators import Operator
+from pixnet_sd.nn.regions import Regions, chunks
 
-__all__ = ["RegionPlan", "plan_regions", "windows_of"]
+__all__ = ["RegionPlan", "Share", "WindowRegions", "plan_regions", "windows_of"]
 
 _REACH = 2  # map pixels around a window that its bilinear weights can reach
+_SURE_PX = 1.5  # side of a square, or diameter of a circle, that is sure to hold a pixel centre
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One window's share of some regions.
+
+    Attributes
+    ----------
+    index
+        The regions, ascending, shape (k,).
+    sums
+        Share of the sum over each region's pixels, shape (k, genes), float32, on the device that made it.
+    weight
+        Share of the pixels by which a mean divides, shape (k,).
+    complete
+        Regions of which this share is the whole, shape (k,).
+    """
+
+    index: NDArray[np.intp]
+    sums: Tensor
+    weight: Tensor
+    complete: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class WindowRegions:
+    """Regions that a window touches, and their operator on the window's map pixels.
+
+    Attributes
+    ----------
+    index
+        The regions, ascending, shape (k,).
+    operator
+        Over the window, tissue not looked at.
+    complete
+        Regions whose weights all lie in the window, shape (k,).
+    on_glass
+        Places among `index` of the regions without tissue, and their own operator; None if there are none.
+    tissue
+        Tissue mask of the window, flat.
+    """
+
+    index: NDArray[np.intp]
+    operator: Operator
+    complete: NDArray[np.bool_]
+    on_glass: tuple[NDArray[np.intp], Operator] | None
+    tissue: NDArray[np.bool_]
+
+    def share(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums and weights of map rows (window pixels, C): over tissue, or over everything for regions on glass."""
+        mask = torch.from_numpy(self.tissue).to(values.device)[:, None]
+        found = self.operator.apply(torch.cat([values * mask, mask.to(values.dtype)], dim=1))
+        if self.on_glass is not None:
+            place, operator = self.on_glass
+            every = torch.cat([values, torch.ones_like(mask, dtype=values.dtype)], dim=1)
+            found[torch.from_numpy(place).to(found.device)] = operator.apply(every)
+        return found[:, :-1], found[:, -1]
+
+
+@dataclass(frozen=True, eq=False)
 class RegionPlan:
     """Regions to predict.
 
@@ -36,30 +100,38 @@ class RegionPlan:
     tissue
         Tissue mask on it.
     n_px
-        Pixels of each region inside the slide; 0 marks one that holds no pixel centre.
-    divisor
-        By which a sum is divided to give a mean: tissue pixels, or all pixels for a region on glass; 0: off the slide.
+        Pixels of each region inside the slide, shape (n,); None where every region is sure to hold some.
     on_glass
-        Regions without tissue.
+        Regions without tissue, shape (n,).
     glass_support
         Map pixels off tissue that regions on glass need.
+    wanted
+        Map pixels on tissue near which a region was asked for.
     """
 
     regions: Regions
     grid: Grid
     tissue: NDArray[np.bool_]
-    n_px: NDArray[np.float64]
-    divisor: NDArray[np.float64]
+    n_px: NDArray[np.float32] | None
     on_glass: NDArray[np.bool_]
     glass_support: NDArray[np.bool_]
+    wanted: NDArray[np.bool_]
 
-    def operator(self, window: Window) -> tuple[NDArray[np.intp], sparse.csr_array]:
-        """Regions that a window touches, and their weights on the window's map pixels, tissue taken into account."""
-        index, matrix = _touching(self.regions, self.grid, window, self.n_px)
-        mask = self.tissue[window.row0 : window.row1, window.col0 : window.col1].ravel()
-        kept = mask[matrix.indices] | np.repeat(self.on_glass[index], np.diff(matrix.indptr))
-        matrix = sparse.csr_array((matrix.data * kept, matrix.indices, matrix.indptr), shape=matrix.shape)
-        return index, matrix
+    def window(self, window: Window) -> WindowRegions | None:
+        """What a window's map pixels are multiplied with; None where it touches no region."""
+        index = _touching(self.regions, self.grid, window)
+        if not len(index):
+            return None
+        some = self.regions.subset(index)
+        glass = np.flatnonzero(self.on_glass[index])
+        on_glass = (glass, self._operator(index[glass], window)) if len(glass) else None
+        tissue = _cut(self.tissue, window).ravel()
+        complete = _complete(some.bounds, self.grid, window)
+        return WindowRegions(index, self._operator(index, window), complete, on_glass, tissue)
+
+    def _operator(self, index: NDArray[np.intp], window: Window) -> Operator:
+        n_px = np.ones(len(index)) if self.n_px is None else self.n_px[index]
+        return build_operator(self.regions.subset(index), self.grid, window=window, n_px=n_px)
 
 
 def windows_of(grid: Grid, side: int) -> Iterator[Window]:
@@ -69,16 +141,36 @@ def windows_of(grid: Grid, side: int) -> Iterator[Window]:
             yield Window(row0, min(row0 + side, grid.height), col0, min(col0 + side, grid.width))
 
 
-def _touching(
-    regions: Regions, grid: Grid, window: Window, n_px: NDArray[np.float64]
-) -> tuple[NDArray[np.intp], sparse.csr_array]:
-    """Regions whose boxes reach a window, and their operator's columns there."""
+def _cut(array: NDArray[np.bool_], window: Window) -> NDArray[np.bool_]:
+    return array[window.row0 : window.row1, window.col0 : window.col1]
+
+
+def _touching(regions: Regions, grid: Grid, window: Window) -> NDArray[np.intp]:
+    """Regions whose boxes reach a window."""
     row0, row1, col0, col1 = window
-    low = np.array([col0 - _REACH, row0 - _REACH]) * grid.stride
-    high = np.array([col1 + _REACH, row1 + _REACH]) * grid.stride
-    box = regions.bounds
-    index = np.nonzero(np.all((box[:, 2:] >= low) & (box[:, :2] <= high), axis=1))[0]
-    return index, build_operator(regions.subset(index), grid, window=window, n_px=n_px[index]).matrix
+    low, high = (np.array(v) * grid.stride for v in ((col0 - _REACH, row0 - _REACH), (col1 + _REACH, row1 + _REACH)))
+    return regions.touching(*low, *high)
+
+
+def _map_box(bounds: NDArray[np.float64], grid: Grid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First and last map pixel (x, y), both included, on which the pixels of a box can have weight.
+
+    The last is before the first for a box off the slide.
+    """
+    last = np.array([grid.width - 1, grid.height - 1])
+    bounds = np.nan_to_num(bounds, nan=-1e6)  # labels that are nowhere
+    low = np.floor(bounds[:, :2] / grid.stride - 0.5).astype(np.int64)
+    high = np.floor(bounds[:, 2:] / grid.stride - 0.5).astype(np.int64) + 1
+    off = ((high < 0) | (low > last)).any(axis=1)
+    low, high = np.clip(low, 0, last), np.clip(high, 0, last)
+    high[off] = low[off] - 1
+    return low, high
+
+
+def _complete(bounds: NDArray[np.float64], grid: Grid, window: Window) -> NDArray[np.bool_]:
+    low, high = _map_box(bounds, grid)
+    first, end = np.array([window.col0, window.row0]), np.array([window.col1, window.row1])
+    return np.asarray(((low >= first) & (high < end)).all(axis=1))
 
 
 def plan_regions(regions: Regions, grid: Grid, tissue: NDArray[np.bool_], window_side: int) -> RegionPlan:
@@ -99,28 +191,73 @@ def plan_regions(regions: Regions, grid: Grid, tissue: NDArray[np.bool_], window
     -------
     The plan.
     """
-    n_px = count_pixels(regions, grid.height * grid.stride, grid.width * grid.stride)
-    whole, on_tissue = np.zeros(len(regions)), np.zeros(len(regions))
-    for window in windows_of(grid, window_side):
-        index, matrix = _touching(regions, grid, window, n_px)
-        mask = tissue[window.row0 : window.row1, window.col0 : window.col1].ravel()
-        whole[index] += matrix.sum(axis=1)
-        on_tissue[index] += matrix @ mask.astype(np.float64)
-    on_glass = on_tissue <= 1e-9 * np.maximum(whole, 1)
-    divisor = np.where(on_glass, whole, on_tissue)
-    support = _support(regions, grid, window_side, n_px, on_glass) & ~tissue
-    return RegionPlan(regions, grid, tissue, n_px, divisor, on_glass, support)
+    n_px = None if _sure(regions) else count_pixels(regions, *_slide_size(grid)).astype(np.float32)
+    near, on_glass, mixed = _first_look(regions, grid, tissue)
+    plan = RegionPlan(regions, grid, tissue, n_px, on_glass, np.zeros_like(tissue), near & tissue)
+    windows = list(windows_of(grid, window_side))
+    on_glass[mixed] = _without_tissue(plan, mixed, windows)
+    support = _Covered(grid)
+    for _, some in chunks(regions.subset(np.flatnonzero(on_glass))):
+        support.add(some)
+    np.logical_and(support.mask(), ~tissue, out=plan.glass_support)
+    return plan
 
 
-def _support(regions: Regions, grid: Grid, side: int, n_px: NDArray[Any], chosen: NDArray[np.bool_]) -> Any:
-    """Map pixels on which some regions have weight."""
-    support = np.zeros((grid.height, grid.width), bool)
-    index = np.nonzero(chosen)[0]
-    if len(index):
-        picked = regions.subset(index)
-        for window in windows_of(grid, side):
-            _, matrix = _touching(picked, grid, window, n_px[index])
-            part = np.zeros(window.shape[0] * window.shape[1], bool)
-            part[matrix.indices[matrix.data > 0]] = True
-            support[window.row0 : window.row1, window.col0 : window.col1] = part.reshape(window.shape)
-    return support
+def _slide_size(grid: Grid) -> tuple[int, int]:
+    return grid.height * grid.stride, grid.width * grid.stride
+
+
+def _sure(regions: Regions) -> bool:
+    """Whether every region holds a pixel centre, whatever its place."""
+    if not isinstance(regions, Lattice):
+        return False
+    return (regions.pitch if regions.radius is None else 2 * regions.radius) >= _SURE_PX
+
+
+class _Covered:
+    """Map pixels on which any of many regions can have weight, from the corners of their boxes."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self._corners = np.zeros((grid.height + 1, grid.width + 1), np.int32)
+
+    def add(self, regions: Regions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Cover some regions' boxes; returns their first map pixel (x, y) and the one after their last, each (2, k)."""
+        low, high = _map_box(regions.bounds, self.grid)
+        (x0, y0), (x1, y1) = low.T, high.T + 1
+        for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
+            np.add.at(self._corners, (y, x), sign)
+        return low.T, high.T + 1
+
+    def mask(self) -> NDArray[np.bool_]:
+        """Shape (height, width)."""
+        inside = self._corners.cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)
+        return np.asarray(inside[:-1, :-1] > 0)
+
+
+def _first_look(
+    regions: Regions, grid: Grid, tissue: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.intp]]:
+    """By boxes only: map pixels near regions, regions whose box has no tissue, and those whose box has some glass."""
+    near = _Covered(grid)
+    before = np.pad(tissue.astype(np.int32).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0))).astype(np.int32)
+    on_glass, mixed = np.zeros(len(regions), bool), []
+    for place, some in chunks(regions):
+        (x0, y0), (x1, y1) = near.add(some)
+        n_tissue = before[y1, x1] - before[y0, x1] - before[y1, x0] + before[y0, x0]
+        on_glass[place] = n_tissue == 0
+        mixed.append(np.flatnonzero((n_tissue > 0) & (n_tissue < (x1 - x0) * (y1 - y0))) + place.start)
+    return near.mask(), on_glass, np.concatenate([np.empty(0, np.intp), *mixed])
+
+
+def _without_tissue(plan: RegionPlan, chosen: NDArray[np.intp], windows: list[Window]) -> NDArray[np.bool_]:
+    """Exactly which of some regions have no weight on tissue."""
+    weight = np.zeros((len(chosen), 2))
+    some = plan.regions.subset(chosen)
+    for window in windows if len(chosen) else []:
+        index = _touching(some, plan.grid, window)
+        if len(index):
+            mask = torch.from_numpy(_cut(plan.tissue, window).ravel()).float()
+            columns = torch.stack([mask, torch.ones_like(mask)], dim=1)
+            weight[index] += plan._operator(chosen[index], window).apply(columns).numpy()
+    return np.asarray(weight[:, 0] <= 1e-6 * np.maximum(weight[:, 1], 1))

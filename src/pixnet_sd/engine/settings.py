@@ -20,6 +20,8 @@ class TrainSettings:
     ----------
     max_epochs
         Passes over the tiles.
+    max_steps
+        Optimizer steps after which to stop, in the middle of an epoch if need be; None: no such limit.
     lr, weight_decay
         Of the optimizer.
     optimizer
@@ -48,6 +50,7 @@ class TrainSettings:
     """
 
     max_epochs: int = 500
+    max_steps: int | None = None
     lr: float = 5e-4
     weight_decay: float = 1e-4
     optimizer: Literal["adamw", "adam"] = "adamw"

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pixnet_sd._errors import PixNetError
+from pixnet_sd.nn.regions import Regions, chunks
 
 from .slides import TrainingSlide
 
 __all__ = ["hold_out_blocks"]
 
 _BLOCKS_A_SIDE = 8
-
-
-def _block_of(centre_xy: NDArray[np.float64], low: NDArray[np.float64], side: float) -> NDArray[np.int64]:
-    cell = np.clip(np.floor((centre_xy - low) / side), 0, _BLOCKS_A_SIDE - 1).astype(np.int64)
-    return cell[:, 1] * _BLOCKS_A_SIDE + cell[:, 0]
 
 
 def hold_out_blocks(slide: TrainingSlide, fraction: float, seed: int) -> tuple[TrainingSlide, TrainingSlide]:
@@ -44,37 +42,63 @@ def hold_out_blocks(slide: TrainingSlide, fraction: float, seed: int) -> tuple[T
     PixNetError
         All regions lie in one block.
     """
-    centres = [m.regions.centre_xy for m in slide.measured]
-    every = np.concatenate(centres)
-    low = every.min(axis=0)
-    side = max(float((every.max(axis=0) - low).max()) / _BLOCKS_A_SIDE * (1 + 1e-9), 1e-9)
-    blocks = [_block_of(c, low, side) for c in centres]
-    occupied = np.unique(np.concatenate(blocks))
+    blocks = _Blocks.around(slide)
+    each = [blocks.of(m.regions) for m in slide.measured]
+    occupied = np.unique(np.concatenate([np.unique(block) for block in each]))
     if len(occupied) < 2:
         raise PixNetError(
-            f"Slide {slide.name!r} has {len(every)} measured regions in one place: no blocks can be held out. Use "
-            "validation=None, or validation=[names of slides]."
+            f"Slide {slide.name!r} has {sum(map(len, each))} measured regions in one place: no blocks can be held out. "
+            "Use validation=None, or validation=[names of slides]."
         )
     n_held = min(max(round(fraction * len(occupied)), 1), len(occupied) - 1)
     held = np.random.default_rng(seed).choice(occupied, n_held, replace=False)
-    held_out = tuple(np.nonzero(np.isin(block, held))[0] for block in blocks)
+    held_out = tuple(np.nonzero(np.isin(block, held))[0] for block in each)
     training = tuple(
-        np.nonzero(~np.isin(block, held) & ~_touches(m.regions.bounds, held, low, side))[0]
-        for block, m in zip(blocks, slide.measured, strict=True)
+        np.nonzero(~np.isin(block, held) & ~blocks.touched(m.regions, held))[0]
+        for block, m in zip(each, slide.measured, strict=True)
     )
     if not any(len(index) for index in training):
-        training = tuple(np.nonzero(~np.isin(block, held))[0] for block in blocks)
+        training = tuple(np.nonzero(~np.isin(block, held))[0] for block in each)
     return slide.subset(training), slide.subset(held_out)
 
 
-def _touches(
-    bounds: NDArray[np.float64], held: NDArray[np.int64], low: NDArray[np.float64], side: float
-) -> NDArray[np.bool_]:
-    """Boxes that reach into one of the held-out blocks."""
-    touching = np.zeros(len(bounds), bool)
-    for block in held:
-        left, top = low + side * np.array([block % _BLOCKS_A_SIDE, block // _BLOCKS_A_SIDE])
-        apart = (bounds[:, 2] <= left) | (bounds[:, 0] >= left + side)
-        apart |= (bounds[:, 3] <= top) | (bounds[:, 1] >= top + side)
-        touching |= ~apart
-    return touching
+class _Blocks(NamedTuple):
+    """8 × 8 square blocks: where they start, and their side."""
+
+    low: NDArray[np.float64]
+    side: float
+
+    @classmethod
+    def around(cls, slide: TrainingSlide) -> _Blocks:
+        """Blocks over the centres of all regions."""
+        boxes = []
+        for measured in slide.measured:
+            for _, some in chunks(measured.regions):
+                centre = some.centre_xy
+                boxes.append([centre.min(axis=0), centre.max(axis=0)])
+        (low, _), (_, high) = np.min(boxes, axis=0), np.max(boxes, axis=0)
+        return cls(low, max(float((high - low).max()) / _BLOCKS_A_SIDE * (1 + 1e-9), 1e-9))
+
+    def of(self, regions: Regions) -> NDArray[np.uint8]:
+        """Block of each region's centre."""
+        found = np.empty(len(regions), np.uint8)
+        for place, some in chunks(regions):
+            cell = np.clip(np.floor((some.centre_xy - self.low) / self.side), 0, _BLOCKS_A_SIDE - 1).astype(np.uint8)
+            found[place] = cell[:, 1] * _BLOCKS_A_SIDE + cell[:, 0]
+        return found
+
+    def touched(self, regions: Regions, held: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Regions whose boxes reach into one of the held-out blocks."""
+        found = np.zeros(len(regions), bool)
+        for place, some in chunks(regions):
+            found[place] = self._reach_into(some.bounds, held)
+        return found
+
+    def _reach_into(self, bounds: NDArray[np.float64], held: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        touching = np.zeros(len(bounds), bool)
+        for block in held.astype(np.int64):
+            left, top = self.low + self.side * np.array([block % _BLOCKS_A_SIDE, block // _BLOCKS_A_SIDE])
+            apart = (bounds[:, 2] <= left) | (bounds[:, 0] >= left + self.side)
+            apart |= (bounds[:, 3] <= top) | (bounds[:, 1] >= top + self.side)
+            touching |= ~apart
+        return touching

@@ -47,8 +47,8 @@ class RunState:
     ----------
     fingerprint
         Of the data and settings; a state is only taken up by the same run.
-    epoch
-        Epochs done.
+    epoch, steps
+        Epochs and optimizer steps done.
     network, optimizer
         Their state dicts.
     history
@@ -59,6 +59,7 @@ class RunState:
 
     fingerprint: str
     epoch: int = 0
+    steps: int = 0
     network: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)

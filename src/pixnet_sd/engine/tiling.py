@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pixnet_sd._errors import PixNetError
 from pixnet_sd.nn.encoder import STRIDES
+from pixnet_sd.nn.regions import Regions
 
 from .slides import TrainingSlide
 
@@ -33,18 +34,47 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingTiles:
-    """Tiles of one size on one slide, with the regions that lie wholly inside each.
+    """Tiles of one size on one slide. Which regions lie wholly inside each is asked tile by tile.
 
     Attributes
     ----------
+    slide
+        The slide.
     tiles
-        The tiles.
-    members
-        Region indices of each tile, per size: ``members[tile][size]``.
+        The tiles, each with at least one region.
+    margin
+        Pixels that a region keeps from a tile's border.
+    once
+        Starts of all tiles, rows and columns, when a region belongs to the first tile only that holds it.
     """
 
+    slide: TrainingSlide
     tiles: list[Tile]
-    members: list[tuple[NDArray[np.intp], ...]]
+    margin: int
+    once: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+
+    def members(self, tile: int) -> tuple[NDArray[np.intp], ...]:
+        """Region indices of a tile, per size, ascending."""
+        return tuple(self._inside(m.regions, self.tiles[tile]) for m in self.slide.measured)
+
+    def _inside(self, regions: Regions, tile: Tile) -> NDArray[np.intp]:
+        index = regions.within(*_inner_box(tile, self.margin))
+        if self.once is None:
+            return index
+        right, bottom = regions.subset(index).bounds[:, 2:].T
+        rows, cols = (origin - self.margin for origin in self.once)
+        mine = self.once[0][np.searchsorted(rows + tile.height, bottom)] == tile.row0
+        return index[mine & (self.once[1][np.searchsorted(cols + tile.width, right)] == tile.col0)]
+
+
+def _inner_box(tile: Tile, margin: int) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 of a tile without its margin."""
+    return (
+        tile.col0 + margin,
+        tile.row0 + margin,
+        tile.col0 + tile.width - margin,
+        tile.row0 + tile.height - margin,
+    )
 
 
 def _align_up(px: float) -> int:
@@ -96,35 +126,24 @@ def training_tiles(
         A region and its margin leave tiles no room to overlap.
     """
     margin = tile_px // MARGIN_SHARE
-    boxes = [m.regions.bounds + np.array([-margin, -margin, margin, margin]) for m in slide.measured]
-    every = np.concatenate(boxes)
-    extent = float((every[:, 2:] - every[:, :2]).max())
-    _check_fits(slide, extent, tile_px)
-    (left, top), (right, bottom) = every[:, :2].min(axis=0), every[:, 2:].max(axis=0)
+    left, top, right, bottom, side = slide.cover + np.array([-margin, -margin, margin, margin, 2 * margin])
+    _check_fits(slide, side, tile_px)
     height, width = (min(tile_px, _align_up(size + ALIGN_PX)) for size in (bottom - top, right - left))
-    step = tile_px - _align_up(extent)
+    step = tile_px - _align_up(side)
     rows, cols = (
         _origins(low, high, side, step, offset)
         for low, high, side, offset in ((top, bottom, height, shift[0]), (left, right, width, shift[1]))
     )
-    free = [np.ones(len(box), bool) for box in boxes]
-    tiles, members = [], []
-    for row0 in rows:
-        strips = [np.nonzero(_within(box[:, 1::2], row0, height))[0] for box in boxes]
-        for col0 in cols:
-            inside = tuple(
-                index[_within(box[index, ::2], col0, width) & f[index]]
-                for box, index, f in zip(boxes, strips, free, strict=True)
-            )
-            if any(len(index) for index in inside):
-                tiles.append(Tile(int(row0), int(col0), height, width))
-                members.append(inside)
-            if once:
-                for f, index in zip(free, inside, strict=True):
-                    f[index] = False
-    return TrainingTiles(tiles, members)
+    every = TrainingTiles(
+        slide,
+        [Tile(int(row0), int(col0), height, width) for row0 in rows for col0 in cols],
+        margin,
+        (rows, cols) if once else None,
+    )
+    return replace(every, tiles=[tile for k, tile in enumerate(every.tiles) if _holds_any(every, k)])
 
 
-def _within(span: NDArray[np.float64], start: int, side: int) -> NDArray[np.bool_]:
-    """Which (low, high) lie inside [start, start + side]."""
-    return (span[:, 0] >= start) & (span[:, 1] <= start + side)
+def _holds_any(found: TrainingTiles, tile: int) -> bool:
+    """Whether a tile has members; the fewest, largest regions are asked first."""
+    sizes = sorted(found.slide.measured, key=lambda m: len(m.regions))
+    return any(len(found._inside(m.regions, found.tiles[tile])) for m in sizes)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pixnet_sd._errors import PixNetError
@@ -19,6 +20,7 @@ from pixnet_sd._logging import logger
 from pixnet_sd.nn.aggregation import count_pixels
 from pixnet_sd.nn.losses import multi_size_loss
 from pixnet_sd.nn.model import MAP_STRIDE, Network
+from pixnet_sd.nn.regions import Regions
 
 from .augment import N_SYMMETRIES
 from .batches import Batch, BatchPlan, make_batch, plan_batches, prefetch
@@ -31,6 +33,9 @@ from .tiling import TrainingTiles, training_tiles
 from .validate import validate
 
 __all__ = ["TrainResult", "train"]
+
+_SAMPLE = 1024  # regions whose pixels are counted for a typical size
+_LOOK_EVERY = 16  # steps between looks at the loss, each of which waits for the device
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,14 @@ def _seed_epoch(seed: int, epoch: int) -> np.random.Generator:
 
 def _start_head(network: Network, slides: Sequence[TrainingSlide]) -> None:
     """Start the head at the mean target of the training regions."""
-    measured = [m for s in slides for m in s.measured]
-    mean = np.mean([m.values.mean(axis=0) for m in measured], axis=0)
-    n_px = [np.median(count_pixels(m.regions, s.height, s.width)) for s in slides for m in s.measured]
+    mean = np.mean([m.values.mean(axis=0) for s in slides for m in s.measured], axis=0)
+    n_px = [np.median(count_pixels(_some(m.regions), s.height, s.width)) for s in slides for m in s.measured]
     network.start_from(torch.from_numpy(mean), float(np.median(n_px)))
+
+
+def _some(regions: Regions) -> Regions:
+    """Up to a thousand of them, from everywhere."""
+    return regions.subset(np.unique(np.linspace(0, len(regions) - 1, _SAMPLE).astype(np.intp)))
 
 
 class _Run:
@@ -95,48 +104,61 @@ class _Run:
         shifts = [tuple(rng.random(2)) for _ in self.slides]
         return [training_tiles(s, self.settings.tile_px, shift=d) for s, d in zip(self.slides, shifts, strict=True)]
 
-    def epoch(self, epoch: int, bar: tqdm[Any]) -> float:
-        """Pass over all tiles once; returns the mean loss."""
+    def epoch(self, epoch: int, steps_before: int, bar: tqdm[Any]) -> tuple[float, int]:
+        """Pass over all tiles once, or until the run has taken its steps; returns the mean loss and the steps taken."""
         rng = _seed_epoch(self.settings.seed, epoch)
         tiles = self.tiles(rng)
         n_symmetries = N_SYMMETRIES if self.settings.symmetries else 1
         plans = plan_batches(tiles, self.settings.batch_size, rng, n_symmetries)
+        if self.settings.max_steps is not None:
+            plans = plans[: self.settings.max_steps - steps_before]
         self.network.train()
-        losses = []
+        losses: list[Tensor] = []
         for step, batch in enumerate(self.batches(tiles, plans)):
-            rate = learning_rate(self.settings, (epoch - 1 + step / len(plans)) / self.settings.max_epochs)
-            losses.append(self.step(batch, tiles, rate))
-            bar.set_postfix_str(f"step {step + 1}/{len(plans)}, loss {losses[-1]:.4f}", refresh=False)
-        return float(np.mean(losses))
+            losses.append(self.step(batch, tiles, self.rate(epoch - 1 + step / len(plans), steps_before + step)))
+            if step % _LOOK_EVERY == 0:
+                value = self.finite(losses[-1], batch)
+                bar.set_postfix_str(f"step {step + 1}/{len(plans)}, loss {value:.4f}", refresh=False)
+        return self.finite(torch.stack(losses).mean(), batch), len(losses)
+
+    def rate(self, epochs: float, steps: int) -> float:
+        """Learning rate after so many epochs and steps."""
+        shares = [epochs / self.settings.max_epochs]
+        if self.settings.max_steps is not None:
+            shares.append(steps / self.settings.max_steps)
+        return learning_rate(self.settings, max(shares))
 
     def batches(self, tiles: list[TrainingTiles], plans: list[BatchPlan]) -> Iterator[Batch]:
         """The epoch's batches, read ahead."""
-        with_image = not self.features.stored
+        options = {"with_image": not self.features.stored, "pin": self.features.pins}
         return prefetch(
-            partial(make_batch, self.slides[p.slide], tiles[p.slide], p, MAP_STRIDE, with_image=with_image)
-            for p in plans
+            partial(make_batch, self.slides[p.slide], tiles[p.slide], p, MAP_STRIDE, **options) for p in plans
         )
 
-    def step(self, batch: Batch, tiles: list[TrainingTiles], rate: float) -> float:
-        """One step of the optimizer; returns the loss."""
+    def step(self, batch: Batch, tiles: list[TrainingTiles], rate: float) -> Tensor:
+        """One step of the optimizer; returns the loss, which nothing waits for."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         features = self.features.of(batch, self.slides[batch.plan.slide], tiles[batch.plan.slide])
         pairs = [
-            (self.network.predict_regions(features, operator), target.to(features.device))
+            (self.network.predict_regions(features, operator), target.to(features.device, non_blocking=True))
             for operator, target in zip(batch.operators, batch.targets, strict=True)
             if len(target)
         ]
         loss = multi_size_loss(pairs, self.settings.pcc_weight)
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        return loss.detach()
+
+    def finite(self, loss: Tensor, batch: Batch) -> float:
+        """The loss as a number, if it is one."""
         value = loss.item()
         if not np.isfinite(value):
             raise PixNetError(
                 f"The loss became {value} on slide {self.slides[batch.plan.slide].name!r}. Lower lr (now "
                 f"{self.settings.lr:g}), or look for extreme values in the table."
             )
-        self.optimizer.zero_grad()
-        self.fabric.backward(loss)
-        self.optimizer.step()
         return value
 
     def restore(self, state: RunState) -> None:
@@ -227,7 +249,9 @@ def train(
             if _exhausted(state, settings):
                 break
             started = time.monotonic()
-            row = run.record(state, epoch, run.epoch(epoch, bar), started)
+            loss, steps = run.epoch(epoch, state.steps, bar)
+            state.steps += steps
+            row = run.record(state, epoch, loss, started)
             state.save(directory)
             bar.set_description_str(_describe(row), refresh=False)
             bar.update()
@@ -235,7 +259,9 @@ def train(
 
 
 def _exhausted(state: RunState, settings: TrainSettings) -> bool:
-    """Early stopping: no better held-out PCC for `patience` epochs."""
+    """All steps taken, or early stopping: no better held-out PCC for `patience` epochs."""
+    if settings.max_steps is not None and state.steps >= settings.max_steps:
+        return True
     return (
         settings.patience is not None and bool(state.best.epoch) and state.epoch - state.best.epoch >= settings.patience
     )

@@ -1,24 +1,27 @@
-"""Scores on held-out regions."""
+"""Scores on held-out regions, summed up batch by batch: a slide's predictions are never held as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pixnet_sd.nn.losses import pearson_per_gene
 from pixnet_sd.nn.model import MAP_STRIDE, Network
 
-from .batches import make_batch, plan_batches
+from .batches import make_batch, plan_batches, prefetch
 from .features import FeatureMaps
 from .settings import TrainSettings
 from .slides import TrainingSlide
 from .tiling import training_tiles
 
-__all__ = ["Scores", "validate"]
+__all__ = ["Moments", "Scores", "validate"]
+
+_EPS = 1e-12
 
 
 class Scores(NamedTuple):
@@ -39,17 +42,76 @@ class Scores(NamedTuple):
     pcc_per_gene: list[float]
 
 
+class Moments:
+    """Running first and second moments of predicted and measured expression, gene by gene, in 64 bits.
+
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), which keeps the precision that sums of
+    squares lose.
+    """
+
+    def __init__(self, n_genes: int) -> None:
+        self.n = 0
+        self.mean = np.zeros((2, n_genes))
+        self.product = np.zeros((3, n_genes))  # predicted², measured², predicted · measured, about the means
+        self.squared_error = 0.0
+        self.low, self.high = np.full((2, n_genes), np.inf), np.full((2, n_genes), -np.inf)
+
+    def add(self, predicted: Tensor, measured: Tensor) -> None:
+        """Take in some regions, each (k, M)."""
+        k = len(measured)
+        if not k:
+            return
+        both = torch.stack([predicted, measured]).double()
+        mean = both.mean(dim=1)
+        centred = both - mean[:, None]
+        product = torch.stack([(centred[i] * centred[j]).sum(0) for i, j in ((0, 0), (1, 1), (0, 1))])
+        self._merge(k, mean.cpu().numpy(), product.cpu().numpy())
+        self.squared_error += float(((both[0] - both[1]) ** 2).mean(dim=1).sum())
+        self.low = np.minimum(self.low, both.amin(dim=1).cpu().numpy())
+        self.high = np.maximum(self.high, both.amax(dim=1).cpu().numpy())
+
+    def _merge(self, k: int, mean: NDArray[np.float64], product: NDArray[np.float64]) -> None:
+        step, total = mean - self.mean, self.n + k
+        self.product += product + np.stack([step[0] ** 2, step[1] ** 2, step[0] * step[1]]) * (self.n * k / total)
+        self.mean += step * (k / total)
+        self.n = total
+
+    @property
+    def pcc(self) -> NDArray[np.float64]:
+        """Pearson correlation of each gene; NaN where measured is constant, 0 where only predicted is."""
+        constant = self.low == self.high
+        scale = np.sqrt(self.product[0] * self.product[1])
+        r = np.where(constant[0], 0.0, self.product[2] / np.maximum(scale, _EPS))
+        return np.where(constant[1], np.nan, r)
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error over regions and genes."""
+        return self.squared_error / max(self.n, 1)
+
+
 @torch.no_grad()
-def _predict(network: Network, features: FeatureMaps, slide: TrainingSlide, settings: TrainSettings) -> list[Tensor]:
-    """Predictions of a slide's regions, per size, in the regions' order."""
+def _moments(network: Network, features: FeatureMaps, slide: TrainingSlide, settings: TrainSettings) -> list[Moments]:
+    """Moments over a slide's regions, per size."""
     tiles = training_tiles(slide, settings.tile_px, once=True)
-    out = [torch.zeros(m.values.shape) for m in slide.measured]
-    for plan in plan_batches([tiles], settings.batch_size, rng=None):
-        batch = make_batch(slide, tiles, plan, MAP_STRIDE, with_image=not features.stored)
+    plans = plan_batches([tiles], settings.batch_size, rng=None)
+    tasks = (
+        partial(make_batch, slide, tiles, plan, MAP_STRIDE, with_image=not features.stored, pin=features.pins)
+        for plan in plans
+    )
+    found = [Moments(m.values.shape[1]) for m in slide.measured]
+    for batch in prefetch(tasks):
         maps = features.of(batch, slide, tiles)
-        for values, operator, index in zip(out, batch.operators, batch.members, strict=True):
-            values[index] = network.predict_regions(maps, operator).cpu()
-    return out
+        for moments, operator, target in zip(found, batch.operators, batch.targets, strict=True):
+            moments.add(network.predict_regions(maps, operator), target.to(maps.device, non_blocking=True))
+    return found
+
+
+def _all_moments(
+    network: Network, features: FeatureMaps, slides: Sequence[TrainingSlide], settings: TrainSettings
+) -> Iterator[Moments]:
+    for slide in slides:
+        yield from _moments(network, features, slide, settings)
 
 
 def validate(
@@ -60,7 +122,7 @@ def validate(
     Parameters
     ----------
     network
-        The network; its mode is kept.
+        The network, put into evaluation mode.
     features
         Its feature maps.
     slides
@@ -73,13 +135,9 @@ def validate(
     The scores.
     """
     network.eval()
-    per_gene, errors = [], []
-    for slide in slides:
-        for measured, predicted in zip(slide.measured, _predict(network, features, slide, settings), strict=True):
-            target = torch.from_numpy(measured.values)
-            per_gene.append(pearson_per_gene(predicted, target).numpy())
-            errors.append(float(((predicted - target) ** 2).mean()))
+    found = list(_all_moments(network, features, slides, settings))
+    per_gene = np.array([moments.pcc for moments in found])
     known = ~np.isnan(per_gene)
     mean = np.nansum(per_gene, axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
     pcc = float(np.nanmean(mean)) if known.any() else float("-inf")
-    return Scores(pcc, float(np.mean(errors)), [float(v) for v in mean])
+    return Scores(pcc, float(np.mean([moments.mse for moments in found])), [float(v) for v in mean])

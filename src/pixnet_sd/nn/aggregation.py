@@ -11,84 +11,22 @@ rows they are the row resize. So building A costs the ends of the runs, the regi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from torch import Tensor
 
-from .regions import Float, Int, Regions, Spans, _ranges
+from .grid import Grid, Window, cumulated_weights, reach, resize_taps
+from .lattice import Lattice
+from .lattice_operator import lattice_operator
+from .operators import Operator, SparseOperator
+from .regions import Float, Int, LabelGrid, Regions, Spans, chunks, ranges
 
-__all__ = ["Grid", "Operator", "Window", "aggregate", "build_operator", "count_pixels"]
+__all__ = ["build_operator", "count_pixels"]
 
-_CHUNK_PX = 4_000_000  # rows × regions looked at together when counting pixels
+_STRIP_PX = 4096  # rows of a label image looked at together when counting pixels
 _ROUNDING = 1e-9  # far above what sums of weights are off by, far below the smallest weight
-
-
-class Window(NamedTuple):
-    """A rectangle of low-resolution pixels, ends excluded."""
-
-    row0: int
-    row1: int
-    col0: int
-    col1: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows, columns."""
-        return self.row1 - self.row0, self.col1 - self.col0
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The low-resolution grid that is resized by `stride` to the slide.
-
-    Parameters
-    ----------
-    height, width
-        Low-resolution pixels; the resized map has ``height * stride`` by ``width * stride``.
-    stride
-        Pixels of the resized map per low-resolution pixel.
-    """
-
-    height: int
-    width: int
-    stride: int
-
-    @property
-    def window(self) -> Window:
-        """The whole grid."""
-        return Window(0, self.height, 0, self.width)
-
-
-class Operator(NamedTuple):
-    """Aggregation operator of regions over a window.
-
-    Attributes
-    ----------
-    matrix
-        A, sparse, shape (regions, window rows * window columns), the weights of a sum over pixels.
-    n_px
-        Pixels of each region inside the slide, shape (regions,), by which a mean divides. 0: wholly outside.
-    """
-
-    matrix: sparse.csr_array
-    n_px: Float
-
-
-def _resize_taps(position: NDArray[np.floating[Any]], size: int, stride: int) -> tuple[Int, Int, Float]:
-    """Two low-resolution neighbours of each resized pixel coordinate and the weight of the second."""
-    source = np.clip(position / stride - 0.5, 0, size - 1)
-    low = np.minimum(np.floor(source).astype(np.int64), max(size - 2, 0))
-    return low, np.minimum(low + 1, size - 1), source - low
-
-
-def _reach(low0: int, low1: int, size: int, stride: int) -> tuple[int, int]:
-    """Resized pixels whose weights touch the low-resolution pixels [low0, low1)."""
-    return max(low0 - 1, 0) * stride, min(low1 + 1, size) * stride
 
 
 def _column_steps(first: int, last: int, col0: int, col1: int, grid: Grid) -> sparse.csr_array:
@@ -103,14 +41,8 @@ def _column_steps(first: int, last: int, col0: int, col1: int, grid: Grid) -> sp
     C(p, c) - C(p, c - 1), shape (last - first + 1, col1 - col0 + 1).
     """
     stride, n_cols = grid.stride, col1 - col0
-    pixel = np.arange(first, last)
-    low, high, weight = _resize_taps(pixel + 0.5, grid.width, stride)
-    cumulated = np.zeros((n_cols + 2, 3 * stride + 1))  # of each column over the 3 strides of pixels that touch it
-    for tap, value in ((low, 1 - weight), (high, weight)):
-        inside = np.nonzero((tap >= col0) & (tap < col1))[0]
-        place = (tap - col0 + 1)[inside], (pixel - (tap - 1) * stride + 1)[inside]
-        np.add.at(cumulated, place, value[inside])
-    cumulated = np.cumsum(cumulated, axis=1)
+    cumulated = np.zeros((n_cols + 2, 3 * stride + 1))
+    cumulated[1:-1] = cumulated_weights(col0, col1, grid.width, stride)
     cumulated[0] = stride
 
     position = np.arange(first, last + 1)[:, None]
@@ -126,7 +58,7 @@ def _column_steps(first: int, last: int, col0: int, col1: int, grid: Grid) -> sp
 def _across_rows(spans: Spans, window: Window, grid: Grid) -> tuple[sparse.csr_array, Int]:
     """Row weights: (region, low row) pairs × runs, and the pairs as ``region * window rows + row``, ascending."""
     n_rows, n_runs = window.shape[0], len(spans.row)
-    low, high, weight = _resize_taps(spans.row + 0.5, grid.height, grid.stride)
+    low, high, weight = resize_taps(spans.row + 0.5, grid.height, grid.stride)
     tap = np.concatenate([low, high]) - window.row0
     value = np.concatenate([1 - weight, weight])
     keep = np.nonzero((tap >= 0) & (tap < n_rows) & (value != 0))[0]
@@ -150,7 +82,7 @@ def _cumulated(steps: sparse.csr_array) -> sparse.csr_array:
     begin, end = np.zeros((2, steps.shape[0]), np.int64)
     begin[occupied] = steps.indices[steps.indptr[occupied]]
     end[occupied] = steps.indices[steps.indptr[occupied + 1] - 1]
-    column = _ranges(begin, end - begin)[0]
+    column = ranges(begin, end - begin)[0]
     indptr = np.concatenate([[0], np.cumsum(end - begin)])
     # The rows lie end to end: the last step of one, back to zero, falls on the first of the next.
     place = steps.indices + np.repeat(indptr[:-1] - begin, np.diff(steps.indptr))
@@ -161,7 +93,7 @@ def _cumulated(steps: sparse.csr_array) -> sparse.csr_array:
 def _sum_matrix(spans: Spans, n_regions: int, grid: Grid, window: Window) -> sparse.csr_array:
     """A of Eq. 5 restricted to the columns of a window, from the runs that can touch it."""
     n_rows, n_cols = window.shape
-    first, last = _reach(window.col0, window.col1, grid.width, grid.stride)
+    first, last = reach(window.col0, window.col1, grid.width, grid.stride)
     rows, pairs = _across_rows(spans, window, grid)
     blocks = _cumulated(rows @ _ends(spans, first, last) @ _column_steps(first, last, window.col0, window.col1, grid))
     blocks.data[np.abs(blocks.data) < _ROUNDING] = 0.0
@@ -194,10 +126,12 @@ def count_pixels(regions: Regions, height: int, width: int) -> Float:
     -------
     Counts, shape (n,).
     """
+    if isinstance(regions, LabelGrid):  # it is read by windows, whatever the regions
+        strips = (regions.spans(row, min(row + _STRIP_PX, height), 0, width) for row in range(0, height, _STRIP_PX))
+        return np.asarray(sum((_count(spans, len(regions)) for spans in strips), np.zeros(len(regions))))
     total = np.zeros(len(regions))
-    step = max(_CHUNK_PX // max(len(regions), 1), 256)
-    for row0 in range(0, height, step):
-        total += _count(regions.spans(row0, min(row0 + step, height), 0, width), len(regions))
+    for place, some in chunks(regions):
+        total[place] = _count(some.spans(0, height, 0, width), len(some))
     return total
 
 
@@ -208,7 +142,7 @@ def _point_matrix(regions: Regions, empty: Int, grid: Grid, window: Window) -> t
     inside = (x >= 0) & (y >= 0) & (x < grid.width * grid.stride) & (y < grid.height * grid.stride)
     x, y = np.where(inside, x, 0.0), np.where(inside, y, 0.0)  # what is nowhere has NaN
     area = np.where(inside, np.where(picked.area > 0, picked.area, 1.0), 0.0)
-    columns, rows = (_resize_taps(v, size, grid.stride) for v, size in ((x, grid.width), (y, grid.height)))
+    columns, rows = (resize_taps(v, size, grid.stride) for v, size in ((x, grid.width), (y, grid.height)))
     entries: list[tuple[Int, Int, Float]] = []
     for row, row_weight in ((rows[0], 1 - rows[2]), (rows[1], rows[2])):
         for col, col_weight in ((columns[0], 1 - columns[2]), (columns[1], columns[2])):
@@ -221,11 +155,17 @@ def _point_matrix(regions: Regions, empty: Int, grid: Grid, window: Window) -> t
 
 
 def build_operator(
-    regions: Regions, grid: Grid, *, window: Window | None = None, n_px: NDArray[Any] | None = None
+    regions: Regions,
+    grid: Grid,
+    *,
+    window: Window | None = None,
+    inside: Window | None = None,
+    n_px: NDArray[Any] | None = None,
 ) -> Operator:
     """Build A = mask · R for regions over (a window of) the low-resolution grid.
 
-    The operators of windows that tile the grid add up to the operator of the whole grid, whatever the tiling.
+    The operators of windows that tile the grid add up to the operator of the whole grid, whatever the tiling. Lattices
+    get theirs in closed form: two small matrices when aligned with the grid, a sparse one otherwise.
 
     Parameters
     ----------
@@ -237,21 +177,40 @@ def build_operator(
         The whole low-resolution grid and its stride.
     window
         Part of the grid to build columns for; default: all of it.
+    inside
+        Pixels of the resized map that count; default: all of them.
     n_px
         `count_pixels` of the regions, when already known.
 
     Returns
     -------
-    The operator; ``matrix @ (D W + b)`` is Eq. 5, divided by ``n_px`` it is the mean.
+    The operator; applied to D W + b it is Eq. 5, divided by ``n_px`` it is the mean.
 
     References
     ----------
     Zhang et al., arXiv 2503.01347, Eq. 4–5.
     """
     window = grid.window if window is None else window
-    rows = _reach(window.row0, window.row1, grid.height, grid.stride)
-    cols = _reach(window.col0, window.col1, grid.width, grid.stride)
-    spans = regions.spans(*rows, *cols)
+    slide = grid.window.times(grid.stride)
+    box = slide if inside is None else Window(*_overlap(slide, inside))
+    if isinstance(regions, Lattice):
+        found = lattice_operator(regions, grid, window, box)
+        if found is not None:
+            return found
+    return _general_operator(regions, grid, window, box, n_px)
+
+
+def _overlap(a: Window, b: Window) -> tuple[int, int, int, int]:
+    return max(a.row0, b.row0), min(a.row1, b.row1), max(a.col0, b.col0), min(a.col1, b.col1)
+
+
+def _general_operator(
+    regions: Regions, grid: Grid, window: Window, box: Window, n_px: NDArray[Any] | None
+) -> SparseOperator:
+    """From the runs of pixels of any regions."""
+    rows = reach(window.row0, window.row1, grid.height, grid.stride)
+    cols = reach(window.col0, window.col1, grid.width, grid.stride)
+    spans = regions.spans(*rows, *cols).clipped(*box)
     if n_px is None and window == grid.window:
         n_px = _count(spans, len(regions))
     elif n_px is None:
@@ -262,45 +221,4 @@ def build_operator(
     if len(empty):
         points, n_px[empty] = _point_matrix(regions, empty, grid, window)
         matrix = sparse.csr_array(matrix + points)
-    return Operator(matrix, n_px)
-
-
-def _product(matrix: Any, x: Tensor) -> Tensor:
-    """Sparse matrix times tensor: by torch on CUDA, elsewhere by SciPy, as torch needs MKL and does not know MPS."""
-    if not x.is_cuda:
-        return torch.from_numpy(matrix @ x.cpu().numpy()).to(x.device)
-    entries = matrix.tocoo()
-    index, value = (torch.from_numpy(part) for part in (np.stack(entries.coords), entries.data))
-    return torch.sparse_coo_tensor(index, value, matrix.shape, device=x.device, check_invariants=False) @ x
-
-
-class _SparseProduct(torch.autograd.Function):
-    """A @ x for a constant sparse A; the gradient is Aᵀ @ g."""
-
-    @staticmethod
-    def forward(ctx: Any, matrix: sparse.csr_array, x: Tensor) -> Tensor:
-        ctx.matrix = matrix
-        return _product(matrix, x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, _product(ctx.matrix.T, grads[0])
-
-
-def aggregate(features: Tensor, matrix: sparse.csr_array) -> Tensor:
-    """Apply a sparse operator to feature rows, differentiable in the features.
-
-    Parameters
-    ----------
-    features
-        Rows to combine, shape (pixels, C), float32.
-    matrix
-        Constant sparse operator, shape (regions, pixels).
-
-    Returns
-    -------
-    Shape (regions, C), float32.
-    """
-    with torch.autocast(features.device.type, enabled=False):
-        single = sparse.csr_array((matrix.data.astype(np.float32), matrix.indices, matrix.indptr), shape=matrix.shape)
-        return _SparseProduct.apply(single, features.float())
+    return SparseOperator(matrix, n_px)

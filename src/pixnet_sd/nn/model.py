@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .aggregation import Operator, aggregate
 from .decoder import Decoder, Lateral
 from .encoder import STRIDES, Encoder
+from .operators import Operator
 
 __all__ = ["MAP_STRIDE", "Aggregation", "DecoderConfig", "Network"]
 
@@ -86,7 +86,7 @@ class Network(nn.Module):
         Shape (n, M); of a region off the slide (n_px 0) the sum is 0 and the mean the bias.
         """
         rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-        pooled = aggregate(rows, operator.matrix)
+        pooled = operator.apply(rows)
         n_px = torch.as_tensor(operator.n_px, dtype=pooled.dtype, device=pooled.device)[:, None]
         weight, bias = self.head.weight.float(), self.head.bias.float()
         with torch.autocast(pooled.device.type, enabled=False):

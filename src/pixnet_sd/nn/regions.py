@@ -7,20 +7,34 @@ of a window are inside (`spans`), so that the aggregation operator knows one rep
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Circles", "LabelGrid", "Polygons", "Regions", "Spans", "squares"]
+__all__ = [
+    "SNAP_PX",
+    "Circles",
+    "LabelGrid",
+    "Polygons",
+    "Regions",
+    "Spans",
+    "boxes_touching",
+    "boxes_within",
+    "chunks",
+    "ranges",
+    "squares",
+]
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
+Index = NDArray[np.intp]
 
 _STRIP_PX = 1024  # rows of a label image read at once
-_SNAP_PX = 1e-9  # neighbours share a side but for its rounding: what is as close to a pixel centre lies on it
+SNAP_PX = 1e-9  # neighbours share a side but for its rounding: what is as close to a pixel centre lies on it
 
 
 class Spans(NamedTuple):
@@ -64,13 +78,57 @@ class Regions(Protocol):
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
         """Runs of the window's pixels whose centre lies in a region."""
 
+    def touching(self, x0: float, y0: float, x1: float, y1: float) -> Index:
+        """Regions whose bounding box meets a closed box, ascending."""
+
+    def within(self, x0: float, y0: float, x1: float, y1: float) -> Index:
+        """Regions whose bounding box lies inside a closed box, ascending."""
+
+
+def boxes_touching(bounds: Float, x0: float, y0: float, x1: float, y1: float) -> Index:
+    """Which bounding boxes meet a closed box."""
+    return np.flatnonzero((bounds[:, 2] >= x0) & (bounds[:, 0] <= x1) & (bounds[:, 3] >= y0) & (bounds[:, 1] <= y1))
+
+
+def boxes_within(bounds: Float, x0: float, y0: float, x1: float, y1: float) -> Index:
+    """Which bounding boxes lie inside a closed box."""
+    return np.flatnonzero((bounds[:, 0] >= x0) & (bounds[:, 2] <= x1) & (bounds[:, 1] >= y0) & (bounds[:, 3] <= y1))
+
+
+class _Boxed:
+    """Regions that are found by their bounding boxes."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def bounds(self) -> Float: ...
+
+    def touching(self, x0: float, y0: float, x1: float, y1: float) -> Index:
+        """See `Regions.touching`."""
+        return boxes_touching(self._boxes, x0, y0, x1, y1)
+
+    def within(self, x0: float, y0: float, x1: float, y1: float) -> Index:
+        """See `Regions.within`."""
+        return boxes_within(self._boxes, x0, y0, x1, y1)
+
+    @cached_property
+    def _boxes(self) -> Float:
+        return self.bounds
+
+
+def chunks(regions: Regions, size: int = 2**16) -> Iterator[tuple[slice, Regions]]:
+    """Consecutive parts of regions and their place among all, so that nothing is made for millions at once."""
+    for start in range(0, len(regions), size):
+        place = slice(start, min(start + size, len(regions)))
+        yield place, regions.subset(np.arange(place.start, place.stop))
+
 
 def _apply(matrix: ArrayLike, xy: Float) -> Float:
     m = np.asarray(matrix, dtype=np.float64)
     return np.asarray(xy @ m[:2, :2].T + m[:2, 2])
 
 
-def _ranges(first: Int, length: Int) -> tuple[Int, Int]:
+def ranges(first: Int, length: Int) -> tuple[Int, Int]:
     """Concatenated ``first[k] + arange(length[k])`` and the k of each entry."""
     owner = np.repeat(np.arange(len(first)), length)
     value = (first - (np.cumsum(length) - length))[owner]
@@ -80,11 +138,11 @@ def _ranges(first: Int, length: Int) -> tuple[Int, Int]:
 
 def _first_centre(coordinate: Float) -> Int:
     """Index of the first pixel whose centre is at or after a coordinate."""
-    return np.ceil(coordinate - (0.5 + _SNAP_PX)).astype(np.int64)
+    return np.ceil(coordinate - (0.5 + SNAP_PX)).astype(np.int64)
 
 
 @dataclass(frozen=True)
-class Circles:
+class Circles(_Boxed):
     """Circles: (x - cx)² + (y - cy)² ≤ r² (Eq. 5).
 
     Parameters
@@ -129,8 +187,8 @@ class Circles:
         """Runs of pixels inside, see `Regions.spans`."""
         cx, cy = self.centre_xy.T
         first = np.clip(_first_centre(cy - self.radius), row0, row1)
-        last = np.clip(np.floor(cy + self.radius - (0.5 - _SNAP_PX)).astype(np.int64) + 1, first, row1)
-        row, region = _ranges(first, last - first)
+        last = np.clip(np.floor(cy + self.radius - (0.5 - SNAP_PX)).astype(np.int64) + 1, first, row1)
+        row, region = ranges(first, last - first)
         cx, radius = cx[region], self.radius[region]
         dy2 = (row + 0.5 - cy[region]) ** 2
         half = np.sqrt(np.maximum(radius**2 - dy2, 0.0))
@@ -146,7 +204,7 @@ class Circles:
 
 
 @dataclass(frozen=True)
-class Polygons:
+class Polygons(_Boxed):
     """Polygons and multipolygons, filled even-odd.
 
     Parameters
@@ -227,9 +285,9 @@ class Polygons:
         picked = np.arange(self.n_regions)[np.asarray(index)]
         rings = np.searchsorted(self.ring_region, np.arange(self.n_regions + 1))
         n_rings = np.diff(rings)[picked]
-        ring, owner = _ranges(rings[:-1][picked], n_rings)
+        ring, owner = ranges(rings[:-1][picked], n_rings)
         sizes = np.diff(self.ring_offsets)[ring]
-        vertex, _ = _ranges(self.ring_offsets[:-1][ring], sizes)
+        vertex, _ = ranges(self.ring_offsets[:-1][ring], sizes)
         return Polygons(self.vertices[vertex], np.concatenate([[0], np.cumsum(sizes)]), owner, len(picked))
 
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
@@ -237,7 +295,7 @@ class Polygons:
         a, b = self._edges
         low, high = np.minimum(a[:, 1], b[:, 1]), np.maximum(a[:, 1], b[:, 1])
         first = np.clip(_first_centre(low), row0, row1)
-        row, edge = _ranges(first, np.clip(_first_centre(high), first, row1) - first)
+        row, edge = ranges(first, np.clip(_first_centre(high), first, row1) - first)
         (x0, y0), (x1, y1) = a[edge].T, b[edge].T
         crossing = x0 + (row + 0.5 - y0) / (y1 - y0) * (x1 - x0)
         region = self._edge_region[edge]
@@ -272,7 +330,7 @@ def squares(centre_xy: ArrayLike, side: float, angle: float = 0.0) -> Polygons:
 
 
 @dataclass(frozen=True)
-class LabelGrid:
+class LabelGrid(_Boxed):
     """Regions given by a label image: region k is where the image equals ``ids[k]``.
 
     Parameters
@@ -360,7 +418,7 @@ class LabelGrid:
         """Region of each pixel centre of a window, -1 for none, shape (rows, columns)."""
         x, y = np.meshgrid(np.arange(col0, col1) + 0.5, np.arange(row0, row1) + 0.5)
         xy = _apply(np.linalg.inv(self.to_grid), np.stack([x.ravel(), y.ravel()], axis=1))
-        xy = np.floor(xy + _SNAP_PX).astype(np.int64)
+        xy = np.floor(xy + SNAP_PX).astype(np.int64)
         height, width = self.labels.shape
         inside = np.all((xy >= 0) & (xy < (width, height)), axis=1)
         region = np.full(len(xy), -1)
