@@ -36,8 +36,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pixnet_sd.nn.aggregation import Grid, Operator, build_operator
+from pixnet_sd.nn.aggregation import build_operator
+from pixnet_sd.nn.grid import Grid
 from pixnet_sd.nn.model import DecoderConfig, Network
+from pixnet_sd.nn.operators import Operator
 from pixnet_sd.nn.regions import Circles, Regions, squares
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))

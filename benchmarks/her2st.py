@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 import pixnet_sd as ps
-from pixnet_sd.nn.aggregation import Grid, build_operator
+from pixnet_sd.nn.aggregation import build_operator
 from pixnet_sd.nn.encoder import STRIDES, Encoder, build_encoder
+from pixnet_sd.nn.grid import Grid
 from pixnet_sd.nn.regions import Circles, Regions, squares
 from pixnet_sd.slide import choose_genes, measured, open_slide, targets_of
 

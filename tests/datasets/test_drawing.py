@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnet_sd.datasets._expression import gene_panel, integrate_on_grid, integrate_squares, sources
+from pixnet_sd.datasets._expression import _CELL_UM, DIFFUSION_UM, gene_panel, sources
+from pixnet_sd.datasets._integrals import integrate_disks, integrate_on_grid, integrate_squares
+from pixnet_sd.datasets._lattice import Lattice
 from pixnet_sd.datasets._noise import Grid, Noise, hash_unit
 from pixnet_sd.datasets._staining import draw, draw_window
 from pixnet_sd.datasets._tissue import NucleusKind, Source, Tissue
@@ -40,7 +44,7 @@ def test_hash_is_uniform_and_keeps_sites_apart():
 
 def test_windows_fit_without_a_seam():
     tissue = Tissue(200, 4)
-    whole = draw(tissue, 400, 0.5)
+    ((_, whole),) = draw(tissue, 400, 0.5)
     np.testing.assert_array_equal(draw_window(tissue, Grid(130, 90, 120, 150, 0.5)), whole[130:250, 90:240])
 
 
@@ -79,11 +83,48 @@ def test_density_of_nuclei_counts_them():
     )
 
 
+class OneNucleus(Tissue):
+    def nuclei(self, box_um):
+        every = super().nuclei(box_um)
+        alone = every.subset(np.arange(1))
+        return replace(alone, x_um=np.array([100.5]), y_um=np.array([100.5]), source=np.array([Source.TUMOUR_CORE]))
+
+
+def test_transcripts_spread_over_the_cell_and_then_diffuse():
+    density = sources(OneNucleus(200, 4), Grid(0, 0, 200, 200, 1.0))[Source.TUMOUR_CORE].astype(float)
+    distance = np.arange(200) - 100.0
+    assert density.sum() == pytest.approx(1, abs=1e-3)
+    for axis in (0, 1):
+        spread = density.sum(axis=axis) @ distance**2
+        assert spread == pytest.approx(_CELL_UM[Source.TUMOUR_CORE] ** 2 + DIFFUSION_UM**2, rel=0.02)
+    assert 1 <= DIFFUSION_UM <= 5
+
+
+def test_borders_of_areas_diffuse():
+    tissue, grid = Tissue(200, 4), Grid(0, 0, 200, 200, 1.0)
+    beside = (tissue.compartments(grid).lumen < 0.01) & (sources(tissue, grid)[Source.LUMEN] > 0.2)
+    assert beside.any()
+
+
+@pytest.mark.parametrize("size_um", [4500, 6700])
+def test_a_large_slide_is_nearly_all_tissue(size_um):
+    tissue, lattice = Tissue(size_um, 0), Lattice(size_um, np.deg2rad(0.5))
+    step = np.arange(0, lattice.n_base, 8)
+    row, col = np.meshgrid(step, step, indexing="ij")
+    x, y = lattice.centres_um(2, row, col)
+    edge_um = tissue.edge_um(Grid(0, 0, size_um // 10 + 1, size_um // 10 + 1, 10.0))
+    on_tissue = edge_um[(y // 10).astype(int), (x // 10).astype(int)] > 0
+    assert on_tissue.mean() > 0.9
+    assert on_tissue.mean() * lattice.n_base**2 > 4e6
+
+
 def test_integrals_of_a_constant_are_areas():
     density = np.full((1, 60, 60), 3.0, dtype=np.float32)
     squares = integrate_squares(density, np.array([20.0, 33.3]), np.array([25.0, 40.1]), 7.5, 0.3)
     np.testing.assert_allclose(squares[:, 0], 3 * 7.5**2, rtol=1e-6)
-    grid = integrate_on_grid(density, 60, 8)
+    disks = integrate_disks(density, np.array([20.0, 33.3]), np.array([25.0, 40.1]), 7.5)
+    np.testing.assert_allclose(disks[:, 0], 3 * np.pi * 7.5**2, rtol=1e-6)
+    grid = integrate_on_grid(density, 60, 8, range(8), range(8))
     np.testing.assert_allclose(grid[0, :7, :7], 3 * 64, rtol=1e-6)
     np.testing.assert_allclose(grid[0, 7, 7], 3 * 16, rtol=1e-6)
 
@@ -93,7 +134,15 @@ def test_integral_of_a_slope_is_read_at_the_centre():
     density = np.broadcast_to(x, (1, 60, 60)).astype(np.float32)
     squares = integrate_squares(density, np.array([20.2]), np.array([30.0]), 4, np.deg2rad(10))
     np.testing.assert_allclose(squares, 20.2 * 16, rtol=1e-5)
-    np.testing.assert_allclose(integrate_on_grid(density, 60, 2)[0, 0, :3], [4.0, 12.0, 20.0], rtol=1e-5)
+    np.testing.assert_allclose(
+        integrate_on_grid(density, 60, 2, range(30), range(30))[0, 0, :3], [4.0, 12.0, 20.0], rtol=1e-5
+    )
+
+
+def test_a_window_of_a_grid_is_part_of_the_whole():
+    density = np.random.default_rng(0).random((2, 60, 60)).astype(np.float16)
+    whole = integrate_on_grid(density, 60, 7, range(9), range(9))
+    np.testing.assert_array_equal(integrate_on_grid(density, 60, 7, range(2, 9), range(3, 5)), whole[:, 2:, 3:5])
 
 
 @pytest.mark.parametrize("n_genes", [1, 34, 40, 300])

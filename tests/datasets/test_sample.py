@@ -9,6 +9,7 @@ from spatialdata.transformations import Identity, get_transformation
 
 from pixnet_sd import datasets
 from pixnet_sd._errors import DataError
+from pixnet_sd.datasets._counts import LIBRARY_FIELD_SIGMA, LIBRARY_PLACE_SIGMA
 
 SMALL = {"size_um": 200.0, "seed": 4}
 MIDDLE = {"size_um": 400.0, "seed": 1}
@@ -161,9 +162,18 @@ def test_counts_are_poisson_draws_around_the_truth(middle):
     assert scatter == pytest.approx(1, abs=0.05)
 
 
+def test_bins_catch_more_or_less_than_lies_in_them(middle):
+    total = np.asarray(middle.tables["square_002um"].X.sum(axis=1)).ravel()
+    lies_there = datasets.sample_truth_bins(2, **MIDDLE, library_size=False).sum(axis=1).to_numpy()
+    # of a Poisson variable nothing would be left; of a log-normal factor its squared coefficient of variation
+    excess = ((total - lies_there) ** 2 - total).sum() / (lies_there**2).sum()
+    assert excess == pytest.approx(np.exp(LIBRARY_PLACE_SIGMA**2 + LIBRARY_FIELD_SIGMA**2) - 1, rel=0.35)
+    assert total.sum() == pytest.approx(lies_there.sum(), rel=0.15)
+
+
 def test_truth_map_and_truth_of_bins_agree(middle):
     table = middle.tables["square_016um"]
-    means = datasets.sample_truth_bins(16, **MIDDLE).to_numpy()
+    means = datasets.sample_truth_bins(16, **MIDDLE, library_size=False).to_numpy()
     truth = datasets.sample_truth(**MIDDLE, pitch_um=1.0).to_numpy()
     centre = np.floor(table.obsm["spatial"] * 0.5).astype(int)
     summed = np.stack([truth[:, y - 8 : y + 8, x - 8 : x + 8].sum(axis=(1, 2)) for x, y in centre])
@@ -181,6 +191,15 @@ def test_truth_sums_are_the_same_at_any_pitch():
     by_two = fine.to_numpy().reshape(len(fine), 100, 2, 100, 2).sum(axis=(2, 4))
     np.testing.assert_allclose(native, by_two, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(odd.sum(("x", "y")), fine.sum(("x", "y")), rtol=2e-3)
+
+
+@pytest.mark.parametrize("size_um", [100, 116])
+def test_smallest_slides_have_counts_all_over(size_um):
+    means = datasets.sample_truth_bins(8, size_um=size_um, library_size=False).sum(axis=1)
+    truth = datasets.sample_truth(size_um=size_um, pitch_um=8).sum("c").to_numpy()
+    assert len(means) > 30
+    assert means.mean() == pytest.approx(truth[truth > truth.max() / 4].mean(), rel=0.3)
+    assert means.min() > 0
 
 
 def test_truth_says_what_varies(middle):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,6 +165,7 @@ class ArraySink:
     done: set[Block] = field(default_factory=set)
     written: list[Block] = field(default_factory=list)
     fail_at: int | None = None
+    lock: Any = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.values = np.full((len(GENES), *self.shape), np.nan, np.float32)
@@ -182,12 +184,13 @@ class ArraySink:
         return [b for b in self.blocks if b not in self.done]
 
     def write(self, block: Block, values: NDArray[np.float32]) -> None:
-        if self.fail_at == len(self.written):
-            raise OSError("no space left")
-        row0, row1, col0, col1 = block
-        assert values.shape == (len(GENES), row1 - row0, col1 - col0)
-        self.values[:, row0:row1, col0:col1] = values
-        self.written.append(block)
+        with self.lock:  # several threads write
+            if self.fail_at == len(self.written):
+                raise OSError("no space left")
+            row0, row1, col0, col1 = block
+            assert values.shape == (len(GENES), row1 - row0, col1 - col0)
+            self.values[:, row0:row1, col0:col1] = values
+            self.written.append(block)
 
 
 class RowArray:

@@ -2,30 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from spatialdata import SpatialData
 from spatialdata.transformations import Identity, Scale, set_transformation
 
-from pixnet_sd.slide._known_sizes import lattice_pitch, um_per_unit
-
-
-@given(
-    st.floats(0.5, 50),
-    st.floats(-np.pi, np.pi),
-    st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500)), min_size=3, max_size=30, unique=True),
-)
-def test_lattice_pitch_with_any_gaps(pitch: float, angle: float, points: list[tuple[int, int]]) -> None:
-    col_row = np.array(points, dtype=float)
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    found = lattice_pitch(col_row, col_row @ turn.T * pitch + [7, 9])
-    spans = np.linalg.matrix_rank(col_row[1:] - col_row[0]) == 2
-    assert found == pytest.approx(pitch, rel=1e-6) if spans else found is None
-
-
-def test_lattice_that_does_not_explain_the_centres() -> None:
-    col_row = np.random.default_rng(0).integers(0, 30, (40, 2)).astype(float)
-    assert lattice_pitch(col_row, np.random.default_rng(1).uniform(0, 300, (40, 2))) is None
+from pixnet_sd.slide._known_sizes import um_per_unit
 
 
 @pytest.mark.parametrize("circles", [False, True])

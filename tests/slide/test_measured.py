@@ -3,11 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import shapely
-from scipy import sparse
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import DataError, ElementError, ResolutionError
-from pixnet_sd.nn.regions import LabelGrid
+from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.slide._measured import measured
 from pixnet_sd.slide._slide import open_slide
 
@@ -29,7 +28,7 @@ def spots(circles, table):
 
 
 def dense(found) -> np.ndarray:
-    return found.counts.columns(range(found.counts.n_genes)).toarray()
+    return found.rows(np.arange(len(found))).toarray()
 
 
 @pytest.mark.filterwarnings("error")
@@ -42,7 +41,7 @@ def test_rows_are_joined_by_id(spots, frame, order) -> None:
     assert list(found.var_names) == ["GENE0", "GENE1", "GENE2"]
     np.testing.assert_array_equal(found.regions.centre_xy, np.array(XY)[place])
     np.testing.assert_array_equal(dense(found), X[place])
-    np.testing.assert_array_equal(found.total, X[place].sum(axis=1))
+    assert found.is_complete
 
 
 def test_rows_without_region_are_left_out(spots, frame) -> None:
@@ -60,27 +59,12 @@ def test_ids_of_another_type(spots, frame) -> None:
         measured(spots(ids=[0, 1, 2, 3]), frame())
 
 
-def test_empty_spots_are_left_out(spots, frame) -> None:
-    x = X.copy()
-    x[1] = 0
-    with pytest.warns(UserWarning, match="1 of 4 regions have no counts at all"):
-        (found,) = measured(spots(x=sparse.csr_matrix(x)), frame())
-    assert list(found.instances) == ["p", "r", "s"]
-    np.testing.assert_array_equal(dense(found), X[[0, 2, 3]])
-    assert (found.total > 0).all()
-
-
-def test_nothing_but_empty_spots(spots, frame) -> None:
-    with pytest.raises(DataError, match="all 4 regions on the image have no counts"):
-        measured(spots(x=np.zeros((4, 3))), frame())
-
-
-def test_spots_off_the_image_are_left_out_and_not_looked_at(spots, frame) -> None:
-    x = X.copy()
-    x[3, 0] = np.nan
+def test_spots_off_the_image_are_left_out(spots, frame) -> None:
     with pytest.warns(UserWarning, match="1 of 4 regions lie wholly outside"):
-        (found,) = measured(spots(x=x, xy=[*XY[:3], [900, 900]]), frame())
+        (found,) = measured(spots(xy=[*XY[:3], [900, 900]]), frame())
     assert list(found.instances) == ["p", "q", "r"]
+    assert not found.is_complete
+    np.testing.assert_array_equal(dense(found), X[:3])
 
 
 def test_no_spot_on_the_image(spots, frame) -> None:
@@ -91,20 +75,6 @@ def test_no_spot_on_the_image(spots, frame) -> None:
 def test_swapped_axes(spots, frame) -> None:
     with pytest.raises(ResolutionError, match="x and y swapped"):
         measured(spots(xy=[[30, 250], [80, 260], [100, 300], [220, 310]]), frame())
-
-
-@pytest.mark.parametrize(("value", "how"), [(np.nan, "NaN"), (-2, "negative")])
-def test_bad_counts(spots, frame, value, how) -> None:
-    x = X.copy()
-    x[2, 1] = value
-    with pytest.raises(DataError, match=f"Table 't': X holds {how}"):
-        measured(spots(x=x), frame())
-
-
-def test_log_normalised(spots, frame) -> None:
-    with pytest.warns(UserWarning, match="Table 't': X looks log-normalised"):
-        (found,) = measured(spots(x=np.log1p(X)), frame())
-    assert len(found) == 4
 
 
 def test_gene_names_are_unique(spots, frame) -> None:
@@ -125,7 +95,7 @@ def test_visium_hd(visium_hd, frame, dataset_id: str, labels: bool) -> None:
     sdata = visium_hd(dataset_id=dataset_id, labels=labels, bins=(16, 8))
     small, large = measured(sdata, open_slide(sdata, working_mpp=1.0))
     assert (small.table_key, large.table_key) == ("square_008um", "square_016um")
-    assert isinstance(large.regions, LabelGrid) == labels
+    assert isinstance(large.regions, Lattice)
     np.testing.assert_allclose(large.regions.area, 16**2, rtol=1e-6)
     table, shapes = sdata.tables["square_016um"], sdata.shapes[f"{dataset_id}_square_016um"]
     centres = shapely.get_coordinates(shapely.centroid(shapes.geometry.loc[table.obs["location_id"]].to_numpy()))
@@ -139,5 +109,26 @@ def test_take_keeps_everything_together(spots, frame) -> None:
     assert list(part.instances) == ["q", "s"]
     np.testing.assert_array_equal(part.regions.centre_xy, [XY[1], XY[3]])
     np.testing.assert_array_equal(dense(part), X[[1, 3]])
-    np.testing.assert_array_equal(part.total, X[[1, 3]].sum(axis=1))
     assert found.take(np.ones(4, bool)) is found
+
+
+def test_take_of_bins_in_another_order_than_the_table(visium_hd, frame) -> None:
+    sdata = visium_hd()
+    order = np.random.default_rng(0).permutation(sdata.tables["square_008um"].n_obs)
+    sdata.tables["square_008um"] = sdata.tables["square_008um"][order].copy()
+    found = measured(sdata, frame())[0]
+    keep = np.random.default_rng(1).random(len(found)) < 0.3
+    part = found.take(keep)
+    np.testing.assert_array_equal(dense(part), dense(found)[keep])
+    by_id = sdata.tables["square_008um"].obs.reset_index().set_index("location_id").index.get_indexer(part.instances)
+    np.testing.assert_array_equal(dense(part), sdata.tables["square_008um"].X.toarray()[by_id])
+
+
+def test_bins_without_a_shape_are_left_out(visium_hd, frame) -> None:
+    sdata = visium_hd(bins=(8,))
+    sdata.shapes["sample_square_008um"] = sdata.shapes["sample_square_008um"].drop([0, 7])
+    with pytest.warns(UserWarning, match=r"2 of 192 rows have no region in element .* \(first 0\)"):
+        (found,) = measured(sdata, frame())
+    assert isinstance(found.regions, Lattice)
+    assert not {0, 7} & set(found.instances)
+    assert len(found) == len(found.regions) == 190

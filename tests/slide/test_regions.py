@@ -13,6 +13,7 @@ from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Affine, Identity, Scale, set_transformation
 
 from pixnet_sd._errors import DataError, ElementError, ResolutionError
+from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons
 from pixnet_sd.slide._labels import LazyLabels
 from pixnet_sd.slide._regions import regions_of
@@ -55,11 +56,19 @@ def test_square_bins(visium_hd, dataset_id: str) -> None:
     sdata = visium_hd(dataset_id=dataset_id, mpp=0.25)
     key = f"{dataset_id}_square_008um"
     regions, ids = regions_of(sdata, key, coordinate_system=dataset_id, from_system=np.diag([0.5, 0.5, 1]))
-    assert isinstance(regions, Polygons)
+    assert isinstance(regions, Lattice)
     assert list(ids) == list(sdata.shapes[key].index)
     np.testing.assert_allclose(regions.area, (8 / 0.5) ** 2)
     centres = shapely.get_coordinates(shapely.centroid(sdata.shapes[key].geometry.to_numpy()))
     np.testing.assert_allclose(regions.centre_xy, centres / 2)
+
+
+def test_bins_without_indices_as_drawn(visium_hd) -> None:
+    sdata = visium_hd()
+    del sdata.tables["square_008um"]
+    regions, ids = regions_of(sdata, "sample_square_008um", **SAMPLE)
+    assert isinstance(regions, Polygons)
+    assert list(ids) == list(sdata.shapes["sample_square_008um"].index)
 
 
 def test_labels_keep_their_values_as_ids() -> None:

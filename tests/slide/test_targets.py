@@ -7,24 +7,41 @@ from scipy import sparse
 
 from pixnet_sd._errors import DataError
 from pixnet_sd.nn.regions import Circles
+from pixnet_sd.slide import _targets
 from pixnet_sd.slide._counts import Counts
 from pixnet_sd.slide._measured import Measured
-from pixnet_sd.slide._targets import check_genes, choose_genes, log_normalise, targets_of
+from pixnet_sd.slide._normalise import log_normalise
+from pixnet_sd.slide._stored_targets import StoredTargets
+from pixnet_sd.slide._targets import Targets, check_genes, choose_genes, targets_of
 
 X = np.array([[1, 3, 0], [0, 5, 5], [2, 0, 0]], dtype=np.float32)
 
 
-def of(x, genes, radius: float = 5.0) -> Measured:
-    x = np.asarray(x, dtype=np.float32)
+def of(x, genes, radius: float = 5.0, place=None, make=sparse.csr_matrix) -> Measured:
+    x = np.asarray(x)
     return Measured(
         table_key=f"t{radius:.0f}",
         element_key="spots",
-        regions=Circles(np.zeros((len(x), 2)), radius),
+        regions=Circles(np.arange(2.0 * len(x)).reshape(-1, 2), radius),
         instances=pd.RangeIndex(len(x)),
-        counts=Counts.of(sparse.csr_matrix(x), np.arange(len(x)), "x"),
+        counts=Counts.of(make(x), np.arange(len(x)), "x"),
+        place=None if place is None else np.asarray(place, np.int32),
         var_names=pd.Index(list(genes)),
-        total=x.sum(axis=1),
     )
+
+
+@pytest.fixture(params=["memory", "disk"])
+def where(request, monkeypatch) -> None:
+    """Run a test with targets in memory, and with targets on disk."""
+    if request.param == "disk":
+        monkeypatch.setattr(_targets, "_DENSE_BYTES", 0)
+
+
+both = pytest.mark.usefixtures("where")
+
+
+def only(table: Measured, genes, cache, target_sum: float = 1e4) -> Targets:
+    return targets_of({"": [table]}, genes, target_sum, cache)[""][0]
 
 
 @pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_array])
@@ -49,11 +66,65 @@ def test_a_region_without_counts_is_zero() -> None:
     np.testing.assert_array_equal(log_normalise(np.zeros((1, 2)), [0.0]), [[0, 0]])
 
 
-def test_targets_in_the_order_of_genes_with_totals_over_all() -> None:
-    found = targets_of(of(X, "ABC"), ["C", "A"], target_sum=10)
-    np.testing.assert_allclose(found, np.log1p(np.array([[0, 2.5], [5, 0], [0, 10]])), rtol=1e-6)
+@both
+def test_targets_in_the_order_of_genes_with_totals_over_all(tmp_path) -> None:
+    found = only(of(X, "ABC"), ["C", "A"], tmp_path, target_sum=10)
+    values = found.values[np.arange(3)]
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, np.log1p(np.array([[0, 2.5], [5, 0], [0, 10]])), rtol=1e-6)
     with pytest.raises(DataError, match="1 of 2 genes are not in table 't5': 'Z'"):
-        targets_of(of(X, "ABC"), ["A", "Z"])
+        only(of(X, "ABC"), ["A", "Z"], tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*no counts at all")
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("scale", [1, 300, 70_000, 2**26 + 1, 0.37])
+@pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+def test_on_disk_as_in_memory(tmp_path, monkeypatch, make, scale: float, shuffled: bool) -> None:
+    """Exactly, for any kind of matrix, size of counts and order of rows, and with empty regions."""
+    rng = np.random.default_rng(0)
+    x = rng.poisson(0.4, (60, 9)) * rng.choice([1, scale], (60, 9))
+    x[[3, 9]] = 0
+    table = of(x, "ABCDEFGHI", place=rng.permutation(60) if shuffled else None, make=make)
+    dense = only(table, list("HBA"), tmp_path)
+    monkeypatch.setattr(_targets, "_DENSE_BYTES", 0)
+    stored = only(table, list("HBA"), tmp_path)
+    assert isinstance(stored.values, StoredTargets)
+    n = int((x.sum(axis=1) > 0).sum())
+    assert stored.values.shape == dense.values.shape == (n, 3)
+    index = rng.choice(n, 30, replace=False)
+    np.testing.assert_array_equal(stored.values[index], dense.values[index])
+    np.testing.assert_array_equal(stored.values.subset(index)[np.arange(5)], dense.values[index[:5]])
+    np.testing.assert_allclose(stored.values.mean(axis=0), dense.values.mean(axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(stored.regions.centre_xy, dense.regions.centre_xy)
+
+
+@both
+def test_empty_regions_are_left_out(tmp_path) -> None:
+    x = X.copy()
+    x[1] = 0
+    with pytest.warns(UserWarning, match="Table 't5': 1 of 3 regions have no counts at all"):
+        found = only(of(x, "ABC"), ["A"], tmp_path)
+    assert len(found.regions) == len(found.values) == 2
+    with pytest.raises(DataError, match="all 3 regions on the image have no counts"):
+        only(of(np.zeros((3, 3)), "ABC"), ["A"], tmp_path)
+
+
+@both
+@pytest.mark.parametrize(("value", "how"), [(np.nan, "NaN"), (-2, "negative")])
+def test_bad_counts(value, how, tmp_path) -> None:
+    x = X.copy()
+    x[2, 1] = value
+    with pytest.raises(DataError, match=f"Table 't5': X holds {how}"):
+        only(of(x, "ABC"), ["A"], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@both
+def test_log_normalised(tmp_path) -> None:
+    for _ in range(2):  # also when the counts are there already
+        with pytest.warns(UserWarning, match="Table 't5': X looks log-normalised"):
+            only(of(np.log1p(X), "ABC"), ["A"], tmp_path)
 
 
 def test_genes_by_mean_log_expression_not_by_sum() -> None:

@@ -11,14 +11,18 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import spatialdata as sd
 
+from pixnet_sd.nn.grid import Window
 from pixnet_sd.store._commit import recover
 from pixnet_sd.store._gene_map import GeneMapWriter
 from pixnet_sd.store._raster import image_transforms, tissue_labels
+from pixnet_sd.store._region_writer import RegionWriter
+from pixnet_sd.store._rows import RowInfo
 from pixnet_sd.store._shapes import circles_element
 from pixnet_sd.store._table import region_table
 
@@ -27,7 +31,7 @@ NEW = {"pixnet_map", "pixnet_map_tissue", "spots", "pixnet_spots"}
 
 
 def predict(store: Path, scale: float, overwrite: bool) -> None:
-    """What `tl.predict` does with the store: a map in blocks, then everything at once."""
+    """What `tl.predict` does with the store: a map in blocks, regions in shares, then everything at once."""
     sdata = sd.read_zarr(store)
     recover(sdata)
     if "pixnet_map" in sdata and sdata.attrs["pixnet_sd"]["maps"]["pixnet_map"] == {"scale": scale}:
@@ -44,16 +48,34 @@ def predict(store: Path, scale: float, overwrite: bool) -> None:
         block_px=32,
         overwrite=overwrite,
     )
-    centres = np.array([[10.0, 20.0], [30.0, 40.0]])
-    circles = circles_element(centres, 4.0 * scale, transforms)
-    values = np.full((2, 2), scale, dtype=np.float32)
-    table = region_table(values, ["A", "B"], circles.index, region="spots", centres_px=centres, spot_diameter_px=8.0)
+    rows = RegionWriter.open(
+        sdata,
+        table_key="pixnet_spots",
+        shapes_key="spots",
+        n_regions=2,
+        genes=["A", "B"],
+        fingerprint=str(scale),
+        overwrite=overwrite,
+    )
     tissue = tissue_labels(np.ones((40, 64), dtype=bool), 4.0, transforms)
-    with writer:
+    with writer, rows:
         for row0, row1, col0, col1 in writer.pending:
             writer.write((row0, row1, col0, col1), np.full((2, row1 - row0, col1 - col0), scale, dtype=np.float32))
-        others = {"pixnet_map_tissue": tissue, "spots": circles, "pixnet_spots": table}
-        writer.commit(others, provenance={"maps": {"pixnet_map": {"scale": scale}}})
+        for window in (Window(0, 32, 0, 64), Window(32, 40, 0, 64)):
+            share = np.full((2, 2), scale, dtype=np.float32)
+            rows.put(window, np.arange(2), share, np.ones(2), np.zeros(2, dtype=bool))
+        made = rows.results(
+            describe,
+            make_table=partial(region_table, genes=["A", "B"], region="spots", spot_diameter_px=8.0),
+            aggregation="mean",
+            shapes_key="spots",
+            make_shapes=partial(circles_element, radius_px=4.0 * scale, transforms=transforms),
+        )
+        writer.commit({"pixnet_map_tissue": tissue}, made, provenance={"maps": {"pixnet_map": {"scale": scale}}})
+
+
+def describe(start: int, stop: int, weight: np.ndarray | None) -> RowInfo:
+    return RowInfo(np.arange(start, stop), np.array([[10.0, 20.0], [30.0, 40.0]])[start:stop])
 
 
 def check(store: Path, *, complete: float | None) -> None:

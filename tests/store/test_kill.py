@@ -15,7 +15,7 @@ KILLER = Path(__file__).with_name("killer.py")
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_runs(slide, tmp_path):
-    points = ["0.3", "+7"]  # among the blocks, and while elements are swapped
+    points = ["0.3", "0.6", "+7", "+16"]  # among the blocks, in the table, while elements are swapped, and put away
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(KILLER), str(tmp_path), "overwrite", *points]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)

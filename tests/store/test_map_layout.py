@@ -38,8 +38,8 @@ def test_blocks_cover_every_pixel_once(height, width, block_px):
     assert (seen == 1).all()
 
 
-@pytest.mark.parametrize(("genes", "block_px"), [(1, 512), (250, 512), (300, 256), (2000, 128), (20_000, 32)])
-def test_blocks_stay_within_256_mib(genes, block_px):
+@pytest.mark.parametrize(("genes", "block_px"), [(1, 512), (64, 512), (250, 256), (300, 128), (20_000, 32)])
+def test_blocks_stay_within_64_mib(genes, block_px):
     assert default_block_px(genes) == block_px
 
 

@@ -1,24 +1,22 @@
-"""Expression of a drawn tissue: what each source makes of each gene, densities, counts."""
+"""Expression of a drawn tissue: what each source makes of each gene, and the density of every source."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import gaussian_filter
 
 from ._noise import FloatArray, Grid
 from ._tissue import Nuclei, Source, Tissue
 
 __all__ = [
     "DENSITY_PITCH_UM",
+    "DIFFUSION_UM",
     "Panel",
-    "draw_counts",
     "gene_panel",
-    "integrate_on_grid",
-    "integrate_squares",
     "sources",
 ]
 
@@ -37,18 +35,18 @@ _BUDGET = {
     Source.LUMEN: 0.10,
     Source.TISSUE: 0.12,
 }
-# standard deviation of transcripts about the nucleus, or across an area's border, diffusion included
-_REACH_UM = {
-    Source.EPITHELIAL: 3.6,
-    Source.TUMOUR_CORE: 4.4,
-    Source.TUMOUR_RIM: 4.4,
-    Source.FIBROBLAST: 4.0,
-    Source.IMMUNE_INFILTRATE: 3.0,
-    Source.IMMUNE_STROMA: 3.4,
-    Source.IMMUNE_EPITHELIUM: 3.0,
-    Source.MATRIX: 2.0,
-    Source.LUMEN: 2.0,
-    Source.TISSUE: 2.0,
+DIFFUSION_UM = 2.0
+"""Standard deviation of the distance, along each axis, that a transcript travels before it is caught."""
+
+# standard deviation of transcripts about the middle of the nucleus whose cell makes them; areas have sharp borders
+_CELL_UM = {
+    Source.EPITHELIAL: 3.0,
+    Source.TUMOUR_CORE: 3.9,
+    Source.TUMOUR_RIM: 3.9,
+    Source.FIBROBLAST: 3.5,
+    Source.IMMUNE_INFILTRATE: 2.2,
+    Source.IMMUNE_STROMA: 2.7,
+    Source.IMMUNE_EPITHELIUM: 2.2,
 }
 _FILLER_SHARE = 0.2  # of every budget
 _AMBIENT = 0.03  # of the panel's mean, everywhere on tissue
@@ -99,11 +97,31 @@ _MARKERS: dict[str, dict[Source, float]] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """Genes and what each source makes of them; the same for every seed."""
+    """Genes and what each source makes of them; the same for every seed.
+
+    Rates are transcripts per nucleus, or per µm² for areas.
+    """
 
     names: list[str]
-    profile: NDArray[np.float64]  # (sources, genes): transcripts per nucleus, or per µm² for areas
+    markers: NDArray[np.float64]  # (sources, all markers), also of those that the panel leaves out
+    fillers: NDArray[np.float64]  # (sources, fillers)
     varying: NDArray[np.bool_]  # (genes,)
+
+    @property
+    def profile(self) -> NDArray[np.float64]:
+        """Rates of the panel's genes, (sources, genes)."""
+        return np.concatenate([self.markers, self.fillers], axis=1)[:, : len(self.names)]
+
+    @property
+    def var(self) -> dict[str, Any]:
+        """Columns that describe the genes, by the names that scanpy gives them."""
+        n_genes = len(self.names)
+        return {
+            "gene_ids": [f"PIXNET{k:06d}" for k in range(n_genes)],
+            "feature_types": ["Gene Expression"] * n_genes,
+            "genome": ["drawn"] * n_genes,
+            "spatially_varying": self.varying,
+        }
 
 
 def gene_panel(n_genes: int) -> Panel:
@@ -114,9 +132,8 @@ def gene_panel(n_genes: int) -> Panel:
     markers, constant = _marker_profile()
     fillers, filler_constant = _filler_profile(max(n_genes - len(_MARKERS), 0))
     names = list(_MARKERS) + [f"GENE{k + 1:03d}" for k in range(fillers.shape[1])]
-    profile = np.concatenate([markers, fillers], axis=1)[:, :n_genes]
     varying = ~np.concatenate([constant, filler_constant])[:n_genes]
-    return Panel(names[:n_genes], profile, varying)
+    return Panel(names[:n_genes], markers, fillers, varying)
 
 
 def _budget() -> NDArray[np.float64]:
@@ -151,9 +168,9 @@ def _with_ambient(profile: NDArray[np.float64], constant: NDArray[np.bool_]) -> 
 def sources(tissue: Tissue, grid: Grid) -> FloatArray:
     """Density of every source over a grid of 1 µm, (sources, n_rows, n_cols): nuclei per µm², areas as 0 to 1.
 
-    Each nucleus is spread as a Gaussian, and so are the areas' borders: transcripts leave their cell.
+    Each nucleus is spread over its cell as a Gaussian, and then everything diffuses by :data:`DIFFUSION_UM`.
     """
-    pad = int(np.ceil(4 * max(_REACH_UM.values()) / grid.pitch_um)) + 1
+    pad = int(np.ceil(4 * np.hypot(max(_CELL_UM.values()), DIFFUSION_UM) / grid.pitch_um)) + 1
     wide = Grid(grid.row0 - pad, grid.col0 - pad, grid.n_rows + 2 * pad, grid.n_cols + 2 * pad, grid.pitch_um)
     masks = tissue.compartments(wide)
     nuclei = tissue.nuclei(wide.box_um)
@@ -165,7 +182,9 @@ def sources(tissue: Tissue, grid: Grid) -> FloatArray:
     density = np.empty((len(Source), *grid.shape), dtype=np.float32)
     for source in Source:
         raw = area[source] if source in area else _count(nuclei.subset(nuclei.source == source), wide)
-        blurred = gaussian_filter(raw, _REACH_UM[source] / grid.pitch_um, truncate=4)
+        # one Gaussian after another is a Gaussian
+        reach_um = np.hypot(_CELL_UM.get(source, 0.0), DIFFUSION_UM)
+        blurred = gaussian_filter(raw, reach_um / grid.pitch_um, truncate=4)
         density[source] = blurred[pad:-pad, pad:-pad]
     return density
 
@@ -181,61 +200,3 @@ def _count(nuclei: Nuclei, grid: Grid) -> FloatArray:
             inside = (i >= 0) & (i < grid.n_rows) & (j >= 0) & (j < grid.n_cols)
             np.add.at(found, (i[inside], j[inside]), weight[inside].astype(np.float32))
     return found
-
-
-def integrate_squares(
-    density: FloatArray, x_um: NDArray[np.float64], y_um: NDArray[np.float64], side_um: float, angle: float
-) -> NDArray[np.float64]:
-    """Integral of each source over turned squares, (n, sources).
-
-    ``density`` starts at the slide's origin with a pitch of 1 µm and is read between its samples; each square
-    is covered by a midpoint rule of step 1 µm or less.
-    """
-    steps = int(np.ceil(side_um / DENSITY_PITCH_UM - 1e-6))
-    offset = ((np.arange(steps) + 0.5) / steps - 0.5) * side_um
-    cos, sin = np.cos(angle), np.sin(angle)
-    total = np.zeros((len(x_um), len(density)))
-    for v in offset:
-        for u in offset:
-            where = [
-                (y_um + u * sin + v * cos) / DENSITY_PITCH_UM - 0.5,
-                (x_um + u * cos - v * sin) / DENSITY_PITCH_UM - 0.5,
-            ]
-            for source, plane in enumerate(density):
-                total[:, source] += map_coordinates(plane, where, order=1, mode="nearest", output=np.float32)
-    return total * (side_um / steps) ** 2
-
-
-def integrate_on_grid(density: FloatArray, size_um: float, pitch_um: float) -> FloatArray:
-    """Integral of each source over the pixels of a grid in the image's frame, (sources, rows, cols)."""
-    operator = _interval_operator(density.shape[1], size_um, pitch_um)
-    planes = [operator @ (operator @ plane.astype(np.float64)).T for plane in density]
-    return np.stack([plane.T for plane in planes]).astype(np.float32)
-
-
-def _interval_operator(length: int, size_um: float, pitch_um: float) -> sp.csr_array:
-    """Sparse (pixels, samples) integral over [i, i + 1) · pitch by the rule of :func:`integrate_squares`."""
-    n_pixels = int(np.ceil(size_um / pitch_um - 1e-6))
-    steps = int(np.ceil(pitch_um / DENSITY_PITCH_UM - 1e-6))
-    pixel, step = (part.ravel() for part in np.meshgrid(np.arange(n_pixels), np.arange(steps), indexing="ij"))
-    point_um = (pixel + (step + 0.5) / steps) * pitch_um
-    weight = np.where(point_um < size_um, pitch_um / steps, 0.0)
-    position = np.clip(point_um / DENSITY_PITCH_UM - 0.5, 0, length - 1)
-    low = np.minimum(np.floor(position).astype(np.int64), max(length - 2, 0))
-    part = position - low
-    values = np.concatenate([weight * (1 - part), weight * part])
-    columns = np.concatenate([low, np.minimum(low + 1, length - 1)])
-    return sp.csr_array((values, (np.tile(pixel, 2), columns)), shape=(n_pixels, length))
-
-
-def draw_counts(expected_sources: NDArray[np.float64], panel: Panel, seed: int) -> sp.csr_matrix:
-    """Poisson counts, (n, genes), float32. Each gene has its own stream, so a longer panel changes none of the rest."""
-    columns, rows, values = [], [], []
-    for gene in range(len(panel.names)):
-        drawn = np.random.default_rng([seed, 7, gene]).poisson(expected_sources @ panel.profile[:, gene])
-        row = np.flatnonzero(drawn)
-        rows.append(row)
-        columns.append(np.full(len(row), gene))
-        values.append(drawn[row].astype(np.float32))
-    where = (np.concatenate(rows), np.concatenate(columns))
-    return sp.csr_matrix((np.concatenate(values), where), shape=(len(expected_sources), len(panel.names)))

@@ -123,7 +123,7 @@ def _finalise(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return value ^ (value >> np.uint64(31))
 
 
-def smoothstep(value: NDArray[Any], low: float, high: float) -> FloatArray:
+def smoothstep(value: NDArray[Any] | float, low: float, high: float) -> FloatArray:
     """0 below ``low``, 1 above ``high``, a smooth cubic between them."""
     unit = np.clip((value - low) / (high - low), 0, 1)
     return np.asarray(unit * unit * (3 - 2 * unit), dtype=np.float32)

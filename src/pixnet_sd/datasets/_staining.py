@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ._noise import FloatArray, Grid, smoothstep
+from ._parallel import in_order
 from ._tissue import NUCLEUS_REACH_UM, Compartments, Nuclei, NucleusKind, Tissue
 
-__all__ = ["draw", "draw_window"]
+__all__ = ["WINDOW_PX", "draw", "draw_window"]
+
+Window = tuple[Grid, NDArray[np.uint8]]
+"""Where, and the pixels, (rows, cols, 3)."""
 
 # optical density of one unit of stain in red, green and blue
 _HAEMATOXYLIN = np.array([0.60, 0.74, 0.36], dtype=np.float32)
 _EOSIN = np.array([0.17, 0.80, 0.50], dtype=np.float32)
 _GLASS = np.array([243, 241, 244], dtype=np.float32)
-_WINDOW_PX = 1024
+WINDOW_PX = 1024
 
 
-def draw(tissue: Tissue, size_px: int, mpp: float) -> NDArray[np.uint8]:
-    """Image of the whole tissue, (size_px, size_px, 3), drawn window by window."""
-    image = np.empty((size_px, size_px, 3), dtype=np.uint8)
-    for row in range(0, size_px, _WINDOW_PX):
-        for col in range(0, size_px, _WINDOW_PX):
-            grid = Grid(row, col, min(_WINDOW_PX, size_px - row), min(_WINDOW_PX, size_px - col), mpp)
-            image[row : row + grid.n_rows, col : col + grid.n_cols] = draw_window(tissue, grid)
-    return image
+def draw(tissue: Tissue, size_px: int, mpp: float, n_workers: int | None = None) -> Iterator[Window]:
+    """Windows of the image of the whole tissue, row by row of windows."""
+    yield from in_order(lambda grid: (grid, draw_window(tissue, grid)), _windows(size_px, mpp), n_workers)
+
+
+def _windows(size_px: int, mpp: float) -> Iterator[Grid]:
+    """Windows of :data:`WINDOW_PX` pixels that cover the image; the last ones are smaller."""
+    for row in range(0, size_px, WINDOW_PX):
+        for col in range(0, size_px, WINDOW_PX):
+            yield Grid(row, col, min(WINDOW_PX, size_px - row), min(WINDOW_PX, size_px - col), mpp)
 
 
 def draw_window(tissue: Tissue, grid: Grid) -> NDArray[np.uint8]:

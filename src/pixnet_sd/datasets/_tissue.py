@@ -83,8 +83,8 @@ class Nuclei:
     def __len__(self) -> int:
         return len(self.x_um)
 
-    def subset(self, keep: NDArray[np.bool_]) -> Nuclei:
-        """Nuclei where ``keep`` holds."""
+    def subset(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> Nuclei:
+        """Nuclei where ``keep`` holds, or of these numbers."""
         return Nuclei(*(getattr(self, field.name)[keep] for field in fields(self)))
 
 
@@ -119,13 +119,20 @@ class Tissue:
         return Noise(self.seed)
 
     def edge_um(self, grid: Grid) -> FloatArray:
-        """Rough signed distance to the tissue's border, positive inside."""
-        half = self.size_um / 2
+        """Rough signed distance to the tissue's border, positive inside.
+
+        The glass about the tissue does not grow beyond what a slide of 2000 µm has, and the corners fill up, so that
+        a whole capture area lies nearly all on tissue.
+        """
+        half, span_um = self.size_um / 2, min(self.size_um, 2000.0)
+        power = 4 + 4 * float(smoothstep(self.size_um, 2000, 4000))
         x, y = np.abs(grid.x_um / half - 1), np.abs(grid.y_um / half - 1)
-        distance = (0.88 - (x[None] ** 4 + y[:, None] ** 4) ** 0.25) * half
-        wave = 0.03 * self.size_um * self.noise.grid(grid, 0.18 * self.size_um, 0)
+        # single precision, good to about 1 nm here, makes the root several times faster
+        corner = (x[None] ** power).astype(np.float32) + (y[:, None] ** power).astype(np.float32)
+        distance = half - 0.06 * span_um - corner ** np.float32(1 / power) * np.float32(half)
+        wave = 0.03 * span_um * self.noise.grid(grid, 0.18 * self.size_um, 0)
         edge = distance + wave + 2.0 * self.noise.grid(grid, 35, 1)
-        frame = np.minimum(half - half * x[None], half - half * y[:, None]) - 0.02 * self.size_um
+        frame = np.minimum(half - half * x[None], half - half * y[:, None]) - 0.02 * span_um
         return np.asarray(np.minimum(edge, frame), dtype=np.float32)
 
     def compartments(self, grid: Grid) -> Compartments:

@@ -56,6 +56,7 @@ def jitter_stain(image: Tensor, strength: float, generator: torch.Generator) -> 
     """
     if strength == 0:
         return image
-    noise = torch.randn(2, len(image), 3, 1, 1, generator=generator).to(image.device) * strength
+    noise = torch.randn(2, len(image), 3, 1, 1, generator=generator)
+    noise = (noise.pin_memory() if image.is_cuda else noise).to(image.device, non_blocking=True) * strength
     density = -torch.log((image + 1) / 256)
     return (256 * torch.exp(-(density * torch.exp(noise[0]) + 0.1 * noise[1])) - 1).clamp(0, 255)

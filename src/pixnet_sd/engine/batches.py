@@ -6,8 +6,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from pixnet_sd.nn.aggregation import build_operator
 from pixnet_sd.nn.grid import Grid, Window
 from pixnet_sd.nn.operators import Operator, TiledOperator
 from pixnet_sd.nn.regions import Regions
+from pixnet_sd.nn.staged_matrix import Move
 
 from .slides import TrainingSlide
 from .tiling import Tile, TrainingTiles
@@ -75,6 +76,12 @@ class Batch:
     operators: list[Operator]
     targets: list[Tensor]
     members: list[NDArray[np.intp]]
+
+    def moved(self, move: Move) -> Batch:
+        """The same with pixels, operators and targets moved."""
+        image = None if self.image is None else move(self.image)
+        operators = [operator.moved(move) for operator in self.operators]
+        return replace(self, image=image, operators=operators, targets=[move(target) for target in self.targets])
 
 
 def plan_batches(
@@ -145,6 +152,7 @@ def make_batch(
     with_image: bool = True,
     with_targets: bool = True,
     pin: bool = False,
+    gradient: bool = True,
 ) -> Batch:
     """Read a batch's pixels, build its operators and collect its targets.
 
@@ -163,7 +171,9 @@ def make_batch(
     with_targets
         False leaves the targets out.
     pin
-        Put pixels and targets into page-locked memory, from which a GPU copies while it computes.
+        Put everything into page-locked memory and operators into torch's form, which a GPU copies while it computes.
+    gradient
+        Whether such operators are to be differentiable.
 
     Returns
     -------
@@ -172,16 +182,29 @@ def make_batch(
     tiles = [found.tiles[t] for t in plan.tiles]
     inside = [found.members(t) for t in plan.tiles]
     members = [np.concatenate(index) for index in zip(*inside, strict=True)]
-    place = torch.Tensor.pin_memory if pin else torch.Tensor.contiguous
     targets = []
     if with_targets:
         each = zip(slide.measured, zip(*inside, strict=True), strict=True)
-        targets = [place(torch.from_numpy(np.concatenate([m.values[k] for k in index]))) for m, index in each]
+        targets = [_joined([m.values[k] for k in index], pin=pin) for m, index in each]
     image = None
     if with_image:
         pixels = [slide.read(t.row0, t.row0 + t.height, t.col0, t.col0 + t.width) for t in tiles]
-        image = place(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
-    return Batch(plan, image, _operators(slide, tiles, inside, stride), targets, members)
+        image = _joined([part[None] for part in pixels], pin=pin).permute(0, 3, 1, 2)
+        image = image if pin else image.contiguous()  # a GPU's layout is that of the pixels
+    operators = _operators(slide, tiles, inside, stride)
+    if pin:
+        operators = [operator.staged(gradient=gradient, pin=True) for operator in operators]
+    return Batch(plan, image, operators, targets, members)
+
+
+def _joined(parts: list[NDArray[Any]], *, pin: bool) -> Tensor:
+    """Arrays end to end, put straight into page-locked memory if asked for."""
+    if not pin:
+        return torch.from_numpy(np.concatenate(parts))
+    kind = torch.from_numpy(parts[0]).dtype
+    joined = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=kind, pin_memory=True)
+    np.concatenate(parts, out=joined.numpy())
+    return joined
 
 
 def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Iterator[T]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning_fabric import Fabric
 
 from pixnet_sd._errors import PixNetError
 
-__all__ = ["make_fabric"]
-
+__all__ = ["fixed_shapes", "make_fabric"]
 
 _COUNT: dict[str, Callable[[], int]] = {
     "cpu": lambda: 1,
@@ -30,7 +30,7 @@ def _parse(device: str | torch.device) -> torch.device:
 
 
 def make_fabric(device: str | torch.device | None = None) -> Fabric:
-    """Make the Fabric that a run uses: bf16 autocast on a GPU, float32 on a CPU.
+    """Make the Fabric that a run uses: bf16 autocast on a GPU that computes in bf16, float32 elsewhere.
 
     Parameters
     ----------
@@ -57,5 +57,25 @@ def make_fabric(device: str | torch.device | None = None) -> Fabric:
     return Fabric(
         accelerator=chosen.type,
         devices=1 if index is None else [index],
-        precision="bf16-mixed" if chosen.type == "cuda" else "32-true",
+        precision="bf16-mixed" if chosen.type == "cuda" and _has_bf16() else "32-true",
     )
+
+
+def _has_bf16() -> bool:
+    """Whether CUDA GPUs compute in bf16; before Ampere they emulate it, which is slower than float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@contextmanager
+def fixed_shapes(device: torch.device) -> Iterator[None]:
+    """For a run whose tiles all have one size: let cuDNN try its kernels on the first, and keep the fastest.
+
+    Convolutions are in bf16; what is left in float32 (aggregation, head) is small and stays exact, so TF32 is left as
+    it is set.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

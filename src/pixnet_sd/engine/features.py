@@ -12,6 +12,7 @@ from pixnet_sd.nn.model import Network
 
 from .augment import apply_symmetry, jitter_stain, undo_symmetry
 from .batches import Batch
+from .copies import Copies
 from .pyramids import PyramidCache
 from .settings import TrainSettings
 from .slides import TrainingSlide
@@ -36,6 +37,8 @@ class FeatureMaps:
 
     Attributes
     ----------
+    copies
+        To and from the network's device.
     pins
         Whether batches are to be made in page-locked memory.
     stored
@@ -47,10 +50,11 @@ class FeatureMaps:
         self.fabric = fabric
         self.settings = settings
         self.device = fabric.device
-        self.pins = fabric.device.type == "cuda"
+        self.copies = Copies(self.device)
+        self.pins = self.copies.gpu
         if self.pins:
             network.to(memory_format=torch.channels_last)
-        self._forward = torch.compile(network) if settings.compile else network
+        self._compiled = torch.compile(network, dynamic=False) if settings.compile else network
         self._cache = PyramidCache(network.encoder, directory, settings.stain_jitter, settings.seed)
         self.stored = network.encoder.frozen
 
@@ -71,13 +75,15 @@ class FeatureMaps:
         return [torch.cat(level) for level in zip(*each, strict=True)]
 
     def _encode(self, pixels: Tensor, turn: int) -> Tensor:
-        image = pixels.to(self.device, non_blocking=True).float()
+        image = pixels.to(self.device).float()
         if self.network.training:
             image = jitter_stain(image, self.settings.stain_jitter, torch.default_generator)
         image = apply_symmetry(image, turn)
         layout = torch.channels_last if self.pins else torch.contiguous_format
+        # What is left over of a slide makes batches of other sizes, each of which would be compiled anew.
+        forward = self._compiled if len(image) == self.settings.batch_size else self.network
         with self.fabric.autocast():
-            return self._forward(image.contiguous(memory_format=layout))
+            return forward(image.contiguous(memory_format=layout))
 
     def clear(self) -> None:
         """Delete stored pyramids."""

@@ -4,13 +4,15 @@ The slide is walked in windows of the map. A window's feature map D is put toget
 as wide as the network can see, so where tiles end leaves no trace. From D the window's blocks of the gene map are
 written, and its share of every region's sum is handed on. Memory holds a few windows, whatever the slide.
 
-Three things go on at once: threads read tiles and build operators ahead of the network; the network computes; a writer
-takes what it made. On a GPU, copies in both directions go through page-locked memory and nothing waits for them but
-the writer.
+Three things go on at once: threads read tiles and build operators ahead of the network; the network computes; writers
+take what it made. On a GPU, copies in both directions go through page-locked memory and nothing waits for them but
+the writers.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,14 +31,18 @@ from pixnet_sd.nn.model import MAP_STRIDE, Network
 
 from .augment import apply_symmetry, undo_symmetry
 from .batches import AHEAD, prefetch
+from .copies import Copies
+from .device import fixed_shapes
 from .region_plan import RegionPlan, WindowRegions, windows_of
 from .slides import ReadTile
 from .tiling import ALIGN_PX
-from .writer import Writer, on_host
+from .writer import BLOCK_WRITERS, Writer
 
 __all__ = ["BlockSink", "InferSettings", "Inference", "RegionSink", "StoredMap", "infer"]
 
 Block = tuple[int, int, int, int]
+
+_MANY_TILES = 50  # from which on it is worth two more to say how long they take
 
 SYMMETRIES = {1: (0,), 4: (0, 2, 4, 6), 8: tuple(range(8))}
 """Which symmetries an average over 1, 4 or 8 takes; the four keep a tile's sides."""
@@ -53,22 +59,25 @@ class InferSettings:
     halo_px
         Read around each tile, working pixels, a multiple of 32.
     batch_size
-        Tiles per forward pass.
+        Tiles per forward pass, of one window or several.
     n_symmetries
         1, 4 or 8: average the feature map over mirrored and turned copies.
+    compile
+        Run the network through ``torch.compile``: pays for many tiles on a GPU.
     """
 
     tile_px: int
     halo_px: int
     batch_size: int = 1
     n_symmetries: int = 1
+    compile: bool = False
 
 
 class BlockSink(Protocol):
     """Where blocks of the gene map go."""
 
     def write(self, block: Block, values: NDArray[np.float32]) -> None:
-        """Take (genes, rows, columns) of one block."""
+        """Take (genes, rows, columns) of one block; several threads may call, in any order."""
 
     @property
     def pending(self) -> Sequence[Block]:
@@ -143,6 +152,28 @@ class _Visit:
     reuse: bool
 
 
+@dataclass
+class _Open:
+    """A window whose tiles are under way.
+
+    Attributes
+    ----------
+    visit
+        What is to be done.
+    regions
+        Regions that it touches; None: none, or none asked for.
+    n_tiles
+        Tiles that are in `d` already.
+    d
+        Feature map (C, rows, columns), zero where no tile was needed; None before the first tile.
+    """
+
+    visit: _Visit
+    regions: WindowRegions | None
+    n_tiles: int = 0
+    d: Tensor | None = None
+
+
 class _Pass:
     """The state of one pass."""
 
@@ -157,9 +188,11 @@ class _Pass:
     ) -> None:
         self.read, self.plan, self.fabric, self.settings = read, plan, fabric, settings
         self.device = fabric.device
-        self.gpu = fabric.device.type == "cuda"
-        self.layout = torch.channels_last if self.gpu else torch.contiguous_format
+        self.copies = Copies(self.device)
+        self.layout = torch.channels_last if self.copies.gpu else torch.contiguous_format
         self.network = network.to(self.device).to(memory_format=self.layout).eval()
+        self.forward = torch.compile(self.network, dynamic=False) if settings.compile else self.network
+        self.tissue = torch.as_tensor(plan.tissue, device=self.device)
         index = torch.as_tensor(genes, device=self.device)
         self.weight = network.head.weight.detach()[index].float()
         self.bias = network.head.bias.detach()[index].float()
@@ -169,42 +202,89 @@ class _Pass:
         row0, col0 = (v - self.settings.halo_px for v in origin)
         side = self.settings.tile_px + 2 * self.settings.halo_px
         image = torch.from_numpy(self.read(row0, row0 + side, col0, col0 + side)).permute(2, 0, 1)
-        return image.pin_memory() if self.gpu else image
+        return image.pin_memory() if self.copies.gpu else image
+
+    def window_regions(self, visit: _Visit) -> WindowRegions | None:
+        """Regions of a window, ready for where they will be multiplied; what is read back is on the host."""
+        regions = self.plan.window(visit.window)
+        return regions.staged(pin=True) if regions is not None and self.copies.gpu and not visit.reuse else regions
+
+    def seconds_per_tile(self) -> float:
+        """Time that a tile takes in the network, without what is done ahead of it and after it."""
+        side = self.settings.tile_px + 2 * self.settings.halo_px
+        blank = [torch.full((3, side, side), 255, dtype=torch.uint8)] * self.settings.batch_size
+        for _ in range(2):  # the first warms up
+            started = time.perf_counter()
+            self.features(blank).flatten()[0].item()
+        return (time.perf_counter() - started) / len(blank)
 
     @torch.inference_mode()
     def features(self, images: list[Tensor]) -> Tensor:
         """D of some tiles without their halos, (B, C, t, t), float32, averaged over the symmetries."""
-        image = torch.stack([tile.to(self.device, non_blocking=True) for tile in images]).float()
+        n_tiles = len(images)
+        if self.settings.compile:  # for one shape, so that what is left over at the end is filled up
+            images = images + images[-1:] * (self.settings.batch_size - n_tiles)
+        image = torch.stack([self.copies.up(tile) for tile in images]).float()
         turns = SYMMETRIES[self.settings.n_symmetries]
         total: Tensor | None = None
         for k in turns:
             turned = apply_symmetry(image, k)
             with self.fabric.autocast():
-                d = self.network(turned.contiguous(memory_format=self.layout))
+                d = self.forward(turned.contiguous(memory_format=self.layout))
             d = undo_symmetry(d.float(), k)
             total = d if total is None else total + d
         assert total is not None  # there is at least one symmetry
         halo = self.settings.halo_px // MAP_STRIDE
-        inner = total[:, :, halo : total.shape[2] - halo, halo : total.shape[3] - halo]
+        inner = total[:n_tiles, :, halo : total.shape[2] - halo, halo : total.shape[3] - halo]
         return inner / len(turns) if len(turns) > 1 else inner
 
-    def window_features(self, visit: _Visit, tiles: Iterator[Any]) -> Tensor:
-        """D of a window, zero where no tile was needed, (C, rows, columns)."""
-        window, step = visit.window, self.settings.tile_px // MAP_STRIDE
-        if visit.tiles == [(window.row0 * MAP_STRIDE, window.col0 * MAP_STRIDE)] and window.shape == (step, step):
-            return self.features([next(tiles)])[0]
-        d = torch.zeros(self.network.head.in_features, *window.shape, device=self.device)
-        for start in range(0, len(visit.tiles), self.settings.batch_size):
-            origins = visit.tiles[start : start + self.settings.batch_size]
-            for (row, col), part in zip(origins, self.features([next(tiles) for _ in origins]), strict=True):
-                r, c = row // MAP_STRIDE - window.row0, col // MAP_STRIDE - window.col0
-                rows, cols = min(step, d.shape[1] - r), min(step, d.shape[2] - c)
-                d[:, r : r + rows, c : c + cols] = part[:, :rows, :cols]
-        return d
+    def windows(self, visits: list[_Visit], inputs: Iterator[Any]) -> Iterator[_Open]:
+        """Windows, in order, each when its feature map is whole; a forward pass takes tiles of as many as it holds."""
+        waiting: deque[_Open] = deque()
+        images: list[Tensor] = []
+        for visit in visits:
+            waiting.append(_Open(visit, next(inputs) if visit.regions else None))
+            for _ in visit.tiles:
+                images.append(next(inputs))
+                if len(images) == self.settings.batch_size:
+                    self._place(images, waiting)
+                    images = []
+                    yield from _complete(waiting)
+            yield from _complete(waiting)
+        if images:
+            self._place(images, waiting)
+        yield from waiting
+
+    def _place(self, images: list[Tensor], waiting: deque[_Open]) -> None:
+        """Compute some tiles and put them into the windows that wait for them."""
+        missing = (there for there in list(waiting) for _ in there.visit.tiles[there.n_tiles :])
+        for part, there in zip(self.features(images), missing, strict=False):
+            self._put(part, there)
+
+    def whole(self, there: _Open) -> Tensor:
+        """D of a window all of whose tiles are there, zero if it needed none."""
+        if there.d is None:
+            return torch.zeros(self.network.head.in_features, *there.visit.window.shape, device=self.device)
+        return there.d
+
+    def _put(self, part: Tensor, there: _Open) -> None:
+        window, step = there.visit.window, self.settings.tile_px // MAP_STRIDE
+        row, col = (v // MAP_STRIDE for v in there.visit.tiles[there.n_tiles])
+        r, c = row - window.row0, col - window.col0
+        there.n_tiles += 1
+        if part.shape[1:] == window.shape and (r, c) == (0, 0):
+            there.d = part
+            return
+        if there.d is None:
+            there.d = torch.zeros(self.network.head.in_features, *window.shape, device=self.device)
+        rows, cols = min(step, window.shape[0] - r), min(step, window.shape[1] - c)
+        there.d[:, r : r + rows, c : c + cols] = part[:, :rows, :cols]
 
     @torch.inference_mode()
     def share_of_features(self, regions: WindowRegions, d: Tensor) -> tuple[Tensor, Tensor]:
         """A window's share of its regions: A (D W + b), and A 1."""
+        if self.copies.gpu:
+            regions = regions.moved(self.copies.up)
         pooled, weight = regions.share(d.flatten(1).T)
         return torch.addmm(weight[:, None] * self.bias, pooled, self.weight.T), weight
 
@@ -214,10 +294,15 @@ class _Pass:
         row0, row1, col0, col1 = block
         part = d[:, row0 - window.row0 : row1 - window.row0, col0 - window.col0 : col1 - window.col0]
         values = torch.addmm(self.bias[:, None], self.weight, part.flatten(1)).view(-1, *part.shape[1:])
-        tissue = self.plan.tissue[row0:row1, col0:col1]
-        if not tissue.all():
-            values *= torch.from_numpy(tissue).to(d.device)
+        if not self.plan.tissue[row0:row1, col0:col1].all():
+            values *= self.tissue[row0:row1, col0:col1]
         return values
+
+
+def _complete(waiting: deque[_Open]) -> Iterator[_Open]:
+    """Take the first windows, as far as all of their tiles are there."""
+    while waiting and waiting[0].n_tiles == len(waiting[0].visit.tiles):
+        yield waiting.popleft()
 
 
 def _tiles_needed(window: Window, needed: NDArray[np.bool_], step: int) -> list[tuple[int, int]]:
@@ -276,6 +361,7 @@ def infer(
     block_px: int | None = None,
     rows: RegionSink | None = None,
     stored: StoredMap | None = None,
+    announce: Callable[[int, float | None], None] | None = None,
     show_progress_bar: bool = True,
 ) -> Inference:
     """Predict a slide: its gene map, the requested regions, or both in one pass.
@@ -302,6 +388,8 @@ def infer(
         Where the regions' sums go; None predicts the map only.
     stored
         What is there of the same map already; windows it covers are not computed again.
+    announce
+        Told, before the walk, how many tiles will run, and how many seconds one takes (None: not measured, for few).
     show_progress_bar
         Show a bar over the tiles.
 
@@ -313,11 +401,15 @@ def infer(
     visits = _plan_visits(plan, window_side(step, block_px), step, blocks, rows, stored)
     run = _Pass(network, read, plan, genes, fabric, settings)
     total = sum(len(v.tiles) for v in visits)
-    inputs = prefetch(_tasks(run, visits), ahead=max(AHEAD, settings.batch_size + 1))
-    with tqdm(total=total, unit="tile", disable=not show_progress_bar or not total) as bar, Writer() as writer:
-        for visit in visits:
-            _walk(run, visit, inputs, blocks, rows, stored, writer)
-            bar.update(len(visit.tiles))
+    with fixed_shapes(fabric.device):
+        if announce is not None:
+            announce(total, run.seconds_per_tile() if total >= _MANY_TILES else None)
+        bar = tqdm(total=total, unit="tile", disable=not show_progress_bar or not total)
+        inputs = prefetch(_tasks(run, visits), ahead=max(AHEAD, settings.batch_size + 1))
+        with bar, Writer(BLOCK_WRITERS) as block_writer, Writer() as row_writer:
+            for there in run.windows(visits, inputs):
+                _walk(run, there, blocks, rows, stored, block_writer, row_writer)
+                bar.update(len(there.visit.tiles))
     return Inference(total, sum(v.reuse for v in visits))
 
 
@@ -325,7 +417,7 @@ def _tasks(run: _Pass, visits: list[_Visit]) -> Iterator[Callable[[], Any]]:
     """What is prepared ahead, in the order in which `_walk` takes it: a window's regions, then its tiles."""
     for visit in visits:
         if visit.regions:
-            yield partial(run.plan.window, visit.window)
+            yield partial(run.window_regions, visit)
         for origin in visit.tiles:
             yield partial(run.tile_image, origin)
 
@@ -350,28 +442,28 @@ def window_side(step: int, block_px: int | None) -> int:
 
 def _walk(
     run: _Pass,
-    visit: _Visit,
-    inputs: Iterator[Any],
+    there: _Open,
     blocks: BlockSink | None,
     rows: RegionSink | None,
     stored: StoredMap | None,
-    writer: Writer,
+    block_writer: Writer,
+    row_writer: Writer,
 ) -> None:
-    regions: WindowRegions | None = next(inputs) if visit.regions else None
+    visit, regions = there.visit, there.regions
     if visit.reuse and stored is not None:
         values = torch.from_numpy(stored.read(visit.window))
         share = regions.share(values.flatten(1).T) if regions is not None else None
     else:
-        d = run.window_features(visit, inputs)
+        d = run.whole(there)
         for block in visit.blocks:
             assert blocks is not None  # blocks are only planned with a sink
-            writer.submit(_write_block, blocks, block, on_host(run.block_values(visit.window, block, d)))
+            block_writer.submit(_write_block, blocks, block, run.copies.down(run.block_values(visit.window, block, d)))
         share = run.share_of_features(regions, d) if regions is not None else None
     if rows is not None and visit.regions:
         if regions is None or share is None:
-            writer.submit(_put_nothing, rows, visit.window, run.weight.shape[0])
+            row_writer.submit(_put_nothing, rows, visit.window, run.weight.shape[0])
         else:
-            writer.submit(_put, rows, visit.window, regions, on_host(share[0]), on_host(share[1]))
+            row_writer.submit(_put, rows, visit.window, regions, *(run.copies.down(part) for part in share))
 
 
 def _write_block(sink: BlockSink, block: Block, values: Callable[[], NDArray[np.float32]]) -> None:

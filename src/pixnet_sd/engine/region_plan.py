@@ -11,7 +11,7 @@ made window by window.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from pixnet_sd.nn.grid import Grid, Window
 from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.operators import Operator
 from pixnet_sd.nn.regions import Regions, chunks
+from pixnet_sd.nn.staged_matrix import Move, staged_array
 
 __all__ = ["RegionPlan", "Share", "WindowRegions", "plan_regions", "windows_of"]
 
@@ -73,17 +74,35 @@ class WindowRegions:
     index: NDArray[np.intp]
     operator: Operator
     complete: NDArray[np.bool_]
-    on_glass: tuple[NDArray[np.intp], Operator] | None
-    tissue: NDArray[np.bool_]
+    on_glass: tuple[NDArray[np.intp] | Tensor, Operator] | None
+    tissue: NDArray[np.bool_] | Tensor
+
+    def staged(self, *, pin: bool) -> WindowRegions:
+        """What `share` needs in torch's form, see `Operator.staged`."""
+        on_glass = self.on_glass
+        if on_glass is not None:
+            on_glass = staged_array(on_glass[0], np.int64, pin=pin), on_glass[1].staged(gradient=False, pin=pin)
+        tissue = staged_array(self.tissue, np.bool_, pin=pin)
+        operator = self.operator.staged(gradient=False, pin=pin)
+        return replace(self, operator=operator, on_glass=on_glass, tissue=tissue)
+
+    def moved(self, move: Move) -> WindowRegions:
+        """The same with every tensor moved."""
+        on_glass = self.on_glass
+        if on_glass is not None:
+            on_glass = move(torch.as_tensor(on_glass[0])), on_glass[1].moved(move)
+        return replace(
+            self, operator=self.operator.moved(move), on_glass=on_glass, tissue=move(torch.as_tensor(self.tissue))
+        )
 
     def share(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Sums and weights of map rows (window pixels, C): over tissue, or over everything for regions on glass."""
-        mask = torch.from_numpy(self.tissue).to(values.device)[:, None]
+        mask = torch.as_tensor(self.tissue, device=values.device)[:, None]
         found = self.operator.apply(torch.cat([values * mask, mask.to(values.dtype)], dim=1))
         if self.on_glass is not None:
             place, operator = self.on_glass
             every = torch.cat([values, torch.ones_like(mask, dtype=values.dtype)], dim=1)
-            found[torch.from_numpy(place).to(found.device)] = operator.apply(every)
+            found[torch.as_tensor(place, device=found.device)] = operator.apply(every)
         return found[:, :-1], found[:, -1]
 
 
@@ -120,13 +139,16 @@ class RegionPlan:
     def window(self, window: Window) -> WindowRegions | None:
         """What a window's map pixels are multiplied with; None where it touches no region."""
         index = _touching(self.regions, self.grid, window)
+        low, high = _map_box(self.regions.subset(index).bounds, self.grid)
+        first, end = np.array([window.col0, window.row0]), np.array([window.col1, window.row1])
+        meets = ((high >= first) & (low < end) & (low <= high)).all(axis=1)
+        complete = ((low >= first) & (high < end)).all(axis=1)[meets]
+        index = index[meets]
         if not len(index):
             return None
-        some = self.regions.subset(index)
         glass = np.flatnonzero(self.on_glass[index])
         on_glass = (glass, self._operator(index[glass], window)) if len(glass) else None
         tissue = _cut(self.tissue, window).ravel()
-        complete = _complete(some.bounds, self.grid, window)
         return WindowRegions(index, self._operator(index, window), complete, on_glass, tissue)
 
     def _operator(self, index: NDArray[np.intp], window: Window) -> Operator:
@@ -165,12 +187,6 @@ def _map_box(bounds: NDArray[np.float64], grid: Grid) -> tuple[NDArray[np.int64]
     low, high = np.clip(low, 0, last), np.clip(high, 0, last)
     high[off] = low[off] - 1
     return low, high
-
-
-def _complete(bounds: NDArray[np.float64], grid: Grid, window: Window) -> NDArray[np.bool_]:
-    low, high = _map_box(bounds, grid)
-    first, end = np.array([window.col0, window.row0]), np.array([window.col1, window.row1])
-    return np.asarray(((low >= first) & (high < end)).all(axis=1))
 
 
 def plan_regions(regions: Regions, grid: Grid, tissue: NDArray[np.bool_], window_side: int) -> RegionPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,15 +67,29 @@ class RunState:
     best: BestEpoch = field(default_factory=BestEpoch)
 
     def save(self, directory: Path) -> None:
-        """Write atomically: a kill in the middle leaves the state of the epoch before."""
-        directory.mkdir(parents=True, exist_ok=True)
+        """Write atomically: a kill in the middle leaves the state of the epoch before.
+
+        Raises
+        ------
+        CheckpointError
+            The disk is full, or the folder cannot be written; the state of the epoch before is still there.
+        """
         partial = directory / f"{_FILE}.partial"
         content = {k: v for k, v in vars(self).items() if k != "best"} | {"best": asdict(self.best)}
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(directory / _FILE)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(directory / _FILE)
+        except (OSError, RuntimeError) as error:  # torch's writer passes a full disk on as a RuntimeError
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"The training state of epoch {self.epoch} cannot be written to {str(directory)!r} ({error}). Free "
+                "some disk and make the same call again: it goes on from the last epoch that was written."
+            ) from error
 
     @classmethod
     def load(cls, directory: Path, fingerprint: str) -> RunState:

@@ -25,6 +25,7 @@ from pixnet_sd.nn.regions import Regions
 from .augment import N_SYMMETRIES
 from .batches import Batch, BatchPlan, make_batch, plan_batches, prefetch
 from .calibrate import calibrate
+from .device import fixed_shapes
 from .features import FeatureMaps
 from .settings import TrainSettings, learning_rate
 from .slides import TrainingSlide
@@ -94,7 +95,8 @@ class _Run:
         self.fabric = fabric
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         trained = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = kind(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        fused = True if fabric.device.type == "cuda" else None
+        self.optimizer = kind(trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
         self.fixed_tiles = [training_tiles(s, settings.tile_px) for s in slides]
 
     def tiles(self, rng: np.random.Generator) -> list[TrainingTiles]:
@@ -131,9 +133,10 @@ class _Run:
     def batches(self, tiles: list[TrainingTiles], plans: list[BatchPlan]) -> Iterator[Batch]:
         """The epoch's batches, read ahead."""
         options = {"with_image": not self.features.stored, "pin": self.features.pins}
-        return prefetch(
+        made = prefetch(
             partial(make_batch, self.slides[p.slide], tiles[p.slide], p, MAP_STRIDE, **options) for p in plans
         )
+        return self.features.copies.arriving(made)
 
     def step(self, batch: Batch, tiles: list[TrainingTiles], rate: float) -> Tensor:
         """One step of the optimizer; returns the loss, which nothing waits for."""
@@ -141,7 +144,7 @@ class _Run:
             group["lr"] = rate
         features = self.features.of(batch, self.slides[batch.plan.slide], tiles[batch.plan.slide])
         pairs = [
-            (self.network.predict_regions(features, operator), target.to(features.device, non_blocking=True))
+            (self.network.predict_regions(features, operator), target.to(features.device))
             for operator, target in zip(batch.operators, batch.targets, strict=True)
             if len(target)
         ]
@@ -217,8 +220,8 @@ def train(
     fabric
         Device and precision.
     directory
-        For the state of the run (after every epoch) and, with a frozen encoder, for the feature cache; both are
-        removed when the run is finished.
+        For the state of the run (after every epoch) and, with a frozen encoder, for the feature cache. The state is
+        still there at the end, so that nothing is lost until the model is saved: then call `RunState.remove`.
     fingerprint
         Identifies data and settings; a state found in `directory` is taken up if it has the same.
     show_progress_bar
@@ -244,7 +247,8 @@ def train(
         _start_head(network, slides)
         calibrate(network, run.features, slides, run.fixed_tiles, settings)
     run.restore(state)
-    with tqdm(total=settings.max_epochs, initial=state.epoch, unit="epoch", disable=not show_progress_bar) as bar:
+    bar = tqdm(total=settings.max_epochs, initial=state.epoch, unit="epoch", disable=not show_progress_bar)
+    with bar, fixed_shapes(fabric.device):
         for epoch in range(state.epoch + 1, settings.max_epochs + 1):
             if _exhausted(state, settings):
                 break
@@ -255,7 +259,7 @@ def train(
             state.save(directory)
             bar.set_description_str(_describe(row), refresh=False)
             bar.update()
-    return _finish(run, state, directory)
+    return _finish(run, state)
 
 
 def _exhausted(state: RunState, settings: TrainSettings) -> bool:
@@ -267,10 +271,9 @@ def _exhausted(state: RunState, settings: TrainSettings) -> bool:
     )
 
 
-def _finish(run: _Run, state: RunState, directory: Path) -> TrainResult:
+def _finish(run: _Run, state: RunState) -> TrainResult:
     if state.best.weights:
         run.network.load_state_dict(state.best.weights)
     run.network.eval()
     run.features.clear()
-    RunState.remove(directory)
     return TrainResult(state.history, state.best.epoch or state.epoch, state.best.pcc_per_gene)

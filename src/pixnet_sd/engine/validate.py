@@ -95,15 +95,13 @@ def _moments(network: Network, features: FeatureMaps, slide: TrainingSlide, sett
     """Moments over a slide's regions, per size."""
     tiles = training_tiles(slide, settings.tile_px, once=True)
     plans = plan_batches([tiles], settings.batch_size, rng=None)
-    tasks = (
-        partial(make_batch, slide, tiles, plan, MAP_STRIDE, with_image=not features.stored, pin=features.pins)
-        for plan in plans
-    )
+    options = {"with_image": not features.stored, "pin": features.pins, "gradient": False}
+    tasks = (partial(make_batch, slide, tiles, plan, MAP_STRIDE, **options) for plan in plans)
     found = [Moments(m.values.shape[1]) for m in slide.measured]
-    for batch in prefetch(tasks):
+    for batch in features.copies.arriving(prefetch(tasks)):
         maps = features.of(batch, slide, tiles)
         for moments, operator, target in zip(found, batch.operators, batch.targets, strict=True):
-            moments.add(network.predict_regions(maps, operator), target.to(maps.device, non_blocking=True))
+            moments.add(network.predict_regions(maps, operator), target.to(maps.device))
     return found
 
 

@@ -1,29 +1,34 @@
-"""Results on their way out: copied from the device and written in a thread, so that the network waits for neither."""
+"""Results on their way out: written in threads, so that the network does not wait for them."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-__all__ = ["Writer", "on_host"]
+__all__ = ["BLOCK_WRITERS", "Writer"]
 
 _WAITING = 2  # results that may wait to be written; each may be hundreds of MB
 
+BLOCK_WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))
+"""Threads for writes that need no order: one is what a CPU's network leaves room for, and too few for a GPU's."""
+
 
 class Writer:
-    """Runs writes in order in one thread and holds at most a few; an error comes out at the next call or at the end."""
+    """Runs writes in threads and holds at most a few; an error comes out at the next call or at the end.
 
-    def __init__(self, waiting: int = _WAITING) -> None:
-        self._most = waiting
-        self._pool = ThreadPoolExecutor(1)
+    Parameters
+    ----------
+    threads
+        One keeps the order of the calls.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self._most = _WAITING + threads - 1
+        self._pool = ThreadPoolExecutor(threads)
         self._waiting: deque[Future[None]] = deque()
 
     def submit(self, write: Callable[..., None], *arguments: Any) -> None:
@@ -42,19 +47,3 @@ class Writer:
         if kind is None:
             while self._waiting:
                 self._waiting.popleft().result()
-
-
-def on_host(values: Tensor) -> Callable[[], NDArray[Any]]:
-    """Start to copy a tensor to the host; the array is had by calling what is returned, from whichever thread."""
-    if not values.is_cuda:
-        return values.cpu().numpy
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-
-    def wait() -> NDArray[Any]:
-        done.synchronize()
-        return np.asarray(copy.numpy())
-
-    return wait

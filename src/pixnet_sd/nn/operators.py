@@ -1,10 +1,15 @@
-"""Aggregation operators: what turns feature rows into regions, differentiable, exact, in whichever form is cheapest."""
+"""Aggregation operators: what turns feature rows into regions, differentiable, exact, in whichever form is cheapest.
+
+An operator is made by SciPy and can be applied as it is. For a GPU it is staged first, in the thread that made it: put
+into torch's compressed rows, with its transpose for the gradient, in page-locked memory, from where `moved` copies it
+without anyone waiting.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -13,19 +18,36 @@ from scipy import sparse
 from torch import Tensor
 
 from .regions import Float, Int
+from .staged_matrix import Move, StagedMatrix, staged_array
 
 __all__ = ["Operator", "SeparableOperator", "SparseOperator", "TiledOperator", "aggregate"]
+
+Matrix: TypeAlias = "sparse.csr_array | StagedMatrix"
 
 
 class Operator(Protocol):
     """A = mask · R of some regions over a window of the low-resolution grid."""
 
     @property
-    def n_px(self) -> Float:
+    def n_px(self) -> Float | Tensor:
         """Pixels of each region inside the slide, shape (n,), by which a mean divides. 0: wholly outside."""
 
     def apply(self, features: Tensor) -> Tensor:
         """A times feature rows: (window rows * window columns, C) float32 -> (n, C) float32, differentiable."""
+
+    def staged(self, *, gradient: bool, pin: bool) -> Operator:
+        """The same in torch's form, on the host.
+
+        Parameters
+        ----------
+        gradient
+            Make it differentiable, which takes the transpose.
+        pin
+            Put it into page-locked memory.
+        """
+
+    def moved(self, move: Move) -> Operator:
+        """A staged operator with every tensor moved."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +62,21 @@ class SparseOperator:
         See `Operator`.
     """
 
-    matrix: sparse.csr_array
-    n_px: Float
+    matrix: Matrix
+    n_px: Float | Tensor
 
     def apply(self, features: Tensor) -> Tensor:
         """See `Operator.apply`."""
         return aggregate(features, self.matrix)
+
+    def staged(self, *, gradient: bool, pin: bool) -> SparseOperator:
+        """See `Operator.staged`."""
+        matrix = StagedMatrix.of(self.matrix, gradient=gradient, pin=pin)
+        return SparseOperator(matrix, staged_array(self.n_px, np.float32, pin=pin))
+
+    def moved(self, move: Move) -> SparseOperator:
+        """See `Operator.moved`."""
+        return SparseOperator(_moved(self.matrix, move), move(torch.as_tensor(self.n_px)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +93,10 @@ class SeparableOperator:
         See `Operator`.
     """
 
-    rows: sparse.csr_array
-    cols: sparse.csr_array
-    pick: Int
-    n_px: Float
+    rows: Matrix
+    cols: Matrix
+    pick: Int | Tensor
+    n_px: Float | Tensor
 
     def apply(self, features: Tensor) -> Tensor:
         """See `Operator.apply`."""
@@ -73,8 +104,20 @@ class SeparableOperator:
         channels = features.shape[1]
         down = aggregate(features.reshape(height, width * channels), self.rows).view(n_rows, width, channels)
         across = aggregate(down.transpose(0, 1).reshape(width, n_rows * channels), self.cols)
-        pick = torch.from_numpy(self.pick).to(features.device)
+        pick = torch.as_tensor(self.pick, device=features.device)
         return across.view(n_cols * n_rows, channels).index_select(0, pick)
+
+    def staged(self, *, gradient: bool, pin: bool) -> SeparableOperator:
+        """See `Operator.staged`."""
+        rows, cols = (StagedMatrix.of(matrix, gradient=gradient, pin=pin) for matrix in (self.rows, self.cols))
+        pick, n_px = staged_array(self.pick, np.int64, pin=pin), staged_array(self.n_px, np.float32, pin=pin)
+        return SeparableOperator(rows, cols, pick, n_px)
+
+    def moved(self, move: Move) -> SeparableOperator:
+        """See `Operator.moved`."""
+        rows, cols = (_moved(matrix, move) for matrix in (self.rows, self.cols))
+        pick, n_px = (move(torch.as_tensor(values)) for values in (self.pick, self.n_px))
+        return SeparableOperator(rows, cols, pick, n_px)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,27 +133,49 @@ class TiledOperator:
     parts: Sequence[Operator]
 
     @property
-    def n_px(self) -> Float:
+    def n_px(self) -> Float | Tensor:
         """See `Operator.n_px`."""
-        return np.concatenate([part.n_px for part in self.parts])
+        each = [part.n_px for part in self.parts]
+        if isinstance(each[0], Tensor):
+            return torch.cat([torch.as_tensor(n_px) for n_px in each])
+        return np.concatenate([np.asarray(n_px) for n_px in each])
 
     def apply(self, features: Tensor) -> Tensor:
         """See `Operator.apply`."""
         tiles = features.chunk(len(self.parts))
         return torch.cat([part.apply(tile) for part, tile in zip(self.parts, tiles, strict=True)])
 
+    def staged(self, *, gradient: bool, pin: bool) -> Operator:
+        """See `Operator.staged`; sparse parts become one matrix, as many small products keep a GPU waiting."""
+        sparse_parts = [part for part in self.parts if isinstance(part, SparseOperator)]
+        if len(sparse_parts) < len(self.parts):
+            return TiledOperator([part.staged(gradient=gradient, pin=pin) for part in self.parts])
+        whole = SparseOperator(_block_diagonal([part.matrix for part in sparse_parts]), self.n_px)
+        return whole.staged(gradient=gradient, pin=pin)
 
-def _product(matrix: Any, x: Tensor) -> Tensor:
-    """Sparse matrix times tensor: by torch on CUDA, elsewhere by SciPy, as torch needs MKL and does not know MPS."""
-    if not x.is_cuda:
-        return torch.from_numpy(matrix @ x.cpu().numpy()).to(x.device)
-    entries = matrix.tocoo()
-    index, value = (torch.from_numpy(part) for part in (np.stack(entries.coords), entries.data))
-    return torch.sparse_coo_tensor(index, value, matrix.shape, device=x.device, check_invariants=False) @ x
+    def moved(self, move: Move) -> TiledOperator:
+        """See `Operator.moved`."""
+        return TiledOperator([part.moved(move) for part in self.parts])
+
+
+def _block_diagonal(matrices: Sequence[sparse.csr_array]) -> sparse.csr_array:
+    """Matrices of one width, each with rows and columns of its own."""
+    n_cols = matrices[0].shape[1]
+    starts = np.cumsum([0, *(m.nnz for m in matrices)])
+    kind = sparse.get_index_dtype(maxval=max(int(starts[-1]), n_cols * len(matrices)))
+    columns = [m.indices.astype(kind) + kind(k * n_cols) for k, m in enumerate(matrices)]
+    pointers = [np.zeros(1, kind), *((m.indptr[1:] + n).astype(kind) for m, n in zip(matrices, starts, strict=False))]
+    parts = [np.concatenate(part) for part in ([m.data for m in matrices], columns, pointers)]
+    return sparse.csr_array(tuple(parts), shape=(len(parts[2]) - 1, n_cols * len(matrices)))
+
+
+def _moved(matrix: Matrix, move: Move) -> StagedMatrix:
+    staged = matrix if isinstance(matrix, StagedMatrix) else StagedMatrix.of(matrix, gradient=True, pin=False)
+    return staged.moved(move)
 
 
 class _SparseProduct(torch.autograd.Function):
-    """A @ x for a constant sparse A; the gradient is Aᵀ @ g."""
+    """A @ x for a constant A of SciPy, which torch on a CPU would need MKL for; the gradient is Aᵀ @ g."""
 
     @staticmethod
     def forward(ctx: Any, matrix: sparse.csr_array, x: Tensor) -> Tensor:
@@ -122,7 +187,11 @@ class _SparseProduct(torch.autograd.Function):
         return None, _product(ctx.matrix.T, grads[0])
 
 
-def aggregate(features: Tensor, matrix: sparse.csr_array) -> Tensor:
+def _product(matrix: Any, x: Tensor) -> Tensor:
+    return torch.from_numpy(matrix @ x.cpu().numpy()).to(x.device)
+
+
+def aggregate(features: Tensor, matrix: Matrix) -> Tensor:
     """Apply a sparse operator to feature rows, differentiable in the features.
 
     Parameters
@@ -130,13 +199,18 @@ def aggregate(features: Tensor, matrix: sparse.csr_array) -> Tensor:
     features
         Rows to combine, shape (pixels, C), float32.
     matrix
-        Constant sparse operator, shape (regions, pixels).
+        Constant sparse operator, shape (regions, pixels); a staged one on the device of the features.
 
     Returns
     -------
     Shape (regions, C), float32.
     """
+    if features.is_cuda and not isinstance(matrix, StagedMatrix):
+        staged = StagedMatrix.of(matrix, gradient=features.requires_grad, pin=False)
+        matrix = staged.moved(lambda part: part.to(features.device))
     with torch.autocast(features.device.type, enabled=False):
+        if isinstance(matrix, StagedMatrix):
+            return matrix.product(features.float())
         return _SparseProduct.apply(_single(matrix), features.float())
 
 

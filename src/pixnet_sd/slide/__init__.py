@@ -8,11 +8,15 @@ from ._counts import Counts
 from ._image import ImageLevel, ImagePyramid
 from ._measured import Measured, measured
 from ._mpp import find_mpp
+from ._normalise import log_normalise
+from ._open_store import open_store
 from ._regions import regions_of
 from ._select import select_coordinate_system, select_image
 from ._slide import MAP_STRIDE, Slide, open_slide
+from ._stored_table import StoredTable, tables_of
+from ._stored_targets import StoredTargets
 from ._tables import TableLink, bin_size_um, select_tables, table_link
-from ._targets import check_genes, choose_genes, log_normalise, targets_of
+from ._targets import Targets, check_genes, choose_genes, targets_of
 from ._tissue import tissue_mask
 from ._transform import affine_matrix, similarity_scale
 
@@ -23,7 +27,10 @@ __all__ = [
     "ImagePyramid",
     "Measured",
     "Slide",
+    "StoredTable",
+    "StoredTargets",
     "TableLink",
+    "Targets",
     "affine_matrix",
     "bin_size_um",
     "check_genes",
@@ -34,12 +41,14 @@ __all__ = [
     "log_normalise",
     "measured",
     "open_slide",
+    "open_store",
     "regions_of",
     "select_coordinate_system",
     "select_image",
     "select_tables",
     "similarity_scale",
     "table_link",
+    "tables_of",
     "targets_of",
     "tissue_mask",
 ]

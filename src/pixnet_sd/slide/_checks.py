@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pixnet_sd._errors import ResolutionError
+from pixnet_sd.nn.regions import Regions
 
 __all__ = ["check_regions_on_image"]
 
 _MOSTLY = 0.5
 _NEARLY_ALL = 0.9
+_CHUNK = 2**17  # regions whose boxes are looked at in one go
 
 
-def check_regions_on_image(bounds: NDArray[np.float64], *, width: int, height: int, what: str) -> NDArray[np.bool_]:
+def check_regions_on_image(
+    regions: Regions | NDArray[np.float64], *, width: int, height: int, what: str
+) -> NDArray[np.bool_]:
     """Refuse regions that miss the image, and regions whose axes were swapped; warn when part of them is off it.
 
     Parameters
     ----------
-    bounds
-        Boxes of the regions, shape (n, 4): xmin, ymin, xmax, ymax in px of the image.
+    regions
+        Regions in px of the image, or their boxes, shape (n, 4): xmin, ymin, xmax, ymax. Boxes of millions of regions
+        are made some at a time.
     width, height
         Size of the image, px.
     what
@@ -36,35 +42,46 @@ def check_regions_on_image(bounds: NDArray[np.float64], *, width: int, height: i
     ResolutionError
         If no region touches the image, or most lie outside and would lie inside with x and y swapped.
     """
-    inside = _share_inside(bounds, width, height)
-    swapped = _share_inside(bounds[:, [1, 0, 3, 2]], width, height)
+    n, size = len(regions), np.array([width, height])
+    touches = np.zeros(n, bool)
+    inside, swapped = 0.0, 0.0
+    extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
+    for start, box in _boxes(regions):
+        low, high = box[:, :2], box[:, 2:]
+        centre = (low + high) / 2
+        inside += ((centre >= 0) & (centre <= size)).all(axis=1).sum() / n
+        swapped += ((centre >= 0) & (centre <= size[::-1])).all(axis=1).sum() / n
+        touches[start : start + len(box)] = ((low < size) & (high > 0)).all(axis=1)
+        extent[:2], extent[2:] = np.minimum(extent[:2], low.min(axis=0)), np.maximum(extent[2:], high.max(axis=0))
     if inside < _MOSTLY and swapped > _NEARLY_ALL:
         raise ResolutionError(
-            f"{what}: {1 - inside:.0%} of {len(bounds)} regions lie outside the image, but {swapped:.0%} would lie "
+            f"{what}: {1 - inside:.0%} of {n} regions lie outside the image, but {swapped:.0%} would lie "
             "inside with x and y swapped. Geometry is (x, y), x to the right along columns: swap the coordinates or "
-            f"correct the transformation. {_extents(bounds, width, height)}"
+            f"correct the transformation. {_extents(extent, width, height)}"
         )
-    touches = (bounds[:, :2] < (width, height)).all(axis=1) & (bounds[:, 2:] > 0).all(axis=1)
     if not touches.any():
         raise ResolutionError(
-            f"{what}: none of {len(bounds)} regions touches the image. {_extents(bounds, width, height)} Check "
+            f"{what}: none of {n} regions touches the image. {_extents(extent, width, height)} Check "
             "coordinate_system=, image_key=, and the transformations of both."
         )
     off = int((~touches).sum())
     if off:
-        message = f"{what}: {off} of {len(bounds)} regions lie wholly outside the image."
+        message = f"{what}: {off} of {n} regions lie wholly outside the image."
         warnings.warn(message, UserWarning, stacklevel=3)
-    return np.asarray(touches)
+    return touches
 
 
-def _share_inside(bounds: NDArray[np.float64], width: int, height: int) -> float:
-    centre = (bounds[:, :2] + bounds[:, 2:]) / 2
-    return float(((centre >= 0) & (centre <= (width, height))).all(axis=1).mean())
+def _boxes(regions: Regions | NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    for start in range(0, len(regions), _CHUNK):
+        part = np.arange(start, min(start + _CHUNK, len(regions)))
+        if isinstance(regions, np.ndarray):
+            yield start, regions[part]
+        else:
+            yield start, (regions if len(part) == len(regions) else regions.subset(part)).bounds
 
 
-def _extents(bounds: NDArray[np.float64], width: int, height: int) -> str:
-    x0, y0 = bounds[:, :2].min(axis=0)
-    x1, y1 = bounds[:, 2:].max(axis=0)
+def _extents(extent: NDArray[np.float64], width: int, height: int) -> str:
+    x0, y0, x1, y1 = extent
     return (
         f"Regions span x {x0:.0f} to {x1:.0f} and y {y0:.0f} to {y1:.0f}, the image x 0 to {width} and y 0 to "
         f"{height}, in working pixels."

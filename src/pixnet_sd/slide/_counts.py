@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,33 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
 from pixnet_sd._errors import DataError
+from pixnet_sd._logging import logger
 
 __all__ = ["Counts"]
 
 _BLOCK_VALUES = 2**25  # of a block made dense: 128 MiB in 32 bits
+_BLOCK_STORED = 2**22  # stored values of a sparse block: 32 MiB with their columns, several times that while worked on
+_LOOK_AHEAD = 2**18  # rows whose pointers are looked at for the end of a sparse block
+_MANY_STORED = 2**26
+_PIECE_BYTES = 2**24
+
+
+class _CompressedRows:
+    """Compressed rows on disk, of which consecutive ones are read.
+
+    AnnData's own handle does the same, but keeps the pointers of all rows in memory.
+    """
+
+    def __init__(self, group: Any, shape: tuple[int, int]) -> None:
+        self.indptr, self._indices, self._data = group["indptr"], group["indices"], group["data"]
+        self.shape, self.dtype = shape, self._data.dtype
+
+    def __getitem__(self, rows: slice) -> sparse.csr_matrix:
+        indptr = np.asarray(self.indptr[rows.start : rows.stop + 1]).astype(np.int64)
+        start, stop = int(indptr[0]), int(indptr[-1])
+        indices = np.asarray(self._indices[start:stop]).astype(np.int32, copy=False)
+        parts = (self._data[start:stop], indices, (indptr - start).astype(np.int32))
+        return sparse.csr_matrix(parts, shape=(len(indptr) - 1, self.shape[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,16 +48,19 @@ class Counts:
     Attributes
     ----------
     matrix
-        NumPy, SciPy sparse, dask, or an AnnData backed dataset.
+        NumPy, SciPy sparse, dask, or compressed rows on disk.
     rows
         Rows of `matrix` that count, ascending, shape (n,).
+    files
+        Folder that holds the matrix, of one that is on disk.
     """
 
     matrix: Any
-    rows: NDArray[np.int64]
+    rows: NDArray[np.integer]
+    files: Path | None = None
 
     @classmethod
-    def of(cls, matrix: Any, rows: ArrayLike, what: str) -> Counts:
+    def of(cls, matrix: Any, rows: ArrayLike, what: str, files: Path | None = None) -> Counts:
         """Wrap the X of a table; compressed columns, of which rows cannot be read, are turned once.
 
         Raises
@@ -45,9 +72,12 @@ class Counts:
             raise DataError(f"{what} has no X. Put raw counts there.")
         if not np.issubdtype(matrix.dtype, np.number) and matrix.dtype != bool:
             raise DataError(f"{what} has an X of dtype {matrix.dtype}. Put raw counts there.")
-        if getattr(matrix, "format", None) == "csc":
-            matrix = (matrix.to_memory() if hasattr(matrix, "to_memory") else matrix).tocsr()
-        return cls(matrix, np.asarray(rows, dtype=np.int64))
+        kind, backed = getattr(matrix, "format", None), hasattr(matrix, "group")
+        if kind == "csc":
+            matrix = _as_rows(matrix.to_memory() if backed else matrix, what)
+        elif kind == "csr" and backed:
+            matrix = _CompressedRows(matrix.group, matrix.shape)
+        return cls(matrix, np.asarray(rows), files)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,14 +89,29 @@ class Counts:
 
     def take(self, keep: ArrayLike) -> Counts:
         """Those of the rows that a boolean or ascending integer index picks."""
-        return Counts(self.matrix, self.rows[np.asarray(keep)])
+        return Counts(self.matrix, self.rows[np.asarray(keep)], self.files)
 
     def blocks(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-        """Consecutive blocks of rows with their place among the rows, shape (rows of the block, genes)."""
-        size = max(1, _BLOCK_VALUES // max(1, self.n_genes))
-        for start in range(0, len(self), size):
-            place = slice(start, min(start + size, len(self)))
-            yield place, self._read(self.rows[place])
+        """Blocks of rows in turn, (rows of the block, genes), no value twice, with their place among the rows."""
+        start = 0
+        while start < len(self):
+            stop = self._stop(start)
+            yield slice(start, stop), self._read(self.rows[start:stop])
+            start = stop
+
+    def content(self) -> Iterator[bytes | memoryview]:
+        """All that tells these counts from others, in pieces: files as they are, or values and where they stand."""
+        yield np.ascontiguousarray(self.rows).data.cast("B")
+        if self.files is not None:
+            for path in sorted(path for path in self.files.rglob("*") if path.is_file()):
+                yield path.relative_to(self.files).as_posix().encode()
+                with path.open("rb") as file:
+                    while piece := file.read(_PIECE_BYTES):
+                        yield piece
+            return
+        for _, block in self.blocks():
+            for array in (block.indptr, block.indices, block.data):
+                yield array.data.cast("B")
 
     def columns(self, genes: ArrayLike) -> sparse.csr_matrix:
         """Counts of some genes in memory, shape (n, len(genes)), float32.
@@ -80,9 +125,32 @@ class Counts:
         parts = [block[:, genes].astype(np.float32) for _, block in self.blocks()]
         return sparse.vstack(parts, format="csr") if parts else sparse.csr_matrix((0, len(genes)), dtype=np.float32)
 
-    def _read(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
+    def _stop(self, start: int) -> int:
+        """End of the block that starts there: by stored values, or by all values where zeros are stored too."""
+        if not hasattr(self.matrix, "indptr"):
+            return min(start + max(1, _BLOCK_VALUES // max(1, self.n_genes)), len(self))
+        rows = self.rows[start : start + _LOOK_AHEAD]
+        indptr = np.asarray(self.matrix.indptr[int(rows[0]) : int(rows[-1]) + 2])
+        stored = indptr[rows - rows[0] + 1] - indptr[0]
+        return start + max(1, int(np.searchsorted(stored, _BLOCK_STORED, side="right")))
+
+    def _read(self, rows: NDArray[np.integer]) -> sparse.csr_matrix:
         # A contiguous read and then a pick: h5py, zarr and dask all do that, and none is slow at it.
         part = self.matrix[int(rows[0]) : int(rows[-1]) + 1]
         part = part.compute() if hasattr(part, "compute") else part
         part = sparse.csr_matrix(part if sparse.issparse(part) else np.asarray(part))
-        return part if part.shape[0] == len(rows) else part[rows - rows[0]]
+        part = part if part.shape[0] == len(rows) else part[rows - rows[0]]
+        if not part.has_canonical_format:
+            part = part.copy()  # it may be a view of what the user has
+            part.sum_duplicates()
+        return part
+
+
+def _as_rows(matrix: Any, what: str) -> Any:
+    if matrix.nnz > _MANY_STORED:
+        logger.warning(
+            "%s: X is stored by columns (CSC), so all of its %.0f million values are loaded and turned to rows. Store "
+            "it by rows, table.X = table.X.tocsr(), to have it read in parts.",
+            *(what, matrix.nnz / 1e6),
+        )
+    return matrix.tocsr()

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from pixnet_sd._errors import ElementError
 
+from ._stored_shapes import StoredShapes, shapes_of
+from ._stored_table import tables_of
+
 if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray
@@ -27,6 +30,7 @@ def coordinate_systems(element: Any) -> dict[str, Any]:
     """Coordinate systems of an element with the transformation to each, in the order of their names."""
     from spatialdata.transformations import get_transformation
 
+    element = element.sample if isinstance(element, StoredShapes) else element
     found: dict[str, Any] = get_transformation(element, get_all=True)
     return dict(sorted(found.items()))
 
@@ -48,18 +52,19 @@ def _describe_image(key: str, element: Any) -> str:
 
 
 def region_element(sdata: SpatialData, key: str) -> Any:
-    """The shapes or labels element of that name.
+    """The shapes (in memory or only in the store) or labels element of that name.
 
     Raises
     ------
     ElementError
         If there is none.
     """
-    if key in sdata.shapes:
-        return sdata.shapes[key]
+    shapes = shapes_of(sdata)
+    if key in shapes:
+        return shapes[key]
     if key in sdata.labels:
         return sdata.labels[key]
-    found = f"Shapes: {names(sdata.shapes)}. Labels: {names(sdata.labels)}."
+    found = f"Shapes: {names(shapes)}. Labels: {names(sdata.labels)}."
     raise ElementError(f"There is no shapes or labels element {key!r} in this SpatialData object. {found}")
 
 
@@ -69,4 +74,4 @@ def written_by_pixnet(sdata: SpatialData) -> set[str]:
     Shapes that `tl.predict` makes are called after the table that comes with them, ``{table}_shapes``.
     """
     maps = set(sdata.attrs.get("pixnet_sd", {}).get("maps", {}))
-    return maps | {f"{key}_shapes" for key, table in sdata.tables.items() if "pixnet_sd" in table.uns}
+    return maps | {f"{key}_shapes" for key, table in tables_of(sdata).items() if "pixnet_sd" in table.uns}

@@ -14,15 +14,18 @@ from pixnet_sd._logging import logger
 from pixnet_sd.nn.regions import LabelGrid
 
 from ._elements import coordinate_systems, scale0
+from ._shapes import edge_length
+from ._stored_shapes import sample_positions, sample_shapes, shapes_of
 from ._transform import affine_matrix
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["LazyLabels", "regions_from_labels"]
+__all__ = ["LazyLabels", "label_ids", "label_matrix", "regions_from_labels", "sample_labels"]
 
 _STRIP_PX = 1024
-_PROBES = 8
+_SAMPLED_ROWS = 32
+_TOLERANCE = 0.1  # label px
 
 
 class LazyLabels:
@@ -49,8 +52,8 @@ class LazyLabels:
         return np.asarray(part.compute(scheduler="synchronous") if hasattr(part, "compute") else part)
 
 
-def regions_from_labels(sdata: SpatialData, key: str, coordinate_system: str) -> tuple[LabelGrid, pd.Index]:
-    """Regions of a labels element in a coordinate system; label 0 is background.
+def regions_from_labels(sdata: SpatialData, key: str, ids: pd.Index, coordinate_system: str) -> LabelGrid:
+    """Regions of a labels element in a coordinate system.
 
     Parameters
     ----------
@@ -58,60 +61,78 @@ def regions_from_labels(sdata: SpatialData, key: str, coordinate_system: str) ->
         The object to look in.
     key
         Name of the labels element.
+    ids
+        Labels of the regions.
     coordinate_system
         Where the regions are wanted.
+    """
+    return LabelGrid(_lazy(sdata.labels[key]), ids.to_numpy(), label_matrix(sdata, key, coordinate_system))
 
-    Returns
-    -------
-    The regions, and the label of each, ascending.
+
+def label_ids(sdata: SpatialData, key: str) -> pd.Index:
+    """Values of a labels element but the background's 0, ascending.
 
     Raises
     ------
     DataError
-        If there is no label but the background.
+        If there is none.
     """
-    element = sdata.labels[key]
-    labels = LazyLabels(scale0(element).transpose("y", "x").data)
-    ids = _label_values(labels)
-    if not len(ids):
-        raise DataError(f"Labels {key!r} hold nothing but background (0).")
-    to_system = affine_matrix(element, coordinate_system)
-    if _maps_index_to_centre(sdata, key, coordinate_system, labels, to_system):
-        logger.info("Labels %r: moved by half a label pixel, as rasterized bins need it.", key)
-        to_system = to_system @ np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1.0]])
-    return LabelGrid(labels, ids, to_system), pd.Index(ids)
-
-
-def _label_values(labels: LazyLabels) -> NDArray[np.int64]:
+    labels = _lazy(sdata.labels[key])
     strips = (np.unique(labels[top : top + _STRIP_PX]) for top in range(0, labels.shape[0], _STRIP_PX))
     values = np.unique(np.concatenate([np.empty(0, np.int64), *(strip.astype(np.int64) for strip in strips)]))
-    return values[values != 0]
+    if not values.any():
+        raise DataError(f"Labels {key!r} hold nothing but background (0).")
+    return pd.Index(values[values != 0])
 
 
-def _maps_index_to_centre(
-    sdata: SpatialData, key: str, system: str, labels: LazyLabels, to_system: NDArray[np.float64]
-) -> bool:
-    """Whether the transformation takes label pixel (i, j), not (i + 0.5, j + 0.5), to the centre of a bin.
+def _lazy(element: Any) -> LazyLabels:
+    return LazyLabels(scale0(element).transpose("y", "x").data)
 
-    `spatialdata.rasterize_bins` (0.7.3) fits it that way, so its labels lie half a bin off the bins that they were
-    made from. The bins, where they are still there, tell.
+
+def label_matrix(sdata: SpatialData, key: str, coordinate_system: str) -> NDArray[np.float64]:
+    """Map of (x, y, 1) from the pixels of a labels element, pixel i covering [i, i + 1), to a coordinate system.
+
+    The element's own transformation, but for labels that `spatialdata.rasterize_bins` made: as of version 0.8 it takes
+    pixel (i, j), not (i + 0.5, j + 0.5), to the centre of a bin, so that the labels lie half a bin off the bins that
+    they were made from. The bins, where they are still there, tell.
     """
-    bins = key.removesuffix("_labels")
-    if bins == key or bins not in sdata.shapes or system not in coordinate_systems(sdata.shapes[bins]):
+    to_system = affine_matrix(sdata.labels[key], coordinate_system)
+    if not _maps_index_to_centre(sdata, key, coordinate_system, to_system):
+        return to_system
+    logger.info("Labels %r: moved by half a label pixel, as rasterized bins need it.", key)
+    return np.asarray(to_system @ np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1.0]]))
+
+
+def _maps_index_to_centre(sdata: SpatialData, key: str, system: str, to_system: NDArray[np.float64]) -> bool:
+    """Whether bins of which these are the labels are a pixel wide and centred on whole label coordinates."""
+    shapes = shapes_of(sdata).get(key.removesuffix("_labels"))
+    if shapes is None or not key.endswith("_labels") or system not in coordinate_systems(shapes):
         return False
-    row, col = _some_pixels(labels)
-    centres = shapely.get_coordinates(shapely.centroid(sdata.shapes[bins].geometry.to_numpy()))
-    to_labels = np.linalg.inv(to_system) @ affine_matrix(sdata.shapes[bins], system)
-    centres = centres @ to_labels[:2, :2].T + to_labels[:2, 2]
-    off = [max(np.hypot(*(centres - xy).T).min() for xy in zip(col + s, row + s, strict=True)) for s in (0.0, 0.5)]
-    return bool(off[0] < 0.1 < off[1])
+    sample = sample_shapes(shapes)
+    xy = shapely.get_coordinates(shapely.centroid(sample.geometry.to_numpy()))
+    to_labels = np.linalg.inv(to_system) @ affine_matrix(shapes, system)
+    xy = xy @ to_labels[:2, :2].T + to_labels[:2, 2]
+    side_px = edge_length(sample) * np.sqrt(abs(np.linalg.det(to_labels[:2, :2])))
+    return bool(abs(side_px - 1) < _TOLERANCE and np.abs(xy - np.rint(xy)).max() < _TOLERANCE)
 
 
-def _some_pixels(labels: LazyLabels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and columns of a few pixels that are not background, from the first strip that has any."""
-    for top in range(0, labels.shape[0], _STRIP_PX):
-        row, col = np.nonzero(labels[top : top + _STRIP_PX])
-        if len(row):
-            picked = np.unique(np.linspace(0, len(row) - 1, _PROBES).astype(np.int64))
-            return row[picked] + top, col[picked]
-    return np.empty(0, np.int64), np.empty(0, np.int64)
+def sample_labels(element: Any) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Labels of some pixels and the pixels' centres, from a few rows spread over a labels element.
+
+    Parameters
+    ----------
+    element
+        The labels element.
+
+    Returns
+    -------
+    Labels, each once, shape (n,), and centres (x, y) in label pixels, shape (n, 2).
+    """
+    labels = _lazy(element)
+    tops = np.unique(np.linspace(0, labels.shape[0] - 1, _SAMPLED_ROWS).astype(np.int64))
+    rows = np.concatenate([labels[top : top + 1] for top in tops])
+    row, col = np.nonzero(rows)
+    picked = sample_positions(len(row)) if len(row) else np.empty(0, np.int64)
+    ids, first = np.unique(rows[row, col][picked].astype(np.int64), return_index=True)
+    picked = picked[first]
+    return ids, np.stack([col[picked], tops[row[picked]]], axis=1) + 0.5

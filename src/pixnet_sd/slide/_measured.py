@@ -1,4 +1,4 @@
-"""Measured expression on a slide: regions, their counts, and what is wrong with them."""
+"""Measured expression on a slide: which regions have counts, and where these are."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import sparse
 
 from pixnet_sd._errors import DataError
+from pixnet_sd._logging import logger
+from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons
 
 from ._checks import check_regions_on_image
-from ._count_checks import checked_totals
 from ._counts import Counts
+from ._lattice import bins_of_table, same_ids
 from ._regions import regions_of
+from ._stored_shapes import shapes_of
+from ._stored_table import StoredTable, tables_of
 from ._tables import TableLink, select_tables, table_link
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 __all__ = ["Frame", "Measured", "measured"]
+
+_MANY_ROWS = 1_000_000
 
 
 class Frame(Protocol):
@@ -51,46 +58,69 @@ class Measured:
     table_key, element_key
         The table, and the shapes or labels that it annotates.
     regions
-        n regions, working px.
+        n regions, working px: of bins their lattice, in row-major order of it.
     instances
         Instance id of each region, shape (n,).
     counts
-        Raw counts, n x G, in the order of `regions`.
+        Raw counts, n x G, in the order of the table's rows.
+    place
+        Which row of `counts` each region has, shape (n,); None when `regions` are in that order too.
     var_names
         Genes, shape (G,).
-    total
-        Sum over all G genes, positive, shape (n,).
+    is_complete
+        Whether every row of the table that annotates the element is among them.
     """
 
     table_key: str
     element_key: str
-    regions: Circles | Polygons | LabelGrid
+    regions: Lattice | Circles | Polygons | LabelGrid
     instances: pd.Index
     counts: Counts
+    place: NDArray[np.int32] | None
     var_names: pd.Index
-    total: NDArray[np.float64]
+    is_complete: bool = True
 
     def __len__(self) -> int:
-        return len(self.total)
+        return len(self.counts)
+
+    @property
+    def what(self) -> str:
+        """Its name, for messages."""
+        return f"Table {self.table_key!r}"
 
     def take(self, keep: NDArray[np.bool_]) -> Measured:
         """The regions for which `keep` is true."""
         if keep.all():
             return self
+        kept, place = keep, None
+        if self.place is not None:
+            kept = np.zeros(len(self), bool)
+            kept[self.place[keep]] = True
+            place = (np.cumsum(kept, dtype=np.int32) - 1)[self.place[keep]]
         return replace(
             self,
             regions=self.regions.subset(np.flatnonzero(keep)),
             instances=self.instances[keep],
-            counts=self.counts.take(keep),
-            total=self.total[keep],
+            counts=self.counts.take(kept),
+            place=place,
+            is_complete=False,
         )
+
+    def rows(self, index: NDArray[np.integer]) -> sparse.csr_matrix:
+        """Counts of some regions in memory, all genes, in the order asked for."""
+        wanted = index if self.place is None else self.place[index]
+        ascending, back = np.unique(wanted, return_inverse=True)
+        parts = [block for _, block in self.counts.take(ascending).blocks()]
+        return sparse.vstack(parts, format="csr")[back]
 
 
 def measured(sdata: SpatialData, slide: Frame, *, table_key: str | Sequence[str] | None = None) -> list[Measured]:
     """Measured expression on a slide, one entry a table.
 
-    Rows and regions are joined by instance id. Rows without a region, regions off the image, and regions without a
-    single count are left out with a warning; regions without a row are left out silently.
+    Rows and regions are joined by instance id. Rows without a region and regions off the image are left out with a
+    warning; regions without a row are left out silently. Bins are points of the lattice that their table's
+    ``array_row`` and ``array_col`` tell, and no polygon of them is looked at but for a sample; everything else is taken
+    as drawn. No counts are read.
 
     Parameters
     ----------
@@ -112,7 +142,7 @@ def measured(sdata: SpatialData, slide: Frame, *, table_key: str | Sequence[str]
     ResolutionError
         If regions do not lie on the image.
     DataError
-        If counts, gene names, geometries or ids cannot be used.
+        If gene names, geometries or ids cannot be used, or there is no matrix of numbers.
     """
     keys = select_tables(sdata, table_key=table_key, coordinate_system=slide.coordinate_system)
     return [_measured(sdata, slide, key) for key in keys]
@@ -120,27 +150,73 @@ def measured(sdata: SpatialData, slide: Frame, *, table_key: str | Sequence[str]
 
 def _measured(sdata: SpatialData, slide: Frame, table_key: str) -> Measured:
     what = f"Table {table_key!r}"
-    table = sdata.tables[table_key]
+    table = tables_of(sdata)[table_key]
+    _warn_if_costly(sdata, table_key)
     link = table_link(sdata, table_key=table_key, coordinate_system=slide.coordinate_system)
     _check_genes(table.var_names, what)
-    regions, ids = regions_of(
-        sdata, link.element_key, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system
-    )
-    has_region, place = _join(link, ids)
+    regions, rows, instances = _bins(sdata, link, slide) or _drawn(sdata, link, slide)
+    counts, order = _ascending(rows)
     found = Measured(
         table_key=table_key,
         element_key=link.element_key,
-        regions=regions.subset(place),
-        instances=link.instances[has_region],
-        counts=Counts.of(table.X, link.rows[has_region], what),
+        regions=regions,
+        instances=instances,
+        counts=Counts.of(table.X, counts, what, table.path / "X" if isinstance(table, StoredTable) else None),
+        place=order,
         var_names=table.var_names,
-        total=np.zeros(len(place)),
+        is_complete=len(rows) == len(link.rows),
     )
     height, width = slide.working_shape
     on_image = check_regions_on_image(
-        found.regions.bounds, width=width, height=height, what=f"{what}, element {link.element_key!r}"
+        found.regions, width=width, height=height, what=f"{what}, element {link.element_key!r}"
     )
-    return _without_empty(found.take(on_image), what)
+    return found.take(on_image)
+
+
+Located = tuple[Lattice | Circles | Polygons | LabelGrid, NDArray[np.int32], pd.Index]
+"""Regions, the table's row of each, and the instance id of each."""
+
+
+def _bins(sdata: SpatialData, link: TableLink, slide: Frame) -> Located | None:
+    bins = bins_of_table(sdata, link, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system)
+    if bins is None:
+        return None
+    drawn = shapes_of(sdata).get(link.element_key)
+    if drawn is None or same_ids(drawn.index, bins.instances):
+        return bins.lattice, bins.rows, bins.instances
+    has_region = bins.instances.isin(drawn.index)
+    _warn_of_lost(link, bins.instances, has_region, drawn.index)
+    return bins.lattice.subset(np.flatnonzero(has_region)), bins.rows[has_region], bins.instances[has_region]
+
+
+def _drawn(sdata: SpatialData, link: TableLink, slide: Frame) -> Located:
+    regions, ids = regions_of(
+        sdata, link.element_key, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system
+    )
+    place = ids.get_indexer(link.instances)
+    has_region = place >= 0
+    _warn_of_lost(link, link.instances, has_region, ids)
+    return regions.subset(place[has_region]), link.rows[has_region], link.instances[has_region]
+
+
+def _ascending(rows: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
+    """Rows in order, and which of them each of the rows given is; None if they are in order."""
+    if (rows[1:] > rows[:-1]).all():
+        return rows, None
+    order = np.argsort(rows, kind="stable").astype(np.int32)
+    place = np.empty(len(rows), np.int32)
+    place[order] = np.arange(len(rows), dtype=np.int32)
+    return rows[order], place
+
+
+def _warn_if_costly(sdata: SpatialData, table_key: str) -> None:
+    if sdata.path is None or table_key not in sdata.tables or sdata.tables[table_key].n_obs < _MANY_ROWS:
+        return
+    logger.warning(
+        "table %r with its %.1f million rows, and its shapes if loaded, are in memory though the store has them: "
+        "pixnet_sd.open_store(%r) leaves them on disk and needs a fraction of the memory.",
+        *(table_key, sdata.tables[table_key].n_obs / 1e6, str(sdata.path)),
+    )
 
 
 def _check_genes(var_names: pd.Index, what: str) -> None:
@@ -153,36 +229,18 @@ def _check_genes(var_names: pd.Index, what: str) -> None:
         )
 
 
-def _join(link: TableLink, ids: pd.Index) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which rows of a link have a region, and where it is among the regions."""
-    place = ids.get_indexer(link.instances)
-    has_region = place >= 0
+def _warn_of_lost(link: TableLink, instances: pd.Index, has_region: NDArray[np.bool_], ids: pd.Index) -> None:
     lost = int((~has_region).sum())
-    if lost == len(place):
+    if lost == len(has_region):
         raise DataError(
-            f"Table {link.table_key!r}: none of its {lost} instance ids (such as {link.instances.tolist()[0]!r}) is in "
-            f"element {link.element_key!r} (ids such as {ids.tolist()[0]!r}). Both must hold the same ids, of the same "
-            "type."
+            f"Table {link.table_key!r}: none of its {lost} instance ids (such as {instances[:1].tolist()[0]!r}) is in "
+            f"element {link.element_key!r} (ids such as {ids[:1].tolist()[0]!r}). Both must hold the same ids, of the "
+            "same type."
         )
     if lost:
         warnings.warn(
-            f"Table {link.table_key!r}: {lost} of {len(place)} rows have no region in element {link.element_key!r} "
-            f"(first {link.instances[~has_region].tolist()[0]!r}) and are left out.",
+            f"Table {link.table_key!r}: {lost} of {len(has_region)} rows have no region in element "
+            f"{link.element_key!r} (first {instances[~has_region][:1].tolist()[0]!r}) and are left out.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-    return has_region, place[has_region].astype(np.int64)
-
-
-def _without_empty(found: Measured, what: str) -> Measured:
-    found = replace(found, total=checked_totals(found.counts, found.var_names, what))
-    empty = found.total == 0
-    if empty.all():
-        raise DataError(f"{what}: all {len(empty)} regions on the image have no counts at all.")
-    if empty.any():
-        warnings.warn(
-            f"{what}: {int(empty.sum())} of {len(empty)} regions have no counts at all and are left out.",
-            UserWarning,
-            stacklevel=4,
-        )
-    return found.take(~empty)

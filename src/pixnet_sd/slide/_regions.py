@@ -9,11 +9,16 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from pixnet_sd._errors import DataError
+from pixnet_sd._logging import logger
+from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons
 
 from ._elements import region_element
-from ._labels import regions_from_labels
+from ._labels import label_ids, regions_from_labels
+from ._lattice import bins_of_element
 from ._shapes import regions_from_shapes
+from ._stored_shapes import StoredShapes
+from ._tables import are_ascending
 from ._transform import affine_matrix, similarity_scale
 
 if TYPE_CHECKING:
@@ -21,16 +26,22 @@ if TYPE_CHECKING:
 
 __all__ = ["regions_of"]
 
+_MANY = 1_000_000
+
 
 def regions_of(
     sdata: SpatialData, element_key: str, *, coordinate_system: str, from_system: ArrayLike
-) -> tuple[Circles | Polygons | LabelGrid, pd.Index]:
+) -> tuple[Lattice | Circles | Polygons | LabelGrid, pd.Index]:
     """Regions of a shapes or labels element, in the pixels of a slide.
+
+    Bins of which a table in the object or its store tells the lattice (``array_row``, ``array_col``) are the turned
+    squares of that lattice, however they are drawn, in row-major order of the lattice. Everything else is taken as
+    drawn, in its own order.
 
     Parameters
     ----------
     sdata
-        The object to look in.
+        The object to look in; of what only the store behind it has, bins are not loaded, everything else is.
     element_key
         Name of the element.
     coordinate_system
@@ -54,14 +65,31 @@ def regions_of(
     element = region_element(sdata, element_key)
     to_system = affine_matrix(element, coordinate_system)
     similarity_scale(to_system, f"element {element_key!r}")
-    if element_key in sdata.labels:
-        labels, ids = regions_from_labels(sdata, element_key, coordinate_system)
-        return labels.transform(from_system), ids
-    twice = element.index.duplicated()
+    is_labels = element_key in sdata.labels
+    ids = label_ids(sdata, element_key) if is_labels else pd.Index(element.index)
+    _check_unique(ids, element_key)
+    bins = bins_of_element(sdata, element_key, ids, coordinate_system=coordinate_system, from_system=from_system)
+    if bins is not None:
+        return bins.lattice, bins.instances
+    if is_labels:
+        return regions_from_labels(sdata, element_key, ids, coordinate_system).transform(from_system), ids
+    if len(element) > _MANY:
+        logger.warning(
+            "shapes %r: %.1f million shapes are taken as polygons, which takes gigabytes; no table has the "
+            "array_row and array_col that would tell their lattice.",
+            *(element_key, len(element) / 1e6),
+        )
+    shapes = element.load() if isinstance(element, StoredShapes) else element
+    regions = regions_from_shapes(shapes, f"Shapes {element_key!r}")
+    return regions.transform(np.asarray(from_system, dtype=np.float64) @ to_system), ids
+
+
+def _check_unique(ids: pd.Index, element_key: str) -> None:
+    if are_ascending(ids):
+        return
+    twice = ids.duplicated()
     if twice.any():
         raise DataError(
-            f"Shapes {element_key!r}: {int(twice.sum())} of {len(element)} ids occurred before (first "
-            f"{element.index[twice].tolist()[0]!r}), so rows of a table cannot be matched. Make the index unique."
+            f"Shapes {element_key!r}: {int(twice.sum())} of {len(ids)} ids occurred before (first "
+            f"{ids[twice].tolist()[0]!r}), so rows of a table cannot be matched. Make the index unique."
         )
-    shapes = regions_from_shapes(element, f"Shapes {element_key!r}")
-    return shapes.transform(np.asarray(from_system, dtype=np.float64) @ to_system), pd.Index(element.index)

@@ -15,7 +15,7 @@ from pixnet_sd.nn.regions import Circles, Polygons
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
 
-__all__ = ["polygons_from_shapely", "regions_from_shapes"]
+__all__ = ["edge_length", "polygons_from_shapely", "regions_from_shapes"]
 
 _POINT, _POLYGON, _MULTIPOLYGON = 0, 3, 6
 _FIRST = 5
@@ -78,6 +78,13 @@ def _circles(shapes: GeoDataFrame, geometry: NDArray[Any], what: str) -> Circles
     unsized = np.asarray(~((radius > 0) & np.isfinite(radius)))
     _refuse(unsized, shapes.index, what, "circles without a positive radius", "Drop or correct them.")
     return Circles(shapely.get_coordinates(geometry), radius)
+
+
+def edge_length(shapes: GeoDataFrame) -> float:
+    """Median side of squares, or width of circles, in their own units."""
+    if "radius" in shapes:
+        return float(2 * np.median(shapes["radius"]))
+    return float(np.sqrt(np.median(shapely.area(shapes.geometry.to_numpy()))))
 
 
 def polygons_from_shapely(geometry: NDArray[Any]) -> Polygons:

@@ -15,12 +15,15 @@ from pixnet_sd._errors import DataError, ElementError
 from pixnet_sd._logging import logger
 
 from ._elements import coordinate_systems, names, region_element
+from ._stored_shapes import shapes_of
+from ._stored_table import obs_column, tables_of
 
 if TYPE_CHECKING:
-    from anndata import AnnData
     from spatialdata import SpatialData
 
-__all__ = ["TableLink", "bin_size_um", "select_tables", "table_link"]
+    from ._stored_table import Table
+
+__all__ = ["TableLink", "are_ascending", "bin_size_um", "select_tables", "table_link"]
 
 _BIN_NAME = re.compile(r"_(\d{3})um(?:_labels)?$")
 
@@ -41,7 +44,7 @@ class TableLink:
 
     table_key: str
     element_key: str
-    rows: NDArray[np.int64]
+    rows: NDArray[np.int32]
     instances: pd.Index
 
 
@@ -79,7 +82,8 @@ def select_tables(
     """
     if table_key is not None:
         return _named_tables(sdata, [table_key] if isinstance(table_key, str) else list(table_key))
-    annotated = {key: _annotated(sdata, key, coordinate_system) for key in sdata.tables if not _is_pixnet(sdata, key)}
+    tables = {key: table for key, table in tables_of(sdata).items() if "pixnet_sd" not in table.uns}
+    annotated = {key: _placed(sdata, _regions(table), coordinate_system) for key, table in tables.items()}
     candidates = {key: elements for key, elements in annotated.items() if elements}
     sizes = {key: max(bin_size_um(name) or 0 for name in elements) for key, elements in candidates.items()}
     bins = sorted((key for key in candidates if sizes[key]), key=lambda key: (sizes[key], key))
@@ -98,36 +102,30 @@ def select_tables(
 
 
 def _named_tables(sdata: SpatialData, keys: list[str]) -> list[str]:
-    missing = [key for key in keys if key not in sdata.tables]
+    tables = tables_of(sdata)
+    missing = [key for key in keys if key not in tables]
     if missing or not keys:
-        raise ElementError(f"There is no table {names(missing)}. Tables: {names(sdata.tables)}.")
+        raise ElementError(f"There is no table {names(missing)}. Tables: {names(tables)}.")
     return keys
 
 
-def _is_pixnet(sdata: SpatialData, key: str) -> bool:
-    return "pixnet_sd" in sdata.tables[key].uns
-
-
-def _attrs(table: AnnData) -> dict[str, Any]:
+def _attrs(table: Table) -> dict[str, Any]:
     attrs: dict[str, Any] = table.uns.get("spatialdata_attrs", {})
     return attrs
 
 
-def _regions(table: AnnData) -> list[str]:
+def _regions(table: Table) -> list[str]:
     region = _attrs(table).get("region")
     return [region] if isinstance(region, str) else [str(name) for name in (region if region is not None else [])]
 
 
 def _placed(sdata: SpatialData, regions: list[str], coordinate_system: str | None) -> list[str]:
     """Those regions that are in the object and in the coordinate system."""
-    there = [name for name in regions if name in sdata.shapes or name in sdata.labels]
+    shapes = shapes_of(sdata)
+    there = [name for name in regions if name in shapes or name in sdata.labels]
     if coordinate_system is None:
         return there
     return [name for name in there if coordinate_system in coordinate_systems(region_element(sdata, name))]
-
-
-def _annotated(sdata: SpatialData, key: str, coordinate_system: str | None) -> list[str]:
-    return _placed(sdata, _regions(sdata.tables[key]), coordinate_system)
 
 
 def table_link(sdata: SpatialData, *, table_key: str, coordinate_system: str | None = None) -> TableLink:
@@ -153,22 +151,29 @@ def table_link(sdata: SpatialData, *, table_key: str, coordinate_system: str | N
     DataError
         If the table has no rows for it, or an instance id is missing or occurs twice.
     """
-    table = sdata.tables[table_key]
+    table = tables_of(sdata)[table_key]
     if table.n_obs == 0 or table.n_vars == 0:
         raise DataError(f"Table {table_key!r} is empty: {table.n_obs} rows x {table.n_vars} genes.")
-    element_key = _region_of(sdata, table_key, coordinate_system)
+    element_key = _region_of(sdata, table_key, _regions(table), coordinate_system)
     attrs = _attrs(table)
-    region = np.asarray(table.obs[attrs["region_key"]].astype(str))
-    rows = np.flatnonzero(region == element_key).astype(np.int64)
+    rows = np.flatnonzero(_annotates(obs_column(table, attrs["region_key"]), element_key)).astype(np.int32)
     if not len(rows):
         raise DataError(f"Table {table_key!r} has no row for its region {element_key!r}.")
-    instances = pd.Index(table.obs[attrs["instance_key"]].iloc[rows])
+    instances = obs_column(table, attrs["instance_key"])
+    instances = pd.Index(instances if len(rows) == table.n_obs else instances[rows])
     _check_instances(instances, table_key)
     return TableLink(table_key, element_key, rows, instances)
 
 
-def _region_of(sdata: SpatialData, table_key: str, coordinate_system: str | None) -> str:
-    regions = _regions(sdata.tables[table_key])
+def _annotates(region: Any, element_key: str) -> NDArray[np.bool_]:
+    """Which rows name the element; of a category's codes, for millions of names would not fit."""
+    if isinstance(region, pd.Categorical):
+        code = region.categories.astype(str).get_indexer(pd.Index([element_key]))[0]
+        return np.asarray((region.codes == code) & (code >= 0))
+    return np.asarray(pd.Series(region).astype(str) == element_key)
+
+
+def _region_of(sdata: SpatialData, table_key: str, regions: list[str], coordinate_system: str | None) -> str:
     if not regions:
         raise ElementError(
             f"Table {table_key!r} annotates no region (no region in uns['spatialdata_attrs']). Link it with "
@@ -182,9 +187,9 @@ def _region_of(sdata: SpatialData, table_key: str, coordinate_system: str | None
             f"Table {table_key!r} annotates several elements on this slide: {names(placed)}. Split it by region, or "
             "give each its own coordinate system."
         )
-    absent = [name for name in regions if name not in sdata.shapes and name not in sdata.labels]
-    if len(absent) == len(regions):
-        found = f"Shapes: {names(sdata.shapes)}. Labels: {names(sdata.labels)}."
+    shapes = shapes_of(sdata)
+    if not any(name in shapes or name in sdata.labels for name in regions):
+        found = f"Shapes: {names(shapes)}. Labels: {names(sdata.labels)}."
         raise ElementError(f"Table {table_key!r} annotates {names(regions)}, not in this SpatialData object. {found}")
     raise ElementError(
         f"Table {table_key!r} annotates {names(regions)}, but nothing in the slide's coordinate system "
@@ -193,6 +198,8 @@ def _region_of(sdata: SpatialData, table_key: str, coordinate_system: str | None
 
 
 def _check_instances(instances: pd.Index, table_key: str) -> None:
+    if are_ascending(instances):
+        return
     missing, twice = int(np.count_nonzero(instances.isna())), instances.duplicated()
     if missing:
         raise DataError(f"Table {table_key!r} has {missing} rows without an instance id.")
@@ -201,3 +208,9 @@ def _check_instances(instances: pd.Index, table_key: str) -> None:
             f"Table {table_key!r} has {int(twice.sum())} rows whose instance id occurred before "
             f"(first {instances[twice].tolist()[0]!r}): one row a region is needed."
         )
+
+
+def are_ascending(ids: pd.Index) -> bool:
+    """Whether these are ascending integers: so bins are numbered, and looking for doublets costs more than they do."""
+    values = ids.to_numpy()
+    return bool(np.issubdtype(values.dtype, np.integer) and (values[1:] > values[:-1]).all())

@@ -5,74 +5,150 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import sparse
 
 from pixnet_sd._errors import DataError
 from pixnet_sd._logging import logger
+from pixnet_sd.nn.regions import Regions
 
+from ._count_cache import own_counts
+from ._count_checks import Look, checked_blocks, warn_if_logged
+from ._count_file import CountFile
 from ._measured import Measured
+from ._normalise import log_normalise, log_values
+from ._pooling import find_pooling, pooled_counts
+from ._stored_targets import StoredTargets
 
-__all__ = ["check_genes", "choose_genes", "log_normalise", "targets_of"]
+__all__ = ["Targets", "check_genes", "choose_genes", "targets_of"]
 
 _FIRST = 10
+_AREAS = 1001
+_DENSE_BYTES = 2**28
 
 
-def log_normalise(
-    counts: sparse.spmatrix | sparse.sparray | NDArray[np.generic], total: ArrayLike, target_sum: float = 1e4
-) -> NDArray[np.float32]:
-    """Log-normalised expression: ``log1p(target_sum * x / sum(x))``, natural logarithm.
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What is learnt of the regions of one table.
 
-    Parameters
+    Attributes
     ----------
-    counts
-        Raw counts of the genes wanted, shape (n, M), sparse or dense.
-    total
-        Sum of each region over all genes of its table, not only those M, shape (n,). Where it is 0 the result is 0.
-    target_sum
-        Counts that every region is scaled to.
-
-    Returns
-    -------
-    Targets, shape (n, M), float32.
+    regions
+        n regions that have counts, working px.
+    values
+        Log-normalised expression, shape (n, M), float32: an array, or one that is looked up on disk.
     """
-    dense = np.asarray(counts.toarray() if isinstance(counts, sparse.spmatrix | sparse.sparray) else counts)
-    return np.log1p(dense * _factor(total, target_sum)[:, None]).astype(np.float32)
+
+    regions: Regions
+    values: NDArray[np.float32] | StoredTargets
 
 
-def _factor(total: ArrayLike, target_sum: float) -> NDArray[np.float64]:
-    total = np.asarray(total, dtype=np.float64)
-    return np.divide(target_sum, total, out=np.zeros_like(total), where=total > 0)
+def targets_of(
+    slides: Mapping[str, Sequence[Measured]], genes: Sequence[str] | pd.Index, target_sum: float, cache: Path
+) -> dict[str, list[Targets]]:
+    """Targets of the tables of each slide; regions without a single count are left out with a warning.
 
-
-def targets_of(measured: Measured, genes: Sequence[str] | pd.Index, target_sum: float = 1e4) -> NDArray[np.float32]:
-    """Targets of all regions of one table, shape (n, len(genes)).
+    What takes less than 256 MiB is held in memory. Of more, compact counts are written to disk, and the targets of a
+    tile computed from them when it is its turn; a table that is the exact sum of a finer one's bins is then summed
+    from these, and not read.
 
     Parameters
     ----------
-    measured
-        Measured expression.
+    slides
+        Measured expression by slide.
     genes
         Genes, in the order wanted.
     target_sum
         As in `log_normalise`.
+    cache
+        Folder for compact counts.
 
     Returns
     -------
-    Targets, float32.
+    Targets by slide, in the order of its tables.
 
     Raises
     ------
     DataError
-        If a gene is not there.
+        A gene is not there; a count is NaN, infinite or negative; a table has no counts.
+    StoreError
+        Compact counts cannot be written.
     """
-    check_genes(genes, measured.var_names, f"table {measured.table_key!r}")
-    columns = measured.var_names.get_indexer(pd.Index(genes))
-    return log_normalise(measured.counts.columns(columns), measured.total, target_sum)
+    wanted = pd.Index(genes)
+    for table in _tables(slides):
+        check_genes(wanted, table.var_names, f"table {table.table_key!r}")
+    n_bytes = sum(len(table) for table in _tables(slides)) * len(wanted) * np.dtype(np.float32).itemsize
+    if n_bytes <= _DENSE_BYTES:
+        return {name: [_dense(table, wanted, target_sum) for table in tables] for name, tables in slides.items()}
+    return {name: _stored(tables, wanted, target_sum, cache) for name, tables in slides.items()}
+
+
+def _dense(measured: Measured, genes: pd.Index, target_sum: float) -> Targets:
+    columns, look = measured.var_names.get_indexer(genes), Look()
+    total, values = np.zeros(len(measured)), np.zeros((len(measured), len(genes)), np.float32)
+    for place, block, sums in checked_blocks(measured.counts, measured.var_names, measured.what, look):
+        total[place], values[place] = sums, log_normalise(_picked(block, columns), sums, target_sum)
+    warn_if_logged(look.is_logged, measured.what)
+    if measured.place is not None:
+        total, values = total[measured.place], values[measured.place]
+    has_counts = _has_counts(total, measured.what)
+    if has_counts is None:
+        return Targets(measured.regions, values)
+    return Targets(measured.regions.subset(np.flatnonzero(has_counts)), values[has_counts])
+
+
+def _picked(block: sparse.csr_matrix, columns: NDArray[np.intp]) -> sparse.csr_matrix:
+    return block[:, columns].astype(np.float32)  # as compact counts are
+
+
+def _stored(tables: Sequence[Measured], genes: pd.Index, target_sum: float, cache: Path) -> list[Targets]:
+    """Targets of one slide's tables, the finest first, so that others can be pooled from it."""
+    files: dict[int, CountFile] = {}
+    own: list[int] = []
+    for k in sorted(range(len(tables)), key=lambda k: median_area(tables[k].regions)):
+        pooled = next((f for o in own if (f := _pooled(tables[o], files[o], tables[k], cache)) is not None), None)
+        if pooled is None:
+            own.append(k)
+        files[k] = own_counts(tables[k], genes, cache) if pooled is None else pooled
+        warn_if_logged(files[k].is_logged, tables[k].what)
+    return [_with_counts(table, StoredTargets(files[k], None, target_sum)) for k, table in enumerate(tables)]
+
+
+def _pooled(fine: Measured, counts: CountFile, coarse: Measured, cache: Path) -> CountFile | None:
+    """Counts of a table from those of a finer one, if they are their sums."""
+    pooling, why_not = find_pooling(fine, coarse)
+    if pooling is None:
+        logger.info("%s is not pooled from %r: %s.", coarse.what, fine.table_key, why_not)
+        return None
+    logger.info("%s is the sum of the bins of %r, and pooled from them.", coarse.what, fine.table_key)
+    return pooled_counts(counts, pooling, cache, coarse.what)
+
+
+def _with_counts(measured: Measured, values: StoredTargets) -> Targets:
+    has_counts = _has_counts(values.counts.totals(), measured.what)
+    if has_counts is None:
+        return Targets(measured.regions, values)
+    index = np.flatnonzero(has_counts)
+    return Targets(measured.regions.subset(index), values.subset(index))
+
+
+def _has_counts(total: NDArray[np.float64], what: str) -> NDArray[np.bool_] | None:
+    """Which regions have counts; None for all."""
+    has_counts = total > 0
+    empty = int((~has_counts).sum())
+    if empty == len(total):
+        raise DataError(f"{what}: all {empty} regions on the image have no counts at all.")
+    if not empty:
+        return None
+    message = f"{what}: {empty} of {len(total)} regions have no counts at all and are left out."
+    warnings.warn(message, UserWarning, stacklevel=5)
+    return np.asarray(has_counts)
 
 
 def check_genes(genes: Iterable[str], available: Iterable[str], what: str) -> None:
@@ -203,21 +279,21 @@ def _named_genes(
 
 
 def _mean_over_slides(slides: Mapping[str, Sequence[Measured]], genes: pd.Index, target_sum: float) -> pd.Series:
-    coarsest = [max(tables, key=_median_area) for tables in slides.values() if tables]
+    coarsest = [max(tables, key=lambda table: median_area(table.regions)) for tables in slides.values() if tables]
     means = [_mean_expression(table, genes, target_sum) for table in coarsest]
     return pd.Series(np.mean(means, axis=0), index=pd.Index(genes, name="gene"), name="mean")
 
 
-def _median_area(measured: Measured) -> float:
-    return float(np.median(measured.regions.area))
+def median_area(regions: Regions) -> float:
+    """Median area of some thousand of the regions, px²."""
+    picked = np.unique(np.linspace(0, len(regions) - 1, min(len(regions), _AREAS)).astype(np.int64))
+    return float(np.median(regions.subset(picked).area))
 
 
 def _mean_expression(measured: Measured, genes: pd.Index, target_sum: float) -> NDArray[np.float64]:
-    """Mean log-normalised expression of some genes, kept sparse: log1p(0) = 0."""
-    columns = measured.var_names.get_indexer(genes)
-    factor = _factor(measured.total, target_sum)
-    total = np.zeros(measured.counts.n_genes)
-    for place, block in measured.counts.blocks():
-        scaled = np.log1p(block.data * np.repeat(factor[place], np.diff(block.indptr)))
-        total += np.bincount(block.indices, scaled, measured.counts.n_genes)
-    return total[columns] / len(measured)
+    """Mean log-normalised expression of some genes over the regions that have counts, kept sparse: log1p(0) = 0."""
+    total, n = np.zeros(measured.counts.n_genes), 0
+    for _, block, sums in checked_blocks(measured.counts, measured.var_names, measured.what):
+        total += np.bincount(block.indices, log_values(block, sums, target_sum), measured.counts.n_genes)
+        n += int((sums > 0).sum())
+    return total[measured.var_names.get_indexer(genes)] / max(n, 1)

@@ -9,19 +9,29 @@ from ._pixnet import PixNet
 from ._provenance import record, recorded
 from ._raster import image_transforms, tissue_labels
 from ._record import ModelRecord, library_versions
+from ._region_writer import RegionResults, RegionWriter, estimate_table_bytes
+from ._rows import MemoryRows, RowInfo, Rows
 from ._shapes import circles_element, squares_element
+from ._shapes_writer import MakeShapes
 from ._table import region_table
 from ._thumbnail import thumbnail
 
 __all__ = [
     "GeneMapReader",
     "GeneMapWriter",
+    "MakeShapes",
+    "MemoryRows",
     "ModelRecord",
     "PixNet",
+    "RegionResults",
+    "RegionWriter",
+    "RowInfo",
+    "Rows",
     "check_target",
     "circles_element",
     "commit",
     "estimate_bytes",
+    "estimate_table_bytes",
     "image_transforms",
     "library_versions",
     "open_map",

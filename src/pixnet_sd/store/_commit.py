@@ -7,7 +7,7 @@ lock and with a journal:
 2. an old element is renamed away and the new one renamed in; nobody else's files are touched;
 3. the root ``zarr.json`` is replaced by one that holds the new elements' consolidated metadata and their provenance:
    one rename makes all of them visible together;
-4. the journal goes, then the old elements and the scratch.
+4. the scratch is renamed away, the journal goes, then the old elements and the scratch.
 
 A run killed before the journal is there has changed nothing; one killed after it is finished by the next run. In every
 state in between the store opens.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import uuid
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,8 +41,9 @@ from pixnet_sd._errors import StoreError
 from pixnet_sd._logging import logger
 
 from ._disk import check_free_disk, check_writable, hold_lock, local_store, read_json, work_folder, write_json
-from ._names import ELEMENT_TYPES, check_names, existing_names
+from ._names import check_names, existing_names
 from ._provenance import ATTRS_KEY, json_safe, merged_notes
+from ._read_back import read_back
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -136,7 +138,8 @@ def commit(
     ----------
     sdata
         The object; its elements and ``attrs["pixnet_sd"]`` are changed in place. Rasters that were written are replaced
-        in memory by what is read back lazily; tables and shapes stay as given.
+        in memory by what is read back lazily; tables and shapes stay as given, and those of ``staged`` are read as
+        `read_back` says.
     elements
         Element name → element, as the models of `spatialdata.models` parse them.
     overwrite
@@ -170,8 +173,9 @@ def commit(
         journal = _plan(store, work, (*fresh, *staged), json_safe(provenance or {}), (*cleanup, work / "commit"))
         write_json(work / "journal.json", vars(journal), scratch=work)
         _finish(store, work, journal, sdata)
-    _set(sdata, {name: element for name, element in elements.items() if names[name] not in ("images", "labels")})
-    _read_back(sdata, store, {name: kind for name, kind in names.items() if kind in ("images", "labels")})
+        given = {name for name in elements if names[name] not in ("images", "labels")}
+        read_back(sdata, store, {name: kind for name, kind in names.items() if name not in given}, scratch=work)
+    _set(sdata, {name: elements[name] for name in given})
     _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
 
 
@@ -183,8 +187,9 @@ def recover(sdata: SpatialData) -> None:
     before = existing_names(sdata)
     with _commit_lock(store):
         names = _settle(store, work_folder(store), sdata)
+        names = {name: kind for name, kind in names.items() if kind == before.get(name, kind)}
+        read_back(sdata, store, names, scratch=work_folder(store))
     if names:
-        _read_back(sdata, store, {name: kind for name, kind in names.items() if kind == before.get(name, kind)})
         _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
 
 
@@ -196,20 +201,20 @@ def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
         names = {move["name"]: move["kind"] for move in journal.moves}
         logger.warning("Finishing the write of %s into %s, which was interrupted.", ", ".join(names), store)
         _finish(store, work, journal, sdata)
-    for leftover in ("commit", "old"):
-        shutil.rmtree(work / leftover, ignore_errors=True)
+    for leftover in (work / "commit", work / "old", *work.glob("view-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
     for draft in work.glob("*.json.tmp"):
         draft.unlink(missing_ok=True)
-    for name in {path.name.removesuffix(".lock") for path in work.glob("map-*")}:
-        _sweep_map(work / name)
+    for name in {path.name.removesuffix(".lock") for kind in ("map", "table") for path in work.glob(f"{kind}-*")}:
+        _sweep(work / name)
     return names
 
 
-def _sweep_map(folder: Path) -> None:
-    """Remove the folder of a gene map that was moved in, and the lock file of a run that was killed."""
+def _sweep(folder: Path) -> None:
+    """Remove the lock file of a run that was killed, and its folder unless the same call can go on from it."""
     lock = folder.with_name(f"{folder.name}.lock")
     with contextlib.suppress(StoreError), hold_lock(lock, wait_s=0, busy="that run is alive"):
-        if not any(folder.glob("map.zarr/images/*/zarr.json")):
+        if not (folder / "partial.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -293,10 +298,17 @@ def _finish(store: Path, work: Path, journal: _Journal, sdata: SpatialData) -> N
             f"Writing into {store} failed: {error}. The store still opens; the results wait in {work} and are moved in "
             "by the next run that writes to this store."
         ) from error
+    _put_away(work, journal.cleanup)
     (work / "journal.json").unlink(missing_ok=True)
     shutil.rmtree(work / "old", ignore_errors=True)
-    for relative in journal.cleanup:
-        shutil.rmtree(work / relative, ignore_errors=True)
+
+
+def _put_away(work: Path, folders: list[str]) -> None:
+    """Rename folders to where a kill cannot leave a half-deleted one that looks like unfinished work."""
+    for number, relative in enumerate(folders):
+        if (work / relative).exists():
+            (work / "old").mkdir(exist_ok=True)
+            (work / relative).rename(work / "old" / f"{number}-{uuid.uuid4().hex}")
 
 
 def _is_under(key: str, path: str) -> bool:
@@ -372,19 +384,6 @@ def _set(sdata: SpatialData, elements: Mapping[str, Any]) -> None:
     """Set elements in memory."""
     for name, element in elements.items():
         getattr(sdata, element_type(element))[name] = element
-
-
-def _read_back(sdata: SpatialData, store: Path, names: Mapping[str, str]) -> None:
-    """Replace elements in memory by what is in the store now, lazily for rasters."""
-    if not names:
-        return
-    kinds: Any = tuple(kind for kind in ELEMENT_TYPES if kind in names.values())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The table is annotating")
-        fresh = sd.read_zarr(store, selection=kinds)
-    for name, kind in names.items():
-        if name in getattr(fresh, kind):
-            getattr(sdata, kind)[name] = getattr(fresh, kind)[name]
 
 
 def _set_notes(sdata: SpatialData, notes: dict[str, Any]) -> None:

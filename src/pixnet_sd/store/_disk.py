@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_free_disk",
     "check_writable",
+    "explain_disk_errors",
     "hold_lock",
     "local_store",
     "read_json",
@@ -224,3 +225,29 @@ def _same_file(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def explain_disk_errors(doing: str, folder: Path) -> Iterator[None]:
+    """Turn the operating system's errors into one that says what was being done, and that nothing is lost.
+
+    Parameters
+    ----------
+    doing
+        Begin of the message, such as ``"Writing the predicted regions"``.
+    folder
+        Where; inside the work folder of a store.
+
+    Raises
+    ------
+    StoreError
+        For any `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        present = next(path for path in (folder, *folder.parents) if path.exists())
+        raise StoreError(
+            f"{doing} in {folder} failed: {error.strerror or error}; {size_text(shutil.disk_usage(present).free)} are "
+            "free there. The store is unchanged. Mend that, and the same call goes on from what is done."
+        ) from error

@@ -17,10 +17,11 @@ from pixnet_sd._errors import DataError, ElementError, StoreError
 from pixnet_sd._logging import logger
 
 from ._commit import check_target, commit
-from ._disk import hold_lock, local_store, read_json, work_folder
+from ._disk import hold_lock, local_store, read_json, size_text, work_folder
 from ._map_layout import Block, MapLayout, estimate_bytes, map_layout
 from ._map_sink import DiskSink, MemorySink
 from ._raster import image_transforms, map_transforms
+from ._region_writer import RegionResults
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,7 +103,7 @@ class GeneMapWriter:
         fingerprint
             Text that is equal for two runs exactly when their values would be (model, slide, settings).
         block_px
-            Side of a block, a power of two; default: the largest up to 512 with at most 256 MiB a block.
+            Side of a block, a power of two; default: the largest up to 512 with at most 64 MiB a block.
         overwrite
             Whether an image of that name may be replaced.
 
@@ -183,29 +184,45 @@ class GeneMapWriter:
         """The blocks that are there of a partial map that was taken up; None for a map that is begun."""
         return GeneMapReader(tuple(self._genes), self.layout.padded, self._sink.levels[0]) if self.resumed else None
 
-    def commit(self, elements: Mapping[str, Any] | None = None, *, provenance: Mapping[str, Any] | None = None) -> None:
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that the blocks to come take at most."""
+        return int(self.layout.nbytes * len(self.pending) / len(self.blocks))
+
+    def summary(self) -> str:
+        """What will be written, in words."""
+        layout = self.layout
+        return (
+            f"gene map {self._key!r}: {layout.n_genes} genes, {layout.height} x {layout.width} pixels, at most "
+            f"{size_text(layout.nbytes)}"
+        )
+
+    def commit(
+        self,
+        elements: Mapping[str, Any] | None = None,
+        regions: RegionResults | None = None,
+        *,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
         """Move the finished map into the object, together with other elements, all at once.
 
         Parameters
         ----------
         elements
-            Other elements of the same result (tissue mask, shapes, tables), name → element.
+            Other elements of the same result (tissue mask), name → element.
+        regions
+            Table and shapes of the same result.
         provenance
             Section → key → info for ``sdata.attrs["pixnet_sd"]``.
         """
-        others = dict(elements or {})
+        regions = regions or RegionResults()
+        others = {**(elements or {}), **regions.elements}
+        staged, cleanup = regions.staged, regions.cleanup
         if isinstance(self._sink, MemorySink):
             others[self._key] = self._sink.element(self._genes, self._transforms)
-            commit(self._sdata, others, overwrite=self._overwrite, provenance=provenance)
         else:
-            commit(
-                self._sdata,
-                others,
-                overwrite=self._overwrite,
-                staged=(self._sink.staged,),
-                provenance=provenance,
-                cleanup=(self._sink.folder,),
-            )
+            staged, cleanup = (*staged, self._sink.staged), (*cleanup, self._sink.folder)
+        commit(self._sdata, others, overwrite=self._overwrite, staged=staged, provenance=provenance, cleanup=cleanup)
         self.close()
 
     def abort(self) -> None:

@@ -18,7 +18,7 @@ Block = tuple[int, int, int, int]
 
 MAX_BLOCK_PX = 512
 MIN_BLOCK_PX = 32
-MAX_BLOCK_BYTES = 256 * 2**20
+MAX_BLOCK_BYTES = 64 * 2**20
 COARSEST_PX = 512
 CHUNK_BYTES = 4 * 2**20
 CHUNK_GENES = 8
@@ -81,7 +81,7 @@ class MapLayout:
 
 
 def default_block_px(n_genes: int) -> int:
-    """Largest power of two in 32 … 512 for which a block of ``n_genes`` float32 channels takes at most 256 MiB."""
+    """Largest power of two in 32 … 512 for which a block of ``n_genes`` float32 channels takes at most 64 MiB."""
     block_px = MAX_BLOCK_PX
     while block_px > MIN_BLOCK_PX and n_genes * block_px * block_px * FLOAT_BYTES > MAX_BLOCK_BYTES:
         block_px //= 2

@@ -22,6 +22,7 @@ from ._commit import Staged, consolidate, write_scratch_store
 from ._disk import read_json, size_text, write_json
 from ._done_log import DoneLog
 from ._memory import available_memory
+from ._stretch import stretch
 
 if TYPE_CHECKING:
     from ._map_layout import Block, MapLayout
@@ -160,7 +161,7 @@ class DiskSink:
         )
         write_scratch_store(self.folder / "map.zarr", {self.key: tiny})
         for k, path in enumerate(self._level_paths()):
-            _stretch(path, self.layout.level_shape(k), self.layout.level_chunks(k))
+            stretch(path, self.layout.level_shape(k), self.layout.level_chunks(k))
         # last, because a partial map may be taken up from here on
         write_json(self.folder / "partial.json", identity, scratch=self.folder)
 
@@ -181,17 +182,3 @@ class DiskSink:
                 with contextlib.suppress(FileNotFoundError):
                     total += (path / level.metadata.encode_chunk_key((gene, row, col))).stat().st_size
         return total
-
-
-def _stretch(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...]) -> None:
-    """Change shape and chunks in the metadata of an empty array; codecs, names and fill value stay spatialdata's."""
-    shutil.rmtree(path / "c", ignore_errors=True)
-    metadata = read_json(path / "zarr.json")
-    if metadata["chunk_grid"]["name"] != "regular" or metadata["fill_value"] != 0:
-        raise StoreError("This version of spatialdata lays images out in a way that pixnet_sd does not know yet.")
-    for codec in metadata["codecs"]:
-        if codec["name"] == "sharding_indexed":  # should spatialdata come to shard images: one file a chunk suits us
-            metadata["codecs"] = codec["configuration"]["codecs"]
-    metadata["shape"] = list(shape)
-    metadata["chunk_grid"]["configuration"]["chunk_shape"] = list(chunks)
-    write_json(path / "zarr.json", metadata, scratch=path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,15 +71,27 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd", tags=["spatial-transcripto
         Returns
         -------
         The directory.
+
+        Raises
+        ------
+        CheckpointError
+            The disk is full, or the directory cannot be written.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
         partial = directory / f"{_WEIGHTS}.partial"
-        save_file(tensors, partial)
-        partial.replace(directory / _WEIGHTS)
         self.record = replace(self.record, weights_sha256=hash_weights(self.network))
-        write_json_atomically(directory / _CONFIG, self.record.to_json())
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial)
+            partial.replace(directory / _WEIGHTS)
+            write_json_atomically(directory / _CONFIG, self.record.to_json())
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"The model cannot be written to {str(directory)!r} ({error}). Free some disk, or save it elsewhere."
+            ) from error
         return directory
 
     @classmethod

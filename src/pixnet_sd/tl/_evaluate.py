@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 
 from pixnet_sd._errors import DataError, ElementError
 from pixnet_sd.nn.losses import pearson_per_gene
-from pixnet_sd.slide import Counts, TableLink, checked_totals, log_normalise, table_link
+from pixnet_sd.slide import Counts, StoredTable, TableLink, checked_totals, log_normalise, table_link, tables_of
 
 __all__ = ["evaluate"]
 
@@ -49,7 +49,7 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
         Counts cannot be used, or the tables have no region with counts, or no gene, in common.
     """
     predicted = _predicted(sdata, predicted_key)
-    measured, link = _measured(sdata, table_key, predicted_key)
+    measured, link = _measured(sdata, table_key, predicted_key, predicted)
     ids = pd.Index(predicted.obs[predicted.uns["spatialdata_attrs"]["instance_key"]])
     common = link.instances.intersection(ids, sort=False)
     genes = predicted.var_names[predicted.var_names.isin(measured.var_names)]
@@ -76,19 +76,22 @@ def _predicted(sdata: SpatialData, key: str) -> AnnData:
     table = _table(sdata, key)
     if "pixnet_sd" not in table.uns:
         raise ElementError(f"Table {key!r} was not written by pixnet_sd's predict. Did you swap the two keys?")
-    return table
+    return table.load() if isinstance(table, StoredTable) else table
 
 
-def _table(sdata: SpatialData, key: str) -> AnnData:
-    if key not in sdata.tables:
-        there = ", ".join(map(repr, sdata.tables)) or "none"
+def _table(sdata: SpatialData, key: str) -> AnnData | StoredTable:
+    tables = tables_of(sdata)
+    if key not in tables:
+        there = ", ".join(map(repr, tables)) or "none"
         raise ElementError(f"There is no table {key!r}. Tables: {there}.")
-    return sdata.tables[key]
+    return tables[key]
 
 
-def _measured(sdata: SpatialData, table_key: str, predicted_key: str) -> tuple[AnnData, TableLink]:
+def _measured(
+    sdata: SpatialData, table_key: str, predicted_key: str, predicted: AnnData
+) -> tuple[AnnData | StoredTable, TableLink]:
     """The measured table, and its rows that annotate the predicted table's element."""
-    measured, predicted = _table(sdata, table_key), sdata.tables[predicted_key]
+    measured = _table(sdata, table_key)
     if "pixnet_sd" in measured.uns:
         raise ElementError(f"Table {table_key!r} holds predictions: give table_key= of a table with raw counts.")
     if not measured.var_names.is_unique:
@@ -109,7 +112,7 @@ def _measured(sdata: SpatialData, table_key: str, predicted_key: str) -> tuple[A
 
 
 def _targets(
-    measured: AnnData, link: TableLink, genes: pd.Index, target_sum: float
+    measured: AnnData | StoredTable, link: TableLink, genes: pd.Index, target_sum: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Counts of each of the link's rows over all genes, and normalised expression of some."""
     what = f"Table {link.table_key!r}"

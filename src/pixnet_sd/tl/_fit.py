@@ -19,6 +19,7 @@ from pixnet_sd._errors import CheckpointError, PixNetError, StoreError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.settings import TrainSettings
+from pixnet_sd.engine.state import RunState
 from pixnet_sd.engine.train import train
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.model import Aggregation, Network
@@ -55,6 +56,7 @@ def fit(
     pcc_weight: float = 0.5,
     preset: Literal["paper"] | None = None,
     max_epochs: int = 500,
+    max_steps: int | None = None,
     lr: float = 5e-4,
     weight_decay: float = 1e-4,
     tile_px: int = 512,
@@ -116,6 +118,9 @@ def fit(
         package's.
     max_epochs
         Most passes over the tiles.
+    max_steps
+        Most steps of the optimizer, each on `batch_size` tiles; None: as many as `max_epochs` takes. On a large slide,
+        where a pass over all tiles is long, this bounds the time.
     lr, weight_decay
         Of AdamW (Adam for the paper's preset). The rate is constant when `validation` is given, and follows one cycle
         otherwise.
@@ -135,7 +140,8 @@ def fit(
         Of everything random.
     checkpoint_dir
         Where the model goes; default: a folder ``pixnet_sd_models/<hash of data and settings>`` beside the (first)
-        backed store, else in the working directory.
+        backed store, else in the working directory. Counts of millions of bins are kept compact in a folder
+        ``pixnet_sd_cache`` beside it, for the next call too; it can be deleted at any time between calls.
     show_progress_bar
         Show a bar over epochs, with loss and held-out PCC.
 
@@ -154,6 +160,8 @@ def fit(
         Counts, genes or pixels cannot be used.
     CheckpointError
         Encoder weights cannot be had, or `checkpoint_dir` holds another run or cannot be written.
+    StoreError
+        Compact counts cannot be written beside `checkpoint_dir`.
 
     References
     ----------
@@ -165,6 +173,7 @@ def fit(
     settings = train_settings(
         preset=preset,
         max_epochs=max_epochs,
+        max_steps=max_steps,
         lr=lr,
         weight_decay=weight_decay,
         pcc_weight=pcc_weight,
@@ -186,7 +195,17 @@ def fit(
         allow_any_mpp=allow_any_mpp,
         working_mpp=working_mpp,
     )
-    data = training_data(sources, genes=genes, n_genes=n_genes, target_sum=target_sum, validation=validation, seed=seed)
+    data = training_data(
+        sources,
+        genes=genes,
+        n_genes=n_genes,
+        target_sum=target_sum,
+        validation=validation,
+        seed=seed,
+        cache=_models_folder(checkpoint_dir, slides) / "pixnet_sd_cache",
+    )
+    described = describe(sources, data)
+    del sources  # of millions of bins it holds what the training does not need
     network = Network(
         backbone, decoder_config(decoder_width, preset), len(data.genes), aggregation or default_aggregation(preset)
     )
@@ -199,7 +218,7 @@ def fit(
         encoder=encoder,
         encoder_weights=None if encoder_weights is None else Path(encoder_weights).name,
         preset=preset,
-        slides=describe(sources, data),
+        slides=described,
         data_sha256=data_hash(data),
     )
     directory = _directory(checkpoint_dir, slides, record.training["fingerprint"])
@@ -246,10 +265,15 @@ def _record(
 
 
 def _directory(chosen: str | Path | None, slides: Mapping[str, SpatialData], fingerprint: str) -> Path:
+    return Path(chosen).expanduser() if chosen is not None else _models_folder(None, slides) / fingerprint[:12]
+
+
+def _models_folder(chosen: str | Path | None, slides: Mapping[str, SpatialData]) -> Path:
+    """Folder that the checkpoint is in."""
     if chosen is not None:
-        return Path(chosen).expanduser()
+        return Path(chosen).expanduser().parent
     stores = [Path(s.path).parent for s in slides.values() if s.path is not None]
-    return (stores[0] if stores else Path.cwd()) / "pixnet_sd_models" / fingerprint[:12]
+    return (stores[0] if stores else Path.cwd()) / "pixnet_sd_models"
 
 
 def _finished(directory: Path, record: ModelRecord) -> PixNet | None:
@@ -312,5 +336,6 @@ def _trained(
     model.record.held_out_pcc = [None if math.isnan(v) else v for v in result.pcc_per_gene]
     model.record.training["best_epoch"] = result.best_epoch
     model.save(directory)
+    RunState.remove(directory / "training")
     logger.info("model of epoch %d saved to %s", result.best_epoch, directory)
     return model

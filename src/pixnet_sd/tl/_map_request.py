@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 
 from pixnet_sd._errors import ElementError, PixNetError
 from pixnet_sd.engine.infer import BlockSink
-from pixnet_sd.nn.aggregation import Window
+from pixnet_sd.nn.grid import Window
 from pixnet_sd.nn.model import MAP_STRIDE
 from pixnet_sd.slide import Slide, affine_matrix
 from pixnet_sd.store import GeneMapReader, GeneMapWriter, ModelRecord, open_map, recorded

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,26 +19,27 @@ from spatialdata import SpatialData
 from pixnet_sd._errors import CheckpointError, DataError, PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
-from pixnet_sd.engine.infer import Inference, InferSettings, infer
+from pixnet_sd.engine.infer import Inference, InferSettings, infer, window_side
 from pixnet_sd.engine.region_plan import RegionPlan, plan_regions
-from pixnet_sd.nn.aggregation import Grid
+from pixnet_sd.nn.grid import Grid
 from pixnet_sd.nn.model import MAP_STRIDE
 from pixnet_sd.nn.regions import Circles
 from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
 from pixnet_sd.store import (
     GeneMapWriter,
     PixNet,
+    RegionResults,
+    RegionWriter,
     check_target,
     commit,
-    estimate_bytes,
     image_transforms,
     recorded,
     region_table,
-    size_text,
     thumbnail,
     tissue_labels,
 )
 
+from ._announce import announce
 from ._map_request import MapInfo, ReusedMap, find_map, map_factor, map_info, partial_map, sink_of
 from ._recipe import check_tile_px
 from ._region_request import RegionRequest, request_regions
@@ -207,48 +211,53 @@ class _Job:
             logger.info("the gene map %r of this model and slide is there already", self.map_key)
             return
         check_target(self.sdata, self._names(write_map), overwrite=self.overwrite)
-        height, width = self.slide.map_shape
-        grid = Grid(height, width, MAP_STRIDE)
-        regions = self.request.regions if self.request is not None else Circles(np.empty((0, 2)), np.empty(0))
-        plan = plan_regions(regions, grid, self.tissue, settings.tile_px // MAP_STRIDE)
+        fabric = make_fabric(device)
         with ExitStack() as stack:
-            writer = stack.enter_context(self._writer()) if write_map else None
-            if writer is not None and reused is None:
-                reused = partial_map(writer, self.info)
-            result = infer(
+            blocks = stack.enter_context(self._map_writer()) if write_map else None
+            side = window_side(settings.tile_px // MAP_STRIDE, self._block_px(blocks))
+            rows = (
+                None if self.request is None else stack.enter_context(self._region_writer(self.request, side, blocks))
+            )
+            if blocks is not None and reused is None and not (rows is not None and rows.resumed):
+                reused = partial_map(blocks, self.info)  # else what is missing is predicted as it would have been
+            plan = self._plan(side)
+            found = infer(
                 self.model.network,
                 self.slide.read,
                 plan,
                 genes=self.index,
-                fabric=make_fabric(device),
+                fabric=fabric,
                 settings=settings,
-                sink=sink_of(writer, self.info.factor, (height, width)) if writer is not None else None,
-                block_px=writer.layout.block_px * self.info.factor if writer is not None else None,
+                blocks=sink_of(blocks, self.info.factor, self.slide.map_shape) if blocks is not None else None,
+                block_px=self._block_px(blocks),
+                rows=rows,
                 stored=reused,
+                announce=partial(announce, blocks, rows),
                 show_progress_bar=show_progress_bar,
             )
-            self._say_reused(reused, plan, result)
-            elements, notes = self._results(plan, result, with_map=writer is not None)
-            if writer is not None:
-                writer.commit(elements, provenance=notes)
-            else:
-                commit(self.sdata, elements, overwrite=self.overwrite, provenance=notes)
+            self._say_reused(reused, plan, found)
+            self._commit(blocks, rows, plan.on_glass)
 
     def _names(self, write_map: bool) -> dict[str, str]:
         names = {self.map_key: "images", f"{self.map_key}_tissue": "labels"} if write_map else {}
         if self.request is not None:
             names[self.request.table_key] = "tables"
-            if self.request.element is not None:
+            if self.request.make_shapes is not None:
                 names[self.request.element_key] = "shapes"
         return names
 
-    def _writer(self) -> GeneMapWriter:
+    def _plan(self, side: int) -> RegionPlan:
+        height, width = self.slide.map_shape
+        regions = self.request.regions if self.request is not None else Circles(np.empty((0, 2)), np.empty(0))
+        return plan_regions(regions, Grid(height, width, MAP_STRIDE), self.tissue, side)
+
+    def _block_px(self, blocks: GeneMapWriter | None) -> int | None:
+        """Side of the map's blocks in native map pixels."""
+        return None if blocks is None else blocks.layout.block_px * self.info.factor
+
+    def _map_writer(self) -> GeneMapWriter:
         height, width = (-(-size // self.info.factor) for size in self.slide.map_shape)
         pitch_um = MAP_STRIDE * self.slide.working_mpp * self.info.factor
-        logger.info(
-            "gene map: %d genes, %d x %d pixels of %g µm, at most %s",
-            *(len(self.genes), height, width, pitch_um, size_text(estimate_bytes(len(self.genes), height, width))),
-        )
         return GeneMapWriter.open(
             self.sdata,
             key=self.map_key,
@@ -261,54 +270,70 @@ class _Job:
             overwrite=self.overwrite,
         )
 
-    def _say_reused(self, reused: ReusedMap | None, plan: RegionPlan, result: Inference) -> None:
+    def _region_writer(self, request: RegionRequest, side: int, blocks: GeneMapWriter | None) -> RegionWriter:
+        parts = [self.info.fingerprint, request.hash(), side]
+        return RegionWriter.open(
+            self.sdata,
+            table_key=request.table_key,
+            shapes_key=None if request.make_shapes is None else request.element_key,
+            n_regions=len(request.regions),
+            genes=self.genes,
+            fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+            overwrite=self.overwrite,
+            also_needed=0 if blocks is None else blocks.missing_bytes,
+        )
+
+    def _say_reused(self, reused: ReusedMap | None, plan: RegionPlan, found: Inference) -> None:
         if reused is None or self.request is None:
             return
         logger.info(
             "gene map %r reused for the regions: %d tiles run, %d windows read back",
-            *(self.map_key, result.tiles_run, result.windows_reused),
+            *(self.map_key, found.tiles_run, found.windows_reused),
         )
         if plan.on_glass.any():
             logger.info("%d regions lie off tissue, where the map is 0: their tiles are run", plan.on_glass.sum())
 
-    def _results(
-        self, plan: RegionPlan, result: Inference, *, with_map: bool
-    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        """Elements to add next to the map, and what is noted about all of them."""
+    def _commit(self, blocks: GeneMapWriter | None, rows: RegionWriter | None, on_glass: NDArray[np.bool_]) -> None:
+        """Write everything, and note where it comes from."""
+        results, notes = RegionResults(), dict[str, dict[str, Any]]()
         elements: dict[str, Any] = {}
-        notes: dict[str, dict[str, Any]] = {}
-        if with_map:
-            pitch = MAP_STRIDE * self.slide.working_scale
-            transforms = image_transforms(self.sdata, self.slide.image_key)
-            elements[f"{self.map_key}_tissue"] = tissue_labels(self.tissue, pitch, transforms)
-            notes["maps"] = {self.map_key: self._provenance() | asdict(self.info)}
-        if self.request is not None:
-            elements |= self._region_elements(self.request, plan, result)
+        if rows is not None and self.request is not None:
+            results = self._region_results(self.request, rows, on_glass)
             notes["tables"] = {self.request.table_key: self._provenance()}
-        return elements, notes
+        if blocks is None:
+            commit(
+                self.sdata,
+                results.elements,
+                overwrite=self.overwrite,
+                staged=results.staged,
+                provenance=notes,
+                cleanup=results.cleanup,
+            )
+            return
+        pitch = MAP_STRIDE * self.slide.working_scale
+        transforms = image_transforms(self.sdata, self.slide.image_key)
+        elements[f"{self.map_key}_tissue"] = tissue_labels(self.tissue, pitch, transforms)
+        notes["maps"] = {self.map_key: self._provenance() | asdict(self.info)}
+        blocks.commit(elements, results, provenance=notes)
 
-    def _region_elements(self, request: RegionRequest, plan: RegionPlan, result: Inference) -> dict[str, Any]:
-        keep = plan.divisor > 0
-        if not keep.all():
-            logger.warning("%d regions hold no pixel of the slide and are left out of the table", (~keep).sum())
-        table = region_table(
-            result.values[keep],
-            self.genes,
-            request.ids[keep],
+    def _region_results(self, request: RegionRequest, rows: RegionWriter, on_glass: NDArray[np.bool_]) -> RegionResults:
+        make_table = partial(
+            region_table,
+            genes=self.genes,
             region=request.element_key,
-            centres_px=request.centres_px(self.slide)[keep],
             spot_diameter_px=request.diameter_um / self.slide.mpp,
             picture=thumbnail(self.sdata, self.slide.image_key),
             library_id=self.slide.coordinate_system,
-            obs={
-                "area_um2": request.area_um2(self.slide)[keep],
-                "tissue_area_um2": np.where(plan.on_glass, 0.0, plan.divisor)[keep] * self.slide.working_mpp**2,
-            },
             var=self.model.record.var,
             uns={"pixnet_sd": self._provenance()},
         )
-        made = {} if request.element is None else {request.element_key: request.element.loc[request.ids[keep]]}
-        return made | {request.table_key: table}
+        return rows.results(
+            partial(request.describe, on_glass),
+            make_table=make_table,
+            aggregation=self.model.record.aggregation,
+            shapes_key=None if request.make_shapes is None else request.element_key,
+            make_shapes=request.make_shapes,
+        )
 
     def _provenance(self) -> dict[str, Any]:
         record = self.model.record

@@ -69,6 +69,7 @@ def train_settings(
     *,
     preset: Preset,
     max_epochs: int,
+    max_steps: int | None = None,
     lr: float,
     weight_decay: float,
     pcc_weight: float,
@@ -87,6 +88,8 @@ def train_settings(
     check_tile_px(tile_px)
     if max_epochs < 1 or batch_size < 1:
         raise PixNetError(f"max_epochs={max_epochs} and batch_size={batch_size} must be 1 or more.")
+    if max_steps is not None and max_steps < 1:
+        raise PixNetError(f"max_steps={max_steps}: give 1 or more steps, or None for all of max_epochs.")
     if patience is not None and patience < 1:
         raise PixNetError(f"patience={patience}: give 1 or more epochs, or None to train for all of max_epochs.")
     if not lr > 0 or not weight_decay >= 0 or not pcc_weight >= 0:
@@ -96,6 +99,7 @@ def train_settings(
     paper = preset == "paper"
     return TrainSettings(
         max_epochs=max_epochs,
+        max_steps=max_steps,
         lr=lr,
         weight_decay=weight_decay,
         optimizer="adam" if paper else "adamw",

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
-from pixnet_sd._errors import ElementError, PixNetError
+from pixnet_sd._errors import PixNetError
 from pixnet_sd._logging import logger
-from pixnet_sd.nn.regions import Circles, Regions, squares
+from pixnet_sd.nn.lattice import Lattice
+from pixnet_sd.nn.regions import Circles, Regions, chunks
 from pixnet_sd.slide import MAP_STRIDE, Slide, check_regions_on_image, regions_of
-from pixnet_sd.store import circles_element, image_transforms, squares_element
+from pixnet_sd.store import MakeShapes, RowInfo, circles_element, image_transforms, squares_element
 
 __all__ = ["RegionRequest", "request_regions"]
+
+_SAMPLE = 5000  # regions whose median area is taken
 
 
 @dataclass(frozen=True)
 class RegionRequest:
-    """Regions to predict.
+    """Regions to predict, any number of them: what is said of each is said of a few at a time.
 
     Attributes
     ----------
@@ -29,30 +33,53 @@ class RegionRequest:
         Name of the table to be.
     element_key
         Element that it will annotate.
-    element
-        That element, when it has to be made; None for one that is there.
+    make_shapes
+        Makes that element from centres and ids; None for one that is there.
     regions
         In working pixels.
     ids
         Instance id of each region.
     diameter_um
         At which a region is drawn: a circle's diameter, a bin's side, else that of a disk of the median area.
+    slide
+        Where they lie.
     """
 
     table_key: str
     element_key: str
-    element: Any | None
+    make_shapes: MakeShapes | None
     regions: Regions
     ids: pd.Index
     diameter_um: float
+    slide: Slide
 
-    def centres_px(self, slide: Slide) -> NDArray[np.float64]:
-        """Centres in pixels of the image's scale 0, (n, 2)."""
-        return self.regions.centre_xy * slide.working_scale
+    def describe(
+        self, on_glass: NDArray[np.bool_], start: int, stop: int, weight: NDArray[np.float64] | None
+    ) -> RowInfo:
+        """Ids, centres and areas of the regions ``start`` ... ``stop - 1``.
 
-    def area_um2(self, slide: Slide) -> NDArray[np.float64]:
-        """Areas, µm²."""
-        return self.regions.area * slide.working_mpp**2
+        Parameters
+        ----------
+        on_glass
+            Which of all regions have no tissue.
+        start, stop
+            The regions wanted.
+        weight
+            Tissue pixels of each, or all pixels of one on glass; None leaves the tissue's area out.
+        """
+        some = self.regions.subset(np.arange(start, stop))
+        px_um2 = self.slide.working_mpp**2
+        obs = {"area_um2": some.area * px_um2}
+        if weight is not None:
+            obs["tissue_area_um2"] = np.where(on_glass[start:stop], 0.0, weight * px_um2)
+        return RowInfo(self.ids[start:stop], some.centre_xy * self.slide.working_scale, obs)
+
+    def hash(self) -> str:
+        """Of where the regions are."""
+        digest = hashlib.sha256()
+        for _, some in chunks(self.regions):
+            digest.update(np.ascontiguousarray(some.bounds).tobytes())
+        return digest.hexdigest()
 
 
 def request_regions(
@@ -82,11 +109,12 @@ def request_regions(
         return _at_shapes(sdata, slide, shapes_key, radius_um, key_added)
     if radius_um is not None:
         spacing = spacing_um if spacing_um is not None else 2 * radius_um
-        centres = _grid_on_tissue(slide, tissue, spacing, f"radius_um={radius_um:g}, spacing_um={spacing:g}")
-        return _circles(sdata, slide, centres, radius_um, f"{key_added}_circles_{radius_um:g}um", None)
+        grid = _grid_on_tissue(slide, tissue, spacing, f"radius_um={radius_um:g}, spacing_um={spacing:g}")
+        ids = pd.RangeIndex(len(grid))
+        return _circles(sdata, slide, grid, radius_um, f"{key_added}_circles_{radius_um:g}um", ids)
     if bin_um is not None:
-        centres = _grid_on_tissue(slide, tissue, bin_um, f"bin_um={bin_um:g}")
-        return _bins(sdata, slide, centres, bin_um, f"{key_added}_bins_{bin_um:g}um")
+        grid = _grid_on_tissue(slide, tissue, bin_um, f"bin_um={bin_um:g}")
+        return _bins(sdata, slide, grid, bin_um, f"{key_added}_bins_{bin_um:g}um")
     return None
 
 
@@ -102,65 +130,52 @@ def _check_arguments(
         raise PixNetError("spacing_um is the pitch of a grid of circles: give it with radius_um, without shapes_key.")
 
 
-def _grid_on_tissue(slide: Slide, tissue: NDArray[np.bool_], pitch_um: float, what: str) -> NDArray[np.float64]:
-    """Centres, working pixels, of a square grid over the slide that lie on tissue."""
+def _grid_on_tissue(slide: Slide, tissue: NDArray[np.bool_], pitch_um: float, what: str) -> Lattice:
+    """Squares of a lattice over the slide, working pixels, whose centres lie on tissue."""
     pitch = pitch_um / slide.working_mpp
     height, width = slide.working_shape
-    x, y = np.meshgrid(np.arange(pitch / 2, width, pitch), np.arange(pitch / 2, height, pitch))
-    centres = np.stack([x.ravel(), y.ravel()], axis=1)
-    cell = np.floor(centres / MAP_STRIDE).astype(np.int64)
-    centres = centres[tissue[cell[:, 1], cell[:, 0]]]
-    if not len(centres):
+    rows, cols = (np.floor(np.arange(pitch / 2, size, pitch) / MAP_STRIDE).astype(np.int64) for size in (height, width))
+    row, col = (part.astype(np.int32) for part in np.nonzero(tissue[np.ix_(rows, cols)]))
+    if not len(row):
         raise PixNetError(
             f"{what} gives no region: the slide is {width * slide.working_mpp:.0f} x {height * slide.working_mpp:.0f} "
             f"µm, of which {100 * tissue.mean():.1f} % was found to be tissue."
         )
-    return np.asarray(centres)
+    return Lattice(row, col, np.diag([pitch, pitch, 1.0]))
 
 
 def _circles(
-    sdata: SpatialData,
-    slide: Slide,
-    centres: NDArray[np.float64],
-    radius_um: float,
-    key: str,
-    ids: pd.Index | None,
+    sdata: SpatialData, slide: Slide, centred: Regions, radius_um: float, key: str, ids: pd.Index
 ) -> RegionRequest:
-    index = pd.RangeIndex(len(centres)) if ids is None else ids
-    element = circles_element(
-        centres * slide.working_scale,
-        radius_um / slide.mpp,
-        image_transforms(sdata, slide.image_key),
-        index=list(index),
-    )
-    regions = Circles(centres, np.full(len(centres), radius_um / slide.working_mpp))
-    return RegionRequest(key, f"{key}_shapes", element, regions, index, 2 * radius_um)
-
-
-def _bins(sdata: SpatialData, slide: Slide, centres: NDArray[np.float64], bin_um: float, key: str) -> RegionRequest:
+    """Circles about the centres of other regions."""
     transforms = image_transforms(sdata, slide.image_key)
-    element = squares_element(centres * slide.working_scale, bin_um / slide.mpp, transforms)
-    regions = squares(centres, bin_um / slide.working_mpp)
-    return RegionRequest(key, f"{key}_shapes", element, regions, pd.RangeIndex(len(centres)), bin_um)
+    make = partial(circles_element, radius_px=radius_um / slide.mpp, transforms=transforms)
+    radius = radius_um / slide.working_mpp
+    about = replace(centred, radius=radius) if isinstance(centred, Lattice) else Circles(centred.centre_xy, radius)
+    return RegionRequest(key, f"{key}_shapes", make, about, ids, 2 * radius_um, slide)
+
+
+def _bins(sdata: SpatialData, slide: Slide, grid: Lattice, bin_um: float, key: str) -> RegionRequest:
+    transforms = image_transforms(sdata, slide.image_key)
+    make = partial(squares_element, side_px=bin_um / slide.mpp, transforms=transforms)
+    return RegionRequest(key, f"{key}_shapes", make, grid, pd.RangeIndex(len(grid)), bin_um, slide)
 
 
 def _at_shapes(
     sdata: SpatialData, slide: Slide, shapes_key: str, radius_um: float | None, key_added: str
 ) -> RegionRequest:
-    if shapes_key not in sdata.shapes and shapes_key not in sdata.labels:
-        there = ", ".join(repr(k) for k in (*sdata.shapes, *sdata.labels)) or "none"
-        raise ElementError(f"There is no shapes or labels element {shapes_key!r}. There are: {there}.")
     regions, ids = regions_of(
         sdata, shapes_key, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system
     )
     height, width = slide.working_shape
-    keep = check_regions_on_image(regions.bounds, width=width, height=height, what=f"Element {shapes_key!r}")
+    keep = check_regions_on_image(regions, width=width, height=height, what=f"Element {shapes_key!r}")
     if not keep.all():
         n_off, n = int((~keep).sum()), len(keep)
         logger.warning("%d of %d regions of %r lie off the image and are left out", n_off, n, shapes_key)
         regions, ids = regions.subset(np.flatnonzero(keep)), ids[keep]
     key = f"{key_added}_{shapes_key}"
     if radius_um is not None:
-        return _circles(sdata, slide, regions.centre_xy, radius_um, f"{key}_circles_{radius_um:g}um", ids)
-    diameter_um = 2 * float(np.sqrt(np.median(regions.area) / np.pi)) * slide.working_mpp
-    return RegionRequest(key, shapes_key, None, regions, ids, diameter_um)
+        return _circles(sdata, slide, regions, radius_um, f"{key}_circles_{radius_um:g}um", ids)
+    area = regions.subset(np.unique(np.linspace(0, len(regions) - 1, _SAMPLE).astype(np.int64))).area
+    diameter_um = 2 * float(np.sqrt(np.median(area) / np.pi)) * slide.working_mpp
+    return RegionRequest(key, shapes_key, None, regions, ids, diameter_um, slide)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,9 @@ from spatialdata import SpatialData
 from pixnet_sd._errors import PixNetError
 from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
 from pixnet_sd.engine.split import hold_out_blocks
-from pixnet_sd.slide import Measured, Slide, choose_genes, measured, open_slide, targets_of
+from pixnet_sd.nn.lattice import Lattice
+from pixnet_sd.nn.regions import Regions
+from pixnet_sd.slide import Measured, Slide, StoredTargets, Targets, choose_genes, measured, open_slide, targets_of
 
 __all__ = ["Source", "TrainingData", "Validation", "open_sources", "training_data"]
 
@@ -102,9 +105,11 @@ def _block_share(validation: Validation) -> float | None:
     return float(validation)
 
 
-def _as_training_slide(source: Source, genes: pd.Index, target_sum: float) -> TrainingSlide:
+def _as_training_slide(source: Source, targets: Sequence[Targets]) -> TrainingSlide:
     height, width = source.slide.working_shape
-    groups = tuple(MeasuredRegions(m.table_key, m.regions, targets_of(m, genes, target_sum)) for m in source.tables)
+    groups = tuple(
+        MeasuredRegions(table.table_key, t.regions, t.values) for table, t in zip(source.tables, targets, strict=True)
+    )
     return TrainingSlide(source.slide.name, source.slide.read, height, width, groups)
 
 
@@ -116,6 +121,7 @@ def training_data(
     target_sum: float,
     validation: Validation,
     seed: int,
+    cache: Path,
 ) -> TrainingData:
     """Choose genes on the training slides and split off what is held out.
 
@@ -125,6 +131,8 @@ def training_data(
         Slides by name.
     genes, n_genes, target_sum, validation, seed
         As of :func:`pixnet_sd.tl.fit`.
+    cache
+        Folder for compact counts, where there are too many for memory.
 
     Returns
     -------
@@ -135,14 +143,17 @@ def training_data(
     PixNetError
         `validation` fits neither the slides nor a share.
     DataError
-        Genes are missing.
+        Genes are missing, or counts cannot be used.
+    StoreError
+        Compact counts cannot be written.
     """
     held_names = _held_out_names(validation, list(sources))
     share = _block_share(validation)
     tables = {name: source.tables for name, source in sources.items() if name not in held_names}
     unseen = {name: sources[name].tables for name in held_names}
     chosen = choose_genes(tables, held_out=unseen, n_genes=n_genes, genes=genes, target_sum=target_sum)
-    slides = {name: _as_training_slide(source, chosen, target_sum) for name, source in sources.items()}
+    targets = targets_of({name: source.tables for name, source in sources.items()}, chosen, target_sum, cache)
+    slides = {name: _as_training_slide(source, targets[name]) for name, source in sources.items()}
     training = [slides[name] for name in tables]
     held_out = [slides[name] for name in held_names]
     if share is not None:
@@ -178,6 +189,25 @@ def data_hash(data: TrainingData) -> str:
         for slide in slides:
             digest.update(f"{slide.name} {slide.height} {slide.width}".encode())
             for group in slide.measured:
-                digest.update(np.ascontiguousarray(group.values).tobytes())
-                digest.update(np.ascontiguousarray(group.regions.bounds).tobytes())
+                for part in (*_content(group.values), *_place(group.regions)):
+                    digest.update(part)
     return digest.hexdigest()
+
+
+def _content(values: Any) -> Iterator[bytes | memoryview]:
+    """Targets themselves, or, of those on disk, the hash of their counts and which of them they are."""
+    if not isinstance(values, StoredTargets):
+        yield np.ascontiguousarray(values).data.cast("B")
+        return
+    yield f"{values.counts.sha256} {values.target_sum}".encode()
+    if values.index is not None:
+        yield values.index.data.cast("B")
+
+
+def _place(regions: Regions) -> Iterator[bytes | memoryview]:
+    """Where regions are."""
+    if not isinstance(regions, Lattice):
+        yield np.ascontiguousarray(regions.bounds).data.cast("B")
+        return
+    for array in (regions.to_grid, regions.row, regions.col):
+        yield np.ascontiguousarray(array).data.cast("B")

@@ -1,0 +1,425 @@
+"""How much of the network's bare speed `predict` and `fit` keep, end to end, through the engine that they use.
+
+    python benchmarks/gpu.py [--device cuda] [--small] [--encoder resnet18] [--json figures.json]
+
+Everything is an array here: no SpatialData, zarr, anndata or pandas. What has to be importable besides `pixnet_sd`
+itself: torch, torchvision and timm, numpy, scipy, lightning_fabric (with lightning_utilities), tqdm, safetensors and
+huggingface_hub.
+
+The slide is uncompressed in memory, so that reading a tile is a copy and decoding costs nothing: a store of JPEG or
+Zstandard chunks adds its decoding to the threads that read ahead. It has bins of 2, 8 and 16 µm at 0.5 µm per working
+pixel, on a lattice turned by 0.5°; targets are rows gathered from a table in memory, made when a tile asks for them.
+Weights are random.
+
+- forward: the network on tiles that are on the device already, halo included, without gradients.
+- predict, results dropped: `engine.infer.infer`, map of all genes and sums of all 2 µm bins; every value is copied to
+  the host, and dropped there.
+- predict, results kept: the same, each block and each window's sums copied once more, into memory of the sink.
+- forward + backward: the network on a batch that is on the device already, backwards from the mean square of D.
+- fit, batch on the device: the engine's step on one batch that is there already: with regions, loss and optimizer.
+- fit: `engine.train.train`; the time of a step is the difference between a long run and one of half its steps, over
+  the difference in steps, so that set-up falls out.
+
+Bare and end to end alternate; figures are medians. A tile of `predict` counts its pixels without the halo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pixnet_sd.engine import train as training
+from pixnet_sd.engine.batches import make_batch, plan_batches
+from pixnet_sd.engine.device import fixed_shapes, make_fabric
+from pixnet_sd.engine.infer import InferSettings, infer, window_side
+from pixnet_sd.engine.region_plan import RegionPlan, plan_regions
+from pixnet_sd.engine.settings import TrainSettings
+from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
+from pixnet_sd.nn.encoder import build_encoder
+from pixnet_sd.nn.grid import Grid, Window
+from pixnet_sd.nn.lattice import Lattice
+from pixnet_sd.nn.model import MAP_STRIDE, DecoderConfig, Network
+from pixnet_sd.nn.receptive_field import receptive_radius_px
+
+MPP, BIN_UM, LATTICE_DEGREES = 0.5, (2, 8, 16), 0.5
+KEPT_SHARE, TRAIN_GB = 0.7, 8.0
+UNWANTED = {"anndata", "dask", "geopandas", "pandas", "shapely", "spatialdata", "squidpy", "xarray", "zarr"}
+
+Block = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a run."""
+
+    encoder: str
+    widths: tuple[int, ...]
+    hidden: tuple[int, ...]
+    slide_px: int  # working pixels: a 26,000 px slide of 0.25 µm/px has 13,000
+    n_genes: int
+    predict_px: int
+    predict_batch: int
+    block_px: int
+    train_px: int
+    train_batch: int
+    steps: int
+    repeats: int
+
+
+FULL = Scale("resnet18", (64, 128, 256, 512), (128, 256, 512), 13_000, 250, 1024, 4, 256, 512, 8, 40, 5)
+SMALL = Scale("test_resnet", (8, 8, 8, 16), (16, 16, 16), 700, 12, 128, 2, 32, 128, 2, 4, 2)
+
+
+class Pixels:
+    """Reads an uncompressed slide, white outside."""
+
+    def __init__(self, side: int) -> None:
+        patch = np.random.default_rng(0).integers(60, 230, (512, 512, 3), np.uint8)
+        times = -(-side // 512)
+        self.pixels = np.tile(patch, (times, times, 1))[:side, :side]
+
+    def __call__(self, row0: int, row1: int, col0: int, col1: int) -> NDArray[np.uint8]:
+        side = len(self.pixels)
+        tile = np.full((row1 - row0, col1 - col0, 3), 255, np.uint8)
+        top, bottom, left, right = (min(max(v, 0), side) for v in (row0, row1, col0, col1))
+        tile[top - row0 : bottom - row0, left - col0 : right - col0] = self.pixels[top:bottom, left:right]
+        return tile
+
+
+@dataclass(frozen=True)
+class GatheredTargets:
+    """Targets of many regions as rows of a short table."""
+
+    table: NDArray[np.float32]
+    ids: NDArray[np.intp]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.ids), self.table.shape[1]
+
+    def __getitem__(self, index: NDArray[np.intp]) -> NDArray[np.float32]:
+        return self.table.take(self.ids[index] % len(self.table), axis=0)
+
+    def mean(self, axis: int) -> NDArray[np.float32]:
+        return self.table.mean(axis)
+
+    def subset(self, index: NDArray[np.intp]) -> GatheredTargets:
+        return GatheredTargets(self.table, self.ids[index])
+
+
+class Dropped:
+    """Takes blocks and windows, and keeps nothing."""
+
+    def __init__(self, scale: Scale) -> None:
+        side, unit = scale.slide_px // MAP_STRIDE, scale.block_px
+        starts = range(0, side, unit)
+        self.pending: list[Block] = [
+            (r, min(r + unit, side), c, min(c + unit, side)) for r, c in itertools.product(starts, starts)
+        ]
+
+    def write(self, block: Block, values: NDArray[np.float32]) -> None:
+        pass
+
+    def is_done(self, window: Window) -> bool:
+        return False
+
+    def put(self, window: Window, index: NDArray[np.intp], sums: NDArray[np.float32], *_: Any) -> None:
+        pass
+
+
+class Kept(Dropped):
+    """Copies all that it takes into memory, over what it took some time before: the map of a slide has 10 GB."""
+
+    def __init__(self, scale: Scale) -> None:
+        super().__init__(scale)
+        self.ring = np.zeros((16, scale.n_genes, scale.block_px, scale.block_px), np.float32)
+        self.sums = np.zeros((1, scale.n_genes), np.float32)
+        self.place = itertools.count()
+
+    def write(self, block: Block, values: NDArray[np.float32]) -> None:
+        _, rows, cols = values.shape
+        self.ring[next(self.place) % len(self.ring), :, :rows, :cols] = values
+
+    def put(self, window: Window, index: NDArray[np.intp], sums: NDArray[np.float32], *_: Any) -> None:
+        if len(sums) > len(self.sums):
+            self.sums = np.zeros_like(sums)
+        self.sums[: len(sums)] = sums
+
+
+class Figure(NamedTuple):
+    """One line of the result."""
+
+    name: str
+    tiles_per_s: float
+    mpx_per_s: float
+    share_of_bare: float | None
+    peak_gb: float | None
+
+
+def bins(scale: Scale, size_um: int) -> Lattice:
+    """A turned lattice that fills most of the slide."""
+    pitch, angle = size_um / MPP, np.deg2rad(LATTICE_DEGREES)
+    cos, sin = np.cos(angle), np.sin(angle)
+    n = int(0.97 * scale.slide_px / (pitch * (cos + sin)))
+    row, col = (part.ravel() for part in np.mgrid[:n, :n])
+    offset = 0.01 * scale.slide_px
+    place = np.array([[cos, -sin, offset + sin * n * pitch], [sin, cos, offset], [0, 0, 1]])
+    return Lattice(row, col, place @ np.diag([pitch, pitch, 1]))
+
+
+def make_slide(scale: Scale) -> TrainingSlide:
+    table = np.random.default_rng(1).gamma(1.0, 1.0, (4096, scale.n_genes)).astype(np.float32)
+    lattices = [bins(scale, size) for size in BIN_UM]
+    measured = tuple(
+        MeasuredRegions(f"{size} µm", lattice, GatheredTargets(table, np.arange(len(lattice))))
+        for size, lattice in zip(BIN_UM, lattices, strict=True)
+    )
+    return TrainingSlide("slide", Pixels(scale.slide_px), scale.slide_px, scale.slide_px, measured)
+
+
+def make_network(scale: Scale) -> Network:
+    torch.manual_seed(0)
+    decoder = DecoderConfig(scale.widths, scale.hidden, 0.5)
+    return Network(build_encoder(scale.encoder, None), decoder, scale.n_genes, "mean")
+
+
+class Bench:
+    """A slide, a network and a device."""
+
+    def __init__(self, scale: Scale, fabric: Fabric, *, compile: bool) -> None:
+        self.scale, self.fabric, self.compile = scale, fabric, compile
+        self.gpu = fabric.device.type == "cuda"
+        self.layout = torch.channels_last if self.gpu else torch.contiguous_format
+        self.slide = make_slide(scale)
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        self.wait()
+        started = time.perf_counter()
+        run()
+        self.wait()
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize(self.fabric.device)
+
+    def alternate(self, runs: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, float | None]]:
+        """Median seconds of each run, after one to warm up, and the peak of the device's memory in GB."""
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        peak: dict[str, float | None] = dict.fromkeys(runs)
+        for repeat in range(self.scale.repeats + 1):
+            for name, run in runs.items():
+                if self.gpu:
+                    torch.cuda.reset_peak_memory_stats(self.fabric.device)
+                elapsed = self.seconds(run)
+                if repeat:
+                    taken[name].append(elapsed)
+                if repeat and self.gpu:
+                    peak[name] = torch.cuda.max_memory_allocated(self.fabric.device) / 1e9
+        return {name: median(values) for name, values in taken.items()}, peak
+
+    def random_image(self, n_tiles: int, side: int) -> Tensor:
+        return torch.randint(256, (n_tiles, 3, side, side), dtype=torch.uint8, device=self.fabric.device)
+
+    def forward(self, network: Any, image: Tensor) -> Tensor:
+        with self.fabric.autocast():
+            return network(image.float().contiguous(memory_format=self.layout))
+
+    def prepared(self) -> Network:
+        return make_network(self.scale).to(self.fabric.device).to(memory_format=self.layout)
+
+    def predict(self) -> list[Figure]:
+        scale, network = self.scale, self.prepared()
+        halo_px = receptive_radius_px(network)
+        settings = InferSettings(scale.predict_px, halo_px, scale.predict_batch, compile=self.compile)
+        plan = self.region_plan()
+        n_tiles = self.infer(network, plan, settings, Dropped(scale))
+        bare_network = torch.compile(network, dynamic=False) if self.compile else network.eval()
+        image = self.random_image(scale.predict_batch, scale.predict_px + 2 * halo_px)
+
+        @torch.inference_mode()
+        def bare() -> None:
+            for _ in range(-(-n_tiles // scale.predict_batch)):
+                self.forward(bare_network, image)
+
+        taken, peak = self.alternate(
+            {
+                "forward": bare,
+                "predict, results dropped": lambda: self.infer(network, plan, settings, Dropped(scale)),
+                "predict, results kept": lambda: self.infer(network, plan, settings, Kept(scale)),
+            }
+        )
+        print(
+            f"map and 2 µm bins of {scale.slide_px:,}² working px: {taken['predict, results kept']:.1f} s", flush=True
+        )
+        done = -(-n_tiles // scale.predict_batch) * scale.predict_batch
+        per_tile = {name: s / (done if name == "forward" else n_tiles) for name, s in taken.items()}
+        return figures(per_tile, peak, scale.predict_px, "forward")
+
+    def region_plan(self) -> RegionPlan:
+        side = -(-self.scale.slide_px // MAP_STRIDE)
+        step = self.scale.predict_px // MAP_STRIDE
+        started = time.perf_counter()
+        regions = self.slide.measured[0].regions
+        tissue = np.ones((side, side), bool)
+        plan = plan_regions(regions, Grid(side, side, MAP_STRIDE), tissue, window_side(step, self.scale.block_px))
+        print(f"plan of {len(regions):,} bins: {time.perf_counter() - started:.1f} s, in no figure", flush=True)
+        return plan
+
+    def infer(self, network: Network, plan: RegionPlan, settings: InferSettings, sink: Dropped) -> int:
+        """Tiles run."""
+        return infer(
+            network,
+            self.slide.read,
+            plan,
+            genes=np.arange(self.scale.n_genes),
+            fabric=self.fabric,
+            settings=settings,
+            blocks=sink,
+            block_px=self.scale.block_px,
+            rows=sink,
+            show_progress_bar=False,
+        ).tiles_run
+
+    def fit(self) -> list[Figure]:
+        scale, steps = self.scale, self.scale.steps
+        settings = TrainSettings(
+            max_epochs=10**6, tile_px=scale.train_px, batch_size=scale.train_batch, compile=self.compile
+        )
+        network = self.prepared()
+        bare_network = torch.compile(network, dynamic=False) if self.compile else network
+        image = self.random_image(scale.train_batch, scale.train_px)
+        with tempfile.TemporaryDirectory() as folder:
+            one_step = self.resident_step(network, settings, Path(folder))
+
+            def bare() -> None:
+                for _ in range(steps):
+                    self.forward(bare_network, image).float().square().mean().backward()
+                    network.zero_grad()
+
+            taken, peak = self.alternate(
+                {
+                    "forward + backward": bare,
+                    "fit, batch on the device": lambda: [one_step() for _ in range(steps)],
+                    "half": lambda: self.train(network, settings, steps, Path(folder)),
+                    "fit": lambda: self.train(network, settings, 2 * steps, Path(folder)),
+                }
+            )
+        taken["fit"] -= taken.pop("half")
+        per_tile = {name: s / (steps * scale.train_batch) for name, s in taken.items()}
+        return figures(per_tile, peak, scale.train_px, "forward + backward")
+
+    def resident_step(self, network: Network, settings: TrainSettings, folder: Path) -> Callable[[], Tensor]:
+        """The engine's step on a batch that is on the device."""
+        run = training._Run(network, [self.slide], [], settings, self.fabric, folder)
+        plan = plan_batches(run.fixed_tiles, settings.batch_size, None)[0]
+        host = make_batch(self.slide, run.fixed_tiles[0], plan, MAP_STRIDE, pin=run.features.pins)
+        batch = host.moved(run.features.copies.up) if self.gpu else host
+        network.train()
+        return lambda: run.step(batch, run.fixed_tiles, settings.lr)
+
+    def train(self, network: Network, settings: TrainSettings, steps: int, folder: Path) -> None:
+        settings = replace(settings, max_steps=steps)
+        training.train(
+            network,
+            [self.slide],
+            [],
+            settings,
+            fabric=self.fabric,
+            directory=folder,
+            fingerprint="benchmark",
+            show_progress_bar=False,
+        )
+
+
+def figures(per_tile: dict[str, float], peak: dict[str, float | None], tile_px: int, bare: str) -> list[Figure]:
+    return [
+        Figure(name, 1 / s, tile_px**2 / s / 1e6, None if name == bare else per_tile[bare] / s, peak[name])
+        for name, s in per_tile.items()
+    ]
+
+
+def show(found: Sequence[Figure]) -> None:
+    print("\n| | tiles/s | Mpx/s | of bare | peak GB on the device |\n|---|---:|---:|---:|---:|")
+    for name, tiles, mpx, share, peak in found:
+        share_text = "" if share is None else f"{share:.0%}"
+        print(f"| {name} | {tiles:.2f} | {mpx:.3f} | {share_text} | {'' if peak is None else f'{peak:.2f}'} |")
+
+
+def verdict(found: Sequence[Figure]) -> list[str]:
+    """The targets, for a full run on a GPU."""
+    by_name = {figure.name: figure for figure in found}
+    lines = []
+    for name in ("predict, results kept", "fit"):
+        share = by_name[name].share_of_bare or 0.0
+        lines.append(
+            f"{'met' if share >= KEPT_SHARE else 'MISSED'}: {name} {share:.0%} of bare, {KEPT_SHARE:.0%} asked"
+        )
+    peak = by_name["fit"].peak_gb or float("inf")
+    lines.append(f"{'met' if peak <= TRAIN_GB else 'MISSED'}: fit takes {peak:.2f} GB, {TRAIN_GB:.0f} allowed")
+    return lines
+
+
+def check_imports() -> None:
+    found = sorted(UNWANTED & {name.split(".")[0] for name in sys.modules})
+    if found:
+        raise SystemExit(f"engine/ and nn/ must not import {', '.join(found)}")
+
+
+def describe(bench: Bench) -> str:
+    device, scale = bench.fabric.device, bench.scale
+    name = torch.cuda.get_device_name(device) if bench.gpu else f"CPU, {torch.get_num_threads()} thread(s)"
+    return (
+        f"{name}; torch {torch.__version__}, timm {timm.__version__}, {bench.fabric._precision.precision}, "
+        f"compile={bench.compile}; {scale}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs; no figure means much")
+    parser.add_argument("--encoder", help="timm model (default: resnet18; a tiny one with --small)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, in bare and end to end alike")
+    parser.add_argument("--only", choices=["predict", "fit"])
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    for field in ("slide_px", "steps", "repeats", "predict_batch", "train_batch"):
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int)
+    given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
+    sizes = {k: v for k, v in given.items() if k in Scale.__annotations__}
+    bench = Bench(
+        replace(SMALL if given["small"] else FULL, **sizes), make_fabric(given.get("device")), compile=given["compile"]
+    )
+    heading = describe(bench)
+    print(heading, flush=True)
+    found: list[Figure] = []
+    with fixed_shapes(bench.fabric.device):
+        for part in ("predict", "fit"):
+            if given.get("only", part) == part:
+                found += getattr(bench, part)()
+    show(found)
+    if bench.gpu and not given["small"] and "only" not in given:
+        print("\n" + "\n".join(verdict(found)))
+    if "json" in given:
+        given["json"].write_text(json.dumps({"run": heading, "figures": [f._asdict() for f in found]}, indent=1))
+    check_imports()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Shapes that are on disk and not in memory: millions of bins of which some thousand tell all there is to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from numpy.typing import NDArray
+
+from ._store_parts import elements_on_disk, read_part, skeleton
+
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
+
+__all__ = ["SAMPLE", "StoredShapes", "sample_positions", "sample_shapes", "shapes_of"]
+
+SAMPLE = 5000
+_FILE = "shapes.parquet"
+_BATCH_ROWS = 2**16
+_BYTES_A_SHAPE = 500  # a quadrangle
+
+
+def sample_positions(n: int) -> NDArray[np.int64]:
+    """Positions, at most `SAMPLE` of them, spread evenly over n, ascending."""
+    return np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class StoredShapes:
+    """A shapes element of a store, of which only what is asked for is read.
+
+    Attributes
+    ----------
+    path
+        Its folder, ``{store}/shapes/{key}``.
+    """
+
+    path: Path
+
+    @cached_property
+    def _file(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self.path / _FILE)
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    @property
+    def n_bytes(self) -> int:
+        """Roughly what it takes in memory."""
+        return len(self) * _BYTES_A_SHAPE
+
+    @property
+    def sample(self) -> GeoDataFrame:
+        """At most 5,000 of the shapes, spread evenly over all, with the element's transformations."""
+        return _sampled(self, (self.path / _FILE).stat().st_mtime_ns)
+
+    @property
+    def index(self) -> pd.Index:
+        """Names of all shapes."""
+        name, index = self._index
+        if name is None:
+            return index
+        return pd.Index(self._file.read([name])[name].to_numpy())
+
+    @property
+    def _index(self) -> tuple[str | None, pd.Index]:
+        """Column with the names of shapes; None and the names themselves where they are counted and not written."""
+        columns = (self._file.schema_arrow.pandas_metadata or {}).get("index_columns", [])
+        if columns and isinstance(columns[0], str):
+            return columns[0], pd.RangeIndex(0)
+        span = columns[0] if columns else {"start": 0, "stop": len(self), "step": 1}
+        return None, pd.RangeIndex(span["start"], span["stop"], span["step"])
+
+    def load(self) -> GeoDataFrame:
+        """All shapes, in memory."""
+        return read_part(self.path.parents[1], {"shapes": [self.path.name]}).shapes[self.path.name]
+
+
+@lru_cache(maxsize=16)
+def _sampled(shapes: StoredShapes, changed_ns: int) -> GeoDataFrame:  # noqa: ARG001 - a file that changed is read again
+    from spatialdata import read_zarr
+
+    store, key = shapes.path.parents[1], shapes.path.name
+    wanted = sample_positions(len(shapes))
+    with TemporaryDirectory() as folder:
+        scratch = Path(folder) / "sample.zarr"
+        group = skeleton(store, scratch, []).create_group(f"shapes/{key}")
+        group.attrs.update(zarr.open_group(shapes.path, mode="r").attrs.asdict())
+        with pq.ParquetFile(shapes.path / _FILE) as file:
+            pq.write_table(
+                pa.Table.from_batches(_take(file, wanted), file.schema_arrow), scratch / "shapes" / key / _FILE
+            )
+        sample: Any = read_zarr(scratch).shapes[key]
+    name, index = shapes._index
+    if name is None:
+        sample.index = index[wanted]
+    return sample
+
+
+def _take(file: pq.ParquetFile, wanted: NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
+    start = 0
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+        low, high = np.searchsorted(wanted, (start, start + len(batch)))
+        yield batch.take(pa.array(wanted[low:high] - start))
+        start += len(batch)
+
+
+def shapes_of(sdata: SpatialData) -> dict[str, GeoDataFrame | StoredShapes]:
+    """Every shapes element of an object: those in memory, and those that only the store behind it has."""
+    stored = {key: StoredShapes(path) for key, path in elements_on_disk(sdata, "shapes", _FILE).items()}
+    return {**sdata.shapes, **stored}
+
+
+def sample_shapes(shapes: GeoDataFrame | StoredShapes) -> GeoDataFrame:
+    """At most 5,000 shapes of an element, spread evenly over all."""
+    return shapes.sample if isinstance(shapes, StoredShapes) else shapes.iloc[sample_positions(len(shapes))]

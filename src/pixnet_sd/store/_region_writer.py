@@ -1,0 +1,245 @@
+"""Predicted regions, gathered window by window, then made into a table and shapes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from pixnet_sd._errors import DataError, StoreError
+from pixnet_sd._logging import logger
+
+from ._commit import Staged, check_target
+from ._disk import hold_lock, local_store, work_folder
+from ._row_file import RowFile
+from ._rows import Describe, MemoryRows
+from ._shapes_writer import MakeShapes, memory_shapes, write_shapes
+from ._table_writer import Aggregation, MakeTable, memory_table, write_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from spatialdata import SpatialData
+
+    from pixnet_sd.nn.grid import Window
+
+__all__ = ["RegionResults", "RegionWriter", "estimate_table_bytes"]
+
+LOCK_WAIT_S = 15.0
+
+_DESCRIBED_BYTES = 300  # of a region: id, name, centre, areas, outline
+_SHARED = 0.5  # shares of regions that lie in several windows, per region
+
+
+@dataclass(frozen=True)
+class RegionResults:
+    """What to give to `commit`.
+
+    Attributes
+    ----------
+    elements
+        For objects in memory.
+    staged
+        For backed objects.
+    cleanup
+        Folders that are not needed once the elements are in the store.
+    """
+
+    elements: dict[str, Any] = field(default_factory=dict)
+    staged: tuple[Staged, ...] = ()
+    cleanup: tuple[Path, ...] = ()
+
+
+class RegionWriter:
+    """Takes the regions' shares from the windows of a slide; open it with `RegionWriter.open`.
+
+    For a backed object the sums lie beside the store. What a killed run has put is taken up by the next one with the
+    same fingerprint. Use it as a context manager, and `commit` the results inside: leaving it without keeps the sums
+    for the next run.
+
+    Attributes
+    ----------
+    rows
+        Sums and weights of the regions.
+    resumed
+        Whether those of a killed run were taken up.
+    """
+
+    def __init__(self, rows: RowFile | MemoryRows, *, table_key: str, lock: ExitStack) -> None:
+        self.rows = rows
+        self.resumed = isinstance(rows, RowFile) and rows.resumed
+        self._key, self._lock = table_key, lock
+
+    @classmethod
+    def open(
+        cls,
+        sdata: SpatialData,
+        *,
+        table_key: str,
+        shapes_key: str | None,
+        n_regions: int,
+        genes: Sequence[str],
+        fingerprint: str,
+        overwrite: bool = False,
+        also_needed: int = 0,
+    ) -> RegionWriter:
+        """Start a table, or take up a partial one.
+
+        Parameters
+        ----------
+        sdata
+            The object that the table is for. One in memory keeps it there.
+        table_key, shapes_key
+            Names of the elements to be; None: no shapes.
+        n_regions
+            Regions that are asked for.
+        genes
+            Columns of the table.
+        fingerprint
+            Text that is equal for two runs exactly when their values would be (model, slide, regions, settings, sizes
+            of the windows).
+        overwrite
+            Whether elements of those names may be replaced.
+        also_needed
+            Bytes of disk that the rest of the same result still needs.
+
+        Raises
+        ------
+        StoreError
+            Name taken, store read-only, too little disk or memory, another run writing the same table.
+        """
+        names = {table_key: "tables"} | ({} if shapes_key is None else {shapes_key: "shapes"})
+        check_target(sdata, names, overwrite=overwrite)
+        store = local_store(sdata)
+        with ExitStack() as stack:
+            rows: RowFile | MemoryRows
+            if store is None:
+                rows = MemoryRows(n_regions, len(genes))
+            else:
+                folder = work_folder(store) / f"table-{table_key}"
+                busy = f"Another run is writing the table {table_key!r} of {store}. Wait for it, or choose another key."
+                lock = folder.with_name(f"{folder.name}.lock")
+                stack.enter_context(hold_lock(lock, wait_s=LOCK_WAIT_S, busy=busy))
+                rows = RowFile(folder, n_regions, len(genes), {"fingerprint": fingerprint, "genes": list(genes)})
+                stack.callback(rows.close)
+                _check_room(sdata, names, overwrite, rows, also_needed)
+            return cls(rows, table_key=table_key, lock=stack.pop_all())
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that are still to be written at most, those included that are deleted at the end."""
+        return _missing_bytes(self.rows)
+
+    def summary(self) -> str:
+        """What will be written, in words."""
+        return f"table {self._key!r}: {self.rows.n_rows} regions x {self.rows.n_genes} genes"
+
+    def put(
+        self,
+        window: Window,
+        index: NDArray[np.intp],
+        sums: NDArray[np.float32],
+        weight: NDArray[np.float64],
+        complete: NDArray[np.bool_],
+    ) -> None:
+        """Take a window's share of the regions that it touches; see `Rows.put`."""
+        self.rows.put(window, index, sums, weight, complete)
+
+    def is_done(self, window: Window) -> bool:
+        """Whether the window was put, by this run or by the one that it takes up."""
+        return self.rows.is_done(window)
+
+    def results(
+        self,
+        describe: Describe,
+        *,
+        make_table: MakeTable,
+        aggregation: Aggregation,
+        shapes_key: str | None = None,
+        make_shapes: MakeShapes | None = None,
+    ) -> RegionResults:
+        """Make the elements, for a backed object on disk, once all windows are put.
+
+        Regions that hold no pixel of the slide are left out.
+
+        Parameters
+        ----------
+        describe
+            Ids, centres and columns by range of regions.
+        make_table
+            `region_table`, everything given but ``values``, ``instance_ids``, ``centres_px`` and ``obs``.
+        aggregation
+            ``"mean"`` divides the sums by the weights.
+        shapes_key, make_shapes
+            Name, and `circles_element` or `squares_element` with everything given but the centres and ``index``.
+
+        Raises
+        ------
+        DataError
+            When no region holds a pixel of the slide.
+        StoreError
+            When the disk is full; the same call goes on from the sums.
+        """
+        keep = self.rows.keep()
+        if not keep.any():
+            raise DataError(
+                f"None of the {len(keep)} regions holds a pixel of the slide: are they those of this image?"
+            )
+        if not keep.all():
+            logger.warning("%d regions hold no pixel of the slide and are left out of the table", (~keep).sum())
+        shapes = {} if shapes_key is None or make_shapes is None else {shapes_key: make_shapes}
+        if isinstance(self.rows, MemoryRows):
+            elements: dict[str, Any] = {key: memory_shapes(describe, keep, make) for key, make in shapes.items()}
+            elements[self._key] = memory_table(self.rows, describe, keep, make_table, aggregation)
+            return RegionResults(elements)
+        folder = self.rows.folder
+        for store in ("shapes.zarr", "table.zarr"):
+            shutil.rmtree(folder / store, ignore_errors=True)  # of a run that was killed while it wrote them
+        staged = [write_shapes(folder / "shapes.zarr", key, describe, keep, make) for key, make in shapes.items()]
+        staged.append(write_table(folder / "table.zarr", self._key, self.rows, describe, keep, make_table, aggregation))
+        return RegionResults(staged=tuple(staged), cleanup=(folder,))
+
+    def abort(self) -> None:
+        """Delete what was put."""
+        if isinstance(self.rows, RowFile):
+            self.rows.discard()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the rows; another run may then take them up."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and isinstance(self.rows, RowFile) and self.rows.folder.exists():
+            logger.info("The regions predicted so far wait in %s and are taken up by the same call.", self.rows.folder)
+        self.close()
+
+
+def estimate_table_bytes(n_regions: int, n_genes: int) -> int:
+    """Bytes of disk that a table, its shapes and the sums that they are made from take at most."""
+    value_bytes = 4 * n_genes
+    return int(n_regions * ((2 + _SHARED) * value_bytes + _DESCRIBED_BYTES))
+
+
+def _missing_bytes(rows: RowFile | MemoryRows) -> int:
+    there = rows.stored_bytes if isinstance(rows, RowFile) else 0
+    return max(0, estimate_table_bytes(rows.n_rows, rows.n_genes) - there)
+
+
+def _check_room(sdata: SpatialData, names: dict[str, str], overwrite: bool, rows: RowFile, also_needed: int) -> None:
+    """Disk for what is still to come."""
+    try:
+        check_target(sdata, names, overwrite=overwrite, needed_bytes=_missing_bytes(rows) + also_needed)
+    except StoreError:
+        if not rows.n_done:
+            rows.discard()
+        raise

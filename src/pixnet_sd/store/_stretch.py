@@ -1,0 +1,57 @@
+"""Arrays of a full size from arrays of a tiny element.
+
+spatialdata and anndata decide how an element lies on disk: they write a tiny one of the same kind, and its arrays are
+then given the full shape. Codecs, names and attributes stay theirs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import zarr
+
+from pixnet_sd._errors import StoreError
+
+from ._disk import read_json, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["stretch"]
+
+
+def stretch(path: Path, shape: Sequence[int], chunks: Sequence[int]) -> Any:
+    """Change shape and chunks of an array, and empty it.
+
+    Parameters
+    ----------
+    path
+        Folder of the array.
+    shape, chunks
+        Of the full array.
+
+    Returns
+    -------
+    The array, for writing.
+
+    Raises
+    ------
+    StoreError
+        When its chunks or its fill value are of a kind that is not known here.
+    """
+    shutil.rmtree(path / "c", ignore_errors=True)
+    metadata = read_json(path / "zarr.json")
+    if metadata["chunk_grid"]["name"] != "regular" or metadata["fill_value"] not in (0, ""):
+        raise StoreError(
+            f"The installed version of zarr lays {path.name!r} out in a way that pixnet_sd does not know yet. Install "
+            "an older one, or predict into an object in memory and write that."
+        )
+    for codec in metadata["codecs"]:
+        if codec["name"] == "sharding_indexed":  # one file a chunk suits us
+            metadata["codecs"] = codec["configuration"]["codecs"]
+    metadata["shape"] = list(shape)
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = list(chunks)
+    write_json(path / "zarr.json", metadata, scratch=path)
+    return zarr.open_array(str(path), mode="r+")

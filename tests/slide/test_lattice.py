@@ -1,0 +1,153 @@
+"""Bins from the indices of their table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons
+from pixnet_sd.slide import _lattice
+from pixnet_sd.slide._lattice import bins_of_table, fit_lattice, lattice_pitch
+from pixnet_sd.slide._regions import regions_of
+from pixnet_sd.slide._tables import table_link
+
+TABLE, SHAPES = "square_008um", "sample_square_008um"
+PLACE = {"coordinate_system": "sample", "from_system": np.diag([2.0, 2.0, 1.0])}
+
+
+@given(
+    st.floats(0.5, 50),
+    st.floats(-np.pi, np.pi),
+    st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500)), min_size=3, max_size=30, unique=True),
+)
+def test_fit_with_any_gaps(pitch: float, angle: float, points: list[tuple[int, int]]) -> None:
+    col_row = np.array(points, dtype=float)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    found = fit_lattice(col_row, col_row @ turn.T * pitch + [7, 9])
+    spans = np.linalg.matrix_rank(col_row[1:] - col_row[0]) == 2
+    assert (found is not None) == spans
+    if spans:
+        assert lattice_pitch(found) == pytest.approx(pitch, rel=1e-6)
+        np.testing.assert_allclose(found[:2, :2], turn * pitch, atol=1e-6 * pitch)
+
+
+def test_lattice_that_does_not_explain_the_centres() -> None:
+    col_row = np.random.default_rng(0).integers(0, 30, (40, 2)).astype(float)
+    assert fit_lattice(col_row, np.random.default_rng(1).uniform(0, 300, (40, 2))) is None
+
+
+def bins(sdata, **arguments):
+    return bins_of_table(sdata, table_link(sdata, table_key=TABLE), **{**PLACE, **arguments})
+
+
+def centres(sdata, ids) -> np.ndarray:
+    return shapely.get_coordinates(shapely.centroid(sdata.shapes[SHAPES].geometry.loc[ids].to_numpy()))
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.02, -0.4, 1.6, 3.0])
+@pytest.mark.parametrize("circles", [False, True])
+def test_bins_lie_on_their_centres_and_are_turned(visium_hd, circles: bool, angle: float) -> None:
+    sdata = visium_hd(angle=angle, circles=circles)
+    found = bins(sdata)
+    np.testing.assert_allclose(found.lattice.centre_xy, 2 * centres(sdata, found.instances), atol=1e-6)
+    np.testing.assert_allclose(found.lattice.area, (2 * 8 / 0.5) ** 2)
+    turn = found.lattice.to_grid[:2, 0]
+    assert np.arctan2(turn[1], turn[0]) == pytest.approx(angle, abs=1e-9)
+
+
+def test_gaps(visium_hd) -> None:
+    sdata = visium_hd(keep=lambda row, col: (row + 2 * col) % 5 > 1)
+    found = bins(sdata)
+    assert len(found.lattice) == len(sdata.shapes[SHAPES])
+    np.testing.assert_allclose(found.lattice.centre_xy, 2 * centres(sdata, found.instances), atol=1e-6)
+
+
+def test_labels_give_the_same_lattice_as_shapes(visium_hd) -> None:
+    shapes, labels = bins(visium_hd()), bins(visium_hd(labels=True))
+    np.testing.assert_array_equal(labels.rows, shapes.rows)
+    np.testing.assert_allclose(labels.lattice.centre_xy, shapes.lattice.centre_xy, atol=1e-6)
+    np.testing.assert_allclose(labels.lattice.area, shapes.lattice.area)
+
+
+def test_rows_of_the_table_in_any_order(visium_hd) -> None:
+    sdata = visium_hd()
+    order = np.random.default_rng(0).permutation(sdata.tables[TABLE].n_obs)
+    sdata.tables[TABLE] = sdata.tables[TABLE][order].copy()
+    found = bins(sdata)
+    obs = sdata.tables[TABLE].obs.iloc[found.rows]
+    np.testing.assert_array_equal(found.lattice.row, obs["array_row"])
+    np.testing.assert_array_equal(found.lattice.col, obs["array_col"])
+    np.testing.assert_array_equal(found.instances, obs["location_id"])
+    assert (np.diff(found.lattice.row.astype(int) * 1000 + found.lattice.col) > 0).all()
+
+
+def swap(obs) -> None:
+    obs[["array_row", "array_col"]] = obs[["array_col", "array_row"]].sample(frac=1, random_state=0).to_numpy()
+
+
+def halve(obs) -> None:
+    obs["array_row"] = obs["array_row"] // 2
+
+
+def fraction(obs) -> None:
+    obs["array_row"] = obs["array_row"] + 0.5
+
+
+def text(obs) -> None:
+    obs["array_row"] = obs["array_row"].astype(str)
+
+
+def twice(obs) -> None:
+    obs.loc[obs.index[1], ["array_row", "array_col"]] = obs.loc[obs.index[0], ["array_row", "array_col"]]
+
+
+def missing(obs) -> None:
+    obs.loc[obs.index[3], "array_col"] = np.nan
+
+
+@pytest.mark.parametrize("spoil", [swap, halve, fraction, text, twice, missing])
+@pytest.mark.parametrize("circles", [False, True])
+def test_wrong_indices_fall_back_to_what_is_drawn(visium_hd, spoil, circles: bool) -> None:
+    sdata = visium_hd(circles=circles)
+    spoil(sdata.tables[TABLE].obs)
+    assert bins(sdata) is None
+    regions, ids = regions_of(sdata, SHAPES, **PLACE)
+    assert isinstance(regions, Circles if circles else Polygons)
+    assert list(ids) == list(sdata.shapes[SHAPES].index)
+
+
+def test_wrong_indices_of_labels(visium_hd) -> None:
+    sdata = visium_hd(labels=True)
+    swap(sdata.tables[TABLE].obs)
+    assert isinstance(regions_of(sdata, f"{SHAPES}_labels", **PLACE)[0], LabelGrid)
+
+
+def test_spots_that_do_not_touch_stay_circles(visium_hd) -> None:
+    sdata = visium_hd(circles=True)
+    sdata.shapes[SHAPES]["radius"] *= 0.5
+    assert bins(sdata) is None
+
+
+def test_visium_is_no_square_lattice(visium) -> None:
+    sdata = visium()
+    row, col = (index.ravel() for index in np.mgrid[:6, :6])
+    sdata.tables["table"].obs["array_row"], sdata.tables["table"].obs["array_col"] = row, 2 * col + row % 2
+    link = table_link(sdata, table_key="table")
+    assert bins_of_table(sdata, link, coordinate_system="global", from_system=np.eye(3)) is None
+
+
+def test_a_table_of_some_bins_does_not_stand_for_all(visium_hd) -> None:
+    sdata = visium_hd()
+    sdata.tables[TABLE] = sdata.tables[TABLE][5:].copy()
+    regions, ids = regions_of(sdata, SHAPES, **PLACE)
+    assert isinstance(regions, Polygons)
+    assert len(ids) == len(sdata.shapes[SHAPES])
+
+
+def test_millions_are_looked_up_in_parts(visium_hd, monkeypatch) -> None:
+    whole = bins(visium_hd())
+    monkeypatch.setattr(_lattice, "_CHUNK", 7)
+    np.testing.assert_array_equal(bins(visium_hd()).lattice.to_grid, whole.lattice.to_grid)
