@@ -17,8 +17,8 @@ Weights are random.
 - predict, results kept: the same, each block and each window's sums copied once more, into memory of the sink.
 - forward + backward: the network on a batch that is on the device already, backwards from the mean square of D.
 - fit, batch on the device: the engine's step on one batch that is there already: with regions, loss and optimizer.
-- fit: `engine.train.train`; the time of a step is the difference between a long run and one of half its steps, over
-  the difference in steps, so that set-up falls out.
+- fit: `engine.train.train`, its steps after the first ones: set-up falls out, and what was read ahead meanwhile is used
+  up.
 
 Bare and end to end alternate; figures are medians. A tile of `predict` counts its pixels without the halo.
 """
@@ -43,6 +43,7 @@ import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pixnet_sd.engine import train as training
 from pixnet_sd.engine.batches import make_batch, plan_batches
@@ -78,12 +79,13 @@ class Scale:
     block_px: int
     train_px: int
     train_batch: int
+    warm_up_steps: int
     steps: int
     repeats: int
 
 
-FULL = Scale("resnet18", (64, 128, 256, 512), (128, 256, 512), 13_000, 250, 1024, 4, 256, 512, 8, 40, 5)
-SMALL = Scale("test_resnet", (8, 8, 8, 16), (16, 16, 16), 700, 12, 128, 2, 32, 128, 2, 4, 2)
+FULL = Scale("resnet18", (64, 128, 256, 512), (128, 256, 512), 13_000, 250, 1024, 4, 256, 512, 8, 24, 64, 5)
+SMALL = Scale("test_resnet", (8, 8, 8, 16), (16, 16, 16), 500, 12, 128, 2, 32, 128, 2, 2, 4, 2)
 
 
 class Pixels:
@@ -133,13 +135,13 @@ class Dropped:
             (r, min(r + unit, side), c, min(c + unit, side)) for r, c in itertools.product(starts, starts)
         ]
 
-    def write(self, block: Block, values: NDArray[np.float32]) -> None:
+    def write(self, _block: Block, values: NDArray[np.float32]) -> None:
         pass
 
-    def is_done(self, window: Window) -> bool:
+    def is_done(self, _window: Window) -> bool:
         return False
 
-    def put(self, window: Window, index: NDArray[np.intp], sums: NDArray[np.float32], *_: Any) -> None:
+    def put(self, _window: Window, _index: NDArray[np.intp], sums: NDArray[np.float32], *_: Any) -> None:
         pass
 
 
@@ -152,11 +154,11 @@ class Kept(Dropped):
         self.sums = np.zeros((1, scale.n_genes), np.float32)
         self.place = itertools.count()
 
-    def write(self, block: Block, values: NDArray[np.float32]) -> None:
+    def write(self, _block: Block, values: NDArray[np.float32]) -> None:
         _, rows, cols = values.shape
         self.ring[next(self.place) % len(self.ring), :, :rows, :cols] = values
 
-    def put(self, window: Window, index: NDArray[np.intp], sums: NDArray[np.float32], *_: Any) -> None:
+    def put(self, _window: Window, _index: NDArray[np.intp], sums: NDArray[np.float32], *_: Any) -> None:
         if len(sums) > len(self.sums):
             self.sums = np.zeros_like(sums)
         self.sums[: len(sums)] = sums
@@ -219,15 +221,15 @@ class Bench:
         if self.gpu:
             torch.cuda.synchronize(self.fabric.device)
 
-    def alternate(self, runs: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, float | None]]:
-        """Median seconds of each run, after one to warm up, and the peak of the device's memory in GB."""
+    def alternate(self, runs: dict[str, Callable[[], float]]) -> tuple[dict[str, float], dict[str, float | None]]:
+        """Median of the seconds that each run returns, after one to warm up, and the device's peak memory in GB."""
         taken: dict[str, list[float]] = {name: [] for name in runs}
         peak: dict[str, float | None] = dict.fromkeys(runs)
         for repeat in range(self.scale.repeats + 1):
             for name, run in runs.items():
                 if self.gpu:
                     torch.cuda.reset_peak_memory_stats(self.fabric.device)
-                elapsed = self.seconds(run)
+                elapsed = run()
                 if repeat:
                     taken[name].append(elapsed)
                 if repeat and self.gpu:
@@ -260,9 +262,11 @@ class Bench:
 
         taken, peak = self.alternate(
             {
-                "forward": bare,
-                "predict, results dropped": lambda: self.infer(network, plan, settings, Dropped(scale)),
-                "predict, results kept": lambda: self.infer(network, plan, settings, Kept(scale)),
+                "forward": lambda: self.seconds(bare),
+                "predict, results dropped": lambda: self.seconds(
+                    lambda: self.infer(network, plan, settings, Dropped(scale))
+                ),
+                "predict, results kept": lambda: self.seconds(lambda: self.infer(network, plan, settings, Kept(scale))),
             }
         )
         print(
@@ -309,19 +313,18 @@ class Bench:
             one_step = self.resident_step(network, settings, Path(folder))
 
             def bare() -> None:
+                network.train()
                 for _ in range(steps):
                     self.forward(bare_network, image).float().square().mean().backward()
                     network.zero_grad()
 
             taken, peak = self.alternate(
                 {
-                    "forward + backward": bare,
-                    "fit, batch on the device": lambda: [one_step() for _ in range(steps)],
-                    "half": lambda: self.train(network, settings, steps, Path(folder)),
-                    "fit": lambda: self.train(network, settings, 2 * steps, Path(folder)),
+                    "forward + backward": lambda: self.seconds(bare),
+                    "fit, batch on the device": lambda: self.seconds(lambda: [one_step() for _ in range(steps)]),
+                    "fit": lambda: self.train(network, settings),
                 }
             )
-        taken["fit"] -= taken.pop("half")
         per_tile = {name: s / (steps * scale.train_batch) for name, s in taken.items()}
         return figures(per_tile, peak, scale.train_px, "forward + backward")
 
@@ -331,21 +334,42 @@ class Bench:
         plan = plan_batches(run.fixed_tiles, settings.batch_size, None)[0]
         host = make_batch(self.slide, run.fixed_tiles[0], plan, MAP_STRIDE, pin=run.features.pins)
         batch = host.moved(run.features.copies.up) if self.gpu else host
-        network.train()
-        return lambda: run.step(batch, run.fixed_tiles, settings.lr)
 
-    def train(self, network: Network, settings: TrainSettings, steps: int, folder: Path) -> None:
-        settings = replace(settings, max_steps=steps)
-        training.train(
-            network,
-            [self.slide],
-            [],
-            settings,
-            fabric=self.fabric,
-            directory=folder,
-            fingerprint="benchmark",
-            show_progress_bar=False,
-        )
+        def step() -> Tensor:
+            network.train()
+            return run.step(batch, run.fixed_tiles, settings.lr)
+
+        return step
+
+    def train(self, network: Network, settings: TrainSettings) -> float:
+        """Seconds of the steps after the first ones, taken where a step ends."""
+        first, last = self.scale.warm_up_steps, self.scale.warm_up_steps + self.scale.steps
+        n_done, times = itertools.count(1), []
+
+        def look(*_: Any) -> None:
+            if next(n_done) in (first, last):
+                self.wait()
+                times.append(time.perf_counter())
+
+        hook = register_optimizer_step_post_hook(look)
+        try:
+            self.run_training(network, replace(settings, max_steps=last))
+        finally:
+            hook.remove()
+        return times[1] - times[0]
+
+    def run_training(self, network: Network, settings: TrainSettings) -> None:
+        with tempfile.TemporaryDirectory() as folder:  # a new one, or the run would go on from the last one's state
+            training.train(
+                network,
+                [self.slide],
+                [],
+                settings,
+                fabric=self.fabric,
+                directory=Path(folder),
+                fingerprint="benchmark",
+                show_progress_bar=False,
+            )
 
 
 def figures(per_tile: dict[str, float], peak: dict[str, float | None], tile_px: int, bare: str) -> list[Figure]:
@@ -399,7 +423,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile, in bare and end to end alike")
     parser.add_argument("--only", choices=["predict", "fit"])
     parser.add_argument("--json", type=Path, metavar="FILE")
-    for field in ("slide_px", "steps", "repeats", "predict_batch", "train_batch"):
+    for field in ("slide_px", "steps", "warm_up_steps", "repeats", "predict_batch", "train_batch"):
         parser.add_argument(f"--{field.replace('_', '-')}", type=int)
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
     sizes = {k: v for k, v in given.items() if k in Scale.__annotations__}

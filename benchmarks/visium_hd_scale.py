@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-SIZE_UM, MPP, N_GENES, PANEL = 4400.0, 0.25, 1000, 250
+SIZE_UM, MPP, N_GENES, PANEL = 4500.0, 0.25, 18_000, 250
 STEPS, TILE_PX, BATCH = 12, 512, 2
 FIT = {
     "encoder": "test_resnet",

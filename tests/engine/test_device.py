@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pixnet_sd._errors import PixNetError
-from pixnet_sd.engine.device import make_fabric
+from pixnet_sd.engine.device import fixed_shapes, make_fabric
 
 
 def test_cpu_in_full_precision() -> None:
@@ -47,6 +47,32 @@ def test_absent_mps(monkeypatch) -> None:
 def test_no_such_kind_of_device(device: str) -> None:
     with pytest.raises(PixNetError, match=f"{device!r}.*'cpu'"):
         make_fabric(device)
+
+
+def test_float32_on_a_gpu_that_only_emulates_bf16(monkeypatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    made = {}
+    monkeypatch.setattr("pixnet_sd.engine.device.Fabric", lambda **options: made.update(options))
+    make_fabric("cuda:0")
+    assert asked == [False]
+    assert made["precision"] == "32-true"
+
+
+@pytest.mark.parametrize(("device", "inside"), [("cuda", True), ("cpu", False)])
+def test_kernels_are_tried_on_a_gpu_and_the_setting_is_put_back(device: str, inside: bool) -> None:
+    assert not torch.backends.cudnn.benchmark
+
+    def fail_within() -> None:
+        with fixed_shapes(torch.device(device)):
+            assert torch.backends.cudnn.benchmark == inside
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_within()
+    assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.gpu

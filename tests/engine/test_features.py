@@ -45,6 +45,21 @@ def test_maps_are_turned_back(make_network, fabric, slide, tiles, tmp_path: Path
     torch.testing.assert_close(found, expected, rtol=0, atol=(2e-3 if frozen else 1e-5) * float(expected.std()))
 
 
+def test_only_batches_of_the_usual_size_are_compiled(
+    make_network, fabric, slide, tiles, tmp_path: Path, monkeypatch
+) -> None:
+    compiled: list[int] = []
+    monkeypatch.setattr(
+        torch, "compile", lambda network, dynamic: lambda image: compiled.append(len(image)) or network(image)
+    )
+    network, n_tiles = make_network().eval(), len(tiles.tiles)
+    for batch_size in (n_tiles, n_tiles + 1):
+        settings = TrainSettings(compile=True, batch_size=batch_size)
+        features = FeatureMaps(network, fabric, settings, tmp_path)
+        features.of(batch_of(slide, tiles, k=0, with_image=True), slide, tiles)
+    assert compiled == [n_tiles]
+
+
 def test_stain_is_jittered_in_training_only(make_network, fabric, slide, tiles, tmp_path: Path) -> None:
     network = make_network()
     features = FeatureMaps(network, fabric, TrainSettings(stain_jitter=0.3), tmp_path)

@@ -258,6 +258,7 @@ def walk(network, pixels, reader, fabric, halo_px, tissue) -> Callable[..., Walk
         read: Any = None,
         net: Network = network,
         halo: int = halo_px,
+        compile: bool = False,
         **options: Any,
     ) -> Walked:
         if sink is None and block_px is not None:
@@ -272,7 +273,7 @@ def walk(network, pixels, reader, fabric, halo_px, tissue) -> Callable[..., Walk
             plan,
             genes=GENES,
             fabric=options.pop("fabric", fabric),
-            settings=InferSettings(tile_px, halo, batch_size, n_symmetries),
+            settings=InferSettings(tile_px, halo, batch_size, n_symmetries, compile=compile),
             blocks=sink,
             block_px=sink.block_px if sink else None,
             rows=rows,
@@ -524,6 +525,34 @@ def test_the_network_is_left_in_evaluation_mode_without_gradients(make_network, 
     assert not net.training
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_compiled_network_sees_one_shape(walk, monkeypatch, gene_map, tissue) -> None:
+    """What is left over is filled up, rather than compiled anew."""
+    shapes: list[torch.Size] = []
+
+    def compile_(network: Network, *, dynamic: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+        assert not dynamic
+        return lambda image: shapes.append(image.shape) or network(image)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    sink = ArraySink(16)
+    found = walk(some_circles(), 64, 5, sink=sink, compile=True)
+    assert found.tiles_run % 5
+    assert len(shapes) == -(-found.tiles_run // 5)
+    assert len(set(shapes)) == 1
+    assert_close(sink.values[:, tissue], gene_map[:, tissue], gene_map.std())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_a_forward_pass_takes_tiles_of_several_windows(walk, network, batch_size: int) -> None:
+    passes: list[int] = []
+    handle = network.encoder.register_forward_hook(lambda _module, inputs, _output: passes.append(len(inputs[0])))
+    found = walk(some_circles(), 64, batch_size)
+    handle.remove()
+    assert len(found.rows.windows) >= found.tiles_run > batch_size
+    full, rest = divmod(found.tiles_run, batch_size)
+    assert passes == [batch_size] * full + [rest] * bool(rest)
 
 
 def test_windows_that_are_done_are_left_alone(walk, gene_map, tissue) -> None:

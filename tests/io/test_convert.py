@@ -13,6 +13,7 @@ import pytest
 import spatialdata as sd
 import zarr
 from spatialdata_io import visium_hd
+from pixnet_sd.store._disk import hold_lock
 from tests.io.compare import assert_same
 
 from pixnet_sd._errors import DataError, StoreError
@@ -178,6 +179,13 @@ def test_too_little_disk_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr(_scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(StoreError, match="may take up to"):
+        convert(drawn, tmp_path / "out.zarr")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_at_once_are_refused(drawn: Path, tmp_path: Path) -> None:
+    lock = tmp_path / ".out.zarr.pixnet_sd" / "convert.lock"
+    with hold_lock(lock, wait_s=0, busy=""), pytest.raises(StoreError, match="Another run is writing"):
         convert(drawn, tmp_path / "out.zarr")
     assert not list(tmp_path.iterdir())
 

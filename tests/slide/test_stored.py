@@ -175,8 +175,8 @@ def test_open_store(visium_hd, written, monkeypatch, caplog) -> None:
     assert len(whole.labels) == 2
     assert whole.path == path
     assert "left on disk" not in caplog.text
-    small = StoredTable(path / "tables" / "square_016um").n_bytes
-    monkeypatch.setattr(_open_store, "_SMALL_BYTES", small)
+    small = StoredTable(path / "tables" / "square_016um"), StoredShapes(path / "shapes" / "sample_square_016um")
+    monkeypatch.setattr(_open_store, "_SMALL_BYTES", max(element.n_bytes for element in small))
     caplog.set_level("INFO", "pixnet_sd")
     light = open_store(str(path))
     assert set(light.tables) == {"square_016um"}
@@ -189,3 +189,23 @@ def test_open_store(visium_hd, written, monkeypatch, caplog) -> None:
 def test_no_store(tmp_path) -> None:
     with pytest.raises(StoreError, match=r"There is no store at .*visium_hd\(folder\)"):
         open_store(tmp_path)
+
+
+def test_what_was_taken_out_of_an_object_stays_out(visium_hd, written) -> None:
+    whole = sd.read_zarr(written(visium_hd()).path)
+    del whole.tables["square_008um"]
+    del whole.shapes["sample_square_016um"]
+    assert set(tables_of(whole)) == {"square_016um"}
+    assert set(shapes_of(whole)) == {"sample_square_008um"}
+
+
+@pytest.mark.filterwarnings("ignore:The table is annotating")
+def test_results_do_not_hide_what_is_on_disk(visium_hd, written) -> None:
+    sdata = visium_hd()
+    result = sdata.tables["square_008um"].copy()
+    result.uns["pixnet_sd"] = {"target_sum": 1e4}
+    sdata.tables["pixnet_bins"] = result
+    light = written(sdata)
+    assert set(tables_of(light)) == {"square_008um", "square_016um", "pixnet_bins"}
+    light.tables["pixnet_bins"] = light.tables["pixnet_not_written"] = result
+    assert set(tables_of(light)) == {"square_008um", "square_016um", "pixnet_bins", "pixnet_not_written"}

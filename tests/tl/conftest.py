@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import spatialdata as sd
 import torch
 
 import pixnet_sd as ps
+from pixnet_sd.nn.model import Network
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
 
@@ -105,8 +107,6 @@ def predict() -> Callable[..., None]:
 @pytest.fixture
 def forward_passes(monkeypatch) -> list[int]:
     """Grows by one number, the tiles in it, for every forward pass of a network."""
-    from pixnet_sd.nn.model import Network
-
     passes: list[int] = []
     forward = Network.forward
 
@@ -116,6 +116,23 @@ def forward_passes(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(Network, "forward", counting)
     return passes
+
+
+class Darkness(Network):
+    """Every channel of D is the mean darkness of the 4 × 4 pixels below."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        dark = torch.nn.functional.avg_pool2d(255 - image.mean(dim=1, keepdim=True), 4)
+        return dark.expand(-1, self.head.in_features, -1, -1)
+
+
+@pytest.fixture
+def darkness(model) -> ps.PixNet:
+    record = replace(model.record, genes=["DARK"], held_out_pcc=[], weights_sha256="darkness")
+    network = Darkness(model.network.encoder, record.decoder, 1, "mean")
+    torch.nn.init.constant_(network.head.weight, 1 / network.head.in_features)
+    torch.nn.init.zeros_(network.head.bias)
+    return ps.PixNet(network, record)
 
 
 def user_files(store: Path) -> dict[str, str]:

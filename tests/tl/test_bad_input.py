@@ -211,9 +211,11 @@ class TestTable:
         message = f"annotates '{BINS}', not in this SpatialData object. Shapes: 'sample_bins_008um'"
         refused(ElementError, message, only="fit", table_key=TABLE)
 
-    def test_no_tables(self, fitted, refused):
-        fitted.tables.clear()
-        refused(ElementError, r"No table annotates .* Tables: none", only="fit")
+    def test_no_tables(self, fitted, fit):
+        """Neither in the object nor in a store: those of a store would be found."""
+        alone = sd.SpatialData(images=dict(fitted.images), shapes=dict(fitted.shapes))
+        with pytest.raises(ElementError, match=r"No table annotates .* Tables: none"):
+            fit(alone)
 
     def test_several(self, fitted, refused):
         table = fitted.tables.pop(TABLE)

@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 import shapely
 import spatialdata as sd
-import torch
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, get_transformation, set_transformation
 
 import pixnet_sd as ps
-from pixnet_sd.nn.model import Network
 
 FULL, BINS = "sample_full_image", "sample_square_008um"
 SYSTEM = "sample"
@@ -114,23 +112,6 @@ def test_shapes_moved_alone_are_followed(fitted, predict):
     here, elsewhere, bins = (fitted.tables[f"pixnet_{key}"].X for key in ("here", "elsewhere", BINS))
     np.testing.assert_allclose(elsewhere, here, atol=1e-4)
     np.testing.assert_allclose(bins, here, atol=5e-3)  # the bins of the lattice, which are turned by half a degree
-
-
-class Darkness(Network):
-    """Every channel of D is the mean darkness of the 4 × 4 pixels below."""
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        dark = torch.nn.functional.avg_pool2d(255 - image.mean(dim=1, keepdim=True), 4)
-        return dark.expand(-1, self.head.in_features, -1, -1)
-
-
-@pytest.fixture
-def darkness(model) -> ps.PixNet:
-    record = replace(model.record, genes=["DARK"], held_out_pcc=[], weights_sha256="darkness")
-    network = Darkness(model.network.encoder, record.decoder, 1, "mean")
-    torch.nn.init.constant_(network.head.weight, 1 / network.head.in_features)
-    torch.nn.init.zeros_(network.head.bias)
-    return ps.PixNet(network, record)
 
 
 MPP = 0.7

@@ -142,7 +142,7 @@ class RegionPlan:
         low, high = _map_box(self.regions.subset(index).bounds, self.grid)
         first, end = np.array([window.col0, window.row0]), np.array([window.col1, window.row1])
         meets = ((high >= first) & (low < end) & (low <= high)).all(axis=1)
-        complete = ((low >= first) & (high < end)).all(axis=1)[meets]
+        complete = np.asarray(((low >= first) & (high < end)).all(axis=1))[meets]
         index = index[meets]
         if not len(index):
             return None

@@ -95,8 +95,8 @@ class _Run:
         self.fabric = fabric
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         trained = [p for p in network.parameters() if p.requires_grad]
-        fused = True if fabric.device.type == "cuda" else None
-        self.optimizer = kind(trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+        options: dict[str, Any] = {"fused": True} if fabric.device.type == "cuda" else {}
+        self.optimizer = kind(trained, lr=settings.lr, weight_decay=settings.weight_decay, **options)
         self.fixed_tiles = [training_tiles(s, settings.tile_px) for s in slides]
 
     def tiles(self, rng: np.random.Generator) -> list[TrainingTiles]:

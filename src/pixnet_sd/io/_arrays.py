@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pixnet_sd._errors import StoreError
 from pixnet_sd.store._disk import read_json, write_json
 from pixnet_sd.store._stretch import stretch
+from pixnet_sd.store._table import REGION_KEY
 from pixnet_sd.store._table_writer import _stretch_column
 
 __all__ = ["TableArrays"]
@@ -21,7 +22,7 @@ _INT32_MAX = 2**31 - 1
 
 
 class TableArrays:
-    """A table of one row, as anndata wrote it, that takes the rows of a full one; use as a context.
+    """A table of one row, as anndata wrote it, that takes the rows of a full one.
 
     Parameters
     ----------
@@ -47,13 +48,6 @@ class TableArrays:
         self._data, self._indices, self._indptr = self._stretched_matrix(folder / "X", n_genes, n_entries)
         self._entries = 0
 
-    def __enter__(self) -> TableArrays:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
-
     def add_rows(
         self,
         names: NDArray[Any],
@@ -74,6 +68,25 @@ class TableArrays:
         self._indices.add(genes)
         self._indptr.add(self._entries + np.cumsum(sizes))
         self._entries += len(data)
+
+    def finish(self) -> None:
+        """Write what waits for a chunk to be full.
+
+        Raises
+        ------
+        StoreError
+            When a column has got no values.
+        """
+        fillers = {**self._columns, "data": self._data, "indices": self._indices, "indptr": self._indptr}
+        if self._spatial is not None:
+            fillers["spatial"] = self._spatial
+        del fillers[REGION_KEY]  # one category: all codes are the 0 of an empty array
+        for name, filler in fillers.items():
+            if filler.finish() != filler.array.shape[0]:
+                raise StoreError(
+                    f"The installed spatialdata-io gives tables the column {name!r}, which pixnet_sd does not know "
+                    "yet. Install an older one."
+                )
 
     def centres_px(self, start: int, stop: int) -> NDArray[np.float64]:
         """Places of the rows ``start`` … ``stop − 1`` of a filled table."""
@@ -101,11 +114,6 @@ class TableArrays:
         indptr.add(np.zeros(1, np.int64))
         return data, indices, indptr
 
-    def _finish(self) -> None:
-        fillers = [*self._columns.values(), self._data, self._indices, self._indptr]
-        for filler in fillers if self._spatial is None else [*fillers, self._spatial]:
-            filler.finish()
-
 
 class _Filler:
     """Appends to an array, in whole chunks, so that none is written twice."""
@@ -124,10 +132,12 @@ class _Filler:
             self._write(joined[:whole])
             self._left = [joined[whole:].copy()]
 
-    def finish(self) -> None:
+    def finish(self) -> int:
+        """Write what waits; how many values there are."""
         if self._left:
             self._write(np.concatenate(self._left))
             self._left = []
+        return self._at
 
     def _write(self, values: NDArray[Any]) -> None:
         if len(values):

@@ -59,14 +59,14 @@ def build_store(files: HDFolder, pixels: da.Array, scratch: Path, show_progress_
         shapes_key = _region(sdata, cells_key)
         sdata.shapes[shapes_key] = cells.element(sdata.shapes[shapes_key])
     sdata.write(store)
-    sdata.images[image_key] = _full_image(pixels, like)
-    _write_image(sdata, image_key, show_progress_bar)
     with tqdm(total=_count_rows(files), desc="counts", unit="row", disable=not show_progress_bar) as bar:
         for bins in files.bins:
             shapes_key = _region(sdata, bins.name)
             fill_bins(store, bins, shapes_key, sdata.shapes[shapes_key], bar.update)
         if cells is not None and cells_key is not None:
             fill_cells(store / "tables" / cells_key, cells, bar.update)
+    sdata.images[image_key] = _full_image(pixels, like)
+    _write_image(sdata, image_key, show_progress_bar)
     consolidate(store)
     return store
 

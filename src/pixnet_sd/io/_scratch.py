@@ -39,7 +39,7 @@ def scratch_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
     Raises
     ------
     StoreError
-        When there is too little disk, another run is at work, or writing fails.
+        When there is too little disk, another run is at work, or reading or writing fails.
     """
     work = work_folder(target)
     try:
@@ -56,7 +56,7 @@ def scratch_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
     except OSError as error:
         free = size_text(shutil.disk_usage(next(path for path in target.parents if path.exists())).free)
         raise StoreError(
-            f"Writing {target} failed: {error.strerror or error}; {free} are free there. Nothing was kept."
+            f"Making {target} failed: {error}; {free} are free there. Nothing was kept."
         ) from error
 
 

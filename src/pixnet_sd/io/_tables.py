@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "fill_bins", "fill_cells"]
 
+INSTANCE_KEY = "location_id"
+
 Progress = Callable[[int], object]
 """Called with the number of rows that were written."""
 
@@ -51,10 +53,14 @@ def fill_bins(store: Path, files: BinFiles, shapes_key: str, like: gpd.GeoDataFr
     """
     with open_matrix(files.matrix) as matrix:
         table = TableArrays(store / "tables" / files.name, matrix.n_rows, matrix.n_genes, matrix.n_entries)
-        with table:
-            for placed in placed_bins(matrix, files.positions):
-                table.add_rows(_names(placed.barcodes), placed.columns, placed.centres_px)
-            _copy_counts(matrix, table, np.ones(matrix.n_rows, bool), progress)
+        start = 0
+        for placed in placed_bins(matrix, files.positions):
+            stop = start + len(placed.barcodes)
+            columns = {**placed.columns, INSTANCE_KEY: np.arange(start, stop)}
+            table.add_rows(_names(placed.barcodes), columns, placed.centres_px)
+            start = stop
+        _copy_counts(matrix, table, np.ones(matrix.n_rows, bool), progress)
+        table.finish()
         _fill_squares(store, shapes_key, like, table, files, matrix.n_rows)
 
 
@@ -62,10 +68,11 @@ def fill_cells(table_path: Path, cells: Cells, progress: Progress) -> None:
     """Fill the table of the segmented cells."""
     with open_matrix(cells.files.matrix) as matrix:
         n_entries = int(np.diff(matrix.indptr)[cells.keep].sum())
-        with TableArrays(table_path, len(cells.names), matrix.n_genes, n_entries) as table:
-            names = np.array(cells.names, dtype=object)
-            table.add_rows(names, {"cell_id": names})
-            _copy_counts(matrix, table, cells.keep, progress)
+        table = TableArrays(table_path, len(cells.names), matrix.n_genes, n_entries)
+        names = np.array(cells.names, dtype=object)
+        table.add_rows(names, {"cell_id": names})
+        _copy_counts(matrix, table, cells.keep, progress)
+        table.finish()
 
 
 def _names(barcodes: pa.Array) -> NDArray[Any]:

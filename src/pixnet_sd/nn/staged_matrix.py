@@ -62,6 +62,8 @@ class StagedMatrix:
 
     def product(self, x: Tensor) -> Tensor:
         """A @ x, (rows, C) float32; differentiable in x if there is a transpose."""
+        if len(x) != self.shape[1]:  # torch would read beyond the end
+            raise ValueError(f"A matrix of {self.shape[1]} columns cannot multiply {len(x)} rows.")
         if self._transposed is None:
             return _times(self._matrix, x.detach())
         return _StagedProduct.apply(self._matrix, self._transposed, x)

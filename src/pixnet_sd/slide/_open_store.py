@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pixnet_sd._errors import StoreError
 from pixnet_sd._logging import logger
 
-from ._store_parts import read_part, without_region_warnings
+from ._store_parts import leave_on_disk, read_part, without_region_warnings
 from ._stored_shapes import StoredShapes, shapes_of
 from ._stored_table import StoredTable, tables_of
 
@@ -59,9 +59,13 @@ def open_store(path: str | Path) -> SpatialData:
         for kind, keys in small.items():
             for key in keys:
                 getattr(sdata, kind)[key] = part[key]
-    left = [key for there in stored.values() for key, element in there.items() if not _is_small(element)]
-    if left:
-        logger.info("left on disk, to be read when needed: %s", ", ".join(left))
+    left = {kind: [key for key in there if key not in small[kind]] for kind, there in stored.items()}
+    for kind, keys in left.items():
+        leave_on_disk(sdata, kind, keys)
+    if any(left.values()):
+        logger.info(
+            "left on disk, to be read when needed: %s", ", ".join(key for keys in left.values() for key in keys)
+        )
     return sdata
 
 

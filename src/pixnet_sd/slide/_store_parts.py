@@ -7,18 +7,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import zarr
+from spatialdata import SpatialData, read_zarr
 
-if TYPE_CHECKING:
-    from spatialdata import SpatialData
+__all__ = ["elements_on_disk", "leave_on_disk", "read_part", "skeleton", "without_region_warnings"]
 
-__all__ = ["elements_on_disk", "read_part", "skeleton", "without_region_warnings"]
+
+_left: WeakKeyDictionary[SpatialData, dict[str, set[str]]] = WeakKeyDictionary()
+
+
+def leave_on_disk(sdata: SpatialData, kind: str, keys: Iterable[str]) -> None:
+    """Note that these elements were left out of an object on purpose, although it holds others of the kind."""
+    _left.setdefault(sdata, {})[kind] = set(keys)
 
 
 def elements_on_disk(sdata: SpatialData, kind: str, file: str) -> dict[str, Path]:
-    """Elements that the store behind an object has and the object has not.
+    """Elements that the store behind an object has and the object was opened without.
+
+    An object that holds elements of the kind was opened with them, and what it lacks was taken out of it, unless
+    `open_store` noted otherwise. Results of this package do not matter for that, and are always found.
 
     Parameters
     ----------
@@ -37,7 +46,23 @@ def elements_on_disk(sdata: SpatialData, kind: str, file: str) -> dict[str, Path
         return {}
     folder, in_memory = sdata.path / kind, getattr(sdata, kind)
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.name: path for path in found if path.name not in in_memory and (path / file).exists()}
+    there = {path.name: path for path in found if path.name not in in_memory and (path / file).exists()}
+    if sdata in _left:
+        wanted = _left[sdata].get(kind, set())
+        return {key: path for key, path in there.items() if key in wanted or _is_result(sdata, sdata.path, key)}
+    if any(not _is_result(sdata, sdata.path, key) for key in in_memory):
+        return {key: path for key, path in there.items() if _is_result(sdata, sdata.path, key)}
+    return there
+
+
+def _is_result(sdata: SpatialData, store: Path, key: str) -> bool:
+    """Whether a table, or the shapes made with one, was written by this package."""
+    for name in (key, key.removesuffix("_shapes")):
+        if name in sdata.tables and "pixnet_sd" in sdata.tables[name].uns:
+            return True
+        if (store / "tables" / name / "uns" / "pixnet_sd").is_dir():
+            return True
+    return False
 
 
 def read_part(store: Path, parts: Mapping[str, Iterable[str]]) -> SpatialData:
@@ -50,8 +75,6 @@ def read_part(store: Path, parts: Mapping[str, Iterable[str]]) -> SpatialData:
     parts
         Names of shapes and tables by kind.
     """
-    from spatialdata import read_zarr
-
     with TemporaryDirectory() as folder:
         scratch = Path(folder) / "part.zarr"
         skeleton(store, scratch, parts)

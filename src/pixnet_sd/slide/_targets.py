@@ -143,7 +143,7 @@ def _has_counts(total: NDArray[np.float64], what: str) -> NDArray[np.bool_] | No
     has_counts = total > 0
     empty = int((~has_counts).sum())
     if empty == len(total):
-        raise DataError(f"{what}: all {empty} regions on the image have no counts at all.")
+        raise DataError(_no_counts(what, empty))
     if not empty:
         return None
     message = f"{what}: {empty} of {len(total)} regions have no counts at all and are left out."
@@ -296,4 +296,10 @@ def _mean_expression(measured: Measured, genes: pd.Index, target_sum: float) -> 
     for _, block, sums in checked_blocks(measured.counts, measured.var_names, measured.what):
         total += np.bincount(block.indices, log_values(block, sums, target_sum), measured.counts.n_genes)
         n += int((sums > 0).sum())
-    return total[measured.var_names.get_indexer(genes)] / max(n, 1)
+    if not n:
+        raise DataError(_no_counts(measured.what, len(measured)))
+    return total[measured.var_names.get_indexer(genes)] / n
+
+
+def _no_counts(what: str, n: int) -> str:
+    return f"{what}: all {n} regions on the image have no counts at all."

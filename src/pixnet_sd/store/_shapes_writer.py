@@ -70,16 +70,12 @@ def write_shapes(path: Path, name: str, describe: Describe, keep: NDArray[np.boo
         file = path / "shapes" / name / "shapes.parquet"
         schema = pq.read_schema(file)
         geo = json.loads(schema.metadata[_GEO])
-        others = {key: value for key, value in schema.metadata.items() if key != _GEO}
-        with pq.ParquetWriter(file, schema.with_metadata(others)) as writer:
-            bounds = []
+        geo["columns"][geo["primary_column"]]["bbox"] = _bounds(describe, keep, make)
+        schema = schema.with_metadata({**schema.metadata, _GEO: json.dumps(geo).encode()})
+        with pq.ParquetWriter(file, schema) as writer:
             for pieces in batches(keep, GROUP_ROWS):
                 info = RowInfo.joined([_described(describe, keep, *piece) for piece in pieces])
-                frame = _made(make, info)
-                bounds.append(frame.total_bounds)
-                writer.write_table(_arrow(frame, writer.schema, geo))
-            _set_bounds(geo, bounds)
-            writer.add_key_value_metadata({_GEO: json.dumps(geo).encode()})
+                writer.write_table(_arrow(_made(make, info), schema, geo))
     return staged
 
 
@@ -101,7 +97,12 @@ def _arrow(frame: gpd.GeoDataFrame, schema: pa.Schema, geo: dict[str, Any]) -> p
     return table.rename_columns(schema.names).cast(schema)
 
 
-def _set_bounds(geo: dict[str, Any], bounds: list[Any]) -> None:
-    corners = np.array(bounds)
-    box = [*corners[:, :2].min(axis=0), *corners[:, 2:].max(axis=0)]
-    geo["columns"][geo["primary_column"]]["bbox"] = [float(side) for side in box]
+def _bounds(describe: Describe, keep: NDArray[np.bool_], make: MakeShapes) -> list[float]:
+    """Box around all shapes: they are of one size, so those furthest out by their centres tell."""
+    outermost = [
+        info.subset(np.isin(np.arange(len(xy)), [*xy.argmin(axis=0), *xy.argmax(axis=0)]))
+        for pieces in batches(keep, GROUP_ROWS)
+        for info in (RowInfo.joined([_described(describe, keep, *piece) for piece in pieces]),)
+        for xy in (info.centres_px,)
+    ]
+    return [float(side) for side in _made(make, RowInfo.joined(outermost)).total_bounds]

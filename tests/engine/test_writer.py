@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from pixnet_sd.engine.writer import Writer
+
+
+def test_one_thread_keeps_the_order() -> None:
+    written: list[int] = []
+    with Writer() as writer:
+        for k in range(20):
+            writer.submit(written.append, k)
+    assert written == list(range(20))
+
+
+def test_several_threads_write_at_once() -> None:
+    both = threading.Barrier(2, timeout=10)
+    with Writer(2) as writer:
+        for _ in range(4):
+            writer.submit(both.wait)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_results_wait(threads: int) -> None:
+    gate, lock = threading.Event(), threading.Lock()
+    submitted, written = [], []
+
+    def write(k: int) -> None:
+        gate.wait(10)
+        with lock:
+            written.append(k)
+
+    def submit_all() -> None:
+        with Writer(threads) as writer:
+            for k in range(12):
+                submitted.append(k)
+                writer.submit(write, k)
+
+    submitting = threading.Thread(target=submit_all)
+    submitting.start()
+    while len(submitted) < threads + 2:
+        time.sleep(0.001)
+    assert len(submitted) == threads + 2  # the last of them is the one that waits
+    gate.set()
+    submitting.join(10)
+    assert sorted(written) == list(range(12))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_comes_out(threads: int) -> None:
+    def fail() -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"), Writer(threads) as writer:
+        writer.submit(fail)
+
+
+def test_what_waits_is_dropped_when_the_caller_fails() -> None:
+    written: list[int] = []
+    gate = threading.Event()
+
+    def fail() -> None:
+        with Writer() as writer:
+            writer.submit(gate.wait, 10)
+            writer.submit(written.append, 1)
+            threading.Timer(0.05, gate.set).start()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not written
