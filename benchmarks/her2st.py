@@ -110,8 +110,10 @@ def spot_features(sdata: sd.SpatialData, encoder: Encoder) -> dict[str, Array]:
 
 def section_targets(sdata: sd.SpatialData, genes: pd.Index) -> Array:
     """log1p(1e4 x / sum x) of a section's spots, in the order of `spot_features`."""
-    (table,) = measured(sdata, open_slide(sdata, working_mpp=WORKING_MPP))
-    return targets_of(table, genes, TARGET_SUM).astype(np.float64)
+    tables = measured(sdata, open_slide(sdata, working_mpp=WORKING_MPP))
+    # a few hundred spots are held in memory: no folder is made
+    (found,) = targets_of({"section": tables}, genes, TARGET_SUM, Path("pixnet_sd_cache"))["section"]
+    return np.asarray(found.values, dtype=np.float64)
 
 
 def pcc_per_gene(predicted: Array, target: Array) -> Array:

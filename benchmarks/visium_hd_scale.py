@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -150,6 +151,8 @@ def fit(options: argparse.Namespace) -> dict[str, float]:
 
 
 def predict(options: argparse.Namespace) -> dict[str, float]:
+    import squidpy.experimental.im  # noqa: F401 - `predict` finds tissue with it, and it takes seconds to import
+
     import pixnet_sd as ps
 
     sdata = ps.io.open_store(options.store)
@@ -231,25 +234,22 @@ def bare_write(options: argparse.Namespace) -> float:
     return total
 
 
+NUMBERS = ("float32", "float64", "int8", "int64")
+
+
 def arrays_of(store: Path) -> Iterator[Path]:
     """Numeric arrays of the results: all levels of the map, and what the table has by region."""
     for element in (store / "images" / "pixnet_map", store / "tables" / f"pixnet_{BINS}"):
         for metadata in sorted(element.rglob("zarr.json")):
             content = json.loads(metadata.read_text())
-            if content["node_type"] == "array" and isinstance(content["data_type"], str) and len(content["shape"]):
-                if content["data_type"] != "string":
-                    yield metadata.parent
+            if content["node_type"] == "array" and content["shape"] and content["data_type"] in NUMBERS:
+                yield metadata.parent
 
 
 def boxes(array: Any) -> Iterator[tuple[slice, ...]]:
     """Boxes of whole chunks that `predict` writes in one call: all genes of a block of the map, 32 MB of a table."""
-    if array.ndim == 3:
-        steps = (array.shape[0], *array.chunks[1:])
-    else:
-        steps = (array.chunks[0] * 8, *array.shape[1:])
+    steps = (array.shape[0], *array.chunks[1:]) if array.ndim == 3 else (array.chunks[0] * 8, *array.shape[1:])
     starts = [range(0, size, step) for size, step in zip(array.shape, steps, strict=True)]
-    import itertools
-
     for corner in itertools.product(*starts):
         yield tuple(slice(a, min(a + s, n)) for a, s, n in zip(corner, steps, array.shape, strict=True))
 
@@ -257,9 +257,7 @@ def boxes(array: Any) -> Iterator[tuple[slice, ...]]:
 def data(options: argparse.Namespace) -> dict[str, float]:
     """Medians over some batches of the second epoch: making one, and a step of the default network on it."""
     import numpy as np
-    import torch
 
-    import pixnet_sd as ps
     from pixnet_sd.engine.batches import make_batch, plan_batches
     from pixnet_sd.engine.tiling import training_tiles
     from pixnet_sd.nn.encoder import build_encoder
@@ -280,10 +278,10 @@ def data(options: argparse.Namespace) -> dict[str, float]:
             if epoch == 2 and len(stepped) < 4:
                 started = time.perf_counter()
                 features = network(batch.image.float())
-                pairs = [(network.predict_regions(features, o), t) for o, t in zip(batch.operators, batch.targets)]
+                each = zip(batch.operators, batch.targets, strict=True)
+                pairs = [(network.predict_regions(features, operator), target) for operator, target in each]
                 multi_size_loss(pairs, 0.5).backward()
                 stepped.append(time.perf_counter() - started)
-    del torch, ps
     return {"data_s": median(s for epoch, s in made if epoch == 2), "step_s": median(stepped[1:])}
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pixnet_sd.engine.batches import Batch
+from pixnet_sd.engine.copies import Copies
 from pixnet_sd.engine.features import FeatureMaps
 from pixnet_sd.engine.settings import TrainSettings
 from pixnet_sd.engine.slides import TrainingSlide
@@ -27,6 +28,7 @@ class Colours:
 
     stored = False
     pins = False
+    copies = Copies(torch.device("cpu"))
 
     def of(self, batch: Batch, slide: TrainingSlide, tiles: TrainingTiles) -> Tensor:
         return torch.nn.functional.avg_pool2d(batch.image.float(), 4)

@@ -151,7 +151,10 @@ def _circles(
     transforms = image_transforms(sdata, slide.image_key)
     make = partial(circles_element, radius_px=radius_um / slide.mpp, transforms=transforms)
     radius = radius_um / slide.working_mpp
-    about = replace(centred, radius=radius) if isinstance(centred, Lattice) else Circles(centred.centre_xy, radius)
+    if isinstance(centred, Lattice):
+        about: Regions = replace(centred, radius=radius)
+    else:
+        about = Circles(centred.centre_xy, np.full(len(centred), radius))
     return RegionRequest(key, f"{key}_shapes", make, about, ids, 2 * radius_um, slide)
 
 
