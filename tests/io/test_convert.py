@@ -13,11 +13,11 @@ import pytest
 import spatialdata as sd
 import zarr
 from spatialdata_io import visium_hd
-from pixnet_sd.store._disk import hold_lock
 from tests.io.compare import assert_same
 
 from pixnet_sd._errors import DataError, StoreError
 from pixnet_sd.io import _build, _scratch, convert_visium_hd
+from pixnet_sd.store._disk import hold_lock
 
 CHUNK_PX = 64
 

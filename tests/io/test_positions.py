@@ -54,7 +54,7 @@ def subset_of_places(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return (sorted(rows), sorted(places)) if draw(st.booleans()) else (rows, places)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(numbers=subset_of_places(), piece=st.integers(1, 12), variable_length=st.booleans())
 def test_every_row_gets_its_place(
     tmp_path_factory: pytest.TempPathFactory, numbers: tuple[list[int], list[int]], piece: int, variable_length: bool

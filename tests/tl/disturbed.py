@@ -1,7 +1,8 @@
 """Kill predictions and trainings at random points, and let them run into a full disk. Started by test_disturbed.py.
 
 Usage: ``python disturbed.py predict|fit|full FOLDER FIT_ARGUMENTS N``; prints what happened. FOLDER holds
-``fitted.zarr`` and ``slide.zarr``. Every run is a forked child, so that imports are paid for once.
+``fitted.zarr`` and ``slide.zarr``. Every run is a forked child, so that imports are paid for once; the parent itself
+only looks at files, since a child of a process with threads may wait for ever for one that it does not have.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import spatialdata as sd
+import squidpy.experimental.im  # noqa: F401 - `predict` imports it on first use, which takes seconds
 import torch
 import zarr
 
@@ -28,7 +30,6 @@ import pixnet_sd.store._commit as commit
 import pixnet_sd.store._map_layout as layout
 import pixnet_sd.tl as tl
 from pixnet_sd._errors import PixNetError
-from pixnet_sd.store import PixNet
 
 REFUSED, BROKEN = 3, 4
 RESULTS = ("images/pixnet_map", "labels/pixnet_map_tissue", "tables/pixnet_sample_square_008um")
@@ -86,15 +87,26 @@ def users_files(store: Path) -> str:
 
 def results(store: Path) -> dict[str, str]:
     """Hash of every array of the results."""
+    target = store.with_suffix(".json")
+    check(finish(start(write_results, store, target)) == 0, "the results cannot be read")
+    return json.loads(target.read_text())
+
+
+def write_results(store: Path, target: Path) -> None:
     found = {}
     for metadata in sorted(m for folder in RESULTS for m in (store / folder).rglob("zarr.json")):
         if json.loads(metadata.read_text())["node_type"] == "array":
-            values = zarr.open_array(str(metadata.parent), mode="r")[...]
+            values = np.asarray(zarr.open_array(str(metadata.parent), mode="r")[...])
             content = (
                 values.tobytes() if values.dtype.kind in "biuf" else "\n".join(map(str, np.ravel(values))).encode()
             )
             found[str(metadata.parent.relative_to(store))] = hashlib.sha256(content).hexdigest()
-    return found
+    target.write_text(json.dumps(found))
+
+
+def weights(checkpoint: Path) -> str:
+    """Hash of a model's weights."""
+    return json.loads((checkpoint / "config.json").read_text())["weights_sha256"]
 
 
 def readable(store: Path) -> None:
@@ -157,16 +169,14 @@ def existing(store: Path) -> set[str]:
 def kill_trainings(folder: Path, arguments: dict[str, object], n: int) -> int:
     store = folder / "slide.zarr"
     whole = timed(fit, store, folder / "whole", arguments)
-    expected, users = PixNet.load(folder / "whole").record.weights_sha256, users_files(store)
+    expected, users = weights(folder / "whole"), users_files(store)
     killed = 0
     for k, moment in enumerate(points(n, whole)):
         checkpoint = folder / f"model_{k}"
         killed += kill_at(moment, fit, store, checkpoint, arguments)
         check(users_files(store) == users, f"the user's elements changed, killed after {moment:.2f} s")
-        sd.read_zarr(store)
         check(finish(start(fit, store, checkpoint, arguments)) == 0, f"it does not go on, killed after {moment:.2f} s")
-        sha256 = PixNet.load(checkpoint).record.weights_sha256
-        check(sha256 == expected, f"another model, killed after {moment:.2f} s")
+        check(weights(checkpoint) == expected, f"another model, killed after {moment:.2f} s")
         shutil.rmtree(checkpoint)
     return killed
 
@@ -196,19 +206,17 @@ def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size + 4096 for path in folder.rglob("*"))
 
 
-def fill_disk(folder: Path, arguments: dict[str, object], n: int) -> int:
-    """Predictions and trainings that find the disk full after a while; how many did."""
+def fill_disk_predicting(folder: Path, n: int) -> int:
+    """Predictions that find the disk full after a while, and go on once there is room; how many did."""
     shutil.copytree(folder / "fitted.zarr", folder / "whole.zarr")
     check(finish(start(predict, folder / "whole.zarr")) == 0, "the prediction failed on a large disk")
-    check(finish(start(fit, folder / "slide.zarr", folder / "whole", arguments)) == 0, "the training failed")
-    expected, model = results(folder / "whole.zarr"), PixNet.load(folder / "whole").record.weights_sha256
-    users = users_files(folder / "fitted.zarr")
+    expected, users = results(folder / "whole.zarr"), users_files(folder / "fitted.zarr")
     base = bytes_in(folder / "fitted.zarr")
     more = bytes_in(folder / "whole.zarr") - base
     refused = 0
     for k in range(n):
         disk = folder / f"disk_{k}"
-        with small_disk(disk, base + 65536 + int(more * (k + 0.5) / n)):
+        with small_disk(disk, base + 65536 + int(more * 0.6 * k / n)):
             store = disk / "slide.zarr"
             shutil.copytree(folder / "fitted.zarr", store)
             refused += finish(start(unaware, predict, store)) == REFUSED
@@ -218,28 +226,34 @@ def fill_disk(folder: Path, arguments: dict[str, object], n: int) -> int:
             if "tables/pixnet_sample_square_008um" not in existing(store):
                 check(finish(start(predict, store)) == 0, f"it does not go on after full disk {k}")
             check(results(store) == expected, f"other results after full disk {k}")
-    state = bytes_in(folder / "whole")
+    return refused
+
+
+def fill_disk_training(folder: Path, arguments: dict[str, object], n: int) -> int:
+    """The same for trainings."""
+    store = folder / "slide.zarr"
+    check(finish(start(fit, store, folder / "whole", arguments)) == 0, "the training failed on a large disk")
+    expected, room = weights(folder / "whole"), bytes_in(folder / "whole")
+    refused = 0
     for k in range(n):
         disk = folder / f"training_{k}"
-        with small_disk(disk, 16384 + int(4 * state * (k + 0.5) / n)):
-            refused += finish(start(fit, folder / "slide.zarr", disk / "model", arguments)) == REFUSED
-            resize_disk(disk, 100 * state)
-            check(finish(start(fit, folder / "slide.zarr", disk / "model", arguments)) == 0, f"no training after {k}")
-            check(PixNet.load(disk / "model").record.weights_sha256 == model, f"another model after full disk {k}")
+        with small_disk(disk, 16384 + int(room * k / n)):
+            refused += finish(start(fit, store, disk / "model", arguments)) == REFUSED
+            resize_disk(disk, 100 * room)
+            check(finish(start(fit, store, disk / "model", arguments)) == 0, f"it does not go on after full disk {k}")
+            check(weights(disk / "model") == expected, f"another model after full disk {k}")
     return refused
 
 
 def main(what: str, folder: Path, arguments: dict[str, object], n: int) -> None:
     torch.set_num_threads(1)
-    warm_up = folder / "warm_up.zarr"
-    shutil.copytree(folder / "fitted.zarr", warm_up)
-    predict(warm_up)  # imports
     if what == "predict":
         sys.stdout.write(f"{kill_predictions(folder, n)} of {n} killed\n")
     elif what == "fit":
         sys.stdout.write(f"{kill_trainings(folder, arguments, n)} of {n} killed\n")
     else:
-        sys.stdout.write(f"{fill_disk(folder, arguments, n)} of {2 * n} found the disk full\n")
+        predictions, trainings = fill_disk_predicting(folder, n), fill_disk_training(folder, arguments, n)
+        sys.stdout.write(f"{predictions} predictions and {trainings} trainings of {n} found the disk full\n")
 
 
 if __name__ == "__main__":

@@ -66,4 +66,4 @@ def can_mount(folder: Path) -> bool:
 def test_full_disk(stores, tmp_path):
     if not can_mount(tmp_path / "mount"):
         pytest.skip("cannot mount a small file system")
-    assert run("full", stores, tmp_path, 4) == "8 of 8 found the disk full"
+    assert run("full", stores, tmp_path, 4) == "4 predictions and 4 trainings of 4 found the disk full"

@@ -14,7 +14,7 @@ from tqdm.dask import TqdmCallback
 
 from pixnet_sd.store._commit import consolidate
 
-from ._cells import read_cells
+from ._cells import Cells, read_cells
 from ._folder import HDFolder
 from ._matrix import open_matrix
 from ._miniature import read_miniature
@@ -54,21 +54,31 @@ def build_store(files: HDFolder, pixels: da.Array, scratch: Path, show_progress_
     store = scratch / "store.zarr"
     image_key = next(key for key in sdata.images if key.endswith("_full_image"))
     like = sdata.images.pop(image_key)
-    cells_key = next((key for key in sdata.tables if key not in {bins.name for bins in files.bins}), None)
-    if cells is not None and cells_key is not None:
-        shapes_key = _region(sdata, cells_key)
+    if cells is not None:
+        shapes_key = _region(sdata, _cells_key(sdata, files))
         sdata.shapes[shapes_key] = cells.element(sdata.shapes[shapes_key])
     sdata.write(store)
-    with tqdm(total=_count_rows(files), desc="counts", unit="row", disable=not show_progress_bar) as bar:
-        for bins in files.bins:
-            shapes_key = _region(sdata, bins.name)
-            fill_bins(store, bins, shapes_key, sdata.shapes[shapes_key], bar.update)
-        if cells is not None and cells_key is not None:
-            fill_cells(store / "tables" / cells_key, cells, bar.update)
+    _fill(store, sdata, files, cells, show_progress_bar)
     sdata.images[image_key] = _full_image(pixels, like)
     _write_image(sdata, image_key, show_progress_bar)
     consolidate(store)
     return store
+
+
+def _fill(store: Path, sdata: SpatialData, files: HDFolder, cells: Cells | None, show_progress_bar: bool) -> None:
+    """Give tables and squares all their rows."""
+    with tqdm(total=_count_rows(files), desc="counts", unit="row", disable=not show_progress_bar) as bar:
+        for bins in files.bins:
+            shapes_key = _region(sdata, bins.name)
+            fill_bins(store, bins, shapes_key, sdata.shapes[shapes_key], bar.update)
+        if cells is not None:
+            fill_cells(store / "tables" / _cells_key(sdata, files), cells, bar.update)
+
+
+def _cells_key(sdata: SpatialData, files: HDFolder) -> str:
+    """Name of the table that is of no bins."""
+    (key,) = set(sdata.tables) - {bins.name for bins in files.bins}
+    return key
 
 
 def _region(sdata: SpatialData, table_key: str) -> str:

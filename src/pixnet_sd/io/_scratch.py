@@ -55,9 +55,7 @@ def scratch_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         free = size_text(shutil.disk_usage(next(path for path in target.parents if path.exists())).free)
-        raise StoreError(
-            f"Making {target} failed: {error}; {free} are free there. Nothing was kept."
-        ) from error
+        raise StoreError(f"Making {target} failed: {error}; {free} are free there. Nothing was kept.") from error
 
 
 def _check_free(target: Path, needed_bytes: int) -> None:
