@@ -155,14 +155,21 @@ def predict(options: argparse.Namespace) -> dict[str, float]:
 
     import pixnet_sd as ps
 
-    sdata = ps.io.open_store(options.store)
+    result = result_of(options.store)
+    shutil.rmtree(result, ignore_errors=True)
+    shutil.copytree(options.store, result, copy_function=os.link)  # without results; `predict` changes no file in place
+    sdata = ps.io.open_store(result)
     started = time.monotonic()
-    ps.tl.predict(sdata, shapes_key=BINS, device="cpu", overwrite=True, show_progress_bar=False)
+    ps.tl.predict(sdata, shapes_key=BINS, device="cpu", show_progress_bar=False)
     seconds = time.monotonic() - started
-    return {"predict_s": seconds, "n_bins": n_rows(options.store), "image_px": sdata_px(sdata)}
+    return {"predict_s": seconds, "n_bins": n_rows(result), "image_px": sdata_px(sdata)}
 
 
 BINS = "sample_square_002um"
+
+
+def result_of(store: Path) -> Path:
+    return store.with_name("result.zarr")
 
 
 def n_rows(store: Path) -> int:
@@ -210,14 +217,14 @@ def bare_write(options: argparse.Namespace) -> float:
     """Seconds to write every array of the map and the table anew, with the same chunks and codecs."""
     import zarr
 
-    target = options.store.parent / "bare.zarr"
+    target, result = options.store.parent / "bare.zarr", result_of(options.store)
     shutil.rmtree(target, ignore_errors=True)
     total = 0.0
-    for path in arrays_of(options.store):
+    for path in arrays_of(result):
         source = zarr.open_array(str(path), mode="r")
         started = time.perf_counter()
         copy = zarr.create_array(
-            str(target / path.relative_to(options.store)),
+            str(target / path.relative_to(result)),
             shape=source.shape,
             chunks=source.chunks,
             dtype=source.dtype,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import lcm
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -33,10 +33,12 @@ from .augment import apply_symmetry, undo_symmetry
 from .batches import AHEAD, prefetch
 from .copies import Copies
 from .device import fixed_shapes
+from .heap import kept_memory
+from .pairs import Pairs
 from .region_plan import RegionPlan, WindowRegions, windows_of
 from .slides import ReadTile
 from .tiling import ALIGN_PX
-from .writer import BLOCK_WRITERS, Writer
+from .writer import BLOCK_WRITERS, Buffers, Writer
 
 __all__ = ["BlockSink", "InferSettings", "Inference", "RegionSink", "StoredMap", "infer"]
 
@@ -104,7 +106,7 @@ class RegionSink(Protocol):
         index
             The regions, ascending, shape (k,).
         sums
-            Share of the sum over each region's pixels, shape (k, genes).
+            Share of the sum over each region's pixels, shape (k, genes); the array is used again after the call.
         weight
             Share of the pixels by which a mean divides, shape (k,).
         complete
@@ -192,10 +194,20 @@ class _Pass:
         self.layout = torch.channels_last if self.copies.gpu else torch.contiguous_format
         self.network = network.to(self.device).to(memory_format=self.layout).eval()
         self.forward = torch.compile(self.network, dynamic=False) if settings.compile else self.network
+        self.buffers = Buffers()
+        self.pairs = Pairs(self.device) if not settings.compile else None
+        self.batch_size = max(settings.batch_size, 2 if self.pairs else 1)
         self.tissue = torch.as_tensor(plan.tissue, device=self.device)
         index = torch.as_tensor(genes, device=self.device)
         self.weight = network.head.weight.detach()[index].float()
         self.bias = network.head.bias.detach()[index].float()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pairs:
+            self.pairs.close()
 
     def tile_image(self, origin: tuple[int, int]) -> Tensor:
         """A tile with its halo, (3, rows, columns)."""
@@ -212,15 +224,18 @@ class _Pass:
     def seconds_per_tile(self) -> float:
         """Time that a tile takes in the network, without what is done ahead of it and after it."""
         side = self.settings.tile_px + 2 * self.settings.halo_px
-        blank = [torch.full((3, side, side), 255, dtype=torch.uint8)] * self.settings.batch_size
+        blank = [torch.full((3, side, side), 255, dtype=torch.uint8)] * self.batch_size
         for _ in range(2):  # the first warms up
             started = time.perf_counter()
             self.features(blank).flatten()[0].item()
         return (time.perf_counter() - started) / len(blank)
 
-    @torch.inference_mode()
     def features(self, images: list[Tensor]) -> Tensor:
         """D of some tiles without their halos, (B, C, t, t), float32, averaged over the symmetries."""
+        return self.pairs.map(self._features, images) if self.pairs else self._features(images)
+
+    @torch.inference_mode()
+    def _features(self, images: list[Tensor]) -> Tensor:
         n_tiles = len(images)
         if self.settings.compile:  # for one shape, so that what is left over at the end is filled up
             images = images + images[-1:] * (self.settings.batch_size - n_tiles)
@@ -246,7 +261,7 @@ class _Pass:
             waiting.append(_Open(visit, next(inputs) if visit.regions else None))
             for _ in visit.tiles:
                 images.append(next(inputs))
-                if len(images) == self.settings.batch_size:
+                if len(images) == self.batch_size:
                     self._place(images, waiting)
                     images = []
                     yield from _complete(waiting)
@@ -280,20 +295,26 @@ class _Pass:
         rows, cols = min(step, window.shape[0] - r), min(step, window.shape[1] - c)
         there.d[:, r : r + rows, c : c + cols] = part[:, :rows, :cols]
 
+    def _output(self, *shape: int) -> Tensor | None:
+        """Where to put what will be written next; None: torch's own memory, which on a GPU is kept anyway."""
+        return self.buffers.take(*shape) if self.device.type == "cpu" else None
+
     @torch.inference_mode()
     def share_of_features(self, regions: WindowRegions, d: Tensor) -> tuple[Tensor, Tensor]:
         """A window's share of its regions: A (D W + b), and A 1."""
         if self.copies.gpu:
             regions = regions.moved(self.copies.up)
         pooled, weight = regions.share(d.flatten(1).T)
-        return torch.addmm(weight[:, None] * self.bias, pooled, self.weight.T), weight
+        sums = torch.mm(pooled, self.weight.T, out=self._output(len(pooled), len(self.bias)))
+        return sums.addr_(weight, self.bias), weight
 
     @torch.inference_mode()
     def block_values(self, window: Window, block: Block, d: Tensor) -> Tensor:
         """The gene map of a block, zero off tissue: (D W + b) ⊙ tissue."""
         row0, row1, col0, col1 = block
         part = d[:, row0 - window.row0 : row1 - window.row0, col0 - window.col0 : col1 - window.col0]
-        values = torch.addmm(self.bias[:, None], self.weight, part.flatten(1)).view(-1, *part.shape[1:])
+        out = self._output(len(self.bias), part[0].numel())
+        values = torch.addmm(self.bias[:, None], self.weight, part.flatten(1), out=out).view(-1, *part.shape[1:])
         if not self.plan.tissue[row0:row1, col0:col1].all():
             values *= self.tissue[row0:row1, col0:col1]
         return values
@@ -401,12 +422,12 @@ def infer(
     visits = _plan_visits(plan, window_side(step, block_px), step, blocks, rows, stored)
     run = _Pass(network, read, plan, genes, fabric, settings)
     total = sum(len(v.tiles) for v in visits)
-    with fixed_shapes(fabric.device):
+    with fixed_shapes(fabric.device), kept_memory(fabric.device):
         if announce is not None:
             announce(total, run.seconds_per_tile() if total >= _MANY_TILES else None)
         bar = tqdm(total=total, unit="tile", disable=not show_progress_bar or not total)
-        inputs = prefetch(_tasks(run, visits), ahead=max(AHEAD, settings.batch_size + 1))
-        with bar, Writer(BLOCK_WRITERS) as block_writer, Writer() as row_writer:
+        inputs = prefetch(_tasks(run, visits), ahead=max(AHEAD, run.batch_size + 1))
+        with bar, run, Writer(BLOCK_WRITERS) as block_writer, Writer() as row_writer:
             for there in run.windows(visits, inputs):
                 _walk(run, there, blocks, rows, stored, block_writer, row_writer)
                 bar.update(len(there.visit.tiles))
@@ -457,17 +478,20 @@ def _walk(
         d = run.whole(there)
         for block in visit.blocks:
             assert blocks is not None  # blocks are only planned with a sink
-            block_writer.submit(_write_block, blocks, block, run.copies.down(run.block_values(visit.window, block, d)))
+            values_down = run.copies.down(run.block_values(visit.window, block, d))
+            block_writer.submit(_write_block, blocks, block, values_down, run.buffers)
         share = run.share_of_features(regions, d) if regions is not None else None
     if rows is not None and visit.regions:
         if regions is None or share is None:
             row_writer.submit(_put_nothing, rows, visit.window, run.weight.shape[0])
         else:
-            row_writer.submit(_put, rows, visit.window, regions, *(run.copies.down(part) for part in share))
+            row_writer.submit(_put, rows, visit.window, regions, *map(run.copies.down, share), run.buffers)
 
 
-def _write_block(sink: BlockSink, block: Block, values: Callable[[], NDArray[np.float32]]) -> None:
-    sink.write(block, values())
+def _write_block(sink: BlockSink, block: Block, values: Callable[[], NDArray[np.float32]], buffers: Buffers) -> None:
+    array = values()
+    sink.write(block, array)
+    buffers.give(array)
 
 
 def _put(
@@ -476,8 +500,11 @@ def _put(
     regions: WindowRegions,
     sums: Callable[[], NDArray[np.float32]],
     weight: Callable[[], NDArray[np.float32]],
+    buffers: Buffers,
 ) -> None:
-    sink.put(window, regions.index, sums(), weight().astype(np.float64), regions.complete)
+    array = sums()
+    sink.put(window, regions.index, array, weight().astype(np.float64), regions.complete)
+    buffers.give(array)
 
 
 def _put_nothing(sink: RegionSink, window: Window, n_genes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable
@@ -9,7 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["BLOCK_WRITERS", "Writer"]
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["BLOCK_WRITERS", "Buffers", "Writer"]
 
 _WAITING = 2  # results that may wait to be written; each may be hundreds of MB
 
@@ -47,3 +53,28 @@ class Writer:
         if kind is None:
             while self._waiting:
                 self._waiting.popleft().result()
+
+
+class Buffers:
+    """Arrays of tens of MB that are used again: the system would take each back, and clear every page of the next."""
+
+    def __init__(self) -> None:
+        self._free: deque[Tensor] = deque()
+        self._lent: dict[int, Tensor] = {}
+
+    def take(self, *shape: int) -> Tensor:
+        """A float32 tensor on the host with whatever is in it."""
+        size = math.prod(shape)
+        flat = next((kept for kept in self._free if kept.numel() >= size), None)
+        if flat is None:
+            flat = torch.empty(size)
+        else:
+            self._free = deque(kept for kept in self._free if kept is not flat)
+        self._lent[flat.data_ptr()] = flat
+        return flat[:size].view(shape)
+
+    def give(self, values: NDArray[np.float32]) -> None:
+        """Take back what `take` lent, by now an array that nobody looks at any more; others are not ours."""
+        flat = self._lent.pop(values.ctypes.data, None)
+        if flat is not None:
+            self._free.append(flat)

@@ -41,11 +41,15 @@ def read_at(handle: int, array: NDArray[Any], offset: int) -> None:
         left, offset = left[n_read:], offset + n_read
 
 
-def write_records(handle: int, index: NDArray[np.intp], records: NDArray[Any]) -> None:
-    """Write ``records[i]`` as record ``index[i]`` of the file; neighbours go in one call. ``index`` ascends."""
+def write_records(handle: int, index: NDArray[np.intp], records: NDArray[Any], chosen: NDArray[np.intp]) -> None:
+    """Write ``records[k]`` as record ``index[k]`` of the file for every chosen k; neighbours go in one call.
+
+    ``index`` and ``chosen`` ascend. Nothing is copied that lies together.
+    """
     size = _record_bytes(records)
-    for first, last in _runs(index):
-        write_at(handle, records[first:last], int(index[first]) * size)
+    for first, last in _runs(index[chosen], chosen):
+        k = int(chosen[first])
+        write_at(handle, records[k : k + last - first], int(index[k]) * size)
 
 
 def read_records(handle: int, index: NDArray[np.intp], out: NDArray[Any]) -> None:
@@ -66,7 +70,9 @@ def _record_bytes(records: NDArray[Any]) -> int:
     return records.itemsize * int(np.prod(records.shape[1:], dtype=np.int64))
 
 
-def _runs(index: NDArray[np.intp]) -> list[tuple[int, int]]:
-    """Stretches of consecutive numbers, as ranges of positions."""
-    breaks = np.flatnonzero(np.diff(index) != 1) + 1
-    return list(pairwise([0, *breaks.tolist(), len(index)])) if len(index) else []
+def _runs(*numbers: NDArray[np.intp]) -> list[tuple[int, int]]:
+    """Stretches in which all numbers are consecutive, as ranges of positions."""
+    if not len(numbers[0]):
+        return []
+    breaks = np.flatnonzero(np.any([np.diff(each) != 1 for each in numbers], axis=0)) + 1
+    return list(pairwise([0, *breaks.tolist(), len(numbers[0])]))

@@ -110,8 +110,11 @@ class RowFile:
         if self.is_done(window):
             return
         check_put(self, window, index, sums, weight, complete)
+        weight = weight.astype("<f8", copy=False)
         with self._explained():
-            self._write_whole(index[complete], sums[complete], weight[complete])
+            chosen = np.flatnonzero(complete)
+            for handle, values in zip(self._handles, (sums.astype("<f4", copy=False), weight), strict=False):
+                write_records(handle, index, values, chosen)
             shares = self._append_shares(index[~complete], sums[~complete], weight[~complete])
             self._log.add(window, shares)
             self._next_share, self._order = shares.first + shares.n, None
@@ -195,10 +198,6 @@ class RowFile:
         for name, size in zip(_FILES, (*self._sizes(), 0, 0), strict=True):
             with (self.folder / name).open("wb") as file:
                 file.truncate(size)
-
-    def _write_whole(self, index: NDArray[np.intp], sums: NDArray[np.float32], weight: NDArray[np.float64]) -> None:
-        write_records(self._handles[0], index, sums.astype("<f4", copy=False))
-        write_records(self._handles[1], index, weight.astype("<f8", copy=False))
 
     def _append_shares(
         self, index: NDArray[np.intp], sums: NDArray[np.float32], weight: NDArray[np.float64]

@@ -225,4 +225,5 @@ def expression(
     """Values of a table from the rows of regions that have weight, (m, genes)."""
     if aggregation == "sum":
         return sums
-    return sums / weight.astype(np.float32)[:, None]  # single precision, as the sums: four times as fast
+    weight = weight.astype(np.float32)  # single precision, as the sums: four times as fast
+    return np.divide(sums, weight[:, None], out=sums if sums.flags.owndata else None)

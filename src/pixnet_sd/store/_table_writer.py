@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 CHUNK_BYTES = 4 * 2**20
 MAX_CHUNK_ROWS = 2**16
-BATCH_CHUNKS = 8  # in one call, so that zarr compresses several at once
+BATCH_CHUNKS = 7  # in one call, so that zarr compresses several at once; small enough to be taken from memory in use
 
 _PLAIN = ("array", "string-array")
 _NULLABLE = ("nullable-boolean", "nullable-integer", "nullable-string-array")
