@@ -22,8 +22,9 @@ def test_import_loads_nothing_heavy():
     assert loaded == "[]"
 
 
-def test_datasets_load_no_torch():
-    assert run_python("import sys, pixnet_sd; pixnet_sd.datasets.sample; print('torch' in sys.modules)") == "False"
+@pytest.mark.parametrize("name", ["datasets.sample", "io.convert_visium_hd", "io.open_store"])
+def test_what_needs_no_torch_loads_none(name):
+    assert run_python(f"import sys, pixnet_sd; pixnet_sd.{name}; print('torch' in sys.modules)") == "False"
 
 
 def test_public_names_resolve():

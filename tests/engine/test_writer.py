@@ -3,9 +3,10 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from pixnet_sd.engine.writer import Writer
+from pixnet_sd.engine.writer import Buffers, Writer
 
 
 def test_one_thread_keeps_the_order() -> None:
@@ -72,3 +73,24 @@ def test_what_waits_is_dropped_when_the_caller_fails() -> None:
     with pytest.raises(KeyError):
         fail()
     assert not written
+
+
+def test_buffers_are_used_again_when_given_back() -> None:
+    buffers = Buffers()
+    one, two = buffers.take(3, 4), buffers.take(2, 2)
+    one.fill_(1), two.fill_(2)
+    assert one.sum() == 12  # they share nothing
+    place = one.data_ptr()
+    buffers.give(one.numpy())
+    assert buffers.take(20).data_ptr() != place  # too small for that
+    again = buffers.take(2, 5)
+    assert again.data_ptr() == place
+    assert again.shape == (2, 5)
+    assert buffers.take(3, 4).data_ptr() != place  # lent by now
+
+
+def test_foreign_arrays_are_not_taken() -> None:
+    buffers = Buffers()
+    foreign = np.ones(100, np.float32)
+    buffers.give(foreign)
+    assert buffers.take(10).data_ptr() != foreign.ctypes.data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,22 +60,22 @@ class Buffers:
     """Arrays of tens of MB that are used again: the system would take each back, and clear every page of the next."""
 
     def __init__(self) -> None:
-        self._free: deque[Tensor] = deque()
+        self._free: list[Tensor] = []
         self._lent: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
 
     def take(self, *shape: int) -> Tensor:
         """A float32 tensor on the host with whatever is in it."""
         size = math.prod(shape)
-        flat = next((kept for kept in self._free if kept.numel() >= size), None)
-        if flat is None:
-            flat = torch.empty(size)
-        else:
-            self._free = deque(kept for kept in self._free if kept is not flat)
-        self._lent[flat.data_ptr()] = flat
+        with self._lock:
+            place = next((k for k, kept in enumerate(self._free) if kept.numel() >= size), None)
+            flat = torch.empty(size) if place is None else self._free.pop(place)
+            self._lent[flat.data_ptr()] = flat
         return flat[:size].view(shape)
 
     def give(self, values: NDArray[np.float32]) -> None:
         """Take back what `take` lent, by now an array that nobody looks at any more; others are not ours."""
-        flat = self._lent.pop(values.ctypes.data, None)
-        if flat is not None:
-            self._free.append(flat)
+        with self._lock:
+            flat = self._lent.pop(values.ctypes.data, None)
+            if flat is not None:
+                self._free.append(flat)

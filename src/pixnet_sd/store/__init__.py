@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._commit import check_target, commit
 from ._disk import size_text
 from ._gene_map import GeneMapReader, GeneMapWriter, estimate_bytes, open_map
-from ._pixnet import PixNet
 from ._provenance import record, recorded
 from ._raster import image_transforms, tissue_labels
-from ._record import ModelRecord, library_versions
 from ._region_writer import RegionResults, RegionWriter, estimate_table_bytes
 from ._rows import MemoryRows, RowInfo, Rows
 from ._shapes import circles_element, squares_element
 from ._shapes_writer import MakeShapes
 from ._table import region_table
 from ._thumbnail import thumbnail
+
+if TYPE_CHECKING:
+    from ._pixnet import PixNet
+    from ._record import ModelRecord, library_versions
 
 __all__ = [
     "GeneMapReader",
@@ -43,3 +48,12 @@ __all__ = [
     "thumbnail",
     "tissue_labels",
 ]
+
+_WITH_TORCH = {"PixNet": "_pixnet", "ModelRecord": "_record", "library_versions": "_record"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch comes when it is asked for: a store can be written without."""
+    if name in _WITH_TORCH:
+        return getattr(import_module(f".{_WITH_TORCH[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

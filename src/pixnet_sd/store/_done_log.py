@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +15,8 @@ __all__ = ["DoneLog"]
 class DoneLog:
     """One line a block: its corner and the bytes that it takes on disk.
 
-    The log itself is forced to disk, the blocks are not (that would cost more than writing them). After a crash of the
-    machine, a logged block may therefore be missing in part: it counts as done only while its files have their size.
+    Nothing is forced to disk: that would make the network wait for it. After a crash of the machine, a logged block may
+    therefore be missing in part: it counts as done only while its files have their size.
 
     Parameters
     ----------
@@ -41,8 +40,6 @@ class DoneLog:
         size = self._stored_bytes(block)
         with self._path.open("a", encoding="ascii") as file:
             file.write(f"\n{block[0]} {block[2]} {size} .")  # the leading newline parts it from a torn line before
-            file.flush()
-            os.fsync(file.fileno())
         self._bytes[block[0], block[2]] = size
 
 

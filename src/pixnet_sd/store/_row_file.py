@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RowFile"]
 
-SYNC_S = 30.0
+SYNC_S = 600.0
 """How often what was written is forced to disk, seconds: what a crash of the machine costs at most."""
 
 PIECE_BYTES = 8 * 2**20

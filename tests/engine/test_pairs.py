@@ -1,0 +1,79 @@
+"""Two tiles at a time give what one at a time gives, and torch has its threads back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from pixnet_sd.engine.infer import InferSettings, infer
+from pixnet_sd.engine.pairs import Pairs
+from pixnet_sd.engine.region_plan import plan_regions
+from pixnet_sd.nn.grid import Grid
+from pixnet_sd.nn.receptive_field import receptive_radius_px
+from pixnet_sd.nn.regions import Circles
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_one_thread_or_a_gpu_has_no_pairs() -> None:
+    assert torch.get_num_threads() == 1
+    assert not Pairs(torch.device("cpu"))
+    assert not Pairs(torch.device("cuda"))
+
+
+def test_order_and_threads(two_threads) -> None:
+    pairs = Pairs(torch.device("cpu"))
+    seen = []
+
+    def look(images: list[torch.Tensor]) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return torch.stack(images)
+
+    found = pairs.map(look, [torch.full((2,), k) for k in range(5)])
+    assert found.tolist() == [[k, k] for k in range(5)]
+    assert set(seen) == {1}
+    pairs.close()
+    assert torch.get_num_threads() == 2
+
+
+def test_prediction_is_the_same(two_threads, make_network, draw, reader, fabric) -> None:
+    network, read = make_network(), reader(draw(160, 192))
+    tissue = np.ones((40, 48), bool)
+    plan = plan_regions(Circles(np.empty((0, 2)), np.empty(0)), Grid(40, 48, 4), tissue, 16)
+    settings = InferSettings(64, receptive_radius_px(network))
+
+    class Blocks:
+        def __init__(self) -> None:
+            self.values = np.zeros((3, 40, 48), np.float32)
+            self.pending = [(r, min(r + 16, 40), c, c + 16) for r in range(0, 40, 16) for c in range(0, 48, 16)]
+
+        def write(self, block, values) -> None:
+            self.values[:, block[0] : block[1], block[2] : block[3]] = values
+
+    maps = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        blocks = Blocks()
+        infer(
+            network,
+            read,
+            plan,
+            genes=np.arange(3),
+            fabric=fabric,
+            settings=settings,
+            blocks=blocks,
+            block_px=16,
+            show_progress_bar=False,
+        )
+        maps.append(blocks.values)
+        assert torch.get_num_threads() == threads
+    np.testing.assert_allclose(maps[1], maps[0], atol=1e-5 * maps[0].std())
