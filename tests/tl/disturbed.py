@@ -216,7 +216,7 @@ def fill_disk_predicting(folder: Path, n: int) -> int:
     refused = 0
     for k in range(n):
         disk = folder / f"disk_{k}"
-        with small_disk(disk, base + 65536 + int(more * 0.6 * k / n)):
+        with small_disk(disk, base + 65536 + int(more * 0.2 * k / n)):
             store = disk / "slide.zarr"
             shutil.copytree(folder / "fitted.zarr", store)
             refused += finish(start(unaware, predict, store)) == REFUSED

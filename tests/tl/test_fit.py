@@ -13,6 +13,7 @@ import pytest
 import spatialdata as sd
 import torch
 from safetensors.torch import save_file
+from scipy import sparse
 
 import pixnet_sd as ps
 from pixnet_sd._errors import CheckpointError, DataError, PixNetError
@@ -211,9 +212,11 @@ def test_same_seed_same_weights(slide, fit, tmp_path):
 
 
 def test_it_learns(slide, fit, tmp_path):
-    """A few epochs bring the loss well below that of the first."""
-    model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=15, lr=5e-3, validation=None, patience=None)
-    assert model.history["loss"].iloc[-1] < 0.9 * model.history["loss"].iloc[0]
+    """A few epochs on counts without noise bring the loss well below that of the first."""
+    truth = ps.datasets.sample_truth_bins(8, size_um=200, mpp=1.0, library_size=False)
+    slide.tables[TABLE].X = sparse.csr_matrix(np.rint(100 * truth.to_numpy()).astype(np.float32))
+    model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=8, lr=5e-3, validation=None, patience=None)
+    assert model.history["loss"].iloc[-1] < 0.8 * model.history["loss"].iloc[0]
 
 
 @pytest.mark.parametrize(
