@@ -49,7 +49,7 @@ def open_store(path: str | Path) -> SpatialData:
     if not ((store / "zarr.json").is_file() or (store / ".zgroup").is_file()):
         raise StoreError(
             f"There is no store at {str(path)!r}. Give the folder that sdata.write(...) made; of a Space Ranger "
-            "folder, make one with spatialdata_io.visium_hd(folder).write(...)."
+            "folder, make one with pixnet_sd.io.convert_visium_hd(folder, store)."
         )
     sdata = read_zarr(store, selection=("images", "labels", "points"))
     stored: dict[str, Mapping[str, Any]] = {"shapes": shapes_of(sdata), "tables": tables_of(sdata)}
