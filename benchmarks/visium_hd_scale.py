@@ -156,7 +156,8 @@ def predict(options: argparse.Namespace) -> dict[str, float]:
     import pixnet_sd as ps
 
     result = result_of(options.store)
-    shutil.rmtree(result, ignore_errors=True)
+    for leftover in (result, result.with_name(f".{result.name}.pixnet_sd")):  # else a run that was killed would go on
+        shutil.rmtree(leftover, ignore_errors=True)
     shutil.copytree(options.store, result, copy_function=os.link)  # without results; `predict` changes no file in place
     sdata = ps.io.open_store(result)
     run = ps.tl.predict  # what it needs is imported here, torch included
