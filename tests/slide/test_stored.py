@@ -187,7 +187,7 @@ def test_open_store(visium_hd, written, monkeypatch, caplog) -> None:
 
 
 def test_no_store(tmp_path) -> None:
-    with pytest.raises(StoreError, match=r"There is no store at .*visium_hd\(folder\)"):
+    with pytest.raises(StoreError, match=r"There is no store at .*convert_visium_hd\(folder, store\)"):
         open_store(tmp_path)
 
 
