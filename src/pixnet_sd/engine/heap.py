@@ -21,7 +21,7 @@ def kept_memory(device: torch.device) -> Iterator[None]:
     """Let freed memory of a run on the CPU be used again, and give it back at the end.
 
     glibc returns every block of more than 32 MB to the system as soon as it is freed, and the system clears every page
-    of the next one. A network's activations are such blocks: a fifth of the time of a small network goes into that.
+    of the next one. A network's activations are such blocks.
 
     Parameters
     ----------

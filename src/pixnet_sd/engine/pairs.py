@@ -15,7 +15,7 @@ class Pairs:
     """Computes tiles in two threads, each of which has half of torch's threads for itself.
 
     Threads that share one tile wait for each other after every layer, and spin while they do. Writers that compress in
-    between make them wait long: with one tile a thread a pass takes a sixth less time.
+    between make them wait long; a thread with a tile of its own waits for nobody.
 
     Parameters
     ----------
