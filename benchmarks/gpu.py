@@ -151,7 +151,7 @@ class Kept(Dropped):
     def __init__(self, scale: Scale) -> None:
         super().__init__(scale)
         self.ring = np.zeros((16, scale.n_genes, scale.block_px, scale.block_px), np.float32)
-        self.sums = np.zeros((1, scale.n_genes), np.float32)
+        self.sums = np.zeros((1, 0), np.float32)
         self.place = itertools.count()
 
     def write(self, _block: Block, values: NDArray[np.float32]) -> None:
@@ -159,7 +159,7 @@ class Kept(Dropped):
         self.ring[next(self.place) % len(self.ring), :, :rows, :cols] = values
 
     def put(self, _window: Window, _index: NDArray[np.intp], sums: NDArray[np.float32], *_: Any) -> None:
-        if len(sums) > len(self.sums):
+        if len(sums) > len(self.sums) or sums.shape[1:] != self.sums.shape[1:]:
             self.sums = np.zeros_like(sums)
         self.sums[: len(sums)] = sums
 
@@ -298,6 +298,7 @@ class Bench:
             blocks=sink,
             block_px=self.scale.block_px,
             rows=sink,
+            pooled=network.head.in_features < self.scale.n_genes,  # as `predict` does
             show_progress_bar=False,
         ).tiles_run
 

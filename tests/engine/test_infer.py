@@ -19,7 +19,7 @@ from pixnet_sd.engine.region_plan import RegionPlan, plan_regions
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.grid import Grid, Window
 from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.model import MAP_STRIDE, Network
+from pixnet_sd.nn.model import MAP_STRIDE, Network, apply_head
 from pixnet_sd.nn.receptive_field import receptive_radius_px
 from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons
 
@@ -196,8 +196,10 @@ class ArraySink:
 class RowArray:
     """Keeps the regions' sums in an array, added up over windows."""
 
-    def __init__(self, n: int, done: Callable[[Window], bool] = lambda window: False) -> None:
-        self.sums, self.weight = np.zeros((n, len(GENES))), np.zeros(n)
+    def __init__(
+        self, n: int, done: Callable[[Window], bool] = lambda window: False, n_columns: int = len(GENES)
+    ) -> None:
+        self.sums, self.weight = np.zeros((n, n_columns)), np.zeros(n)
         self.whole = np.zeros(n, int)
         self.windows: list[Window] = []
         self.is_done = done
@@ -319,6 +321,21 @@ def test_sums(make_network, walk, gene_map, tissue, kind) -> None:
     n_px = np.array([max(mask_of(regions, k).sum(), 1) for k in range(len(regions))])[:, None]
     found = walk(regions, net=make_network(aggregation="sum"))
     assert_close(found.values / n_px, expected / n_px, gene_map.std())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("aggregation", ["mean", "sum"])
+def test_sums_of_d_become_those_of_the_genes(make_network, walk, tissue, kind, aggregation) -> None:
+    net, regions = make_network(aggregation=aggregation), KINDS[kind]()
+    rows = RowArray(len(regions), n_columns=net.head.in_features)
+    walk(regions, net=net, rows=rows, pooled=True, block_px=16)
+    some = rows.weight > 0
+    weight, n_px = net.head.weight.detach()[GENES], torch.from_numpy(rows.weight[some]).float()[:, None]
+    pooled = torch.from_numpy(rows.sums[some]).float()
+    found = apply_head(pooled, n_px, weight, net.head.bias.detach()[GENES], aggregation).numpy()
+    expected = walk(regions, net=net).values
+    np.testing.assert_array_equal(some, ~np.isnan(expected).any(axis=1))
+    np.testing.assert_allclose(found, expected[some], rtol=1e-5, atol=1e-5 * np.nanstd(expected))
 
 
 def test_a_real_backbone(make_network, walk, pixels, reader, tissue) -> None:

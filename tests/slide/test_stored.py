@@ -6,6 +6,7 @@ import anndata as ad
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import shapely
 import spatialdata as sd
@@ -155,6 +156,26 @@ def test_sample_of_shapes(written, monkeypatch, index: pd.Index) -> None:
     np.testing.assert_array_equal(shapely.get_coordinates(stored.sample.geometry)[:, 0] / 2, picked)
     assert set(get_transformation(stored.sample, get_all=True)) == {"s", ""}
     assert len(stored.load()) == 30
+
+
+def test_a_sample_is_taken_from_few_groups_of_rows(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_stored_shapes, "SAMPLE", 5)
+    monkeypatch.setattr(_stored_shapes, "_SAMPLED_GROUPS", 3)
+    frame = gpd.GeoDataFrame({"radius": np.ones(30)}, geometry=shapely.points(np.arange(60.0).reshape(-1, 2)))
+    sd.SpatialData(shapes={"spots": ShapesModel.parse(frame)}).write(tmp_path / "s.zarr")
+    file = tmp_path / "s.zarr" / "shapes" / "spots" / "shapes.parquet"
+    pq.write_table(pq.read_table(file), file, row_group_size=4)  # groups begin at 0, 4, ... 28
+    read = []
+    whole = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda self, **options: (read.append(options["row_groups"]), whole(self, **options))[1],
+    )
+    sample = StoredShapes(file.parent).sample
+    assert read == [[0, 3, 7]]
+    assert list(sample.index) == [0, 2, 12, 14, 29]  # places 0, 2, 4, 6, 9 of those ten
+    np.testing.assert_array_equal(shapely.get_coordinates(sample.geometry)[:, 0] / 2, sample.index)
 
 
 def test_a_file_that_changed_is_sampled_anew(circles, tmp_path) -> None:

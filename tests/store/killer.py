@@ -22,7 +22,7 @@ from pixnet_sd.store._commit import recover
 from pixnet_sd.store._gene_map import GeneMapWriter
 from pixnet_sd.store._raster import image_transforms, tissue_labels
 from pixnet_sd.store._region_writer import RegionWriter
-from pixnet_sd.store._rows import RowInfo
+from pixnet_sd.store._rows import RowInfo, expression
 from pixnet_sd.store._shapes import circles_element
 from pixnet_sd.store._table import region_table
 
@@ -67,7 +67,7 @@ def predict(store: Path, scale: float, overwrite: bool) -> None:
         made = rows.results(
             describe,
             make_table=partial(region_table, genes=["A", "B"], region="spots", spot_diameter_px=8.0),
-            aggregation="mean",
+            express=partial(expression, aggregation="mean"),
             shapes_key="spots",
             make_shapes=partial(circles_element, radius_px=4.0 * scale, transforms=transforms),
         )

@@ -28,7 +28,7 @@ from pixnet_sd.store import _read_back, _table_writer, image_transforms, thumbna
 from pixnet_sd.store._commit import check_target, commit
 from pixnet_sd.store._disk import hold_lock, work_folder
 from pixnet_sd.store._region_writer import RegionWriter, estimate_table_bytes
-from pixnet_sd.store._rows import RowInfo
+from pixnet_sd.store._rows import RowInfo, expression
 from pixnet_sd.store._shapes import circles_element, squares_element
 from pixnet_sd.store._table import region_table
 
@@ -88,7 +88,7 @@ def results(sdata, writer, ids="numbers", kind="circles", aggregation="mean"):
     return writer.results(
         partial(describe, IDS[ids]),
         make_table=make_table,
-        aggregation=aggregation,
+        express=partial(expression, aggregation=aggregation),
         shapes_key="pixnet_t_shapes",
         make_shapes=make_shapes,
     )
@@ -312,7 +312,7 @@ def test_a_disk_that_fills_up_while_the_table_is_written(slide, monkeypatch, use
 
 def test_too_little_disk_is_refused_before_any_work(slide, monkeypatch):
     usage = shutil.disk_usage(slide.path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=estimate_table_bytes(N, 3) // 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=estimate_table_bytes(N, 3, 3) // 2))
     with pytest.raises(StoreError, match="may take up to"):
         open_writer(slide)
     assert not work_folder(slide.path).exists()
@@ -325,7 +325,7 @@ def test_estimate_is_enough(slide):
         (table,) = (item for item in made.staged if item.kind == "tables")
         values = sum(f.stat().st_size for f in (table.scratch_store / "tables/pixnet_t/X").rglob("*") if f.is_file())
     assert values < 2 * 4 * N * len(GENES) + 1000  # tiny: the metadata alone is 700 bytes
-    assert estimate_table_bytes(10**7, 250) == pytest.approx(28e9, rel=0.01)
+    assert estimate_table_bytes(10**7, 250, 250) == pytest.approx(28e9, rel=0.01)
 
 
 def test_overwrite(slide):

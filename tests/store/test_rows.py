@@ -58,7 +58,7 @@ def dense(values, low, high):
 def test_rows_are_the_sums_over_regions(case, n_before, cut):
     values, low, high, windows, order = case
     n = len(low)
-    whole = MemoryRows(n, N_GENES)
+    whole = MemoryRows(n, N_GENES, N_GENES)
     for window in windows:
         whole.put(window, *share(values, low, high, window))
     with tempfile.TemporaryDirectory() as name:
@@ -101,10 +101,10 @@ def test_shares_are_added_one_after_the_other(rows, seed):
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_shares_that_do_not_fit_are_refused(kind, tmp_path):
-    rows = MemoryRows(4, 2) if kind == "memory" else RowFile(tmp_path / "table-x", 4, 2, {})
+    rows = MemoryRows(4, 2, 2) if kind == "memory" else RowFile(tmp_path / "table-x", 4, 2, {})
     window, index, one, yes = Window(0, 1, 0, 1), np.array([1, 3]), np.ones(2), np.ones(2, bool)
     for bad_index, sums in ((index, np.ones((2, 3))), (np.array([1, 4]), np.ones((2, 2)))):
-        with pytest.raises(DataError, match=r"window \(0, 1, 0, 1\).*4 regions of 2 genes"):
+        with pytest.raises(DataError, match=r"window \(0, 1, 0, 1\).*4 regions of 2 columns"):
             rows.put(window, bad_index, sums.astype(np.float32), one, yes)
     with pytest.raises(DataError, match=r"window \(0, 1, 0, 1\) is not finite"):
         rows.put(window, index, np.array([[1, np.nan], [0, 0]], np.float32), one, yes)
@@ -114,9 +114,9 @@ def test_shares_that_do_not_fit_are_refused(kind, tmp_path):
 
 def test_too_large_for_memory_says_what_to_do(monkeypatch):
     monkeypatch.setattr(_rows, "available_memory", lambda: 10**9)
-    MemoryRows(10, 250)
+    MemoryRows(10, 250, 250)
     with pytest.raises(StoreError, match=r"1000000 regions and 250 genes takes 2\.02 GB.*sdata\.write"):
-        MemoryRows(10**6, 250)
+        MemoryRows(10**6, 250, 250)
 
 
 def test_mean_divides_and_sum_does_not():

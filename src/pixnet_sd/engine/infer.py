@@ -106,7 +106,8 @@ class RegionSink(Protocol):
         index
             The regions, ascending, shape (k,).
         sums
-            Share of the sum over each region's pixels, shape (k, genes); the array is used again after the call.
+            Share of the sum over each region's pixels, shape (k, genes), or (k, C) where D is asked for; the array is
+            used again after the call.
         weight
             Share of the pixels by which a mean divides, shape (k,).
         complete
@@ -187,7 +188,9 @@ class _Pass:
         genes: NDArray[np.intp],
         fabric: Fabric,
         settings: InferSettings,
+        pooled: bool,
     ) -> None:
+        self.pooled = pooled
         self.read, self.plan, self.fabric, self.settings = read, plan, fabric, settings
         self.device = fabric.device
         self.copies = Copies(self.device)
@@ -201,6 +204,7 @@ class _Pass:
         index = torch.as_tensor(genes, device=self.device)
         self.weight = network.head.weight.detach()[index].float()
         self.bias = network.head.bias.detach()[index].float()
+        self.n_columns = self.weight.shape[1 if pooled else 0]
 
     def __enter__(self) -> Self:
         return self
@@ -225,7 +229,7 @@ class _Pass:
         """Time that a tile takes in the network, without what is done ahead of it and after it."""
         side = self.settings.tile_px + 2 * self.settings.halo_px
         blank = [torch.full((3, side, side), 255, dtype=torch.uint8)] * self.batch_size
-        for _ in range(2):  # the first warms up
+        for _ in range(2 if self.copies.gpu or self.settings.compile else 1):  # there the first warms up
             started = time.perf_counter()
             self.features(blank).flatten()[0].item()
         return (time.perf_counter() - started) / len(blank)
@@ -301,10 +305,12 @@ class _Pass:
 
     @torch.inference_mode()
     def share_of_features(self, regions: WindowRegions, d: Tensor) -> tuple[Tensor, Tensor]:
-        """A window's share of its regions: A (D W + b), and A 1."""
+        """A window's share of its regions: A D or A (D W + b), and A 1."""
         if self.copies.gpu:
             regions = regions.moved(self.copies.up)
         pooled, weight = regions.share(d.flatten(1).T)
+        if self.pooled:
+            return pooled.contiguous(), weight
         sums = torch.mm(pooled, self.weight.T, out=self._output(len(pooled), len(self.bias)))
         return sums.addr_(weight, self.bias), weight
 
@@ -381,6 +387,7 @@ def infer(
     blocks: BlockSink | None = None,
     block_px: int | None = None,
     rows: RegionSink | None = None,
+    pooled: bool = False,
     stored: StoredMap | None = None,
     announce: Callable[[int, float | None], None] | None = None,
     show_progress_bar: bool = True,
@@ -407,8 +414,10 @@ def infer(
         Side of the blocks, map pixels; needed with `blocks`.
     rows
         Where the regions' sums go; None predicts the map only.
+    pooled
+        Sum D over the regions, C columns, and leave W and b to whoever reads the sums.
     stored
-        What is there of the same map already; windows it covers are not computed again.
+        What is there of the same map already; windows it covers are not computed again. It has genes and not D.
     announce
         Told, before the walk, how many tiles will run, and how many seconds one takes (None: not measured, for few).
     show_progress_bar
@@ -420,14 +429,14 @@ def infer(
     """
     step = settings.tile_px // MAP_STRIDE
     visits = _plan_visits(plan, window_side(step, block_px), step, blocks, rows, stored)
-    run = _Pass(network, read, plan, genes, fabric, settings)
+    run = _Pass(network, read, plan, genes, fabric, settings, pooled)
     total = sum(len(v.tiles) for v in visits)
-    with fixed_shapes(fabric.device), kept_memory(fabric.device):
+    with fixed_shapes(fabric.device), kept_memory(fabric.device), run:
         if announce is not None:
             announce(total, run.seconds_per_tile() if total >= _MANY_TILES else None)
         bar = tqdm(total=total, unit="tile", disable=not show_progress_bar or not total)
         inputs = prefetch(_tasks(run, visits), ahead=max(AHEAD, run.batch_size + 1))
-        with bar, run, Writer(BLOCK_WRITERS) as block_writer, Writer() as row_writer:
+        with bar, Writer(BLOCK_WRITERS) as block_writer, Writer() as row_writer:
             for there in run.windows(visits, inputs):
                 _walk(run, there, blocks, rows, stored, block_writer, row_writer)
                 bar.update(len(there.visit.tiles))
@@ -483,7 +492,7 @@ def _walk(
         share = run.share_of_features(regions, d) if regions is not None else None
     if rows is not None and visit.regions:
         if regions is None or share is None:
-            row_writer.submit(_put_nothing, rows, visit.window, run.weight.shape[0])
+            row_writer.submit(_put_nothing, rows, visit.window, run.n_columns)
         else:
             row_writer.submit(_put, rows, visit.window, regions, *map(run.copies.down, share), run.buffers)
 
@@ -507,6 +516,6 @@ def _put(
     buffers.give(array)
 
 
-def _put_nothing(sink: RegionSink, window: Window, n_genes: int) -> None:
+def _put_nothing(sink: RegionSink, window: Window, n_columns: int) -> None:
     empty = np.empty(0)
-    sink.put(window, empty.astype(np.intp), np.empty((0, n_genes), np.float32), empty, empty.astype(bool))
+    sink.put(window, empty.astype(np.intp), np.empty((0, n_columns), np.float32), empty, empty.astype(bool))

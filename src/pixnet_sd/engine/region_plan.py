@@ -241,8 +241,9 @@ class _Covered:
         """Cover some regions' boxes; returns their first map pixel (x, y) and the one after their last, each (2, k)."""
         low, high = _map_box(regions.bounds, self.grid)
         (x0, y0), (x1, y1) = low.T, high.T + 1
+        flat, width = self._corners.reshape(-1), self._corners.shape[1]  # `add.at` is fast in one dimension only
         for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
-            np.add.at(self._corners, (y, x), sign)
+            np.add.at(flat, y * width + x, np.int32(sign))
         return low.T, high.T + 1
 
     def mask(self) -> NDArray[np.bool_]:

@@ -155,8 +155,9 @@ def _blocks(runs: _Runs, grid: Grid) -> tuple[NDArray[np.float32], Int, Int]:
     low, high, weight = resize_taps(row + 0.5, grid.height, grid.stride)
     first_row = low[:, :1]
     offset = np.arange(side)
-    down = np.where(offset == (low - first_row)[:, :, None], (1 - weight)[:, :, None], 0.0).astype(np.float32)
-    down += np.where(offset == (high - first_row)[:, :, None], weight[:, :, None], 0.0)
+    share = weight.astype(np.float32)[:, :, None]
+    down = (offset == (low - first_row)[:, :, None]) * (1 - share)
+    down += (offset == (high - first_row)[:, :, None]) * share
     empty = runs.stop == runs.start
     leftmost = np.where(empty, np.iinfo(np.int32).max, runs.start).min(axis=1)
     first_col = resize_taps(np.where(empty.all(axis=1), 0, leftmost) + 0.5, grid.width, grid.stride)[0]

@@ -13,7 +13,7 @@ from .decoder import Decoder, Lateral
 from .encoder import STRIDES, Encoder
 from .operators import Operator
 
-__all__ = ["MAP_STRIDE", "Aggregation", "DecoderConfig", "Network"]
+__all__ = ["MAP_STRIDE", "Aggregation", "DecoderConfig", "Network", "apply_head"]
 
 Aggregation = Literal["mean", "sum"]
 
@@ -38,6 +38,30 @@ class DecoderConfig:
     widths: tuple[int, ...] | None
     hidden: tuple[int, ...]
     dropout: float = 0.0
+
+
+def apply_head(pooled: Tensor, n_px: Tensor, weight: Tensor, bias: Tensor, aggregation: Aggregation) -> Tensor:
+    """Eq. 4-5 of regions whose features are summed already: A (D W + b), over n_px for a mean, from A D.
+
+    Parameters
+    ----------
+    pooled
+        A D, shape (n, C).
+    n_px
+        Pixels of each region, shape (n, 1).
+    weight, bias
+        Of the head, shapes (M, C) and (M,).
+    aggregation
+        ``"mean"`` or ``"sum"``.
+
+    Returns
+    -------
+    Shape (n, M).
+    """
+    if aggregation == "mean":
+        return nn.functional.linear(pooled / n_px.clamp_min(1e-12), weight, bias)
+    # A sum has n_px times the bias: one channel more, so that nothing of the size of the result is added up.
+    return torch.cat([pooled, n_px], dim=1) @ torch.cat([weight, bias[:, None]], dim=1).T
 
 
 class Network(nn.Module):
@@ -88,12 +112,8 @@ class Network(nn.Module):
         rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
         pooled = operator.apply(rows)
         n_px = torch.as_tensor(operator.n_px, dtype=pooled.dtype, device=pooled.device)[:, None]
-        weight, bias = self.head.weight.float(), self.head.bias.float()
         with torch.autocast(pooled.device.type, enabled=False):
-            if self.aggregation == "mean":
-                return nn.functional.linear(pooled / n_px.clamp_min(1e-12), weight, bias)
-            # A sum has n_px times the bias: one channel more, so that nothing of the size of the result is added up.
-            return torch.cat([pooled, n_px], dim=1) @ torch.cat([weight, bias[:, None]], dim=1).T
+            return apply_head(pooled, n_px, self.head.weight.float(), self.head.bias.float(), self.aggregation)
 
     @torch.no_grad()
     def start_from(self, mean_expression: Tensor, n_px: float) -> None:

@@ -42,17 +42,19 @@ def check_regions_on_image(
     ResolutionError
         If no region touches the image, or most lie outside and would lie inside with x and y swapped.
     """
-    n, size = len(regions), np.array([width, height])
+    n = len(regions)
     touches = np.zeros(n, bool)
     inside, swapped = 0.0, 0.0
     extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
     for start, box in _boxes(regions):
-        low, high = box[:, :2], box[:, 2:]
-        centre = (low + high) / 2
-        inside += ((centre >= 0) & (centre <= size)).all(axis=1).sum() / n
-        swapped += ((centre >= 0) & (centre <= size[::-1])).all(axis=1).sum() / n
-        touches[start : start + len(box)] = ((low < size) & (high > 0)).all(axis=1)
-        extent[:2], extent[2:] = np.minimum(extent[:2], low.min(axis=0)), np.maximum(extent[2:], high.max(axis=0))
+        x0, y0, x1, y1 = np.ascontiguousarray(box.T)  # column by column: ten times as fast as `all(axis=1)`
+        inside += _inside((x0 + x1) / 2, (y0 + y1) / 2, width, height) / n
+        swapped += _inside((x0 + x1) / 2, (y0 + y1) / 2, height, width) / n
+        touches[start : start + len(box)] = (x0 < width) & (y0 < height) & (x1 > 0) & (y1 > 0)
+        extent[:2], extent[2:] = (
+            np.minimum(extent[:2], [x0.min(), y0.min()]),
+            np.maximum(extent[2:], [x1.max(), y1.max()]),
+        )
     if inside < _MOSTLY and swapped > _NEARLY_ALL:
         raise ResolutionError(
             f"{what}: {1 - inside:.0%} of {n} regions lie outside the image, but {swapped:.0%} would lie "
@@ -69,6 +71,11 @@ def check_regions_on_image(
         message = f"{what}: {off} of {n} regions lie wholly outside the image."
         warnings.warn(message, UserWarning, stacklevel=3)
     return touches
+
+
+def _inside(x: NDArray[np.float64], y: NDArray[np.float64], width: float, height: float) -> int:
+    """How many points lie on an image."""
+    return int(((x >= 0) & (x <= width) & (y >= 0) & (y <= height)).sum())
 
 
 def _boxes(regions: Regions | NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.float64]]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLE", "StoredShapes", "sample_positions", "sample_shapes", "shapes_of"]
 
 SAMPLE = 5000
+_SAMPLED_GROUPS = 16  # parts of a file that a sample is taken from; each is read whole
 _FILE = "shapes.parquet"
 _BATCH_ROWS = 2**16
 _BYTES_A_SHAPE = 500  # a quadrangle
@@ -61,7 +62,7 @@ class StoredShapes:
 
     @property
     def sample(self) -> GeoDataFrame:
-        """At most 5,000 of the shapes, spread evenly over all, with the element's transformations."""
+        """At most 5,000 of the shapes, spread over all, with the element's transformations."""
         return _sampled(self, (self.path / _FILE).stat().st_mtime_ns)
 
     @property
@@ -91,25 +92,36 @@ def _sampled(shapes: StoredShapes, changed_ns: int) -> GeoDataFrame:  # noqa: AR
     from spatialdata import read_zarr
 
     store, key = shapes.path.parents[1], shapes.path.name
-    wanted = sample_positions(len(shapes))
     with TemporaryDirectory() as folder:
         scratch = Path(folder) / "sample.zarr"
         group = skeleton(store, scratch, []).create_group(f"shapes/{key}")
         group.attrs.update(zarr.open_group(shapes.path, mode="r").attrs.asdict())
         with pq.ParquetFile(shapes.path / _FILE) as file:
-            pq.write_table(
-                pa.Table.from_batches(_take(file, wanted), file.schema_arrow), scratch / "shapes" / key / _FILE
-            )
+            groups, start, n_rows = _groups(file)
+            wanted = sample_positions(n_rows.sum())
+            taken = pa.Table.from_batches(_take(file, groups, wanted), file.schema_arrow)
+            pq.write_table(taken, scratch / "shapes" / key / _FILE)
         sample: Any = read_zarr(scratch).shapes[key]
     name, index = shapes._index
     if name is None:
-        sample.index = index[wanted]
+        before = np.cumsum(n_rows) - n_rows
+        of = np.searchsorted(before, wanted, side="right") - 1
+        sample.index = index[wanted + (start - before)[of]]
     return sample
 
 
-def _take(file: pq.ParquetFile, wanted: NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
+def _groups(file: pq.ParquetFile) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]]:
+    """Groups of rows of a file, spread evenly over it, with their first rows and sizes."""
+    n_rows = np.array([file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)])
+    chosen = np.flatnonzero(n_rows)
+    chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), _SAMPLED_GROUPS)).astype(np.int64))]
+    return chosen.tolist(), (np.cumsum(n_rows) - n_rows)[chosen], n_rows[chosen]
+
+
+def _take(file: pq.ParquetFile, groups: list[int], wanted: NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
+    """The wanted rows of some groups, counted over these groups only."""
     start = 0
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
         low, high = np.searchsorted(wanted, (start, start + len(batch)))
         yield batch.take(pa.array(wanted[low:high] - start))
         start += len(batch)

@@ -11,7 +11,7 @@ from ._gene_map import GeneMapReader, GeneMapWriter, estimate_bytes, open_map
 from ._provenance import record, recorded
 from ._raster import image_transforms, tissue_labels
 from ._region_writer import RegionResults, RegionWriter, estimate_table_bytes
-from ._rows import MemoryRows, RowInfo, Rows
+from ._rows import Express, MemoryRows, RowInfo, Rows, expression
 from ._shapes import circles_element, squares_element
 from ._shapes_writer import MakeShapes
 from ._table import region_table
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ._record import ModelRecord, library_versions
 
 __all__ = [
+    "Express",
     "GeneMapReader",
     "GeneMapWriter",
     "MakeShapes",
@@ -37,6 +38,7 @@ __all__ = [
     "commit",
     "estimate_bytes",
     "estimate_table_bytes",
+    "expression",
     "image_transforms",
     "library_versions",
     "open_map",

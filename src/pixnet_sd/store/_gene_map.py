@@ -180,10 +180,6 @@ class GeneMapWriter:
             level[:, row : row + image.shape[1], col : col + image.shape[2]] = image
         self._sink.mark_done(block)
 
-    def reader(self) -> GeneMapReader | None:
-        """The blocks that are there of a partial map that was taken up; None for a map that is begun."""
-        return GeneMapReader(tuple(self._genes), self.layout.padded, self._sink.levels[0]) if self.resumed else None
-
     @property
     def missing_bytes(self) -> int:
         """Bytes that the blocks to come take at most."""

@@ -16,9 +16,9 @@ from pixnet_sd._logging import logger
 from ._commit import Staged, check_target
 from ._disk import hold_lock, local_store, work_folder
 from ._row_file import RowFile
-from ._rows import Describe, MemoryRows
+from ._rows import Describe, Express, MemoryRows
 from ._shapes_writer import MakeShapes, memory_shapes, write_shapes
-from ._table_writer import Aggregation, MakeTable, memory_table, write_table
+from ._table_writer import MakeTable, memory_table, write_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,8 +69,8 @@ class RegionWriter:
         Whether those of a killed run were taken up.
     """
 
-    def __init__(self, rows: RowFile | MemoryRows, *, table_key: str, lock: ExitStack) -> None:
-        self.rows = rows
+    def __init__(self, rows: RowFile | MemoryRows, n_genes: int, *, table_key: str, lock: ExitStack) -> None:
+        self.rows, self._n_genes = rows, n_genes
         self.resumed = isinstance(rows, RowFile) and rows.resumed
         self._key, self._lock = table_key, lock
 
@@ -83,6 +83,7 @@ class RegionWriter:
         shapes_key: str | None,
         n_regions: int,
         genes: Sequence[str],
+        n_columns: int | None = None,
         fingerprint: str,
         overwrite: bool = False,
         also_needed: int = 0,
@@ -99,6 +100,8 @@ class RegionWriter:
             Regions that are asked for.
         genes
             Columns of the table.
+        n_columns
+            Columns of the sums; None: one for each gene.
         fingerprint
             Text that is equal for two runs exactly when their values would be (model, slide, regions, settings, sizes
             of the windows).
@@ -115,28 +118,35 @@ class RegionWriter:
         names = {table_key: "tables"} | ({} if shapes_key is None else {shapes_key: "shapes"})
         check_target(sdata, names, overwrite=overwrite)
         store = local_store(sdata)
+        n_genes = len(genes)
+        n_columns = n_genes if n_columns is None else n_columns
         with ExitStack() as stack:
             rows: RowFile | MemoryRows
             if store is None:
-                rows = MemoryRows(n_regions, len(genes))
+                rows = MemoryRows(n_regions, n_columns, n_genes)
             else:
                 folder = work_folder(store) / f"table-{table_key}"
                 busy = f"Another run is writing the table {table_key!r} of {store}. Wait for it, or choose another key."
                 lock = folder.with_name(f"{folder.name}.lock")
                 stack.enter_context(hold_lock(lock, wait_s=LOCK_WAIT_S, busy=busy))
-                rows = RowFile(folder, n_regions, len(genes), {"fingerprint": fingerprint, "genes": list(genes)})
+                rows = RowFile(folder, n_regions, n_columns, {"fingerprint": fingerprint, "genes": list(genes)})
                 stack.callback(rows.close)
-                _check_room(sdata, names, overwrite, rows, also_needed)
-            return cls(rows, table_key=table_key, lock=stack.pop_all())
+                _check_room(sdata, names, overwrite, rows, _missing_bytes(rows, n_genes) + also_needed)
+            return cls(rows, n_genes, table_key=table_key, lock=stack.pop_all())
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of the sums."""
+        return self.rows.n_columns
 
     @property
     def missing_bytes(self) -> int:
         """Bytes that are still to be written at most, those included that are deleted at the end."""
-        return _missing_bytes(self.rows)
+        return _missing_bytes(self.rows, self._n_genes)
 
     def summary(self) -> str:
         """What will be written, in words."""
-        return f"table {self._key!r}: {self.rows.n_rows} regions x {self.rows.n_genes} genes"
+        return f"table {self._key!r}: {self.rows.n_rows} regions x {self._n_genes} genes"
 
     def put(
         self,
@@ -158,7 +168,7 @@ class RegionWriter:
         describe: Describe,
         *,
         make_table: MakeTable,
-        aggregation: Aggregation,
+        express: Express,
         shapes_key: str | None = None,
         make_shapes: MakeShapes | None = None,
     ) -> RegionResults:
@@ -172,8 +182,8 @@ class RegionWriter:
             Ids, centres and columns by range of regions.
         make_table
             `region_table`, everything given but ``values``, ``instance_ids``, ``centres_px`` and ``obs``.
-        aggregation
-            ``"mean"`` divides the sums by the weights.
+        express
+            Makes the table's values of sums and weights: `expression`, where genes were summed.
         shapes_key, make_shapes
             Name, and `circles_element` or `squares_element` with everything given but the centres and ``index``.
 
@@ -194,13 +204,13 @@ class RegionWriter:
         shapes = {} if shapes_key is None or make_shapes is None else {shapes_key: make_shapes}
         if isinstance(self.rows, MemoryRows):
             elements: dict[str, Any] = {key: memory_shapes(describe, keep, make) for key, make in shapes.items()}
-            elements[self._key] = memory_table(self.rows, describe, keep, make_table, aggregation)
+            elements[self._key] = memory_table(self.rows, describe, keep, make_table, express)
             return RegionResults(elements)
         folder = self.rows.folder
         for store in ("shapes.zarr", "table.zarr"):
             shutil.rmtree(folder / store, ignore_errors=True)  # of a run that was killed while it wrote them
         staged = [write_shapes(folder / "shapes.zarr", key, describe, keep, make) for key, make in shapes.items()]
-        staged.append(write_table(folder / "table.zarr", self._key, self.rows, describe, keep, make_table, aggregation))
+        staged.append(write_table(folder / "table.zarr", self._key, self.rows, describe, keep, make_table, express))
         return RegionResults(staged=tuple(staged), cleanup=(folder,))
 
     def abort(self) -> None:
@@ -224,21 +234,20 @@ class RegionWriter:
         self.close()
 
 
-def estimate_table_bytes(n_regions: int, n_genes: int) -> int:
+def estimate_table_bytes(n_regions: int, n_genes: int, n_columns: int) -> int:
     """Bytes of disk that a table, its shapes and the sums that they are made from take at most."""
-    value_bytes = 4 * n_genes
-    return int(n_regions * ((2 + _SHARED) * value_bytes + _DESCRIBED_BYTES))
+    return int(n_regions * (4 * n_genes + (1 + _SHARED) * 4 * n_columns + _DESCRIBED_BYTES))
 
 
-def _missing_bytes(rows: RowFile | MemoryRows) -> int:
+def _missing_bytes(rows: RowFile | MemoryRows, n_genes: int) -> int:
     there = rows.stored_bytes if isinstance(rows, RowFile) else 0
-    return max(0, estimate_table_bytes(rows.n_rows, rows.n_genes) - there)
+    return max(0, estimate_table_bytes(rows.n_rows, n_genes, rows.n_columns) - there)
 
 
-def _check_room(sdata: SpatialData, names: dict[str, str], overwrite: bool, rows: RowFile, also_needed: int) -> None:
+def _check_room(sdata: SpatialData, names: dict[str, str], overwrite: bool, rows: RowFile, needed: int) -> None:
     """Disk for what is still to come."""
     try:
-        check_target(sdata, names, overwrite=overwrite, needed_bytes=_missing_bytes(rows) + also_needed)
+        check_target(sdata, names, overwrite=overwrite, needed_bytes=needed)
     except StoreError:
         if not rows.n_done:
             rows.discard()

@@ -53,8 +53,8 @@ class RowFile:
     folder
         Own folder of this table inside the work folder; rows in it are taken up when they were made for the same
         ``identity``, and deleted when not.
-    n_rows, n_genes
-        Regions and genes.
+    n_rows, n_columns
+        Regions, and what is summed up of each.
     identity
         Everything that makes two runs the same, as JSON.
 
@@ -69,13 +69,13 @@ class RowFile:
         When the folder cannot be written; so do the methods.
     """
 
-    def __init__(self, folder: Path, n_rows: int, n_genes: int, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, n_rows: int, n_columns: int, identity: dict[str, Any]) -> None:
         if n_rows >= 2**32:
             raise StoreError(f"{n_rows} regions are more than a table can take; predict a part of them at a time.")
-        self.folder, self.n_rows, self.n_genes = folder, n_rows, n_genes
+        self.folder, self.n_rows, self.n_columns = folder, n_rows, n_columns
         self._order: NDArray[np.uint64] | None = None
         with self._explained():
-            made_for, boot = {**identity, "n_rows": n_rows, "n_genes": n_genes}, _boot_id()
+            made_for, boot = {**identity, "n_rows": n_rows, "n_columns": n_columns}, _boot_id()
             found = _partial(folder)
             self.resumed = found.get("identity") == made_for and self._whole()
             if not self.resumed:
@@ -127,9 +127,9 @@ class RowFile:
 
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """As `Rows.rows`."""
-        sums, weight = np.empty((stop - start, self.n_genes), "<f4"), np.empty(stop - start, "<f8")
+        sums, weight = np.empty((stop - start, self.n_columns), "<f4"), np.empty(stop - start, "<f8")
         with self._explained("Reading"):
-            read_at(self._handles[0], sums, start * self.n_genes * 4)
+            read_at(self._handles[0], sums, start * self.n_columns * 4)
             read_at(self._handles[1], weight, start * 8)
             self._add_shares(start, stop, sums, weight)
         return sums, weight
@@ -179,7 +179,7 @@ class RowFile:
         return explain_disk_errors(f"{doing} the predicted regions", self.folder)
 
     def _sizes(self) -> list[int]:
-        return [self.n_rows * self.n_genes * 4, self.n_rows * 8]
+        return [self.n_rows * self.n_columns * 4, self.n_rows * 8]
 
     def _whole(self) -> bool:
         """Whether the files of a partial table are there."""
@@ -205,7 +205,7 @@ class RowFile:
         first = self._next_share
         about = np.empty(len(index), _SHARE)
         about["row"], about["weight"] = index, weight
-        write_at(self._handles[2], sums.astype("<f4", copy=False), first * self.n_genes * 4)
+        write_at(self._handles[2], sums.astype("<f4", copy=False), first * self.n_columns * 4)
         write_at(self._handles[3], about, first * _SHARE.itemsize)
         return ShareRange(first, len(index))
 
@@ -250,9 +250,9 @@ class RowFile:
         total, total_weight = sums[found].astype(np.float64), weight[found]
         place = (order[first:last] & np.uint64(2**32 - 1)).astype(np.intp)
         position = _positions(place, self._windows())
-        step = max(1, PIECE_BYTES // (4 * self.n_genes))
+        step = max(1, PIECE_BYTES // (4 * self.n_columns))
         for piece in (slice(k, k + step) for k in range(0, len(row), step)):
-            share = np.empty((len(row[piece]), self.n_genes), "<f4")
+            share = np.empty((len(row[piece]), self.n_columns), "<f4")
             about = np.empty(len(share), _SHARE)
             read_records(self._handles[2], position[piece], share)
             read_records(self._handles[3], position[piece], about)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ._window_log import Corners
 
-__all__ = ["Describe", "MemoryRows", "RowInfo", "Rows", "add_in_order", "check_put", "expression"]
+__all__ = ["Describe", "Express", "MemoryRows", "RowInfo", "Rows", "add_in_order", "check_put", "expression"]
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,16 @@ Describe = Callable[[int, int, "NDArray[np.float64] | None"], RowInfo]
 """``describe(start, stop, weight)``: the regions ``start`` … ``stop − 1``, and their weights where these are known."""
 
 
+Express = Callable[["NDArray[np.float32]", "NDArray[np.float64]"], "NDArray[np.float32]"]
+"""``express(sums, weight)``: values (m, genes) of a table from the sums (m, columns) and weights (m,) of regions that
+have weight; may write over the sums."""
+
+
 class Rows(Protocol):
     """Sums over regions, put in shares and read back whole."""
 
     n_rows: int
-    n_genes: int
+    n_columns: int
 
     def put(
         self,
@@ -87,7 +92,7 @@ class Rows(Protocol):
         index
             (k,) regions, ascending.
         sums
-            (k, genes) share of the sums over the regions' pixels.
+            (k, columns) share of the sums over the regions' pixels.
         weight
             (k,) share of the pixels by which a mean divides.
         complete
@@ -98,7 +103,7 @@ class Rows(Protocol):
         """Whether the window was put."""
 
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Sums (m, genes) and weights (m,) of the regions ``start`` … ``stop − 1``; zero where nothing was put."""
+        """Sums (m, columns) and weights (m,) of the regions ``start`` … ``stop − 1``; zero where nothing was put."""
 
     def keep(self) -> NDArray[np.bool_]:
         """(n,) which regions have any weight: the others hold no pixel of the slide."""
@@ -109,8 +114,10 @@ class MemoryRows:
 
     Parameters
     ----------
-    n_rows, n_genes
-        Regions and genes.
+    n_rows, n_columns
+        Regions, and what is summed up of each.
+    n_genes
+        Columns of the table to be made of them.
 
     Raises
     ------
@@ -118,16 +125,16 @@ class MemoryRows:
         When they would take more than half of the free memory.
     """
 
-    def __init__(self, n_rows: int, n_genes: int) -> None:
-        needed, available = n_rows * (4 * n_genes + 8), available_memory()
-        if 2 * needed > available / 2:  # the table is as large as the rows
+    def __init__(self, n_rows: int, n_columns: int, n_genes: int) -> None:
+        needed, available = n_rows * (4 * (n_columns + n_genes) + 16), available_memory()
+        if needed > available / 2:
             raise StoreError(
-                f"The table of {n_rows} regions and {n_genes} genes takes {size_text(2 * needed)} while it is made, "
+                f"The table of {n_rows} regions and {n_genes} genes takes {size_text(needed)} while it is made, "
                 f"more than half of the {size_text(available)} of memory that are free. Write the object to disk "
                 "first: `sdata.write('/some/folder.zarr')`; the table is then streamed into that store."
             )
-        self.n_rows, self.n_genes = n_rows, n_genes
-        self._sums = np.zeros((n_rows, n_genes), np.float32)
+        self.n_rows, self.n_columns = n_rows, n_columns
+        self._sums = np.zeros((n_rows, n_columns), np.float32)
         self._weight = np.zeros(n_rows)
         self._done: set[Corners] = set()
         self._shares: dict[Corners, tuple[NDArray[Any], ...]] = {}
@@ -170,7 +177,7 @@ class MemoryRows:
             return
         parts = [self._shares[window] for window in sorted(self._shares)]
         found = np.unique(np.concatenate([index for index, _, _ in parts]))
-        sums, weights = np.zeros((len(found), self.n_genes)), np.zeros(len(found))
+        sums, weights = np.zeros((len(found), self.n_columns)), np.zeros(len(found))
         for index, share, weight in parts:
             at = np.searchsorted(found, index)
             sums[at] += share
@@ -200,11 +207,11 @@ def check_put(
         Saying which window.
     """
     where = f"window {tuple(window)}"
-    fits = sums.shape == (len(index), rows.n_genes) and len(weight) == len(complete) == len(index)
+    fits = sums.shape == (len(index), rows.n_columns) and len(weight) == len(complete) == len(index)
     if not fits or (len(index) and not 0 <= index[0] <= index[-1] < rows.n_rows):
         raise DataError(
             f"The shares of {where}, sums of shape {sums.shape} for {len(index)} regions, do not fit "
-            f"{rows.n_rows} regions of {rows.n_genes} genes."
+            f"{rows.n_rows} regions of {rows.n_columns} columns."
         )
     if sums.size and not (np.isfinite(sums.min()) and np.isfinite(sums.max())):
         raise DataError(f"The prediction of regions in {where} is not finite (NaN or infinity): the model is broken.")
@@ -222,7 +229,7 @@ def add_in_order(total: NDArray[np.float64], row: NDArray[np.intp], shares: NDAr
 def expression(
     sums: NDArray[np.float32], weight: NDArray[np.float64], aggregation: Literal["mean", "sum"]
 ) -> NDArray[np.float32]:
-    """Values of a table from the rows of regions that have weight, (m, genes)."""
+    """Values of a table from the sums of genes over regions that have weight, (m, genes)."""
     if aggregation == "sum":
         return sums
     weight = weight.astype(np.float32)  # single precision, as the sums: four times as fast

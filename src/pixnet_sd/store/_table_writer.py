@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from pixnet_sd._errors import StoreError
 
 from ._commit import Staged, consolidate, write_scratch_store
 from ._disk import explain_disk_errors, read_json
-from ._rows import Describe, RowInfo, Rows, expression
+from ._rows import Describe, Express, RowInfo, Rows
 from ._stretch import stretch
 from ._table import REGION_KEY
 
@@ -30,8 +30,6 @@ __all__ = ["MakeTable", "batches", "memory_table", "write_table"]
 MakeTable = Callable[..., "AnnData"]
 """`region_table` with everything given but ``values``, ``instance_ids``, ``centres_px`` and ``obs``."""
 
-Aggregation = Literal["mean", "sum"]
-
 T = TypeVar("T")
 
 CHUNK_BYTES = 4 * 2**20
@@ -42,11 +40,9 @@ _PLAIN = ("array", "string-array")
 _NULLABLE = ("nullable-boolean", "nullable-integer", "nullable-string-array")
 
 
-def memory_table(
-    rows: Rows, describe: Describe, keep: NDArray[np.bool_], make: MakeTable, aggregation: Aggregation
-) -> AnnData:
+def memory_table(rows: Rows, describe: Describe, keep: NDArray[np.bool_], make: MakeTable, express: Express) -> AnnData:
     """The whole table at once; arguments as in `write_table`."""
-    values, info = _kept_parts(rows, describe, keep, aggregation, [(0, len(keep))])
+    values, info = _kept_parts(rows, describe, keep, express, [(0, len(keep))])
     return _made(make, values, info)
 
 
@@ -57,7 +53,7 @@ def write_table(
     describe: Describe,
     keep: NDArray[np.bool_],
     make: MakeTable,
-    aggregation: Aggregation,
+    express: Express,
 ) -> Staged:
     """Write the table of the regions that ``keep`` says, in their order.
 
@@ -75,8 +71,8 @@ def write_table(
         (n,) which regions the table gets, at least one; each has to have a weight.
     make
         Makes the table of a few regions (`MakeTable`).
-    aggregation
-        ``"mean"`` divides the sums by the weights.
+    express
+        Makes values of sums and weights.
 
     Returns
     -------
@@ -88,7 +84,7 @@ def write_table(
         When the disk is full, or anndata lays tables out in a way that is not known here.
     """
     first = int(np.argmax(keep))
-    read = partial(_kept_parts, rows, describe, keep, aggregation)
+    read = partial(_kept_parts, rows, describe, keep, express)
     with explain_disk_errors("Writing the table", path.parent):
         values, info = read([(first, first + 1)])
         (staged,) = write_scratch_store(path, {name: _made(make, values, info)})
@@ -135,13 +131,13 @@ def _kept_parts(
     rows: Rows,
     describe: Describe,
     keep: NDArray[np.bool_],
-    aggregation: Aggregation,
+    express: Express,
     pieces: Sequence[tuple[int, int]],
 ) -> tuple[NDArray[np.float32], RowInfo]:
     """Values and description of the kept regions of some ranges."""
     parts = [_kept_part(rows, describe, keep[start:stop], start) for start, stop in pieces]
     sums, weights, infos = zip(*parts, strict=True)
-    values = [expression(part, weight, aggregation) for part, weight in zip(sums, weights, strict=True)]
+    values = [express(part, weight) for part, weight in zip(sums, weights, strict=True)]
     return values[0] if len(values) == 1 else np.concatenate(values), RowInfo.joined(infos)
 
 

@@ -19,7 +19,7 @@ from pixnet_sd.nn.model import MAP_STRIDE
 from pixnet_sd.slide import Slide, affine_matrix
 from pixnet_sd.store import GeneMapReader, GeneMapWriter, ModelRecord, open_map, recorded
 
-__all__ = ["CoarseSink", "MapInfo", "ReusedMap", "find_map", "map_factor", "map_info", "partial_map", "sink_of"]
+__all__ = ["CoarseSink", "MapInfo", "ReusedMap", "find_map", "map_factor", "map_info", "sink_of"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _overview(slide: Slide) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class ReusedMap:
-    """A native gene map, or part of one, that was written by an earlier call with the same model and slide.
+    """A native gene map that was written by an earlier call with the same model and slide.
 
     Attributes
     ----------
@@ -115,12 +115,6 @@ def find_map(sdata: SpatialData, key: str, info: MapInfo, genes: Sequence[str], 
     if not set(genes) <= set(reader.genes) or not _lies_on(sdata, key, slide):
         return None
     return ReusedMap(reader, [reader.genes.index(gene) for gene in genes])
-
-
-def partial_map(writer: GeneMapWriter, info: MapInfo) -> ReusedMap | None:
-    """What a run that was cut off has left of a native map; windows with blocks to come are not read from it."""
-    reader = writer.reader() if info.factor == 1 else None
-    return None if reader is None else ReusedMap(reader, list(range(len(reader.genes))))
 
 
 def _lies_on(sdata: SpatialData, key: str, slide: Slide) -> bool:

@@ -23,16 +23,18 @@ from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.infer import Inference, InferSettings, infer, window_side
 from pixnet_sd.engine.region_plan import RegionPlan, plan_regions
 from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.model import MAP_STRIDE
+from pixnet_sd.nn.model import MAP_STRIDE, apply_head
 from pixnet_sd.nn.regions import Circles
 from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
 from pixnet_sd.store import (
+    Express,
     GeneMapWriter,
     PixNet,
     RegionResults,
     RegionWriter,
     check_target,
     commit,
+    expression,
     image_transforms,
     recorded,
     region_table,
@@ -41,7 +43,7 @@ from pixnet_sd.store import (
 )
 
 from ._announce import announce
-from ._map_request import MapInfo, ReusedMap, find_map, map_factor, map_info, partial_map, sink_of
+from ._map_request import MapInfo, ReusedMap, find_map, map_factor, map_info, sink_of
 from ._recipe import check_tile_px
 from ._region_request import RegionRequest, request_regions
 
@@ -213,14 +215,16 @@ class _Job:
             logger.info("the gene map %r of this model and slide is there already", self.map_key)
             return
         check_target(self.sdata, self._names(write_map), overwrite=self.overwrite)
+        # what takes less room is summed up over the regions
+        n_columns = len(self.genes)
+        if reused is None:
+            n_columns = min(n_columns, self.model.network.head.in_features)
         with ExitStack() as stack:
             blocks = stack.enter_context(self._map_writer()) if write_map else None
             side = window_side(settings.tile_px // MAP_STRIDE, self._block_px(blocks))
-            rows = (
-                None if self.request is None else stack.enter_context(self._region_writer(self.request, side, blocks))
-            )
-            if blocks is not None and reused is None and not (rows is not None and rows.resumed):
-                reused = partial_map(blocks, self.info)  # else what is missing is predicted as it would have been
+            rows = None
+            if self.request is not None:
+                rows = stack.enter_context(self._region_writer(self.request, n_columns, side, blocks))
             plan = self._plan(side)
             found = infer(
                 self.model.network,
@@ -232,6 +236,7 @@ class _Job:
                 blocks=sink_of(blocks, self.info.factor, self.slide.map_shape) if blocks is not None else None,
                 block_px=self._block_px(blocks),
                 rows=rows,
+                pooled=n_columns < len(self.genes),
                 stored=reused,
                 announce=partial(announce, blocks, rows),
                 show_progress_bar=show_progress_bar,
@@ -271,7 +276,9 @@ class _Job:
             overwrite=self.overwrite,
         )
 
-    def _region_writer(self, request: RegionRequest, side: int, blocks: GeneMapWriter | None) -> RegionWriter:
+    def _region_writer(
+        self, request: RegionRequest, n_columns: int, side: int, blocks: GeneMapWriter | None
+    ) -> RegionWriter:
         parts = [self.info.fingerprint, request.hash(), side]
         return RegionWriter.open(
             self.sdata,
@@ -279,6 +286,7 @@ class _Job:
             shapes_key=None if request.make_shapes is None else request.element_key,
             n_regions=len(request.regions),
             genes=self.genes,
+            n_columns=n_columns,
             fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
             overwrite=self.overwrite,
             also_needed=0 if blocks is None else blocks.missing_bytes,
@@ -331,10 +339,24 @@ class _Job:
         return rows.results(
             partial(request.describe, on_glass),
             make_table=make_table,
-            aggregation=self.model.record.aggregation,
+            express=self._express(rows.n_columns),
             shapes_key=None if request.make_shapes is None else request.element_key,
             make_shapes=request.make_shapes,
         )
+
+    def _express(self, n_columns: int) -> Express:
+        """Values from the sums over regions: of the genes, or of D."""
+        aggregation, head = self.model.record.aggregation, self.model.network.head
+        if n_columns == len(self.genes):
+            return partial(expression, aggregation=aggregation)
+        weight, bias = (part.detach().cpu().float()[self.index] for part in (head.weight, head.bias))
+
+        @torch.inference_mode()
+        def values(pooled: NDArray[np.float32], n_px: NDArray[np.float64]) -> NDArray[np.float32]:
+            n_px_column = torch.from_numpy(n_px).float()[:, None]
+            return apply_head(torch.from_numpy(pooled), n_px_column, weight, bias, aggregation).numpy()
+
+        return values
 
     def _provenance(self) -> dict[str, Any]:
         record = self.model.record
