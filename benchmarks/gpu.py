@@ -42,6 +42,7 @@ import timm
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -117,6 +118,9 @@ class GatheredTargets:
 
     def __getitem__(self, index: NDArray[np.intp]) -> NDArray[np.float32]:
         return self.table.take(self.ids[index] % len(self.table), axis=0)
+
+    def rows(self, index: NDArray[np.intp]) -> sparse.csr_matrix:
+        return sparse.csr_matrix(self[index])
 
     def mean(self, axis: int) -> NDArray[np.float32]:
         return self.table.mean(axis)

@@ -268,13 +268,15 @@ def data(options: argparse.Namespace) -> dict[str, float]:
     import numpy as np
 
     from pixnet_sd.engine.batches import make_batch, plan_batches
+    from pixnet_sd.engine.device import make_fabric
+    from pixnet_sd.engine.objective import BatchLoss
     from pixnet_sd.engine.tiling import training_tiles
     from pixnet_sd.nn.encoder import build_encoder
-    from pixnet_sd.nn.losses import multi_size_loss
     from pixnet_sd.nn.model import Network
+    from pixnet_sd.nn.objectives import MsePcc
     from pixnet_sd.tl._recipe import decoder_config
 
-    slide = training_slide(options)
+    slide, fabric = training_slide(options), make_fabric("cpu")
     network = Network(build_encoder("resnet18", None, frozen=False), decoder_config(512, None), PANEL, "mean").train()
     tiles = training_tiles(slide, TILE_PX)
     plans = plan_batches([tiles], BATCH, np.random.default_rng(0))[:8]
@@ -286,10 +288,8 @@ def data(options: argparse.Namespace) -> dict[str, float]:
             made.append((epoch, time.perf_counter() - started))
             if epoch == 2 and len(stepped) < 4:
                 started = time.perf_counter()
-                features = network(batch.image.float())
-                each = zip(batch.operators, batch.targets, strict=True)
-                pairs = [(network.predict_regions(features, operator), target) for operator, target in each]
-                multi_size_loss(pairs, 0.5).backward()
+                loss = BatchLoss(network, MsePcc(0.5), batch.operators, batch.targets, [0, 1, 2])
+                loss.backward(network(batch.image.float()), fabric)
                 stepped.append(time.perf_counter() - started)
     return {"data_s": median(s for epoch, s in made if epoch == 2), "step_s": median(stepped[1:])}
 
@@ -314,6 +314,7 @@ def training_slide(options: argparse.Namespace) -> Any:
         genes=None,
         n_genes=PANEL,
         target_sum=1e4,
+        raw_counts=False,
         validation=0.1,
         seed=0,
         cache=options.store.parent / "pixnet_sd_cache",

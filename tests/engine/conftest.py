@@ -125,12 +125,13 @@ def make_network() -> Callable[..., Network]:
         dropout: float = 0.0,
         aggregation: Any = "mean",
         encoder: Encoder | None = None,
+        link: Any = "identity",
     ) -> Network:
         torch.manual_seed(seed)
         if encoder is None:
             encoder = Encoder(TinyBody(), CHANNELS, (0.5,) * 3, (0.25,) * 3, frozen=frozen)
         widths = (4, 4, 8, 8) if laterals else None
-        return Network(encoder, DecoderConfig(widths, (8, 8, 8), dropout), n_genes, aggregation)
+        return Network(encoder, DecoderConfig(widths, (8, 8, 8), dropout), n_genes, aggregation, link)
 
     return make
 

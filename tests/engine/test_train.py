@@ -18,6 +18,8 @@ from pixnet_sd.engine.split import hold_out_blocks
 from pixnet_sd.engine.state import RunState
 from pixnet_sd.engine.train import TrainResult, train
 from pixnet_sd.engine.validate import Scores
+from pixnet_sd.nn.aggregation import build_operator
+from pixnet_sd.nn.grid import Grid
 from pixnet_sd.nn.model import Network
 
 SETTINGS = TrainSettings(max_epochs=3, lr=5e-3, tile_px=64, batch_size=3)
@@ -72,6 +74,64 @@ def test_learns(make_network, run, learnable) -> None:
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert history[-1]["val_pcc"] > 0.6
     assert history[-1]["val_mse"] < history[0]["val_mse"]
+
+
+@pytest.fixture
+def counted(learnable) -> Callable[..., TrainingSlide]:
+    """The same slides with counts in place of colours, and their sum last."""
+
+    def make(seed: int = 0, name: str = "slide", depth: float = 1.0, **options: Any) -> TrainingSlide:
+        slide = learnable(seed=seed, name=name, **options)
+        rng = np.random.default_rng(seed)
+        each = []
+        for measured in slide.measured:
+            n_px = measured.regions.area[:, None]
+            counts = rng.poisson(0.5 * depth * n_px * measured.values**2).astype(np.float32)
+            each.append(replace(measured, values=np.concatenate([counts, counts.sum(1, keepdims=True)], axis=1)))
+        return replace(slide, measured=tuple(each), depth=depth)
+
+    return make
+
+
+@pytest.mark.parametrize("objective", ["poisson", "nb"])
+def test_learns_counts(make_network, run, counted, fabric, tmp_path, objective: str) -> None:
+    """Of two sizes and depths; totals of regions of a size that it has not seen come out right too."""
+    slides = [counted(radii=(5.0, 9.0)), counted(seed=2, name="deep", radii=(5.0, 9.0), depth=3.0)]
+    network = make_network(n_genes=4, link="softplus")
+    options = {"objective": objective, "slide_offset": True, "stain_jitter": 0.0, "max_epochs": 12}
+    history = run(network, slides, [counted(seed=1, name="other")], **options).history
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert history[-1]["val_pcc"] > 0.5
+    (other,) = counted(seed=1, radii=(7.0,)).measured
+    features = network.eval()(torch.from_numpy(counted(seed=1).read(0, 96, 0, 128)).permute(2, 0, 1)[None].float())
+    found = network.predict_regions(features, build_operator(other.regions, Grid(24, 32, 4))).detach().numpy()
+    assert found[:, -1].sum() == pytest.approx(other.values[:, -1].sum(), rel=0.15)
+
+
+def test_a_resumed_run_of_counts_ends_where_the_uninterrupted_one_does(make_network, run, counted, monkeypatch) -> None:
+    slides = [counted(), counted(seed=2, name="two", depth=2.0)]
+    options = {"objective": "nb", "slide_offset": True}
+    straight, resumed = (make_network(n_genes=4, link="softplus") for _ in range(2))
+    run(straight, slides, folder="straight", **options)
+    interrupt(monkeypatch, 2, saved=True)
+    with pytest.raises(Interrupted):
+        run(make_network(n_genes=4, link="softplus"), slides, **options)
+    monkeypatch.undo()
+    run(resumed, slides, **options)
+    assert same(weights(straight), weights(resumed))
+
+
+def test_an_offset_takes_up_what_sets_a_slide_apart(make_network, run, learnable, fabric) -> None:
+    """One slide's targets are shifted: without an offset the predictions of both get half of it."""
+    one, two = learnable(), learnable(seed=1, name="two")
+    two.measured[0].values[:] += 3
+    errors = {}
+    for offset in (False, True):
+        network = make_network()
+        options = {"stain_jitter": 0.0, "max_epochs": 12, "slide_offset": offset, "pcc_weight": 0.0}
+        losses = run(network, [one, two], folder=str(offset), **options).history
+        errors[offset] = losses[-1]["loss"]
+    assert errors[True] < 0.5 * errors[False]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,16 @@ from pixnet_sd.engine.batches import Batch
 from pixnet_sd.engine.copies import Copies
 from pixnet_sd.engine.features import FeatureMaps
 from pixnet_sd.engine.settings import TrainSettings
-from pixnet_sd.engine.slides import TrainingSlide
+from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
 from pixnet_sd.engine.tiling import TrainingTiles
 from pixnet_sd.engine.validate import Moments, validate
+from pixnet_sd.nn.head import Head
 from pixnet_sd.nn.losses import pearson_per_gene
+from pixnet_sd.nn.objectives import CountLoss, MsePcc
 from pixnet_sd.nn.regions import Circles
 
 SETTINGS = TrainSettings(tile_px=64, batch_size=3)
+OBJECTIVE = MsePcc(0.5)
 
 
 class Colours:
@@ -37,7 +41,7 @@ class Colours:
 @pytest.fixture
 def oracle(make_network):
     network = make_network()
-    network.head = torch.nn.Linear(3, 3)
+    network.head = Head(3, 3)
     torch.nn.init.zeros_(network.head.bias)
     network.head.weight.data = torch.eye(3) / 128
     return network
@@ -45,7 +49,7 @@ def oracle(make_network):
 
 def test_a_network_that_knows_scores_high(oracle, learnable) -> None:
     slides = [learnable(150, 200, radii=(5.0, 10.0)), learnable(64, 300, seed=1, name="other")]
-    scores = validate(oracle, Colours(), slides, SETTINGS)
+    scores = validate(oracle, OBJECTIVE, Colours(), slides, SETTINGS)
     assert scores.pcc > 0.95
     assert scores.mse < 0.01
     assert min(scores.pcc_per_gene) > 0.9
@@ -55,14 +59,14 @@ def test_regions_are_scored_in_their_order(oracle, learnable) -> None:
     slide = learnable(150, 200)
     (measured,) = slide.measured
     measured.values[:] = measured.values[::-1].copy()
-    assert abs(validate(oracle, Colours(), [slide], SETTINGS).pcc) < 0.6
+    assert abs(validate(oracle, OBJECTIVE, Colours(), [slide], SETTINGS).pcc) < 0.6
 
 
 def test_constant_genes_take_no_part(oracle, learnable) -> None:
     here, there = learnable(), learnable(seed=1)
     here.measured[0].values[:, :2] = 1
     there.measured[0].values[:, 1] = 0
-    scores = validate(oracle, Colours(), [here, there], SETTINGS)
+    scores = validate(oracle, OBJECTIVE, Colours(), [here, there], SETTINGS)
     assert np.isnan(scores.pcc_per_gene).tolist() == [False, True, False]
     assert scores.pcc == pytest.approx((scores.pcc_per_gene[0] + scores.pcc_per_gene[2]) / 2)
     assert scores.pcc > 0.9
@@ -70,7 +74,7 @@ def test_constant_genes_take_no_part(oracle, learnable) -> None:
 
 def test_nothing_varies(oracle, slide_of, reader, draw) -> None:
     slide = slide_of(Circles([[20, 20], [40, 20]], 5), values=[np.ones((2, 3), np.float32)], read=reader(draw(64, 64)))
-    scores = validate(oracle, Colours(), [slide], SETTINGS)
+    scores = validate(oracle, OBJECTIVE, Colours(), [slide], SETTINGS)
     assert scores.pcc == float("-inf")
     assert np.isfinite(scores.mse)
 
@@ -81,7 +85,7 @@ def test_no_chance_no_gradients_no_statistics(make_network, fabric, learnable, t
     before = {k: v.clone() for k, v in network.state_dict().items()}
     features = FeatureMaps(network, fabric, SETTINGS, tmp_path)
     slide = learnable()
-    once, again = (validate(network, features, [slide], SETTINGS) for _ in range(2))
+    once, again = (validate(network, OBJECTIVE, features, [slide], SETTINGS) for _ in range(2))
     assert once == again
     assert all(p.grad is None for p in network.parameters())
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
@@ -103,3 +107,19 @@ def test_moments_do_not_depend_on_the_batches(cuts: list[int], seed: int, offset
     assert np.isnan(moments.pcc[1])
     assert moments.pcc[2] == 0
     assert moments.mse == pytest.approx(float(((predicted - measured) ** 2).mean()), rel=1e-5)
+
+
+def test_counts_are_compared_log_normalised(make_network, learnable) -> None:
+    """A network that knows the shares scores as one that knows log-normalised expression, whatever the depth."""
+    slide = learnable(150, 200)
+    (measured,) = slide.measured
+    network = make_network(link="softplus")
+    network.head = Head(3, 3, "softplus")
+    network.head.weight.data, network.head.bias.data = torch.eye(3), torch.zeros(3)
+    counts = MeasuredRegions("counts", measured.regions, 50 * measured.values)
+    objective = CountLoss("poisson", 1e4, 1, 3)
+    scores = validate(network, objective, Colours(), [replace(slide, measured=(counts,))], SETTINGS)
+    assert len(scores.pcc_per_gene) == 2  # the third output is the sum
+    expected = np.log1p(1e4 * measured.values[:, :2] / measured.values[:, 2:])
+    assert scores.pcc > 0.9
+    assert scores.mse < 0.05 * expected.var()

@@ -40,7 +40,7 @@ def where(request, monkeypatch) -> None:
 both = pytest.mark.usefixtures("where")
 
 
-def only(table: Measured, genes, cache, target_sum: float = 1e4) -> Targets:
+def only(table: Measured, genes, cache, target_sum: float | None = 1e4) -> Targets:
     return targets_of({"": [table]}, genes, target_sum, cache)[""][0]
 
 
@@ -100,6 +100,19 @@ def test_on_disk_as_in_memory(tmp_path, monkeypatch, make, scale: float, shuffle
 
 
 @both
+def test_raw_counts_with_their_total_last_and_empty_regions_kept(tmp_path) -> None:
+    found = only(of([[1, 2, 4], [0, 0, 0], [0, 5, 1]], "ABC"), ["C", "A"], tmp_path, None)
+    every = np.arange(3)
+    expected = [[4, 1, 7], [0, 0, 0], [1, 0, 6]]
+    np.testing.assert_array_equal(found.values[every], expected)
+    assert found.values.shape == (3, 3)
+    assert len(found.regions) == 3
+    np.testing.assert_allclose(found.values.mean(axis=0), np.mean(expected, axis=0))
+    if not isinstance(found.values, np.ndarray):
+        np.testing.assert_array_equal(found.values.rows(every[1:]).toarray(), expected[1:])
+
+
+@both
 def test_empty_regions_are_left_out(tmp_path) -> None:
     x = X.copy()
     x[1] = 0
@@ -131,6 +144,11 @@ def test_genes_by_mean_log_expression_not_by_sum() -> None:
     # A has more counts in all, but B is high in more regions.
     x = [[90, 1, 0], [0, 1, 1], [0, 1, 1]]
     assert list(choose_genes({"": [of(x, "ABC")]}, n_genes=2)) == ["B", "C"]
+
+
+def test_all_genes_with_enough_counts() -> None:
+    slides = {"a": [of([[6, 9, 50], [0, 0, 50]], "ABC")], "b": [of([[4, 0, 0]], "ABC")]}
+    assert set(choose_genes(slides, n_genes=None)) == {"A", "C"}  # B has 9 counts
 
 
 def test_ties_by_name_and_zero_genes_never() -> None:

@@ -28,6 +28,7 @@ def make_model(seed: int = 0, *, genes: int = 3) -> PixNet:
     record = ModelRecord(
         genes=[f"GENE{k}" for k in range(genes)],
         target_sum=1e4,
+        objective="mse_pcc",
         aggregation="mean",
         working_mpp=0.5,
         encoder="test_resnet",

@@ -19,6 +19,7 @@ def record() -> ModelRecord:
     return ModelRecord(
         genes=["ACTB", "µ-gene"],
         target_sum=1e4,
+        objective="mse_pcc",
         aggregation="mean",
         working_mpp=0.5,
         encoder="test_resnet",
@@ -80,7 +81,7 @@ def test_var(record: ModelRecord) -> None:
         ("[1, 2]", "its format is None, and 'pixnet_sd/1' is needed"),
         ('{"architectures": ["ResNet"]}', r"not a checkpoint of this package.*encoder_weights="),
         ('{"format": "pixnet_sd/2"}', "its format is 'pixnet_sd/2'"),
-        ('{"format": "pixnet_sd/1", "genes": []}', r"lacks \['target_sum', 'aggregation'"),
+        ('{"format": "pixnet_sd/1", "genes": []}', r"lacks \['target_sum', 'objective', 'aggregation'"),
     ],
 )
 def test_not_ours(tmp_path: Path, text: str, message: str) -> None:

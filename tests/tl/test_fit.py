@@ -17,7 +17,10 @@ from scipy import sparse
 
 import pixnet_sd as ps
 from pixnet_sd._errors import CheckpointError, DataError, PixNetError
+from pixnet_sd.engine import targets
 from pixnet_sd.nn.encoder import build_encoder
+from pixnet_sd.store import PixNet
+from pixnet_sd.tl import _fit
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
 
@@ -187,6 +190,60 @@ def test_paper_preset(slide, fit, predict, tmp_path):
     assert np.isfinite(slide.tables["pixnet_bins_16um"].X).all()
 
 
+@pytest.mark.parametrize("objective", ["poisson", "nb"])
+def test_counts(slide, fit, tmp_path, objective):
+    """One output more than genes, densities that are never negative, and the mean of the slide at the start."""
+    model = fit(slide, checkpoint_dir=tmp_path / "model", objective=objective, max_epochs=1, lr=1e-5)
+    assert model.record.objective == objective
+    assert model.record.aggregation == "sum"
+    assert model.record.outputs == [*model.genes, "total_counts"]
+    assert len(model.record.held_out_pcc) == len(model.genes)
+    found = PixNet.load(tmp_path / "model").network
+    with torch.inference_mode():
+        density = found.gene_map(found(torch.full((1, 3, 64, 64), 180.0)))
+    assert density.shape[1] == 7
+    assert (density > 0).all()
+    counts = slide.tables[TABLE].X.sum() / (slide.tables[TABLE].n_obs * 8**2)
+    assert found.head.unit[-1] == pytest.approx(counts, rel=0.1)
+
+
+def test_depth_of_slides_is_relative(pair, fit, tmp_path):
+    deep = pair["b"].tables[TABLE].copy()
+    deep.X = deep.X * 3
+    pair["b"].tables[TABLE] = deep
+    seen = []
+    train = _fit.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _fit, "train", lambda network, slides, *a, **k: (seen.extend(slides), train(network, slides, *a, **k))[1]
+        )
+        fit(pair, checkpoint_dir=tmp_path / "model", objective="poisson", max_epochs=1, validation=None)
+    one, other = (slide.depth for slide in seen)
+    assert one + other == pytest.approx(2)
+    assert other > 2 * one
+
+
+def test_the_whole_transcriptome(slide, fit, tmp_path, monkeypatch):
+    """All genes with 10 counts; taken some at a time they come to the same weights, but for rounding."""
+    counts = slide.tables[TABLE].X.sum(axis=0).A1
+    weights = []
+    for name, most in (("whole", 1024), ("parts", 16)):
+        monkeypatch.setattr(targets, "DENSE_OUTPUTS", most)
+        monkeypatch.setattr(targets, "_BLOCK_BYTES", 0)
+        monkeypatch.setattr(targets, "_FEWEST", 16)
+        model = fit(slide, checkpoint_dir=tmp_path / name, n_genes=None, max_epochs=1, lr=1e-3)
+        assert len(model.genes) == (counts >= 10).sum() > 16
+        weights.append(model.network.head.weight)
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+
+
+def test_offsets_of_slides_are_for_several_slides_and_not_the_papers(pair, fit, tmp_path):
+    settings = {"checkpoint_dir": tmp_path / "model", "max_epochs": 1}
+    assert fit(pair, **settings).record.training["slide_offset"]
+    settings["checkpoint_dir"] = tmp_path / "paper"
+    assert not fit(pair, preset="paper", **settings).record.training["slide_offset"]
+
+
 def test_frozen_encoder(slide, fit, tmp_path):
     torch.manual_seed(0)
     encoder = build_encoder("test_resnet", None)
@@ -238,6 +295,9 @@ def test_it_learns(slide, fit, tmp_path):
         ({"device": "gpu"}, "gpu"),
         ({"aggregation": "median"}, "aggregation='median': give 'mean' or 'sum'"),
         ({"preset": "papr"}, "preset='papr': give 'paper' or None"),
+        ({"objective": "zinb"}, "objective='zinb': give 'mse_pcc', 'poisson' or 'nb'"),
+        ({"objective": "poisson", "aggregation": "mean"}, "objective='poisson' sums densities: leave out aggregation="),
+        ({"objective": "nb", "preset": "paper"}, "objective='nb' sums densities"),
         ({"patience": 0}, "patience=0: give 1 or more epochs, or None"),
         ({"target_sum": 0}, "target_sum=0: a positive number"),
         ({"lr": -1}, "lr=-1 must be above 0"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
 from pixnet_sd.nn.aggregation import build_operator
@@ -20,7 +21,8 @@ from pixnet_sd.nn.operators import Operator, TiledOperator
 from pixnet_sd.nn.regions import Regions
 from pixnet_sd.nn.staged_matrix import Move
 
-from .slides import TrainingSlide
+from .slides import MeasuredRegions, TrainingSlide
+from .targets import DENSE_OUTPUTS, SparseTargets, Target, moved
 from .tiling import Tile, TrainingTiles
 
 __all__ = ["AHEAD", "Batch", "BatchPlan", "make_batch", "plan_batches", "prefetch", "tile_regions"]
@@ -66,7 +68,7 @@ class Batch:
     operators
         Per size, the operator of all regions over the B tiles' map pixels.
     targets
-        Per size, shape (regions, M), float32; empty when they were not asked for.
+        Per size, shape (regions, M); empty when they were not asked for.
     members
         Per size, indices of the regions among the slide's.
     """
@@ -74,14 +76,14 @@ class Batch:
     plan: BatchPlan
     image: Tensor | None
     operators: list[Operator]
-    targets: list[Tensor]
+    targets: list[Target]
     members: list[NDArray[np.intp]]
 
     def moved(self, move: Move) -> Batch:
         """The same with pixels, operators and targets moved."""
         image = None if self.image is None else move(self.image)
         operators = [operator.moved(move) for operator in self.operators]
-        return replace(self, image=image, operators=operators, targets=[move(target) for target in self.targets])
+        return replace(self, image=image, operators=operators, targets=[moved(target, move) for target in self.targets])
 
 
 def plan_batches(
@@ -182,10 +184,10 @@ def make_batch(
     tiles = [found.tiles[t] for t in plan.tiles]
     inside = [found.members(t) for t in plan.tiles]
     members = [np.concatenate(index) for index in zip(*inside, strict=True)]
-    targets = []
+    targets: list[Target] = []
     if with_targets:
         each = zip(slide.measured, zip(*inside, strict=True), strict=True)
-        targets = [_joined([m.values[k] for k in index], pin=pin) for m, index in each]
+        targets = [_targets(m, index, pin=pin) for m, index in each]
     image = None
     if with_image:
         pixels = [slide.read(t.row0, t.row0 + t.height, t.col0, t.col0 + t.width) for t in tiles]
@@ -195,6 +197,14 @@ def make_batch(
     if pin:
         operators = [operator.staged(gradient=gradient, pin=True) for operator in operators]
     return Batch(plan, image, operators, targets, members)
+
+
+def _targets(measured: MeasuredRegions, members: Sequence[NDArray[np.intp]], *, pin: bool) -> Target:
+    """Targets of the tiles' regions, one tile's after the other's."""
+    values = measured.values
+    if isinstance(values, np.ndarray) or values.shape[1] <= DENSE_OUTPUTS:
+        return _joined([values[k] for k in members], pin=pin)
+    return SparseTargets(sparse.vstack([values.rows(k) for k in members], format="csc"))
 
 
 def _joined(parts: list[NDArray[Any]], *, pin: bool) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from pixnet_sd.nn.objectives import ObjectiveName
+
 __all__ = ["TrainSettings", "learning_rate"]
 
 _WARM_UP = 0.2
@@ -29,8 +31,14 @@ class TrainSettings:
     anneal
         True: one cycle, the rate rises over the first fifth and falls to zero (a run of known length). False:
         constant (a run that early stopping may end at any time).
+    objective
+        What is minimised, and so what targets are: log-normalised expression, or raw counts with their sum last.
     pcc_weight
         λ of Eq. 6.
+    target_sum
+        Of the log-normalised values by which models of counts are compared.
+    slide_offset
+        Learn an offset of each gene on each slide, which prediction leaves out.
     tile_px
         Largest side of a tile, working pixels.
     batch_size
@@ -55,7 +63,10 @@ class TrainSettings:
     weight_decay: float = 1e-4
     optimizer: Literal["adamw", "adam"] = "adamw"
     anneal: bool = False
+    objective: ObjectiveName = "mse_pcc"
     pcc_weight: float = 0.5
+    target_sum: float = 1e4
+    slide_offset: bool = False
     tile_px: int = 512
     batch_size: int = 8
     patience: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, Self, cast
 
@@ -27,6 +27,9 @@ class LazyTargets(Protocol):
 
     def __getitem__(self, index: NDArray[np.intp]) -> NDArray[np.float32]:
         """Targets of some regions, ascending, shape (k, M)."""
+
+    def rows(self, index: NDArray[np.intp]) -> Any:
+        """The same as SciPy's compressed rows."""
 
     def mean(self, axis: int) -> NDArray[Any]:
         """Mean over the regions (`axis` 0), shape (M,)."""
@@ -81,6 +84,8 @@ class TrainingSlide:
         Size, working pixels.
     measured
         Its measured regions, one entry a size.
+    depth
+        Counts per tissue relative to the mean of all training slides; 1 where targets are log-normalised.
     """
 
     name: str
@@ -88,11 +93,12 @@ class TrainingSlide:
     height: int
     width: int
     measured: tuple[MeasuredRegions, ...]
+    depth: float = 1.0
 
     def subset(self, indices: tuple[NDArray[np.intp], ...]) -> TrainingSlide:
         """The same slide with only some regions of each size; sizes left empty are dropped."""
         kept = tuple(m.subset(i) for m, i in zip(self.measured, indices, strict=True) if len(i))
-        return TrainingSlide(self.name, self.read, self.height, self.width, kept)
+        return replace(self, measured=kept)
 
     @property
     def cover(self) -> NDArray[np.float64]:

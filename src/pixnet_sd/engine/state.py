@@ -52,6 +52,8 @@ class RunState:
         Epochs and optimizer steps done.
     network, optimizer
         Their state dicts.
+    extras
+        That of what is learnt and not kept: dispersions, offsets of slides.
     history
         One row an epoch.
     best
@@ -63,6 +65,7 @@ class RunState:
     steps: int = 0
     network: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     best: BestEpoch = field(default_factory=BestEpoch)
 

@@ -1,4 +1,4 @@
-"""The training loop: tiles in, Eq. 6 down, the best epoch on held-out regions out."""
+"""The training loop: tiles in, the objective down, the best epoch on held-out regions out."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pixnet_sd._errors import PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.nn.aggregation import count_pixels
-from pixnet_sd.nn.losses import multi_size_loss
 from pixnet_sd.nn.model import MAP_STRIDE, Network
+from pixnet_sd.nn.objectives import Objective, make_objective
 from pixnet_sd.nn.regions import Regions
 
 from .augment import N_SYMMETRIES
@@ -27,6 +27,8 @@ from .batches import Batch, BatchPlan, make_batch, plan_batches, prefetch
 from .calibrate import calibrate
 from .device import fixed_shapes
 from .features import FeatureMaps
+from .objective import BatchLoss
+from .offsets import SlideOffsets
 from .settings import TrainSettings, learning_rate
 from .slides import TrainingSlide
 from .state import BestEpoch, RunState
@@ -67,9 +69,15 @@ def _seed_epoch(seed: int, epoch: int) -> np.random.Generator:
 
 def _start_head(network: Network, slides: Sequence[TrainingSlide]) -> None:
     """Start the head at the mean target of the training regions."""
-    mean = np.mean([m.values.mean(axis=0) for s in slides for m in s.measured], axis=0)
-    n_px = [np.median(count_pixels(_some(m.regions), s.height, s.width)) for s in slides for m in s.measured]
-    network.start_from(torch.from_numpy(mean), float(np.median(n_px)))
+    means = [m.values.mean(axis=0) for s in slides for m in s.measured]
+    n_px = [count_pixels(_some(m.regions), s.height, s.width) for s in slides for m in s.measured]
+    if network.head.is_linear:
+        typical = float(np.median([np.median(each) for each in n_px]))
+        network.start_from(torch.from_numpy(np.mean(means, axis=0)), typical)
+        return
+    depth = [s.depth for s in slides for _ in s.measured]
+    density = [mean / (each.mean() * d) for mean, each, d in zip(means, n_px, depth, strict=True)]
+    network.start_at(torch.from_numpy(np.mean(density, axis=0)))
 
 
 def _some(regions: Regions) -> Regions:
@@ -93,10 +101,13 @@ class _Run:
         self.network = network
         self.features = FeatureMaps(network, fabric, settings, directory / "features")
         self.fabric = fabric
-        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-        trained = [p for p in network.parameters() if p.requires_grad]
-        options: dict[str, Any] = {"fused": True} if fabric.device.type == "cuda" else {}
-        self.optimizer = kind(trained, lr=settings.lr, weight_decay=settings.weight_decay, **options)
+        self.sizes = list(dict.fromkeys(m.size_name for s in slides for m in s.measured))
+        self.objective = _objective(network, settings, len(self.sizes))
+        offset = settings.slide_offset and len(slides) > 1
+        self.offsets = SlideOffsets(slides, logarithmic=not network.head.is_linear) if offset else None
+        self.extras = nn.ModuleList(m for m in (self.objective, self.offsets) if isinstance(m, nn.Module))
+        self.extras.to(fabric.device)
+        self.optimizer = _optimizer(network, self.extras, settings, fabric)
         self.fixed_tiles = [training_tiles(s, settings.tile_px) for s in slides]
 
     def tiles(self, rng: np.random.Generator) -> list[TrainingTiles]:
@@ -143,16 +154,17 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         features = self.features.of(batch, self.slides[batch.plan.slide], tiles[batch.plan.slide])
-        pairs = [
-            (self.network.predict_regions(features, operator), target.to(features.device))
-            for operator, target in zip(batch.operators, batch.targets, strict=True)
-            if len(target)
-        ]
-        loss = multi_size_loss(pairs, self.settings.pcc_weight)
         self.optimizer.zero_grad()
-        self.fabric.backward(loss)
+        loss = self.loss(batch).backward(features, self.fabric)
         self.optimizer.step()
-        return loss.detach()
+        return loss
+
+    def loss(self, batch: Batch) -> BatchLoss:
+        """What a batch's features are trained on."""
+        slide = self.slides[batch.plan.slide]
+        sizes = [self.sizes.index(m.size_name) for m in slide.measured]
+        offset = None if self.offsets is None else self.offsets.of(batch.plan.slide)
+        return BatchLoss(self.network, self.objective, batch.operators, batch.targets, sizes, slide.depth, offset)
 
     def finite(self, loss: Tensor, batch: Batch) -> float:
         """The loss as a number, if it is one."""
@@ -169,13 +181,14 @@ class _Run:
         if state.epoch:
             self.network.load_state_dict(state.network)
             self.optimizer.load_state_dict(state.optimizer)
+            self.extras.load_state_dict(state.extras)
             logger.info("resuming after epoch %d", state.epoch)
 
     def record(self, state: RunState, epoch: int, loss: float, started: float) -> dict[str, float]:
         """Validate, and write the epoch into the state."""
         row = {"epoch": float(epoch), "loss": loss}
         if self.held_out:
-            scores = validate(self.network, self.features, self.held_out, self.settings)
+            scores = validate(self.network, self.objective, self.features, self.held_out, self.settings)
             row |= {"val_pcc": scores.pcc, "val_mse": scores.mse}
             if scores.pcc > state.best.pcc or not self.settings.keep_best:
                 weights = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
@@ -184,7 +197,28 @@ class _Run:
         state.history.append(row)
         state.epoch = epoch
         state.network, state.optimizer = self.network.state_dict(), self.optimizer.state_dict()
+        state.extras = self.extras.state_dict()
         return row
+
+
+def _objective(network: Network, settings: TrainSettings, n_sizes: int) -> Objective:
+    return make_objective(
+        settings.objective,
+        pcc_weight=settings.pcc_weight,
+        target_sum=settings.target_sum,
+        n_sizes=n_sizes,
+        n_outputs=network.head.n_outputs,
+    )
+
+
+def _optimizer(network: Network, extras: nn.Module, settings: TrainSettings, fabric: Fabric) -> torch.optim.Optimizer:
+    """Of the network, and of what is learnt beside it, which does not decay."""
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    options: dict[str, Any] = {"fused": True} if fabric.device.type == "cuda" else {}
+    groups: list[dict[str, Any]] = [{"params": [p for p in network.parameters() if p.requires_grad]}]
+    if list(extras.parameters()):
+        groups.append({"params": list(extras.parameters()), "weight_decay": 0.0})
+    return kind(groups, lr=settings.lr, weight_decay=settings.weight_decay, **options)
 
 
 def _describe(row: dict[str, float]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixnet_sd.nn.model import MAP_STRIDE, Network
+from pixnet_sd.nn.objectives import Objective
+from pixnet_sd.nn.operators import Operator
 
 from .batches import make_batch, plan_batches, prefetch
 from .features import FeatureMaps
 from .settings import TrainSettings
 from .slides import TrainingSlide
+from .targets import DENSE_OUTPUTS, Target, block_of
 from .tiling import training_tiles
 
 __all__ = ["Moments", "Scores", "validate"]
@@ -90,30 +93,68 @@ class Moments:
         return self.squared_error / max(self.n, 1)
 
 
+class _Compared:
+    """Moments of one size, of all genes, some at a time; what is compared is log-normalised.
+
+    Parameters
+    ----------
+    network, objective
+        What predicts, and what it was trained for.
+    """
+
+    def __init__(self, network: Network, objective: Objective) -> None:
+        self.network, self.objective = network, objective
+        n_genes = network.head.n_outputs - objective.has_total
+        starts = range(0, n_genes, DENSE_OUTPUTS)
+        self.blocks = [slice(start, min(start + DENSE_OUTPUTS, n_genes)) for start in starts]
+        self.moments = [Moments(block.stop - block.start) for block in self.blocks]
+
+    def add(self, features: Tensor, operator: Operator, target: Target) -> None:
+        """Take in a batch."""
+        inputs = self.network.region_inputs(features, operator)
+
+        def comparable(values: Callable[[slice], Tensor], block: slice) -> Tensor:
+            last = slice(self.network.head.n_outputs - 1, None)
+            return self.objective.comparable(values(block), values(last) if self.objective.has_total else None)
+
+        for block, moments in zip(self.blocks, self.moments, strict=True):
+            predicted = comparable(partial(self.network.region_values, inputs, operator), block)
+            moments.add(predicted, comparable(partial(block_of, target, device=features.device), block))
+
+    @property
+    def pcc(self) -> NDArray[np.float64]:
+        """See `Moments.pcc`."""
+        return np.concatenate([moments.pcc for moments in self.moments])
+
+    @property
+    def mse(self) -> float:
+        """See `Moments.mse`."""
+        return float(np.average([m.mse for m in self.moments], weights=[m.mean.shape[1] for m in self.moments]))
+
+
 @torch.no_grad()
-def _moments(network: Network, features: FeatureMaps, slide: TrainingSlide, settings: TrainSettings) -> list[Moments]:
+def _moments(
+    network: Network, objective: Objective, features: FeatureMaps, slide: TrainingSlide, settings: TrainSettings
+) -> list[_Compared]:
     """Moments over a slide's regions, per size."""
     tiles = training_tiles(slide, settings.tile_px, once=True)
     plans = plan_batches([tiles], settings.batch_size, rng=None)
     options = {"with_image": not features.stored, "pin": features.pins, "gradient": False}
     tasks = (partial(make_batch, slide, tiles, plan, MAP_STRIDE, **options) for plan in plans)
-    found = [Moments(m.values.shape[1]) for m in slide.measured]
+    found = [_Compared(network, objective) for _ in slide.measured]
     for batch in features.copies.arriving(prefetch(tasks)):
         maps = features.of(batch, slide, tiles)
-        for moments, operator, target in zip(found, batch.operators, batch.targets, strict=True):
-            moments.add(network.predict_regions(maps, operator), target.to(maps.device))
+        for compared, operator, target in zip(found, batch.operators, batch.targets, strict=True):
+            compared.add(maps, operator, target)
     return found
 
 
-def _all_moments(
-    network: Network, features: FeatureMaps, slides: Sequence[TrainingSlide], settings: TrainSettings
-) -> Iterator[Moments]:
-    for slide in slides:
-        yield from _moments(network, features, slide, settings)
-
-
 def validate(
-    network: Network, features: FeatureMaps, slides: Sequence[TrainingSlide], settings: TrainSettings
+    network: Network,
+    objective: Objective,
+    features: FeatureMaps,
+    slides: Sequence[TrainingSlide],
+    settings: TrainSettings,
 ) -> Scores:
     """Score a network on held-out regions.
 
@@ -121,6 +162,8 @@ def validate(
     ----------
     network
         The network, put into evaluation mode.
+    objective
+        What it is trained for, which says what of its output is compared.
     features
         Its feature maps.
     slides
@@ -133,7 +176,7 @@ def validate(
     The scores.
     """
     network.eval()
-    found = list(_all_moments(network, features, slides, settings))
+    found = [size for slide in slides for size in _moments(network, objective, features, slide, settings)]
     per_gene = np.array([moments.pcc for moments in found])
     known = ~np.isnan(per_gene)
     mean = np.nansum(per_gene, axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)

@@ -1,13 +1,11 @@
-"""The objective of Eq. 6 and the correlations it is judged by."""
+"""Correlations: the terms of Eq. 6, and what predictions are judged by."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["mse_pcc_loss", "multi_size_loss", "pcc_loss", "pearson_per_gene"]
+__all__ = ["pcc_terms", "pearson_per_gene", "varying"]
 
 _EPS = 1e-8
 
@@ -34,10 +32,8 @@ def pearson_per_gene(predicted: Tensor, measured: Tensor) -> Tensor:
     return torch.where(constant, torch.nan, r)
 
 
-def pcc_loss(predicted: Tensor, measured: Tensor) -> Tensor:
-    """Correlation loss of Eq. 6: mean over genes of 1 - r_g, over the regions of one slide.
-
-    Genes constant in `measured` take no part; with none left, or fewer than two regions, the loss is 0.
+def pcc_terms(predicted: Tensor, measured: Tensor) -> Tensor:
+    """Terms of the correlation loss of Eq. 6: 1 - r_g of each gene, over the regions of one slide.
 
     Parameters
     ----------
@@ -46,50 +42,13 @@ def pcc_loss(predicted: Tensor, measured: Tensor) -> Tensor:
 
     Returns
     -------
-    Scalar.
+    Shape (genes,); 0 for genes constant in `measured`, which take no part.
     """
     if len(measured) < 2:
-        return predicted.sum() * 0.0
-    varies = measured.amax(0) > measured.amin(0)  # a mask: picking genes would make the host wait for the device
-    loss = torch.where(varies, 1 - pearson_per_gene(predicted, measured), 0.0)
-    return loss.sum() / varies.sum().clamp_min(1)
+        return predicted.sum(0) * 0.0
+    return torch.where(varying(measured), 1 - pearson_per_gene(predicted, measured), 0.0)
 
 
-def mse_pcc_loss(predicted: Tensor, measured: Tensor, pcc_weight: float = 0.5) -> Tensor:
-    """Eq. 6: mean squared error plus `pcc_weight` (λ) times the correlation loss.
-
-    Parameters
-    ----------
-    predicted, measured
-        Expression of the regions of one slide and one size, shape (regions, genes).
-    pcc_weight
-        λ.
-
-    Returns
-    -------
-    Scalar.
-
-    References
-    ----------
-    Zhang et al., arXiv 2503.01347, Eq. 6.
-    """
-    return ((predicted - measured) ** 2).mean() + pcc_weight * pcc_loss(predicted, measured)
-
-
-def multi_size_loss(pairs: Sequence[tuple[Tensor, Tensor]], pcc_weight: float = 0.5) -> Tensor:
-    """Mean over region sizes of Eq. 6, every size with the same weight, however many regions it has.
-
-    A tile holds 64 times as many 2 µm bins as 16 µm ones; weighted by their number, the noisiest size would decide.
-
-    Parameters
-    ----------
-    pairs
-        (predicted, measured) of each size, shapes (regions, genes), at least one pair.
-    pcc_weight
-        λ.
-
-    Returns
-    -------
-    Scalar.
-    """
-    return torch.stack([mse_pcc_loss(p, m, pcc_weight) for p, m in pairs]).mean()
+def varying(measured: Tensor) -> Tensor:
+    """Which genes differ between regions, shape (genes,): a mask, as picking would make the host wait for a device."""
+    return measured.amax(0) > measured.amin(0)

@@ -1,4 +1,4 @@
-"""PixNet's network: encoder, decoder, and the linear head that aggregation lets us apply last."""
+"""PixNet's network: encoder, decoder, and the head, which aggregation lets us apply last while it is linear."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .decoder import Decoder, Lateral
 from .encoder import STRIDES, Encoder
+from .head import Head, Link
 from .operators import Operator
 
 __all__ = ["MAP_STRIDE", "Aggregation", "DecoderConfig", "Network", "apply_head"]
@@ -73,18 +74,27 @@ class Network(nn.Module):
         Feature pyramid.
     decoder
         Its shape.
-    n_genes
+    n_outputs
         M.
     aggregation
-        ``"mean"`` or ``"sum"`` over a region's pixels (Eq. 5 is the sum).
+        ``"mean"`` or ``"sum"`` over a region's pixels (Eq. 5 is the sum). Densities are always summed.
+    link
+        Of the head: ``"identity"``, or ``"softplus"`` for densities.
     """
 
-    def __init__(self, encoder: Encoder, decoder: DecoderConfig, n_genes: int, aggregation: Aggregation) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: DecoderConfig,
+        n_outputs: int,
+        aggregation: Aggregation,
+        link: Link = "identity",
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = Decoder(encoder.channels, decoder.widths, decoder.hidden, decoder.dropout)
         self.decoder_config = decoder
-        self.head = nn.Linear(self.decoder.channels_out, n_genes)
+        self.head = Head(self.decoder.channels_out, n_outputs, link)
         self.aggregation = aggregation
 
     def forward(self, image: Tensor) -> Tensor:
@@ -92,11 +102,11 @@ class Network(nn.Module):
         return self.decoder(self.encoder(image))
 
     def gene_map(self, features: Tensor) -> Tensor:
-        """Eq. 4 before its Resize: D (B, C, h, w) -> D W + b (B, M, h, w)."""
-        return nn.functional.conv2d(features, self.head.weight[:, :, None, None], self.head.bias)
+        """Eq. 4 before its Resize: D (B, C, h, w) -> values of the head (B, M, h, w)."""
+        return self.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def predict_regions(self, features: Tensor, operator: Operator) -> Tensor:
-        """Eq. 4-5 without the map: A (D W + b), over n_px for a mean.
+        """Eq. 4-5 without the map: A (D W + b), over n_px for a mean; of densities, A unit ⊙ softplus(D W + b).
 
         Parameters
         ----------
@@ -109,11 +119,21 @@ class Network(nn.Module):
         -------
         Shape (n, M); of a region off the slide (n_px 0) the sum is 0 and the mean the bias.
         """
+        return self.region_values(self.region_inputs(features, operator), operator)
+
+    def region_inputs(self, features: Tensor, operator: Operator) -> Tensor:
+        """All that `region_values` needs of the features: A D under a linear head, D itself otherwise."""
         rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-        pooled = operator.apply(rows)
-        n_px = torch.as_tensor(operator.n_px, dtype=pooled.dtype, device=pooled.device)[:, None]
-        with torch.autocast(pooled.device.type, enabled=False):
-            return apply_head(pooled, n_px, self.head.weight.float(), self.head.bias.float(), self.aggregation)
+        return operator.apply(rows) if self.head.is_linear else rows
+
+    def region_values(self, inputs: Tensor, operator: Operator, outputs: slice = slice(None)) -> Tensor:
+        """Some outputs of `predict_regions`, shape (n, outputs), from `region_inputs`."""
+        if not self.head.is_linear:
+            return operator.apply(self.head(inputs, outputs))
+        n_px = torch.as_tensor(operator.n_px, dtype=inputs.dtype, device=inputs.device)[:, None]
+        weight, bias = self.head.weight[outputs].float(), self.head.bias[outputs].float()
+        with torch.autocast(inputs.device.type, enabled=False):
+            return apply_head(inputs, n_px, weight, bias, self.aggregation)
 
     @torch.no_grad()
     def start_from(self, mean_expression: Tensor, n_px: float) -> None:
@@ -129,6 +149,19 @@ class Network(nn.Module):
         per_pixel = 1.0 if self.aggregation == "mean" else max(n_px, 1.0)
         self.head.bias.copy_(mean_expression / per_pixel)
         self.head.weight.mul_(0.1 / per_pixel)
+
+    @torch.no_grad()
+    def start_at(self, density: Tensor) -> None:
+        """Start a head of densities at the training mean.
+
+        Parameters
+        ----------
+        density
+            Mean of each output per working pixel, shape (M,).
+        """
+        self.head.unit.copy_(density)
+        self.head.bias.zero_()
+        self.head.weight.mul_(0.1)
 
     @property
     def has_laterals(self) -> bool:

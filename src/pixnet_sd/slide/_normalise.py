@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
-__all__ = ["log_normalise", "log_values"]
+__all__ = ["log_normalise", "log_values", "target_rows"]
 
 
 def log_normalise(
@@ -27,10 +27,29 @@ def log_normalise(
     -------
     Targets, shape (n, M), float32.
     """
-    rows = sparse.csr_matrix(counts)
-    values = log_values(rows, total, target_sum).astype(np.float32)
-    dense: NDArray[np.float32] = sparse.csr_matrix((values, rows.indices, rows.indptr), shape=rows.shape).toarray()
+    dense: NDArray[np.float32] = target_rows(sparse.csr_matrix(counts), total, target_sum).toarray()
     return dense
+
+
+def target_rows(counts: sparse.csr_matrix, total: ArrayLike, target_sum: float | None) -> sparse.csr_matrix:
+    """What is learnt of some regions, as sparse as their counts.
+
+    Parameters
+    ----------
+    counts, total
+        As in `log_normalise`.
+    target_sum
+        As in `log_normalise`; None: raw counts, with the total as one more column.
+
+    Returns
+    -------
+    float32, shape (n, M), or (n, M + 1).
+    """
+    if target_sum is None:
+        last = sparse.csr_matrix(np.asarray(total, dtype=np.float64)[:, None])
+        return sparse.hstack([counts, last], format="csr", dtype=np.float32)
+    values = log_values(counts, total, target_sum).astype(np.float32)
+    return sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
 
 
 def log_values(counts: sparse.csr_matrix, total: ArrayLike, target_sum: float) -> NDArray[np.float64]:

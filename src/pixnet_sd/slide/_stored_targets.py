@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from ._count_file import CountFile
-from ._normalise import log_normalise
+from ._normalise import target_rows
 
 __all__ = ["StoredTargets"]
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTargets:
-    """Log-normalised expression of n regions, looked up like an array of (n, M); any number of threads may at once.
+    """What is learnt of n regions, looked up like an array of (n, M); any number of threads may at once.
 
     Attributes
     ----------
@@ -24,12 +25,12 @@ class StoredTargets:
     index
         Row of each region there, shape (n,); None for all rows.
     target_sum
-        As in `log_normalise`.
+        Of log-normalised expression; None: raw counts, and their sum over all genes in one more column.
     """
 
     counts: CountFile
     index: NDArray[np.int32] | None
-    target_sum: float
+    target_sum: float | None
 
     def __len__(self) -> int:
         return self.counts.n if self.index is None else len(self.index)
@@ -37,12 +38,17 @@ class StoredTargets:
     @property
     def shape(self) -> tuple[int, int]:
         """(n, M)."""
-        return len(self), self.counts.n_genes
+        return len(self), self.counts.n_genes + (self.target_sum is None)
 
     def __getitem__(self, index: NDArray[np.integer]) -> NDArray[np.float32]:
         """Targets of some regions, shape (len(index), M); quickest in the order of the regions."""
+        dense: NDArray[np.float32] = self.rows(index).toarray()
+        return dense
+
+    def rows(self, index: NDArray[np.integer]) -> sparse.csr_matrix:
+        """The same as a sparse matrix."""
         index = np.asarray(index)
-        return log_normalise(*self.counts.rows(index if self.index is None else self.index[index]), self.target_sum)
+        return target_rows(*self.counts.rows(index if self.index is None else self.index[index]), self.target_sum)
 
     def subset(self, index: NDArray[np.integer]) -> StoredTargets:
         """Targets of some regions, still on disk."""
@@ -53,7 +59,7 @@ class StoredTargets:
         """Mean over regions, shape (M,)."""
         if axis != 0:
             raise IndexError(f"axis {axis}: means of stored targets are over regions, axis 0")
-        total = np.zeros(self.counts.n_genes)
+        total = np.zeros(self.shape[1])
         for counts, sums in self.counts.blocks(self.index):
-            total += log_normalise(counts, sums, self.target_sum).sum(axis=0, dtype=np.float64)
+            total += np.asarray(target_rows(counts, sums, self.target_sum).sum(axis=0, dtype=np.float64))[0]
         return total / len(self)

@@ -1,4 +1,4 @@
-"""What the network learns: which genes, and log-normalised expression."""
+"""What the network learns: which genes, and log-normalised expression or raw counts of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ._count_cache import own_counts
 from ._count_checks import Look, checked_blocks, warn_if_logged
 from ._count_file import CountFile
 from ._measured import Measured
-from ._normalise import log_normalise, log_values
+from ._normalise import log_values, target_rows
 from ._pooling import find_pooling, pooled_counts
 from ._stored_targets import StoredTargets
 
@@ -31,6 +31,7 @@ __all__ = ["Targets", "check_genes", "choose_genes", "targets_of"]
 _FIRST = 10
 _AREAS = 1001
 _DENSE_BYTES = 2**28
+_MIN_COUNTS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +41,10 @@ class Targets:
     Attributes
     ----------
     regions
-        n regions that have counts, working px.
+        n regions, working px.
     values
-        Log-normalised expression, shape (n, M), float32: an array, or one that is looked up on disk.
+        Log-normalised expression, shape (n, M), or raw counts and their sum over all genes, shape (n, M + 1), float32:
+        an array, or one that is looked up on disk.
     """
 
     regions: Regions
@@ -50,9 +52,12 @@ class Targets:
 
 
 def targets_of(
-    slides: Mapping[str, Sequence[Measured]], genes: Sequence[str] | pd.Index, target_sum: float, cache: Path
+    slides: Mapping[str, Sequence[Measured]], genes: Sequence[str] | pd.Index, target_sum: float | None, cache: Path
 ) -> dict[str, list[Targets]]:
-    """Targets of the tables of each slide; regions without a single count are left out with a warning.
+    """Targets of the tables of each slide.
+
+    Regions without a single count have no log-normalised expression, and are left out with a warning; as counts they
+    are zeros like others.
 
     What takes less than 256 MiB is held in memory. Of more, compact counts are written to disk, and the targets of a
     tile computed from them when it is its turn; a table that is the exact sum of a finer one's bins is then summed
@@ -65,7 +70,7 @@ def targets_of(
     genes
         Genes, in the order wanted.
     target_sum
-        As in `log_normalise`.
+        As in `target_rows`.
     cache
         Folder for compact counts.
 
@@ -89,25 +94,25 @@ def targets_of(
     return {name: _stored(tables, wanted, target_sum, cache) for name, tables in slides.items()}
 
 
-def _dense(measured: Measured, genes: pd.Index, target_sum: float) -> Targets:
+def _dense(measured: Measured, genes: pd.Index, target_sum: float | None) -> Targets:
     columns, look = measured.var_names.get_indexer(genes), Look()
-    total, values = np.zeros(len(measured)), np.zeros((len(measured), len(genes)), np.float32)
+    total, values = np.zeros(len(measured)), np.zeros((len(measured), len(genes) + (target_sum is None)), np.float32)
     for place, block, sums in checked_blocks(measured.counts, measured.var_names, measured.what, look):
-        total[place], values[place] = sums, log_normalise(_picked(block, columns), sums, target_sum)
+        total[place], values[place] = sums, target_rows(_picked(block, columns), sums, target_sum).toarray()
     warn_if_logged(look.is_logged, measured.what)
     if measured.place is not None:
         total, values = total[measured.place], values[measured.place]
-    has_counts = _has_counts(total, measured.what)
-    if has_counts is None:
+    usable = _usable(total, target_sum, measured.what)
+    if usable is None:
         return Targets(measured.regions, values)
-    return Targets(measured.regions.subset(np.flatnonzero(has_counts)), values[has_counts])
+    return Targets(measured.regions.subset(np.flatnonzero(usable)), values[usable])
 
 
 def _picked(block: sparse.csr_matrix, columns: NDArray[np.intp]) -> sparse.csr_matrix:
     return block[:, columns].astype(np.float32)  # as compact counts are
 
 
-def _stored(tables: Sequence[Measured], genes: pd.Index, target_sum: float, cache: Path) -> list[Targets]:
+def _stored(tables: Sequence[Measured], genes: pd.Index, target_sum: float | None, cache: Path) -> list[Targets]:
     """Targets of one slide's tables, the finest first, so that others can be pooled from it."""
     files: dict[int, CountFile] = {}
     own: list[int] = []
@@ -131,20 +136,20 @@ def _pooled(fine: Measured, counts: CountFile, coarse: Measured, cache: Path) ->
 
 
 def _with_counts(measured: Measured, values: StoredTargets) -> Targets:
-    has_counts = _has_counts(values.counts.totals(), measured.what)
-    if has_counts is None:
+    usable = _usable(values.counts.totals(), values.target_sum, measured.what)
+    if usable is None:
         return Targets(measured.regions, values)
-    index = np.flatnonzero(has_counts)
+    index = np.flatnonzero(usable)
     return Targets(measured.regions.subset(index), values.subset(index))
 
 
-def _has_counts(total: NDArray[np.float64], what: str) -> NDArray[np.bool_] | None:
-    """Which regions have counts; None for all."""
+def _usable(total: NDArray[np.float64], target_sum: float | None, what: str) -> NDArray[np.bool_] | None:
+    """Which regions can be learnt from; None for all."""
     has_counts = total > 0
     empty = int((~has_counts).sum())
     if empty == len(total):
         raise DataError(_no_counts(what, empty))
-    if not empty:
+    if not empty or target_sum is None:
         return None
     message = f"{what}: {empty} of {len(total)} regions have no counts at all and are left out."
     warnings.warn(message, UserWarning, stacklevel=5)
@@ -187,7 +192,7 @@ def choose_genes(
     slides: Mapping[str, Sequence[Measured]],
     *,
     held_out: Mapping[str, Sequence[Measured]] = MappingProxyType({}),
-    n_genes: int = 250,
+    n_genes: int | None = 250,
     genes: Sequence[str] | None = None,
     target_sum: float = 1e4,
 ) -> pd.Index:
@@ -203,7 +208,7 @@ def choose_genes(
     held_out
         Of slides that are only scored on: their tables must have the genes, and say nothing about their means.
     n_genes
-        How many, if they are not named.
+        How many, if they are not named; None: all with at least 10 counts in the coarsest regions of all slides.
     genes
         Genes to use, in this order.
     target_sum
@@ -220,22 +225,26 @@ def choose_genes(
     """
     if genes is not None:
         return _named_genes(slides, held_out, [genes] if isinstance(genes, str) else list(genes))
-    if n_genes < 1:
+    if n_genes is not None and n_genes < 1:
         raise DataError(f"n_genes = {n_genes}: at least one gene is needed.")
     every = {**slides, **held_out}
-    mean = _mean_over_slides(slides, _shared_genes(every), target_sum)
+    shared = _shared_genes(every)
+    mean = _mean_over_slides(slides, shared, target_sum)
+    if n_genes is None:
+        mean = mean.where(_total_counts(slides, shared) >= _MIN_COUNTS, 0.0)
     ranked = mean[mean > 0].reset_index().sort_values(["mean", "gene"], ascending=[False, True])["gene"]
     if ranked.empty:
         raise DataError(f"No gene is measured, with counts, in all slides: {_genes_per_slide(every)}.")
-    if len(ranked) < n_genes:
+    if n_genes is not None and len(ranked) < n_genes:
         warnings.warn(
             f"{n_genes} genes were asked for, but only {len(ranked)} are in every table and have counts "
             f"({_genes_per_slide(every)}); all of them are used.",
             UserWarning,
             stacklevel=2,
         )
-    logger.info("%d genes chosen by mean log-normalised expression.", min(n_genes, len(ranked)))
-    return pd.Index(ranked.to_numpy()[:n_genes], dtype=object)
+    chosen = pd.Index(ranked.to_numpy()[:n_genes], dtype=object)
+    logger.info("%d genes chosen by mean log-normalised expression.", len(chosen))
+    return chosen
 
 
 def _tables(slides: Mapping[str, Sequence[Measured]]) -> list[Measured]:
@@ -279,9 +288,22 @@ def _named_genes(
 
 
 def _mean_over_slides(slides: Mapping[str, Sequence[Measured]], genes: pd.Index, target_sum: float) -> pd.Series:
-    coarsest = [max(tables, key=lambda table: median_area(table.regions)) for tables in slides.values() if tables]
-    means = [_mean_expression(table, genes, target_sum) for table in coarsest]
+    means = [_mean_expression(table, genes, target_sum) for table in _coarsest(slides)]
     return pd.Series(np.mean(means, axis=0), index=pd.Index(genes, name="gene"), name="mean")
+
+
+def _total_counts(slides: Mapping[str, Sequence[Measured]], genes: pd.Index) -> NDArray[np.float64]:
+    """Counts of each gene in the coarsest regions of all slides."""
+    total = np.zeros(len(genes))
+    for table in _coarsest(slides):
+        columns = table.var_names.get_indexer(genes)
+        for _, block, _ in checked_blocks(table.counts, table.var_names, table.what):
+            total += np.bincount(block.indices, block.data, table.counts.n_genes)[columns]
+    return total
+
+
+def _coarsest(slides: Mapping[str, Sequence[Measured]]) -> list[Measured]:
+    return [max(tables, key=lambda table: median_area(table.regions)) for tables in slides.values() if tables]
 
 
 def median_area(regions: Regions) -> float:

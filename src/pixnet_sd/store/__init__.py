@@ -19,7 +19,7 @@ from ._thumbnail import thumbnail
 
 if TYPE_CHECKING:
     from ._pixnet import PixNet
-    from ._record import ModelRecord, library_versions
+    from ._record import ModelRecord, library_versions, link_of, outputs_of
 
 __all__ = [
     "Express",
@@ -41,7 +41,9 @@ __all__ = [
     "expression",
     "image_transforms",
     "library_versions",
+    "link_of",
     "open_map",
+    "outputs_of",
     "record",
     "recorded",
     "region_table",
@@ -51,7 +53,13 @@ __all__ = [
     "tissue_labels",
 ]
 
-_WITH_TORCH = {"PixNet": "_pixnet", "ModelRecord": "_record", "library_versions": "_record"}
+_WITH_TORCH = {
+    "PixNet": "_pixnet",
+    "ModelRecord": "_record",
+    "library_versions": "_record",
+    "link_of": "_record",
+    "outputs_of": "_record",
+}
 
 
 def __getattr__(name: str) -> Any:

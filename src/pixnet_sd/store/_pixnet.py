@@ -18,7 +18,7 @@ from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.model import Network
 from pixnet_sd.nn.weights import hash_weights
 
-from ._record import ModelRecord, library_versions, read_record, write_json_atomically
+from ._record import ModelRecord, library_versions, link_of, read_record, write_json_atomically
 
 __all__ = ["PixNet"]
 
@@ -196,4 +196,4 @@ def _empty_network(record: ModelRecord) -> Network:
             f"The checkpoint was made with encoder {record.encoder!r} of timm {then}, and the timm installed here, "
             f"{now}, does not have it. Install that version."
         ) from error
-    return Network(encoder, record.decoder, len(record.genes), record.aggregation)
+    return Network(encoder, record.decoder, len(record.outputs), record.aggregation, link_of(record.objective))

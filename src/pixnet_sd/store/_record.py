@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,14 +12,38 @@ from typing import Any
 import pandas as pd
 
 from pixnet_sd._errors import CheckpointError
+from pixnet_sd.nn.head import Link
 from pixnet_sd.nn.model import Aggregation, DecoderConfig
+from pixnet_sd.nn.objectives import ObjectiveName
 
 from ._provenance import json_safe
 
-__all__ = ["FORMAT", "ModelRecord", "library_versions", "read_record", "write_json_atomically"]
+__all__ = [
+    "FORMAT",
+    "TOTAL",
+    "ModelRecord",
+    "library_versions",
+    "link_of",
+    "outputs_of",
+    "read_record",
+    "write_json_atomically",
+]
 
 FORMAT = "pixnet_sd/1"
+
+TOTAL = "total_counts"
+"""Name of the output that is the sum over all genes, as scanpy calls it."""
 _LIBRARIES = ("pixnet_sd", "torch", "timm", "numpy", "spatialdata", "anndata")
+
+
+def link_of(objective: ObjectiveName) -> Link:
+    """Link of the head for an objective."""
+    return "identity" if objective == "mse_pcc" else "softplus"
+
+
+def outputs_of(genes: Sequence[str], objective: ObjectiveName) -> list[str]:
+    """What a head gives: the genes, and of counts their sum over all genes that were measured."""
+    return [*genes] if objective == "mse_pcc" else [*genes, TOTAL]
 
 
 @dataclass
@@ -28,11 +53,13 @@ class ModelRecord:
     Attributes
     ----------
     genes
-        Names, in the order of the head.
+        Names, in the order of the head; a model of counts has one more output, the sum over all genes of the tables.
     target_sum
         Counts per region after scaling; targets are ``log1p(target_sum * x / sum(x))``, the sum over all genes.
     log_base
         Base of that logarithm, always ``"e"``.
+    objective
+        ``"mse_pcc"``, or ``"poisson"`` or ``"nb"`` for a model of counts.
     aggregation
         ``"mean"`` or ``"sum"``.
     working_mpp
@@ -69,6 +96,7 @@ class ModelRecord:
 
     genes: list[str]
     target_sum: float
+    objective: ObjectiveName
     aggregation: Aggregation
     working_mpp: float
     encoder: str
@@ -95,6 +123,11 @@ class ModelRecord:
             self.decoder = DecoderConfig(
                 widths=None if widths is None else tuple(widths), hidden=tuple(shape.pop("hidden")), **shape
             )
+
+    @property
+    def outputs(self) -> list[str]:
+        """What the head gives."""
+        return outputs_of(self.genes, self.objective)
 
     @property
     def var(self) -> pd.DataFrame:

@@ -23,9 +23,10 @@ from pixnet_sd.engine.state import RunState
 from pixnet_sd.engine.train import train
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.model import Aggregation, Network
+from pixnet_sd.nn.objectives import ObjectiveName
 from pixnet_sd.nn.receptive_field import receptive_radius_px, sees_whole_tile
 from pixnet_sd.nn.weights import hash_weights
-from pixnet_sd.store import ModelRecord, PixNet, library_versions
+from pixnet_sd.store import ModelRecord, PixNet, library_versions, link_of, outputs_of
 from pixnet_sd.store import record as note
 
 from ._recipe import check_choices, decoder_config, default_aggregation, train_settings
@@ -45,15 +46,17 @@ def fit(
     mpp: float | Literal["coordinate_system"] | None = None,
     allow_any_mpp: bool = False,
     genes: Sequence[str] | None = None,
-    n_genes: int = 250,
+    n_genes: int | None = 250,
     target_sum: float = 1e4,
     encoder: str = "resnet18",
     encoder_weights: str | Path | None = "imagenet",
     freeze_encoder: bool = False,
     decoder_width: int = 512,
     working_mpp: float = 0.5,
+    objective: ObjectiveName = "mse_pcc",
     aggregation: Aggregation | None = None,
     pcc_weight: float = 0.5,
+    slide_offset: bool = True,
     preset: Literal["paper"] | None = None,
     max_epochs: int = 500,
     max_steps: int | None = None,
@@ -92,7 +95,8 @@ def fit(
     genes
         Genes to learn; default: the `n_genes` with the highest mean expression on the training slides.
     n_genes
-        How many genes, when they are not named.
+        How many genes, when they are not named; None: the whole transcriptome, that is all genes with at least 10
+        counts. Memory does not grow with it: many genes are taken some at a time.
     target_sum
         Targets are ``log1p(target_sum * x / sum(x))``, natural logarithm, the sum over all genes of a region.
     encoder
@@ -107,12 +111,21 @@ def fit(
         width of all feed-forwards.
     working_mpp
         Micrometres per pixel at which the network sees a slide; the map's pixels are four times as large.
+    objective
+        ``"mse_pcc"``: Eq. 6, on log-normalised expression. ``"poisson"`` or ``"nb"`` (negative binomial): the
+        likelihood of raw counts, whose means are sums of a density over the region, so that what is predicted adds up
+        from the smallest regions to the largest. A slide's depth (its counts per area, against the mean of all) is
+        part of the mean.
     aggregation
         ``"mean"`` over a region's pixels (the default), or ``"sum"`` (Eq. 5 to the letter, and what the paper's preset
         uses). Log-normalised targets do not add up, so with regions of several sizes only the mean puts them on one
-        scale; at one size the two differ by a constant.
+        scale; at one size the two differ by a constant. Counts are always summed.
     pcc_weight
         λ of Eq. 6.
+    slide_offset
+        With several slides, learn an offset of each gene on each slide, which prediction leaves out: what sets
+        slides apart as a whole (depth, staining, batch) is then not learnt from their pixels. The paper's preset has
+        none.
     preset
         ``"paper"``: decoder, aggregation, optimizer and schedule as in the paper, the last epoch kept; None: this
         package's.
@@ -168,7 +181,7 @@ def fit(
     Zhang et al., arXiv 2503.01347, Eq. 1-6.
     """
     slides = _named(sdata)
-    check_choices(preset, aggregation, target_sum)
+    check_choices(preset, objective, aggregation, target_sum)
     fabric = make_fabric(device)
     settings = train_settings(
         preset=preset,
@@ -176,7 +189,10 @@ def fit(
         max_steps=max_steps,
         lr=lr,
         weight_decay=weight_decay,
+        objective=objective,
         pcc_weight=pcc_weight,
+        target_sum=target_sum,
+        slide_offset=slide_offset,
         tile_px=tile_px,
         batch_size=batch_size or _BATCH_SIZE.get(fabric.device.type, 2),
         patience=patience,
@@ -200,19 +216,26 @@ def fit(
         genes=genes,
         n_genes=n_genes,
         target_sum=target_sum,
+        raw_counts=objective != "mse_pcc",
         validation=validation,
         seed=seed,
         cache=_models_folder(checkpoint_dir, slides) / "pixnet_sd_cache",
     )
     described = describe(sources, data)
     del sources  # of millions of bins it holds what the training does not need
+    genes_learnt = [str(gene) for gene in data.genes]
     network = Network(
-        backbone, decoder_config(decoder_width, preset), len(data.genes), aggregation or default_aggregation(preset)
+        backbone,
+        decoder_config(decoder_width, preset),
+        len(outputs_of(genes_learnt, objective)),
+        aggregation or default_aggregation(preset, objective),
+        link_of(objective),
     )
     record = _record(
         network,
         settings,
-        genes=[str(gene) for gene in data.genes],
+        genes=genes_learnt,
+        objective=objective,
         target_sum=target_sum,
         working_mpp=working_mpp,
         encoder=encoder,

@@ -10,6 +10,7 @@ from pixnet_sd.engine.settings import TrainSettings
 from pixnet_sd.engine.tiling import ALIGN_PX
 from pixnet_sd.nn.encoder import STRIDES
 from pixnet_sd.nn.model import Aggregation, DecoderConfig
+from pixnet_sd.nn.objectives import ObjectiveName
 
 __all__ = ["Preset", "check_choices", "check_tile_px", "decoder_config", "default_aggregation", "train_settings"]
 
@@ -41,13 +42,19 @@ def decoder_config(decoder_width: int, preset: Preset) -> DecoderConfig:
     return DecoderConfig(widths=widths, hidden=tuple(2 * w for w in widths[:-1]), dropout=DROPOUT)
 
 
-def default_aggregation(preset: Preset) -> Aggregation:
-    """Eq. 5 sums; the mean is what puts regions of several sizes on one scale."""
-    return "sum" if preset == "paper" else "mean"
+def default_aggregation(preset: Preset, objective: ObjectiveName) -> Aggregation:
+    """Eq. 5 sums, and so do counts; the mean is what puts logarithms of several sizes on one scale."""
+    return "sum" if preset == "paper" or objective != "mse_pcc" else "mean"
 
 
-def check_choices(preset: Preset, aggregation: Aggregation | None, target_sum: float) -> None:
+def check_choices(preset: Preset, objective: ObjectiveName, aggregation: Aggregation | None, target_sum: float) -> None:
     """Options that would otherwise be taken for others."""
+    if objective not in ("mse_pcc", "poisson", "nb"):
+        raise PixNetError(f"objective={objective!r}: give 'mse_pcc', 'poisson' or 'nb'.")
+    if objective != "mse_pcc" and (preset == "paper" or aggregation == "mean"):
+        raise PixNetError(
+            f"objective={objective!r} sums densities: leave out aggregation= and preset=, which belong to 'mse_pcc'."
+        )
     if preset not in ("paper", None):
         raise PixNetError(f"preset={preset!r}: give 'paper' or None.")
     if aggregation not in ("mean", "sum", None):
@@ -72,7 +79,10 @@ def train_settings(
     max_steps: int | None = None,
     lr: float,
     weight_decay: float,
+    objective: ObjectiveName,
     pcc_weight: float,
+    target_sum: float,
+    slide_offset: bool,
     tile_px: int,
     batch_size: int,
     patience: int | None,
@@ -104,7 +114,10 @@ def train_settings(
         weight_decay=weight_decay,
         optimizer="adam" if paper else "adamw",
         anneal=not paper and not holds_out,
+        objective=objective,
         pcc_weight=pcc_weight,
+        target_sum=target_sum,
+        slide_offset=slide_offset and not paper,
         tile_px=tile_px,
         batch_size=batch_size,
         patience=None if paper or not holds_out else patience,

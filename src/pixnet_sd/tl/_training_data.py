@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from pixnet_sd.slide import Measured, Slide, StoredTargets, Targets, choose_gene
 __all__ = ["Source", "TrainingData", "Validation", "open_sources", "training_data"]
 
 Validation = float | Sequence[str] | None
+
+_SAMPLE = 1001  # regions whose mean area is taken
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,9 @@ def training_data(
     sources: Mapping[str, Source],
     *,
     genes: Sequence[str] | None,
-    n_genes: int,
+    n_genes: int | None,
     target_sum: float,
+    raw_counts: bool,
     validation: Validation,
     seed: int,
     cache: Path,
@@ -131,6 +134,8 @@ def training_data(
         Slides by name.
     genes, n_genes, target_sum, validation, seed
         As of :func:`pixnet_sd.tl.fit`.
+    raw_counts
+        Learn counts, and not log-normalised expression.
     cache
         Folder for compact counts, where there are too many for memory.
 
@@ -152,14 +157,29 @@ def training_data(
     tables = {name: source.tables for name, source in sources.items() if name not in held_names}
     unseen = {name: sources[name].tables for name in held_names}
     chosen = choose_genes(tables, held_out=unseen, n_genes=n_genes, genes=genes, target_sum=target_sum)
-    targets = targets_of({name: source.tables for name, source in sources.items()}, chosen, target_sum, cache)
+    every = {name: source.tables for name, source in sources.items()}
+    targets = targets_of(every, chosen, None if raw_counts else target_sum, cache)
     slides = {name: _as_training_slide(source, targets[name]) for name, source in sources.items()}
     training = [slides[name] for name in tables]
+    if raw_counts:
+        training = _with_depth(training)
     held_out = [slides[name] for name in held_names]
     if share is not None:
         pairs = [hold_out_blocks(slide, share, seed + k) for k, slide in enumerate(training)]
         training, held_out = [p[0] for p in pairs], [p[1] for p in pairs]
     return TrainingData(chosen, training, held_out)
+
+
+def _with_depth(slides: list[TrainingSlide]) -> list[TrainingSlide]:
+    """Slides with their counts per area, relative to the mean of all."""
+    density = [np.mean([m.values.mean(axis=0)[-1] / _mean_area(m.regions) for m in slide.measured]) for slide in slides]
+    mean = float(np.mean(density))
+    return [replace(slide, depth=float(own) / mean) for slide, own in zip(slides, density, strict=True)]
+
+
+def _mean_area(regions: Regions) -> float:
+    picked = np.unique(np.linspace(0, len(regions) - 1, min(len(regions), _SAMPLE)).astype(np.int64))
+    return float(regions.subset(picked).area.mean())
 
 
 def describe(sources: Mapping[str, Source], data: TrainingData) -> dict[str, Any]:

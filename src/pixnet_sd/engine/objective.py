@@ -1,0 +1,105 @@
+"""The loss of a batch and its gradient, some outputs at a time where there are many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from pixnet_sd.nn.model import Network
+from pixnet_sd.nn.objectives import Objective, Part
+from pixnet_sd.nn.operators import Operator
+
+from .targets import Target, block_of, output_blocks
+
+__all__ = ["BatchLoss"]
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """Mean over region sizes of the objective, every size with the same weight, however many regions it has.
+
+    A tile holds 64 times as many 2 µm bins as 16 µm ones; weighted by their number, the noisiest size would decide.
+
+    Attributes
+    ----------
+    network, objective
+        What predicts, and what is minimised.
+    operators, targets, sizes
+        Of each size, and its number among all sizes of the run.
+    depth
+        Counts of this slide relative to the mean of all, where they are what is learnt.
+    offset
+        What this slide's outputs are moved by, shape (outputs,); None for nothing.
+    """
+
+    network: Network
+    objective: Objective
+    operators: list[Operator]
+    targets: list[Target]
+    sizes: list[int]
+    depth: float = 1.0
+    offset: Callable[[slice], Tensor] | None = None
+
+    def backward(self, features: Tensor, fabric: Fabric) -> Tensor:
+        """The loss, detached; its gradient is added to that of all parameters.
+
+        Parameters
+        ----------
+        features
+            D of the batch, shape (B, C, h, w).
+        fabric
+            What carries gradients back.
+        """
+        there = [k for k, target in enumerate(self.targets) if len(target)]
+        inputs = [self.network.region_inputs(features, self.operators[k]) for k in there]
+        n_rows = max(max(len(given), len(self.targets[k])) for k, given in zip(there, inputs, strict=True))
+        blocks = output_blocks(self.network.head.n_outputs, n_rows)
+        varying = self._varying(there, blocks, features.device)
+        if len(blocks) == 1:
+            loss = self._block(blocks[0], there, inputs, varying)
+            fabric.backward(loss)
+            return loss.detach()
+        # the gradient stops at what all blocks share, and is carried on from there once
+        leaves = [given.detach().requires_grad_() for given in inputs]
+        total = features.new_zeros(())
+        for block in blocks:
+            loss = self._block(block, there, leaves, varying)
+            fabric.backward(loss)
+            total += loss.detach()
+        carried = [
+            (given * leaf.grad).sum() for given, leaf in zip(inputs, leaves, strict=True) if leaf.grad is not None
+        ]
+        fabric.backward(torch.stack(carried).sum())
+        return total
+
+    def _varying(self, there: list[int], blocks: list[slice], device: torch.device) -> list[Tensor]:
+        """Of each size, what the objective divides by."""
+        return [
+            torch.stack([self.objective.n_varying(block_of(self.targets[k], block, device)) for block in blocks]).sum()
+            for k in there
+        ]
+
+    def _block(self, outputs: slice, there: list[int], inputs: list[Tensor], varying: list[Tensor]) -> Tensor:
+        """Share of the loss of some outputs."""
+        parts = []
+        for k, given, n_varying in zip(there, inputs, varying, strict=True):
+            predicted = self.network.region_values(given, self.operators[k], outputs)
+            if self.depth != 1:
+                predicted = predicted * self.depth
+            if self.offset is not None:
+                predicted = self.objective.shifted(predicted, self.offset(outputs))
+            usual = self._usual(k, outputs, predicted)
+            about = Part(outputs, self.network.head.n_outputs, n_varying, self.sizes[k], usual)
+            parts.append(self.objective.part(predicted, block_of(self.targets[k], outputs, given.device), about))
+        return torch.stack(parts).mean()
+
+    def _usual(self, k: int, outputs: slice, like: Tensor) -> Tensor | None:
+        """Counts of each region at the mean density."""
+        if self.network.head.is_linear:
+            return None
+        n_px = torch.as_tensor(self.operators[k].n_px, dtype=like.dtype, device=like.device)
+        return n_px[:, None] * (self.depth * self.network.head.unit[outputs])

@@ -1,0 +1,188 @@
+"""What training minimises: Eq. 6 on log-normalised expression, or the likelihood of raw counts.
+
+The outputs are taken some at a time, so that a whole transcriptome never lies in memory: a loss is the sum of `part`
+over groups of outputs, however they are grouped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from .head import Link
+from .losses import pcc_terms, varying
+
+__all__ = ["CountLoss", "MsePcc", "Objective", "ObjectiveName", "Part", "log_normalised", "make_objective"]
+
+ObjectiveName = Literal["mse_pcc", "poisson", "nb"]
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a loss has to know besides the values of some outputs.
+
+    Attributes
+    ----------
+    outputs
+        Which of them.
+    n_outputs
+        Of how many.
+    n_varying
+        Sum of `Objective.n_varying` over all outputs, a scalar on the device.
+    size
+        Which size the regions have.
+    usual
+        What each region would have at the mean density, shape (n, outputs); None without densities.
+    """
+
+    outputs: slice
+    n_outputs: int
+    n_varying: Tensor
+    size: int
+    usual: Tensor | None = None
+
+
+class Objective(Protocol):
+    """A loss with the link and the kind of target that belong to it.
+
+    Attributes
+    ----------
+    link
+        Of the head.
+    has_total
+        Whether the last output is the sum over all genes.
+    """
+
+    link: Link
+    has_total: bool
+
+    def n_varying(self, measured: Tensor) -> Tensor:
+        """What the loss divides by: how many of some outputs differ between regions, a scalar."""
+
+    def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
+        """Share of the loss that some outputs have, over the regions of one size, each (n, outputs); a scalar."""
+
+    def shifted(self, predicted: Tensor, offset: Tensor) -> Tensor:
+        """Predictions moved by a slide's offset (outputs,)."""
+
+    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
+        """Log-normalised expression from predictions, or targets, of some outputs and of the sum (n, 1)."""
+
+
+class MsePcc(nn.Module):
+    """Eq. 6: mean squared error plus λ times the correlation loss, on log-normalised expression.
+
+    Parameters
+    ----------
+    pcc_weight
+        λ.
+
+    References
+    ----------
+    Zhang et al., arXiv 2503.01347, Eq. 6.
+    """
+
+    link: Link = "identity"
+    has_total = False
+
+    def __init__(self, pcc_weight: float) -> None:
+        super().__init__()
+        self.pcc_weight = pcc_weight
+
+    def n_varying(self, measured: Tensor) -> Tensor:
+        """See `Objective.n_varying`."""
+        return varying(measured).sum() if len(measured) > 1 else measured.new_ones(())
+
+    def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
+        """See `Objective.part`."""
+        squared = ((predicted - measured) ** 2).mean(0).sum() / about.n_outputs
+        return squared + self.pcc_weight * pcc_terms(predicted, measured).sum() / about.n_varying.clamp_min(1)
+
+    def shifted(self, predicted: Tensor, offset: Tensor) -> Tensor:
+        """See `Objective.shifted`."""
+        return predicted + offset
+
+    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:  # noqa: ARG002 - they are what is compared
+        """See `Objective.comparable`."""
+        return values
+
+
+class CountLoss(nn.Module):
+    """Negative log-likelihood of raw counts whose means are sums of a density: Poisson, or negative binomial.
+
+    Each output's is divided by the counts that the regions would have at its mean density, so that it is in nats per
+    count: genes with many counts do not outweigh the others, nor large regions small ones. The dispersion α of the
+    negative binomial (variance μ + α μ²) is learnt for every size and output, as sums over larger regions vary less.
+
+    Parameters
+    ----------
+    kind
+        ``"poisson"`` or ``"nb"``.
+    target_sum
+        Of the log-normalised values by which models are compared.
+    n_sizes, n_outputs
+        Sizes of regions, and outputs.
+
+    References
+    ----------
+    Negative binomial in mean and dispersion: Hilbe, Negative Binomial Regression (2011), section 8.
+    """
+
+    link: Link = "softplus"
+    has_total = True
+
+    def __init__(self, kind: Literal["poisson", "nb"], target_sum: float, n_sizes: int, n_outputs: int) -> None:
+        super().__init__()
+        self.kind, self.target_sum = kind, target_sum
+        if kind == "nb":
+            self.log_dispersion = nn.Parameter(torch.full((n_sizes, n_outputs), -1.0))
+
+    def n_varying(self, measured: Tensor) -> Tensor:
+        """See `Objective.n_varying`; a likelihood needs no such number."""
+        return measured.new_ones(())
+
+    def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
+        """See `Objective.part`."""
+        assert about.usual is not None  # densities have a mean
+        mean = predicted + _TINY * about.usual
+        if self.kind == "poisson":
+            loss = mean - measured * torch.log(mean / (about.usual + _TINY) + _TINY)
+        else:
+            loss = _negative_binomial(mean, measured, self.log_dispersion[about.size, about.outputs].exp())
+        return (loss.sum(0) / about.usual.sum(0).clamp_min(_TINY)).sum() / about.n_outputs
+
+    def shifted(self, predicted: Tensor, offset: Tensor) -> Tensor:
+        """See `Objective.shifted`."""
+        return predicted * offset.exp()
+
+    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
+        """See `Objective.comparable`."""
+        assert total is not None  # there is one
+        return log_normalised(values, total, self.target_sum)
+
+
+def log_normalised(values: Tensor, total: Tensor, target_sum: float) -> Tensor:
+    """``log1p(target_sum * values / total)``; 0 where the total is."""
+    return torch.log1p(target_sum * values / torch.where(total > 0, total, torch.inf))
+
+
+def _negative_binomial(mean: Tensor, count: Tensor, dispersion: Tensor) -> Tensor:
+    """Negative log-likelihood, without the term that depends on the count alone."""
+    size = 1 / dispersion
+    spread = dispersion * mean
+    known = torch.lgamma(count + size) - torch.lgamma(size)
+    return (count + size) * torch.log1p(spread) - count * torch.log(spread + _TINY) - known
+
+
+def make_objective(
+    name: ObjectiveName, *, pcc_weight: float, target_sum: float, n_sizes: int, n_outputs: int
+) -> Objective:
+    """The objective of a name; arguments as of `MsePcc` and `CountLoss`."""
+    if name == "mse_pcc":
+        return cast(Objective, MsePcc(pcc_weight))
+    return cast(Objective, CountLoss(name, target_sum, n_sizes, n_outputs))
