@@ -296,7 +296,7 @@ class Bench:
             network,
             self.slide.read,
             plan,
-            genes=np.arange(self.scale.n_genes),
+            head=network.head.select(np.arange(self.scale.n_genes)),
             fabric=self.fabric,
             settings=settings,
             blocks=sink,

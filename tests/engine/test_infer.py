@@ -273,7 +273,7 @@ def walk(network, pixels, reader, fabric, halo_px, tissue) -> Callable[..., Walk
             net,
             read or reader(pixels),
             plan,
-            genes=GENES,
+            head=net.head.select(GENES),
             fabric=options.pop("fabric", fabric),
             settings=InferSettings(tile_px, halo, batch_size, n_symmetries, compile=compile),
             blocks=sink,
@@ -321,6 +321,30 @@ def test_sums(make_network, walk, gene_map, tissue, kind) -> None:
     n_px = np.array([max(mask_of(regions, k).sum(), 1) for k in range(len(regions))])[:, None]
     found = walk(regions, net=make_network(aggregation="sum"))
     assert_close(found.values / n_px, expected / n_px, gene_map.std())
+
+
+@pytest.fixture(scope="module")
+def density(make_network) -> Network:
+    net = make_network(link="softplus")
+    net.head.unit.copy_(torch.tensor([0.3, 1.0, 2.5]))
+    return net
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("tile_px", "batch_size", "block_px"), WALKS[::3])
+def test_densities(density, walk, pixels, reader, halo_px, tissue, kind, tile_px, batch_size, block_px) -> None:
+    """The link comes before the Resize: regions are sums over the map of densities, whatever the walk."""
+    whole = one_piece(density, reader(pixels), halo_px)
+    regions, sink = KINDS[kind](), ArraySink(block_px) if block_px else None
+    n_px = np.array([max(mask_of(regions, k).sum(), 1) for k in range(len(regions))])[:, None]
+    found = walk(regions, tile_px, batch_size, sink=sink, net=density).rows.sums
+    expected = literal(regions, whole, tissue, "sum")
+    some = ~np.isnan(expected).any(axis=1)
+    assert_close(found[some] / n_px[some], expected[some] / n_px[some], whole.std())
+    if sink is not None:
+        seen = ~np.isnan(sink.values)
+        assert_close(sink.values[seen], np.where(tissue, whole, 0)[seen], whole.std())
+        assert np.nanmin(sink.values) >= 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -98,7 +98,7 @@ def test_learns_counts(make_network, run, counted, fabric, tmp_path, objective: 
     """Of two sizes and depths; totals of regions of a size that it has not seen come out right too."""
     slides = [counted(radii=(5.0, 9.0)), counted(seed=2, name="deep", radii=(5.0, 9.0), depth=3.0)]
     network = make_network(n_genes=4, link="softplus")
-    options = {"objective": objective, "slide_offset": True, "stain_jitter": 0.0, "max_epochs": 12}
+    options = {"objective": objective, "stain_jitter": 0.0, "max_epochs": 12}
     history = run(network, slides, [counted(seed=1, name="other")], **options).history
     assert history[-1]["loss"] < history[0]["loss"]
     assert history[-1]["val_pcc"] > 0.5
@@ -110,7 +110,7 @@ def test_learns_counts(make_network, run, counted, fabric, tmp_path, objective: 
 
 def test_a_resumed_run_of_counts_ends_where_the_uninterrupted_one_does(make_network, run, counted, monkeypatch) -> None:
     slides = [counted(), counted(seed=2, name="two", depth=2.0)]
-    options = {"objective": "nb", "slide_offset": True}
+    options = {"objective": "nb"}
     straight, resumed = (make_network(n_genes=4, link="softplus") for _ in range(2))
     run(straight, slides, folder="straight", **options)
     interrupt(monkeypatch, 2, saved=True)
@@ -119,19 +119,6 @@ def test_a_resumed_run_of_counts_ends_where_the_uninterrupted_one_does(make_netw
     monkeypatch.undo()
     run(resumed, slides, **options)
     assert same(weights(straight), weights(resumed))
-
-
-def test_an_offset_takes_up_what_sets_a_slide_apart(make_network, run, learnable, fabric) -> None:
-    """One slide's targets are shifted: without an offset the predictions of both get half of it."""
-    one, two = learnable(), learnable(seed=1, name="two")
-    two.measured[0].values[:] += 3
-    errors = {}
-    for offset in (False, True):
-        network = make_network()
-        options = {"stain_jitter": 0.0, "max_epochs": 12, "slide_offset": offset, "pcc_weight": 0.0}
-        losses = run(network, [one, two], folder=str(offset), **options).history
-        errors[offset] = losses[-1]["loss"]
-    assert errors[True] < 0.5 * errors[False]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.nn.literal import aggregates, resize, sums
-from tests.nn.strategies import grid_and_regions
+from tests.nn.strategies import grid_and_regions, turned
 from torch import Tensor
 
 from pixnet_sd.nn.aggregation import build_operator
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.grid import Grid
+from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.model import MAP_STRIDE, Aggregation, DecoderConfig, Network
 from pixnet_sd.nn.operators import TiledOperator
-from pixnet_sd.nn.regions import Circles, Regions
+from pixnet_sd.nn.regions import Circles, LabelGrid, Regions
 
 CHANNELS, GENES = 4, 3
 CONFIG = DecoderConfig(widths=(CHANNELS, 4, 6, 6), hidden=(4, 4, 4), dropout=0.1)
@@ -80,6 +82,63 @@ def test_regions_are_sums_over_the_gene_map() -> None:
     torch.testing.assert_close(
         network.predict_regions(features, build_operator(regions, Grid(5, 6, 4))), summed, rtol=1e-5, atol=1e-4
     )
+
+
+def densities() -> Network:
+    torch.manual_seed(1)
+    network = Network(build_encoder("test_resnet", None), CONFIG, GENES, "sum", "softplus")
+    network.head.unit.copy_(torch.tensor([0.2, 1.0, 3.0]))
+    return network
+
+
+DENSITIES = densities()
+
+
+@settings(deadline=None, max_examples=40)
+@given(example=grid_and_regions())
+def test_regions_of_densities_are_the_literal_ones(example: tuple[Grid, Regions]) -> None:
+    """Link at every low-resolution pixel, then resize, then sums in masks."""
+    grid, regions = example
+    features = feature_map(grid)
+    low = DENSITIES.gene_map(features)[0].double()
+    total, _ = aggregates(regions, low, grid.stride)
+    found = DENSITIES.predict_regions(features, build_operator(regions, grid)).double()
+    torch.testing.assert_close(found, total, rtol=1e-5, atol=1e-5 * max(1.0, float(total.abs().max())))
+    assert (found >= 0).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(example=grid_and_regions(), cut=st.integers(0, 60))
+def test_expected_counts_of_disjoint_regions_add_up(example: tuple[Grid, Regions], cut: int) -> None:
+    """Circles, bins and polygons, each cut in two: the whole has the counts of both."""
+    grid, regions = example
+    height, width = grid.height * grid.stride, grid.width * grid.stride
+    features = feature_map(grid)
+    whole = build_operator(regions, grid)
+    spans = regions.spans(0, height, 0, width)
+    for k in np.unique(spans.region):
+        labels = np.zeros((height, width), np.int64)
+        mine = spans.region == k
+        for row, start, stop in zip(spans.row[mine], spans.start[mine], spans.stop[mine], strict=True):
+            labels[row, start:stop] = np.where(np.arange(start, stop) < cut, 1, 2)
+        parts = build_operator(LabelGrid(labels, np.unique(labels[labels > 0])), grid)
+        expected = DENSITIES.predict_regions(features, whole)[k]
+        found = DENSITIES.predict_regions(features, parts).sum(0)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@settings(deadline=None, max_examples=40)
+@given(pitch=st.integers(2, 5), angle=st.integers(0, 20), x=st.integers(0, 30), y=st.integers(0, 30))
+def test_a_bin_has_the_counts_of_the_sixteen_in_it(pitch: int, angle: int, x: int, y: int) -> None:
+    grid, features = Grid(14, 14, 4), feature_map(Grid(14, 14, 4))
+    fine = turned(pitch + 0.13, np.deg2rad(angle), (20.0 + x / 10, 12.0 + y / 10))
+    row, col = (part.ravel() for part in np.mgrid[:8, :8])
+    small = DENSITIES.predict_regions(features, build_operator(Lattice(row, col, fine), grid))
+    large = Lattice([0, 0, 1, 1], [0, 1, 0, 1], fine @ np.diag([4.0, 4.0, 1.0]))
+    expected = DENSITIES.predict_regions(features, build_operator(large, grid))
+    parent = torch.from_numpy((row // 4) * 2 + col // 4)
+    found = torch.zeros(4, GENES).index_add(0, parent, small)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_batches_have_their_columns_one_after_the_other() -> None:

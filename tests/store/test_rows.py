@@ -115,14 +115,14 @@ def test_shares_that_do_not_fit_are_refused(kind, tmp_path):
 def test_too_large_for_memory_says_what_to_do(monkeypatch):
     monkeypatch.setattr(_rows, "available_memory", lambda: 10**9)
     MemoryRows(10, 250, 250)
-    with pytest.raises(StoreError, match=r"1000000 regions and 250 genes takes 2\.02 GB.*sdata\.write"):
+    with pytest.raises(StoreError, match=r"1000000 regions and 250 values takes 2\.02 GB.*sdata\.write"):
         MemoryRows(10**6, 250, 250)
 
 
 def test_mean_divides_and_sum_does_not():
     sums, weight = np.array([[2.0, 4.0], [9.0, 3.0]], np.float32), np.array([2.0, 3.0])
-    assert expression(sums, weight, "sum").tolist() == sums.tolist()
-    mean = expression(sums, weight, "mean")
+    assert expression(sums, weight, "sum").x.tolist() == sums.tolist()
+    mean = expression(sums, weight, "mean").x
     assert mean.dtype == np.float32
     assert mean.tolist() == [[1.0, 2.0], [3.0, 1.0]]
 

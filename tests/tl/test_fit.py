@@ -237,13 +237,6 @@ def test_the_whole_transcriptome(slide, fit, tmp_path, monkeypatch):
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 
 
-def test_offsets_of_slides_are_for_several_slides_and_not_the_papers(pair, fit, tmp_path):
-    settings = {"checkpoint_dir": tmp_path / "model", "max_epochs": 1}
-    assert fit(pair, **settings).record.training["slide_offset"]
-    settings["checkpoint_dir"] = tmp_path / "paper"
-    assert not fit(pair, preset="paper", **settings).record.training["slide_offset"]
-
-
 def test_frozen_encoder(slide, fit, tmp_path):
     torch.manual_seed(0)
     encoder = build_encoder("test_resnet", None)

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pixnet_sd.nn.grid import Window
+from pixnet_sd.nn.head import Head
 from pixnet_sd.nn.model import MAP_STRIDE, Network
 
 from .augment import apply_symmetry, undo_symmetry
@@ -185,7 +186,7 @@ class _Pass:
         network: Network,
         read: ReadTile,
         plan: RegionPlan,
-        genes: NDArray[np.intp],
+        head: Head,
         fabric: Fabric,
         settings: InferSettings,
         pooled: bool,
@@ -201,10 +202,8 @@ class _Pass:
         self.pairs = Pairs(self.device) if not settings.compile else None
         self.batch_size = max(settings.batch_size, 2 if self.pairs else 1)
         self.tissue = torch.as_tensor(plan.tissue, device=self.device)
-        index = torch.as_tensor(genes, device=self.device)
-        self.weight = network.head.weight.detach()[index].float()
-        self.bias = network.head.bias.detach()[index].float()
-        self.n_columns = self.weight.shape[1 if pooled else 0]
+        self.head = head.to(self.device)
+        self.n_columns = head.in_features if pooled else head.n_outputs
 
     def __enter__(self) -> Self:
         return self
@@ -305,22 +304,25 @@ class _Pass:
 
     @torch.inference_mode()
     def share_of_features(self, regions: WindowRegions, d: Tensor) -> tuple[Tensor, Tensor]:
-        """A window's share of its regions: A D or A (D W + b), and A 1."""
+        """A window's share of its regions: A D, or A times what the head makes of D, and A 1."""
         if self.copies.gpu:
             regions = regions.moved(self.copies.up)
-        pooled, weight = regions.share(d.flatten(1).T)
-        if self.pooled:
-            return pooled.contiguous(), weight
-        sums = torch.mm(pooled, self.weight.T, out=self._output(len(pooled), len(self.bias)))
-        return sums.addr_(weight, self.bias), weight
+        rows = d.flatten(1).T
+        if not self.head.is_linear:
+            rows = self.head(rows)
+        found, weight = regions.share(rows)
+        if self.pooled or not self.head.is_linear:
+            return found.contiguous(), weight
+        sums = torch.mm(found, self.head.weight.T, out=self._output(len(found), self.head.n_outputs))
+        return sums.addr_(weight, self.head.bias), weight
 
     @torch.inference_mode()
     def block_values(self, window: Window, block: Block, d: Tensor) -> Tensor:
-        """The gene map of a block, zero off tissue: (D W + b) ⊙ tissue."""
+        """The gene map of a block, zero off tissue: what the head makes of D, ⊙ tissue."""
         row0, row1, col0, col1 = block
         part = d[:, row0 - window.row0 : row1 - window.row0, col0 - window.col0 : col1 - window.col0]
-        out = self._output(len(self.bias), part[0].numel())
-        values = torch.addmm(self.bias[:, None], self.weight, part.flatten(1), out=out).view(-1, *part.shape[1:])
+        out = self._output(self.head.n_outputs, part[0].numel()) if self.head.is_linear else None
+        values = self.head.columns(part.flatten(1), out=out).view(-1, *part.shape[1:])
         if not self.plan.tissue[row0:row1, col0:col1].all():
             values *= self.tissue[row0:row1, col0:col1]
         return values
@@ -381,7 +383,7 @@ def infer(
     read: ReadTile,
     plan: RegionPlan,
     *,
-    genes: NDArray[np.intp],
+    head: Head,
     fabric: Fabric,
     settings: InferSettings,
     blocks: BlockSink | None = None,
@@ -402,8 +404,8 @@ def infer(
         Tile reader of the slide.
     plan
         Regions (possibly none), map grid and tissue.
-    genes
-        Which of the network's genes, indices.
+    head
+        The network's head, or one for some of its outputs (`Head.select`).
     fabric
         Device and precision.
     settings
@@ -415,7 +417,7 @@ def infer(
     rows
         Where the regions' sums go; None predicts the map only.
     pooled
-        Sum D over the regions, C columns, and leave W and b to whoever reads the sums.
+        Sum D over the regions, C columns, and leave W and b to whoever reads the sums; of a linear head only.
     stored
         What is there of the same map already; windows it covers are not computed again. It has genes and not D.
     announce
@@ -429,7 +431,7 @@ def infer(
     """
     step = settings.tile_px // MAP_STRIDE
     visits = _plan_visits(plan, window_side(step, block_px), step, blocks, rows, stored)
-    run = _Pass(network, read, plan, genes, fabric, settings, pooled)
+    run = _Pass(network, read, plan, head, fabric, settings, pooled)
     total = sum(len(v.tiles) for v in visits)
     with fixed_shapes(fabric.device), kept_memory(fabric.device), run:
         if announce is not None:

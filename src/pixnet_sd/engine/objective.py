@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +31,6 @@ class BatchLoss:
         Of each size, and its number among all sizes of the run.
     depth
         Counts of this slide relative to the mean of all, where they are what is learnt.
-    offset
-        What this slide's outputs are moved by, shape (outputs,); None for nothing.
     """
 
     network: Network
@@ -42,7 +39,6 @@ class BatchLoss:
     targets: list[Target]
     sizes: list[int]
     depth: float = 1.0
-    offset: Callable[[slice], Tensor] | None = None
 
     def backward(self, features: Tensor, fabric: Fabric) -> Tensor:
         """The loss, detached; its gradient is added to that of all parameters.
@@ -90,8 +86,6 @@ class BatchLoss:
             predicted = self.network.region_values(given, self.operators[k], outputs)
             if self.depth != 1:
                 predicted = predicted * self.depth
-            if self.offset is not None:
-                predicted = self.objective.shifted(predicted, self.offset(outputs))
             usual = self._usual(k, outputs, predicted)
             about = Part(outputs, self.network.head.n_outputs, n_varying, self.sizes[k], usual)
             parts.append(self.objective.part(predicted, block_of(self.targets[k], outputs, given.device), about))

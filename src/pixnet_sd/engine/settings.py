@@ -37,8 +37,6 @@ class TrainSettings:
         λ of Eq. 6.
     target_sum
         Of the log-normalised values by which models of counts are compared.
-    slide_offset
-        Learn an offset of each gene on each slide, which prediction leaves out.
     tile_px
         Largest side of a tile, working pixels.
     batch_size
@@ -66,7 +64,6 @@ class TrainSettings:
     objective: ObjectiveName = "mse_pcc"
     pcc_weight: float = 0.5
     target_sum: float = 1e4
-    slide_offset: bool = False
     tile_px: int = 512
     batch_size: int = 8
     patience: int | None = None

@@ -53,7 +53,7 @@ class RunState:
     network, optimizer
         Their state dicts.
     extras
-        That of what is learnt and not kept: dispersions, offsets of slides.
+        That of what is learnt and not kept: dispersions of counts.
     history
         One row an epoch.
     best

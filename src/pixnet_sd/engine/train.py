@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pixnet_sd._errors import PixNetError
@@ -28,7 +28,6 @@ from .calibrate import calibrate
 from .device import fixed_shapes
 from .features import FeatureMaps
 from .objective import BatchLoss
-from .offsets import SlideOffsets
 from .settings import TrainSettings, learning_rate
 from .slides import TrainingSlide
 from .state import BestEpoch, RunState
@@ -103,11 +102,8 @@ class _Run:
         self.fabric = fabric
         self.sizes = list(dict.fromkeys(m.size_name for s in slides for m in s.measured))
         self.objective = _objective(network, settings, len(self.sizes))
-        offset = settings.slide_offset and len(slides) > 1
-        self.offsets = SlideOffsets(slides, logarithmic=not network.head.is_linear) if offset else None
-        self.extras = nn.ModuleList(m for m in (self.objective, self.offsets) if isinstance(m, nn.Module))
-        self.extras.to(fabric.device)
-        self.optimizer = _optimizer(network, self.extras, settings, fabric)
+        self.objective.to(fabric.device)
+        self.optimizer = _optimizer(network, self.objective, settings, fabric)
         self.fixed_tiles = [training_tiles(s, settings.tile_px) for s in slides]
 
     def tiles(self, rng: np.random.Generator) -> list[TrainingTiles]:
@@ -163,8 +159,7 @@ class _Run:
         """What a batch's features are trained on."""
         slide = self.slides[batch.plan.slide]
         sizes = [self.sizes.index(m.size_name) for m in slide.measured]
-        offset = None if self.offsets is None else self.offsets.of(batch.plan.slide)
-        return BatchLoss(self.network, self.objective, batch.operators, batch.targets, sizes, slide.depth, offset)
+        return BatchLoss(self.network, self.objective, batch.operators, batch.targets, sizes, slide.depth)
 
     def finite(self, loss: Tensor, batch: Batch) -> float:
         """The loss as a number, if it is one."""
@@ -181,7 +176,7 @@ class _Run:
         if state.epoch:
             self.network.load_state_dict(state.network)
             self.optimizer.load_state_dict(state.optimizer)
-            self.extras.load_state_dict(state.extras)
+            self.objective.load_state_dict(state.extras)
             logger.info("resuming after epoch %d", state.epoch)
 
     def record(self, state: RunState, epoch: int, loss: float, started: float) -> dict[str, float]:
@@ -197,7 +192,7 @@ class _Run:
         state.history.append(row)
         state.epoch = epoch
         state.network, state.optimizer = self.network.state_dict(), self.optimizer.state_dict()
-        state.extras = self.extras.state_dict()
+        state.extras = self.objective.state_dict()
         return row
 
 
@@ -211,13 +206,16 @@ def _objective(network: Network, settings: TrainSettings, n_sizes: int) -> Objec
     )
 
 
-def _optimizer(network: Network, extras: nn.Module, settings: TrainSettings, fabric: Fabric) -> torch.optim.Optimizer:
-    """Of the network, and of what is learnt beside it, which does not decay."""
+def _optimizer(
+    network: Network, objective: Objective, settings: TrainSettings, fabric: Fabric
+) -> torch.optim.Optimizer:
+    """Of the network, and of what the objective learns beside it, which does not decay."""
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     options: dict[str, Any] = {"fused": True} if fabric.device.type == "cuda" else {}
     groups: list[dict[str, Any]] = [{"params": [p for p in network.parameters() if p.requires_grad]}]
-    if list(extras.parameters()):
-        groups.append({"params": list(extras.parameters()), "weight_decay": 0.0})
+    beside = list(objective.parameters())
+    if beside:
+        groups.append({"params": beside, "weight_decay": 0.0})
     return kind(groups, lr=settings.lr, weight_decay=settings.weight_decay, **options)
 
 

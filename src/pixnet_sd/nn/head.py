@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 __all__ = ["Head", "Link"]
@@ -98,9 +99,20 @@ class Head(nn.Module):
         return nn.functional.softplus(linear.add_(_AT_ONE)).mul_(self.unit[:, None])
 
     @torch.no_grad()
-    def select(self, index: Tensor) -> Head:
-        """A head of its own for some outputs, in float32; nothing of it is trained."""
+    def select(self, index: ArrayLike, scale: float = 1.0) -> Head:
+        """A head of its own for some outputs, in float32; nothing of it is trained.
+
+        Parameters
+        ----------
+        index
+            The outputs.
+        scale
+            Multiplies densities, to give them another unit.
+        """
+        index = torch.as_tensor(index)
         chosen = Head(self.in_features, len(index), self.link)
         for name, value in self.state_dict().items():
-            getattr(chosen, name).data = value.float()[index.to(value.device)]
+            getattr(chosen, name).data = value.detach().float()[index.to(value.device)]
+        if not self.is_linear:
+            chosen.unit *= scale
         return chosen.requires_grad_(requires_grad=False)

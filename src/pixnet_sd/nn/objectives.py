@@ -6,8 +6,9 @@ over groups of outputs, however they are grouped.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class Part:
     usual: Tensor | None = None
 
 
-class Objective(Protocol):
+class Objective(nn.Module, ABC):
     """A loss with the link and the kind of target that belong to it.
 
     Attributes
@@ -61,20 +62,20 @@ class Objective(Protocol):
     link: Link
     has_total: bool
 
+    @abstractmethod
     def n_varying(self, measured: Tensor) -> Tensor:
         """What the loss divides by: how many of some outputs differ between regions, a scalar."""
 
+    @abstractmethod
     def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
         """Share of the loss that some outputs have, over the regions of one size, each (n, outputs); a scalar."""
 
-    def shifted(self, predicted: Tensor, offset: Tensor) -> Tensor:
-        """Predictions moved by a slide's offset (outputs,)."""
-
+    @abstractmethod
     def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
         """Log-normalised expression from predictions, or targets, of some outputs and of the sum (n, 1)."""
 
 
-class MsePcc(nn.Module):
+class MsePcc(Objective):
     """Eq. 6: mean squared error plus λ times the correlation loss, on log-normalised expression.
 
     Parameters
@@ -103,16 +104,12 @@ class MsePcc(nn.Module):
         squared = ((predicted - measured) ** 2).mean(0).sum() / about.n_outputs
         return squared + self.pcc_weight * pcc_terms(predicted, measured).sum() / about.n_varying.clamp_min(1)
 
-    def shifted(self, predicted: Tensor, offset: Tensor) -> Tensor:
-        """See `Objective.shifted`."""
-        return predicted + offset
-
     def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:  # noqa: ARG002 - they are what is compared
         """See `Objective.comparable`."""
         return values
 
 
-class CountLoss(nn.Module):
+class CountLoss(Objective):
     """Negative log-likelihood of raw counts whose means are sums of a density: Poisson, or negative binomial.
 
     Each output's is divided by the counts that the regions would have at its mean density, so that it is in nats per
@@ -156,10 +153,6 @@ class CountLoss(nn.Module):
             loss = _negative_binomial(mean, measured, self.log_dispersion[about.size, about.outputs].exp())
         return (loss.sum(0) / about.usual.sum(0).clamp_min(_TINY)).sum() / about.n_outputs
 
-    def shifted(self, predicted: Tensor, offset: Tensor) -> Tensor:
-        """See `Objective.shifted`."""
-        return predicted * offset.exp()
-
     def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
         """See `Objective.comparable`."""
         assert total is not None  # there is one
@@ -184,5 +177,5 @@ def make_objective(
 ) -> Objective:
     """The objective of a name; arguments as of `MsePcc` and `CountLoss`."""
     if name == "mse_pcc":
-        return cast(Objective, MsePcc(pcc_weight))
-    return cast(Objective, CountLoss(name, target_sum, n_sizes, n_outputs))
+        return MsePcc(pcc_weight)
+    return CountLoss(name, target_sum, n_sizes, n_outputs)

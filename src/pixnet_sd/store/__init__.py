@@ -11,7 +11,7 @@ from ._gene_map import GeneMapReader, GeneMapWriter, estimate_bytes, open_map
 from ._provenance import record, recorded
 from ._raster import image_transforms, tissue_labels
 from ._region_writer import RegionResults, RegionWriter, estimate_table_bytes
-from ._rows import Express, MemoryRows, RowInfo, Rows, expression
+from ._rows import Express, Expressed, MemoryRows, RowInfo, Rows, expression
 from ._shapes import circles_element, squares_element
 from ._shapes_writer import MakeShapes
 from ._table import region_table
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Express",
+    "Expressed",
     "GeneMapReader",
     "GeneMapWriter",
     "MakeShapes",

@@ -69,8 +69,10 @@ class RegionWriter:
         Whether those of a killed run were taken up.
     """
 
-    def __init__(self, rows: RowFile | MemoryRows, n_genes: int, *, table_key: str, lock: ExitStack) -> None:
-        self.rows, self._n_genes = rows, n_genes
+    def __init__(
+        self, rows: RowFile | MemoryRows, n_genes: int, n_layers: int, *, table_key: str, lock: ExitStack
+    ) -> None:
+        self.rows, self._n_genes, self._n_values = rows, n_genes, n_genes * (1 + n_layers)
         self.resumed = isinstance(rows, RowFile) and rows.resumed
         self._key, self._lock = table_key, lock
 
@@ -84,6 +86,7 @@ class RegionWriter:
         n_regions: int,
         genes: Sequence[str],
         n_columns: int | None = None,
+        n_layers: int = 0,
         fingerprint: str,
         overwrite: bool = False,
         also_needed: int = 0,
@@ -102,6 +105,8 @@ class RegionWriter:
             Columns of the table.
         n_columns
             Columns of the sums; None: one for each gene.
+        n_layers
+            Layers of the table, beside its ``X``.
         fingerprint
             Text that is equal for two runs exactly when their values would be (model, slide, regions, settings, sizes
             of the windows).
@@ -119,11 +124,12 @@ class RegionWriter:
         check_target(sdata, names, overwrite=overwrite)
         store = local_store(sdata)
         n_genes = len(genes)
+        n_values = n_genes * (1 + n_layers)
         n_columns = n_genes if n_columns is None else n_columns
         with ExitStack() as stack:
             rows: RowFile | MemoryRows
             if store is None:
-                rows = MemoryRows(n_regions, n_columns, n_genes)
+                rows = MemoryRows(n_regions, n_columns, n_values)
             else:
                 folder = work_folder(store) / f"table-{table_key}"
                 busy = f"Another run is writing the table {table_key!r} of {store}. Wait for it, or choose another key."
@@ -131,8 +137,8 @@ class RegionWriter:
                 stack.enter_context(hold_lock(lock, wait_s=LOCK_WAIT_S, busy=busy))
                 rows = RowFile(folder, n_regions, n_columns, {"fingerprint": fingerprint, "genes": list(genes)})
                 stack.callback(rows.close)
-                _check_room(sdata, names, overwrite, rows, _missing_bytes(rows, n_genes) + also_needed)
-            return cls(rows, n_genes, table_key=table_key, lock=stack.pop_all())
+                _check_room(sdata, names, overwrite, rows, _missing_bytes(rows, n_values) + also_needed)
+            return cls(rows, n_genes, n_layers, table_key=table_key, lock=stack.pop_all())
 
     @property
     def n_columns(self) -> int:
@@ -142,7 +148,7 @@ class RegionWriter:
     @property
     def missing_bytes(self) -> int:
         """Bytes that are still to be written at most, those included that are deleted at the end."""
-        return _missing_bytes(self.rows, self._n_genes)
+        return _missing_bytes(self.rows, self._n_values)
 
     def summary(self) -> str:
         """What will be written, in words."""
@@ -181,7 +187,7 @@ class RegionWriter:
         describe
             Ids, centres and columns by range of regions.
         make_table
-            `region_table`, everything given but ``values``, ``instance_ids``, ``centres_px`` and ``obs``.
+            `region_table`, all given but ``values``, ``layers``, ``instance_ids``, ``centres_px`` and ``obs``.
         express
             Makes the table's values of sums and weights: `expression`, where genes were summed.
         shapes_key, make_shapes
@@ -234,14 +240,14 @@ class RegionWriter:
         self.close()
 
 
-def estimate_table_bytes(n_regions: int, n_genes: int, n_columns: int) -> int:
+def estimate_table_bytes(n_regions: int, n_values: int, n_columns: int) -> int:
     """Bytes of disk that a table, its shapes and the sums that they are made from take at most."""
-    return int(n_regions * (4 * n_genes + (1 + _SHARED) * 4 * n_columns + _DESCRIBED_BYTES))
+    return int(n_regions * (4 * n_values + (1 + _SHARED) * 4 * n_columns + _DESCRIBED_BYTES))
 
 
-def _missing_bytes(rows: RowFile | MemoryRows, n_genes: int) -> int:
+def _missing_bytes(rows: RowFile | MemoryRows, n_values: int) -> int:
     there = rows.stored_bytes if isinstance(rows, RowFile) else 0
-    return max(0, estimate_table_bytes(rows.n_rows, n_genes, rows.n_columns) - there)
+    return max(0, estimate_table_bytes(rows.n_rows, n_values, rows.n_columns) - there)
 
 
 def _check_room(sdata: SpatialData, names: dict[str, str], overwrite: bool, rows: RowFile, needed: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 
     from ._window_log import Corners
 
-__all__ = ["Describe", "Express", "MemoryRows", "RowInfo", "Rows", "add_in_order", "check_put", "expression"]
+__all__ = [
+    "Describe",
+    "Express",
+    "Expressed",
+    "MemoryRows",
+    "RowInfo",
+    "Rows",
+    "add_in_order",
+    "check_put",
+    "expression",
+]
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,38 @@ Describe = Callable[[int, int, "NDArray[np.float64] | None"], RowInfo]
 """``describe(start, stop, weight)``: the regions ``start`` … ``stop − 1``, and their weights where these are known."""
 
 
-Express = Callable[["NDArray[np.float32]", "NDArray[np.float64]"], "NDArray[np.float32]"]
-"""``express(sums, weight)``: values (m, genes) of a table from the sums (m, columns) and weights (m,) of regions that
-have weight; may write over the sums."""
+class Expressed(NamedTuple):
+    """What a table says of some regions.
+
+    Attributes
+    ----------
+    x
+        (m, genes) values.
+    layers
+        Name → (m, genes) other values.
+    obs
+        Name → (m,) other columns.
+    """
+
+    x: NDArray[np.float32]
+    layers: Mapping[str, NDArray[np.float32]] = {}
+    obs: Mapping[str, NDArray[Any]] = {}
+
+    @staticmethod
+    def joined(parts: Sequence[Expressed]) -> Expressed:
+        """Several groups of regions as one."""
+        if len(parts) == 1:
+            return parts[0]
+        layers, obs = (
+            {name: np.concatenate([getattr(part, kind)[name] for part in parts]) for name in getattr(parts[0], kind)}
+            for kind in ("layers", "obs")
+        )
+        return Expressed(np.concatenate([part.x for part in parts]), layers, obs)
+
+
+Express = Callable[["NDArray[np.float32]", "NDArray[np.float64]"], Expressed]
+"""``express(sums, weight)``: values of a table from the sums (m, columns) and weights (m,) of regions that have weight;
+may write over the sums."""
 
 
 class Rows(Protocol):
@@ -116,8 +155,8 @@ class MemoryRows:
     ----------
     n_rows, n_columns
         Regions, and what is summed up of each.
-    n_genes
-        Columns of the table to be made of them.
+    n_values
+        Values of the table to be made of them, per region.
 
     Raises
     ------
@@ -125,11 +164,11 @@ class MemoryRows:
         When they would take more than half of the free memory.
     """
 
-    def __init__(self, n_rows: int, n_columns: int, n_genes: int) -> None:
-        needed, available = n_rows * (4 * (n_columns + n_genes) + 16), available_memory()
+    def __init__(self, n_rows: int, n_columns: int, n_values: int) -> None:
+        needed, available = n_rows * (4 * (n_columns + n_values) + 16), available_memory()
         if needed > available / 2:
             raise StoreError(
-                f"The table of {n_rows} regions and {n_genes} genes takes {size_text(needed)} while it is made, "
+                f"The table of {n_rows} regions and {n_values} values takes {size_text(needed)} while it is made, "
                 f"more than half of the {size_text(available)} of memory that are free. Write the object to disk "
                 "first: `sdata.write('/some/folder.zarr')`; the table is then streamed into that store."
             )
@@ -228,9 +267,9 @@ def add_in_order(total: NDArray[np.float64], row: NDArray[np.intp], shares: NDAr
 
 def expression(
     sums: NDArray[np.float32], weight: NDArray[np.float64], aggregation: Literal["mean", "sum"]
-) -> NDArray[np.float32]:
+) -> Expressed:
     """Values of a table from the sums of genes over regions that have weight, (m, genes)."""
     if aggregation == "sum":
-        return sums
+        return Expressed(sums)
     weight = weight.astype(np.float32)  # single precision, as the sums: four times as fast
-    return np.divide(sums, weight[:, None], out=sums if sums.flags.owndata else None)
+    return Expressed(np.divide(sums, weight[:, None], out=sums if sums.flags.owndata else None))

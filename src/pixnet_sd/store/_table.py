@@ -33,6 +33,7 @@ def region_table(
     spot_diameter_px: float,
     picture: Thumbnail | None = None,
     library_id: str = "pixnet",
+    layers: Mapping[str, NDArray[np.float32]] | None = None,
     obs: Mapping[str, Any] | pd.DataFrame | None = None,
     var: pd.DataFrame | None = None,
     uns: Mapping[str, Any] | None = None,
@@ -57,6 +58,8 @@ def region_table(
         Small copy of the slide that squidpy draws under the regions.
     library_id
         Key of ``uns["spatial"]``.
+    layers
+        Other values, each (n, genes).
     obs
         More columns by region, such as ``area_um2``.
     var
@@ -88,6 +91,7 @@ def region_table(
     table = AnnData(
         X=np.ascontiguousarray(values, dtype=np.float32),
         obs=frame,
+        layers={name: np.ascontiguousarray(layer, dtype=np.float32) for name, layer in (layers or {}).items()},
         var=columns,
         obsm={"spatial": np.asarray(centres_px, dtype=np.float64)},
         uns={**(uns or {}), "spatial": {_safe_key(library_id): _library(picture, spot_diameter_px)}},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +18,7 @@ from pixnet_sd._errors import StoreError
 
 from ._commit import Staged, consolidate, write_scratch_store
 from ._disk import explain_disk_errors, read_json
-from ._rows import Describe, Express, RowInfo, Rows
+from ._rows import Describe, Express, Expressed, RowInfo, Rows
 from ._stretch import stretch
 from ._table import REGION_KEY
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["MakeTable", "batches", "memory_table", "write_table"]
 
 MakeTable = Callable[..., "AnnData"]
-"""`region_table` with everything given but ``values``, ``instance_ids``, ``centres_px`` and ``obs``."""
+"""`region_table` with all given but ``values``, ``layers``, ``instance_ids``, ``centres_px`` and ``obs``."""
 
 T = TypeVar("T")
 
@@ -88,13 +89,13 @@ def write_table(
     with explain_disk_errors("Writing the table", path.parent):
         values, info = read([(first, first + 1)])
         (staged,) = write_scratch_store(path, {name: _made(make, values, info)})
-        n, n_genes = int(keep.sum()), values.shape[1]
+        n, n_genes = int(keep.sum()), values.x.shape[1]
         chunk = min(n, MAX_CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * n_genes)))
         table = _OpenTable(path / "tables" / name, n, n_genes, chunk)
         at = 0
         for values, info in _one_ahead(partial(read, pieces) for pieces in batches(keep, chunk * BATCH_CHUNKS)):
             table.write(at, values, info)
-            at += len(values)
+            at += len(values.x)
         consolidate(path)
     return staged
 
@@ -133,12 +134,13 @@ def _kept_parts(
     keep: NDArray[np.bool_],
     express: Express,
     pieces: Sequence[tuple[int, int]],
-) -> tuple[NDArray[np.float32], RowInfo]:
+) -> tuple[Expressed, RowInfo]:
     """Values and description of the kept regions of some ranges."""
     parts = [_kept_part(rows, describe, keep[start:stop], start) for start, stop in pieces]
     sums, weights, infos = zip(*parts, strict=True)
-    values = [express(part, weight) for part, weight in zip(sums, weights, strict=True)]
-    return values[0] if len(values) == 1 else np.concatenate(values), RowInfo.joined(infos)
+    values = Expressed.joined([express(part, weight) for part, weight in zip(sums, weights, strict=True)])
+    info = RowInfo.joined(infos)
+    return values, replace(info, obs={**info.obs, **values.obs})
 
 
 def _kept_part(
@@ -151,8 +153,8 @@ def _kept_part(
     return (sums, weight, info) if kept.all() else (sums[kept], weight[kept], info.subset(kept))
 
 
-def _made(make: MakeTable, values: NDArray[np.float32], info: RowInfo) -> AnnData:
-    return make(values=values, instance_ids=info.ids, centres_px=info.centres_px, obs=info.obs)
+def _made(make: MakeTable, values: Expressed, info: RowInfo) -> AnnData:
+    return make(values=values.x, layers=values.layers, instance_ids=info.ids, centres_px=info.centres_px, obs=info.obs)
 
 
 class _OpenTable:
@@ -161,16 +163,20 @@ class _OpenTable:
     def __init__(self, folder: Path, n: int, n_genes: int, chunk: int) -> None:
         batch = min(n, chunk * BATCH_CHUNKS)
         self._x = stretch(folder / "X", (n, n_genes), (chunk, n_genes))
+        kept = sorted(path.parent.name for path in folder.glob("layers/*/zarr.json"))
+        self._layers = {name: stretch(folder / "layers" / name, (n, n_genes), (chunk, n_genes)) for name in kept}
         self._spatial = stretch(folder / "obsm" / "spatial", (n, 2), (batch, 2))
         attributes = read_json(folder / "obs" / "zarr.json")["attributes"]
         self._index = _stretch_column(folder / "obs" / attributes["_index"], n, batch)
         self._columns = {key: _stretch_column(folder / "obs" / key, n, batch) for key in attributes["column-order"]}
         del self._columns[REGION_KEY]  # one category: all codes are the 0 of an empty array
 
-    def write(self, at: int, values: NDArray[np.float32], info: RowInfo) -> None:
+    def write(self, at: int, values: Expressed, info: RowInfo) -> None:
         """Write regions from row ``at`` on."""
-        rows = slice(at, at + len(values))
-        self._x[rows] = values
+        rows = slice(at, at + len(values.x))
+        self._x[rows] = values.x
+        for name, layer in self._layers.items():
+            layer[rows] = values.layers[name]
         self._spatial[rows] = np.asarray(info.centres_px, np.float64)
         self._index[rows] = _text(np.asarray(info.ids))
         for name, array in self._columns.items():

@@ -56,7 +56,6 @@ def fit(
     objective: ObjectiveName = "mse_pcc",
     aggregation: Aggregation | None = None,
     pcc_weight: float = 0.5,
-    slide_offset: bool = True,
     preset: Literal["paper"] | None = None,
     max_epochs: int = 500,
     max_steps: int | None = None,
@@ -122,10 +121,6 @@ def fit(
         scale; at one size the two differ by a constant. Counts are always summed.
     pcc_weight
         λ of Eq. 6.
-    slide_offset
-        With several slides, learn an offset of each gene on each slide, which prediction leaves out: what sets
-        slides apart as a whole (depth, staining, batch) is then not learnt from their pixels. The paper's preset has
-        none.
     preset
         ``"paper"``: decoder, aggregation, optimizer and schedule as in the paper, the last epoch kept; None: this
         package's.
@@ -192,7 +187,6 @@ def fit(
         objective=objective,
         pcc_weight=pcc_weight,
         target_sum=target_sum,
-        slide_offset=slide_offset,
         tile_px=tile_px,
         batch_size=batch_size or _BATCH_SIZE.get(fabric.device.type, 2),
         patience=patience,

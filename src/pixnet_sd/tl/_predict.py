@@ -23,19 +23,19 @@ from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.infer import Inference, InferSettings, infer, window_side
 from pixnet_sd.engine.region_plan import RegionPlan, plan_regions
 from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.model import MAP_STRIDE, apply_head
+from pixnet_sd.nn.head import Head
+from pixnet_sd.nn.model import MAP_STRIDE
 from pixnet_sd.nn.regions import Circles
 from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
 from pixnet_sd.store import (
-    Express,
     GeneMapWriter,
     PixNet,
     RegionResults,
     RegionWriter,
     check_target,
     commit,
-    expression,
     image_transforms,
+    outputs_of,
     recorded,
     region_table,
     thumbnail,
@@ -43,6 +43,7 @@ from pixnet_sd.store import (
 )
 
 from ._announce import announce
+from ._express import Units, express, units_of
 from ._map_request import MapInfo, ReusedMap, find_map, map_factor, map_info, sink_of
 from ._recipe import check_tile_px
 from ._region_request import RegionRequest, request_regions
@@ -127,12 +128,15 @@ def predict(
     Nothing; adds to `sdata`, and to its store when backed:
 
     ``images["{key_added}_map"]``
-        Gene map, multiscale, float32, ``c`` = genes, 0 off tissue; with ``labels["{key_added}_map_tissue"]``.
+        Gene map, multiscale, float32, ``c`` = genes, 0 off tissue: log-normalised expression, or of a model of counts
+        densities in counts per µm², with one more channel ``total_counts``; with ``labels["{key_added}_map_tissue"]``.
     ``tables["{key_added}_circles_8um"]``, ``shapes["{key_added}_circles_8um_shapes"]``
         For ``radius_um=8``; ``_bins_8um`` for ``bin_um=8``.
     ``tables["{key_added}_{shapes_key}"]``
         For `shapes_key`, annotating that element. ``X`` is predicted log-normalised expression, ``var`` has the
         held-out PCC where known. Regions are predicted from their tissue pixels; one without any, from all of them.
+        With a model of counts also ``layers["expected_counts"]``, which add up over regions, and
+        ``obs["expected_total_counts"]`` over all genes that were measured. ``uns["pixnet_sd"]`` says what is what.
     ``attrs["pixnet_sd"]``
         Where the results come from.
 
@@ -209,16 +213,16 @@ class _Job:
 
     def run(self, settings: InferSettings, fabric: Fabric, *, write_map: bool, show_progress_bar: bool) -> None:
         """Check that results can be written, predict, and write them all at once."""
-        reused = find_map(self.sdata, self.map_key, self.info, self.genes, self.slide)
+        reused = find_map(self.sdata, self.map_key, self.info, self.outputs, self.slide)
         write_map = write_map and not (reused is not None and self.info.factor == 1)
         if reused is not None and self.request is None and not write_map:
             logger.info("the gene map %r of this model and slide is there already", self.map_key)
             return
         check_target(self.sdata, self._names(write_map), overwrite=self.overwrite)
         # what takes less room is summed up over the regions
-        n_columns = len(self.genes)
-        if reused is None:
-            n_columns = min(n_columns, self.model.network.head.in_features)
+        n_columns, head = len(self.outputs), self._head()
+        if reused is None and head.is_linear:
+            n_columns = min(n_columns, head.in_features)
         with ExitStack() as stack:
             blocks = stack.enter_context(self._map_writer()) if write_map else None
             side = window_side(settings.tile_px // MAP_STRIDE, self._block_px(blocks))
@@ -230,19 +234,35 @@ class _Job:
                 self.model.network,
                 self.slide.read,
                 plan,
-                genes=self.index,
+                head=head,
                 fabric=fabric,
                 settings=settings,
                 blocks=sink_of(blocks, self.info.factor, self.slide.map_shape) if blocks is not None else None,
                 block_px=self._block_px(blocks),
                 rows=rows,
-                pooled=n_columns < len(self.genes),
+                pooled=n_columns < len(self.outputs),
                 stored=reused,
                 announce=partial(announce, blocks, rows),
                 show_progress_bar=show_progress_bar,
             )
             self._say_reused(reused, plan, found)
             self._commit(blocks, rows, plan.on_glass)
+
+    @property
+    def outputs(self) -> list[str]:
+        """What the map holds: the genes, and of counts their sum over all genes."""
+        return outputs_of(self.genes, self.model.record.objective)
+
+    @property
+    def units(self) -> Units:
+        """What the numbers are."""
+        return units_of(self.model.record)
+
+    def _head(self) -> Head:
+        """For the outputs; densities per µm²."""
+        head, n_genes = self.model.network.head, len(self.model.genes)
+        index = np.append(self.index, np.arange(n_genes, head.n_outputs))
+        return head.select(index, scale=self.model.record.working_mpp**-2)
 
     def _names(self, write_map: bool) -> dict[str, str]:
         names = {self.map_key: "images", f"{self.map_key}_tissue": "labels"} if write_map else {}
@@ -267,7 +287,7 @@ class _Job:
         return GeneMapWriter.open(
             self.sdata,
             key=self.map_key,
-            genes=self.genes,
+            genes=self.outputs,
             shape=(height, width),
             pitch_image_px=pitch_um / self.slide.mpp,
             image_key=self.slide.image_key,
@@ -287,6 +307,7 @@ class _Job:
             n_regions=len(request.regions),
             genes=self.genes,
             n_columns=n_columns,
+            n_layers=len(self.units.layers),
             fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
             overwrite=self.overwrite,
             also_needed=0 if blocks is None else blocks.missing_bytes,
@@ -308,7 +329,7 @@ class _Job:
         notes: dict[str, dict[str, Any]] = {}
         if rows is not None and self.request is not None:
             results = self._region_results(self.request, rows, on_glass)
-            notes["tables"] = {self.request.table_key: self._provenance()}
+            notes["tables"] = {self.request.table_key: self._provenance() | self.units.table}
         if blocks is None:
             commit(
                 self.sdata,
@@ -322,7 +343,7 @@ class _Job:
         pitch = MAP_STRIDE * self.slide.working_scale
         transforms = image_transforms(self.sdata, self.slide.image_key)
         tissue = tissue_labels(self.tissue, pitch, transforms)
-        notes["maps"] = {self.map_key: self._provenance() | asdict(self.info)}
+        notes["maps"] = {self.map_key: self._provenance() | {"units": self.units.map} | asdict(self.info)}
         blocks.commit({f"{self.map_key}_tissue": tissue}, results, provenance=notes)
 
     def _region_results(self, request: RegionRequest, rows: RegionWriter, on_glass: NDArray[np.bool_]) -> RegionResults:
@@ -334,29 +355,15 @@ class _Job:
             picture=thumbnail(self.sdata, self.slide.image_key),
             library_id=self.slide.coordinate_system,
             var=self.model.record.var,
-            uns={"pixnet_sd": self._provenance()},
+            uns={"pixnet_sd": self._provenance() | self.units.table},
         )
         return rows.results(
             partial(request.describe, on_glass),
             make_table=make_table,
-            express=self._express(rows.n_columns),
+            express=express(self.model, self.index, rows.n_columns),
             shapes_key=None if request.make_shapes is None else request.element_key,
             make_shapes=request.make_shapes,
         )
-
-    def _express(self, n_columns: int) -> Express:
-        """Values from the sums over regions: of the genes, or of D."""
-        aggregation, head = self.model.record.aggregation, self.model.network.head
-        if n_columns == len(self.genes):
-            return partial(expression, aggregation=aggregation)
-        weight, bias = (part.detach().cpu().float()[self.index] for part in (head.weight, head.bias))
-
-        @torch.inference_mode()
-        def values(pooled: NDArray[np.float32], n_px: NDArray[np.float64]) -> NDArray[np.float32]:
-            n_px_column = torch.from_numpy(n_px).float()[:, None]
-            return apply_head(torch.from_numpy(pooled), n_px_column, weight, bias, aggregation).numpy()
-
-        return values
 
     def _provenance(self) -> dict[str, Any]:
         record = self.model.record
@@ -367,6 +374,7 @@ class _Job:
             "mpp": self.slide.mpp,
             "mpp_rule": self.slide.mpp_rule,
             "working_mpp": record.working_mpp,
+            "objective": record.objective,
             "aggregation": record.aggregation,
             "target_sum": record.target_sum,
             "log_base": record.log_base,
