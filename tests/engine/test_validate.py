@@ -115,7 +115,8 @@ def test_counts_are_compared_log_normalised(make_network, learnable) -> None:
     (measured,) = slide.measured
     network = make_network(link="softplus")
     network.head = Head(3, 3, "softplus")
-    network.head.weight.data, network.head.bias.data = torch.eye(3), torch.zeros(3)
+    network.head.weight.data, network.head.bias.data = torch.diag(torch.tensor([1.0, 1, 0])), torch.zeros(3)
+    measured.values[:, 2] = 1 / 128
     counts = MeasuredRegions("counts", measured.regions, 50 * measured.values)
     objective = CountLoss("poisson", 1e4, 1, 3)
     scores = validate(network, objective, Colours(), [replace(slide, measured=(counts,))], SETTINGS)

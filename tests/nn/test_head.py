@@ -30,6 +30,16 @@ def test_densities_are_positive_and_one_unit_at_zero() -> None:
     torch.testing.assert_close(head(torch.zeros(1, 4))[0], head.unit)
 
 
+def test_genes_are_shares_of_the_last_output() -> None:
+    """Twice the density of all genes is twice that of each."""
+    head = make("softplus")
+    before = head(D).detach()
+    head.bias.data[-1] += 3
+    after = head(D).detach()
+    torch.testing.assert_close(after / after[:, -1:], before / before[:, -1:])
+    assert (after > 1.5 * before).all()
+
+
 @pytest.mark.parametrize("link", ["identity", "softplus"])
 def test_all_ways_give_the_same(link: Link) -> None:
     head = make(link)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from pixnet_sd.nn.objectives import CountLoss, MsePcc, Objective, Part, log_normalised, make_objective
+from pixnet_sd.nn.objectives import CountLoss, Densities, MsePcc, Objective, Part, log_normalised, make_objective
 
 N, M = 12, 5
 NAMES = ["mse_pcc", "poisson", "nb"]
@@ -23,22 +23,30 @@ def expression(seed: int = 0, n: int = N, outputs: int = M) -> Tensor:
 
 
 def counts(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, counts drawn around others, and usual counts."""
+    """Means, counts drawn around others, and usual counts; the last output is more than the sum of the others."""
     rng = np.random.default_rng(seed)
     usual = rng.uniform(0.2, 30, (N, 1)) * rng.uniform(0.1, 3, M)
-    mean, measured = usual * rng.gamma(4, 0.25, (N, M)), rng.poisson(usual)
+    mean, measured = usual * rng.gamma(4, 0.25, (N, M)), rng.poisson(usual).astype(float)
+    for values in (mean, measured, usual):
+        values[:, -1] = 2 * values[:, :-1].sum(axis=1)
     return tuple(torch.from_numpy(v).double() for v in (mean, measured, usual))
 
 
 def whole(objective: Objective, predicted: Tensor, measured: Tensor, usual: Tensor | None, cuts: list[int]) -> Tensor:
     """The loss, some outputs at a time."""
+
+    def densities(block: slice) -> Densities | None:
+        if usual is None:
+            return None
+        return Densities(usual[:, block], *(v[:, -1:] for v in (usual, predicted, measured)))
+
     blocks = [slice(a, b) for a, b in itertools.pairwise([0, *cuts, predicted.shape[1]]) if b > a]
     n_varying = sum(objective.n_varying(measured[:, block]) for block in blocks)
     return sum(
         objective.part(
             predicted[:, block],
             measured[:, block],
-            Part(block, predicted.shape[1], torch.as_tensor(n_varying), 0, None if usual is None else usual[:, block]),
+            Part(block, predicted.shape[1], torch.as_tensor(n_varying), 0, densities(block)),
         )
         for block in blocks
     )
@@ -68,12 +76,16 @@ def test_likelihoods_are_scipys_up_to_what_the_counts_decide(name: str) -> None:
     other = mean * torch.from_numpy(np.random.default_rng(5).uniform(0.5, 2, (N, M)))
 
     def literal(mu: Tensor) -> float:
+        depth = measured[:, -1:] / mu[:, -1:]
+        mu = torch.cat([mu[:, :-1] * depth, mu[:, -1:]], dim=1)
         if name == "poisson":
             logs = stats.poisson.logpmf(measured.numpy(), mu.numpy())
         else:
             alpha = objective.log_dispersion.detach().exp().numpy()[0]
             logs = stats.nbinom.logpmf(measured.numpy(), 1 / alpha, 1 / (1 + alpha * mu.numpy()))
-        return float((-logs.sum(0) / usual.numpy().sum(0)).mean())
+        counts = usual * measured[:, -1:] / usual[:, -1:]
+        counts[:, -1] = usual[:, -1]
+        return float((-logs.sum(0) / counts.numpy().sum(0)).mean())
 
     found = whole(objective, mean, measured, usual, []) - whole(objective, other, measured, usual, [])
     assert found.item() == pytest.approx(literal(mean) - literal(other), rel=1e-6)
@@ -99,23 +111,51 @@ def test_groups_of_outputs_do_not_matter(name: str, cuts: list[int]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_right(name: str) -> None:
+    """Of the genes; the sum over all genes is taken as it is where it makes a size factor."""
     objective, predicted, measured, usual = example(name)
-    predicted = predicted.requires_grad_()
-    assert torch.autograd.gradcheck(lambda p: whole(objective, p, measured, usual, [2]), predicted)
+    last = predicted[:, -1:]
+    genes = predicted[:, :-1].clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda p: whole(objective, torch.cat([p, last], dim=1), measured, usual, [2]), genes
+    )
+
+
+@pytest.mark.parametrize("name", ["poisson", "nb"])
+def test_genes_are_learnt_as_shares_of_what_a_region_has(name: str) -> None:
+    """Three times the predicted total, gene by gene, changes the loss of the total only."""
+    objective, mean, measured, usual = example(name)
+    mean = mean.requires_grad_()
+
+    def gene_loss(values: Tensor) -> Tensor:
+        return whole(objective, values, measured, usual, []) - objective.part(
+            values[:, -1:],
+            measured[:, -1:],
+            Part(
+                slice(M - 1, M), M, torch.ones(()), 0, Densities(*[usual[:, -1:]] * 2, values[:, -1:], measured[:, -1:])
+            ),
+        )
+
+    torch.testing.assert_close(gene_loss(mean), gene_loss(3 * mean))
+    (gradient,) = torch.autograd.grad(gene_loss(mean), mean)
+    assert (gradient[:, -1].abs() < 1e-12).all()
 
 
 @pytest.mark.parametrize("name", ["poisson", "nb"])
 def test_the_truth_is_the_minimum(name: str) -> None:
     rng = np.random.default_rng(0)
     true = torch.from_numpy(rng.uniform(0.5, 4, M))
+    true[-1] = true[:-1].sum()
     measured = torch.from_numpy(rng.poisson(true.numpy(), (4000, M))).double()
+    measured[:, -1] = measured[:, :-1].sum(1)
     objective = make_objective(name, pcc_weight=0.5, target_sum=1e4, n_sizes=1, n_outputs=M).double()
 
-    def loss(scale: float) -> float:
-        mean = (scale * true).expand_as(measured)
+    def loss(output: int, scale: float) -> float:
+        mean = true.repeat(4000, 1)
+        mean[:, output] *= scale
         return whole(objective, mean, measured, true.expand_as(measured), []).item()
 
-    assert loss(1.0) < min(loss(0.9), loss(1.1))
+    for output in (0, M - 1):
+        assert loss(output, 1.0) < min(loss(output, 0.9), loss(output, 1.1))
 
 
 def test_zero_means_and_zero_counts_stay_finite() -> None:

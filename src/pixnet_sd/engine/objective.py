@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from pixnet_sd.nn.model import Network
-from pixnet_sd.nn.objectives import Objective, Part
+from pixnet_sd.nn.objectives import Densities, Objective, Part
 from pixnet_sd.nn.operators import Operator
 
 from .targets import Target, block_of, output_blocks
@@ -86,14 +86,16 @@ class BatchLoss:
             predicted = self.network.region_values(given, self.operators[k], outputs)
             if self.depth != 1:
                 predicted = predicted * self.depth
-            usual = self._usual(k, outputs, predicted)
-            about = Part(outputs, self.network.head.n_outputs, n_varying, self.sizes[k], usual)
+            densities = self._densities(k, outputs, given) if self.objective.has_total else None
+            about = Part(outputs, self.network.head.n_outputs, n_varying, self.sizes[k], densities)
             parts.append(self.objective.part(predicted, block_of(self.targets[k], outputs, given.device), about))
         return torch.stack(parts).mean()
 
-    def _usual(self, k: int, outputs: slice, like: Tensor) -> Tensor | None:
-        """Counts of each region at the mean density."""
-        if self.network.head.is_linear:
-            return None
-        n_px = torch.as_tensor(self.operators[k].n_px, dtype=like.dtype, device=like.device)
-        return n_px[:, None] * (self.depth * self.network.head.unit[outputs])
+    def _densities(self, k: int, outputs: slice, given: Tensor) -> Densities:
+        """What is usual, and the sums over all genes."""
+        operator, unit = self.operators[k], self.depth * self.network.head.unit
+        n_px = torch.as_tensor(operator.n_px, dtype=unit.dtype, device=unit.device)[:, None]
+        last = slice(len(unit) - 1, len(unit))
+        with torch.no_grad():
+            total = self.network.region_values(given, operator, last) * self.depth
+        return Densities(n_px * unit[outputs], n_px * unit[last], total, block_of(self.targets[k], last, unit.device))

@@ -18,7 +18,11 @@ _AT_ONE = math.log(math.e - 1)
 
 
 class Head(nn.Module):
-    """D -> M outputs at every pixel: D W + b (Eq. 4), or a density ``unit * softplus(D W + b)``.
+    """D -> M outputs at every pixel: D W + b (Eq. 4), or densities of counts, the last of them that of all genes.
+
+    The density of all genes is ``t = unit * softplus(D W + b)``, and that of a gene a share of it,
+    ``t * unit * softplus(D W + b)``: so what a region has of a gene, relative to all, does not depend on how well t is
+    known, which on a slide of another depth or thickness it is not.
 
     Parameters
     ----------
@@ -35,9 +39,12 @@ class Head(nn.Module):
         Shapes (M, C) and (M,).
     unit
         Density of each output where D W + b is 0, shape (M,); none with the identity.
+    is_total
+        Which output is that of all genes, shape (M,); none with the identity.
     """
 
     unit: Tensor
+    is_total: Tensor
 
     def __init__(self, channels: int, n_outputs: int, link: Link = "identity") -> None:
         super().__init__()
@@ -45,6 +52,8 @@ class Head(nn.Module):
         self.weight, self.bias, self.link = start.weight, start.bias, link
         if link == "softplus":
             self.register_buffer("unit", torch.ones(n_outputs))
+            self.register_buffer("is_total", torch.arange(n_outputs) == n_outputs - 1, persistent=False)
+        self._whole: Head | None = None
 
     @property
     def in_features(self) -> int:
@@ -67,7 +76,7 @@ class Head(nn.Module):
         Parameters
         ----------
         rows
-            D of each pixel, shape (n, C).
+            D of each pixel, shape (n, C), or with more axes before.
         outputs
             Which.
 
@@ -76,8 +85,12 @@ class Head(nn.Module):
         Shape (n, outputs), float32.
         """
         with torch.autocast(rows.device.type, enabled=False):
-            linear = nn.functional.linear(rows.float(), self.weight[outputs].float(), self.bias[outputs].float())
-            return linear if self.is_linear else nn.functional.softplus(linear + _AT_ONE) * self.unit[outputs]
+            rows = rows.float()
+            linear = nn.functional.linear(rows, self.weight[outputs].float(), self.bias[outputs].float())
+            if self.is_linear:
+                return linear
+            relative = nn.functional.softplus(linear + _AT_ONE) * self.unit[outputs]
+            return relative * torch.where(self.is_total[outputs], 1.0, self._total(rows)[..., None])
 
     def columns(self, d: Tensor, out: Tensor | None = None) -> Tensor:
         """Values of all outputs at some pixels, pixels last: the layout of a map.
@@ -96,7 +109,13 @@ class Head(nn.Module):
         linear = torch.addmm(self.bias[:, None], self.weight, d, out=out)
         if self.is_linear:
             return linear
-        return nn.functional.softplus(linear.add_(_AT_ONE)).mul_(self.unit[:, None])
+        relative = nn.functional.softplus(linear.add_(_AT_ONE)).mul_(self.unit[:, None])
+        return relative.mul_(torch.where(self.is_total[:, None], 1.0, self._total(d.T)))
+
+    def _total(self, rows: Tensor) -> Tensor:
+        """Density of all genes at some pixels, relative to the usual one, shape (n,)."""
+        whole = self if self._whole is None else self._whole
+        return nn.functional.softplus(rows @ whole.weight[-1].float() + whole.bias[-1].float() + _AT_ONE)
 
     @torch.no_grad()
     def select(self, index: ArrayLike, scale: float = 1.0) -> Head:
@@ -111,8 +130,14 @@ class Head(nn.Module):
         """
         index = torch.as_tensor(index)
         chosen = Head(self.in_features, len(index), self.link)
-        for name, value in self.state_dict().items():
-            getattr(chosen, name).data = value.detach().float()[index.to(value.device)]
+        for name in ("weight", "bias", *([] if self.is_linear else ["unit", "is_total"])):
+            value = getattr(self, name).detach()
+            picked = value[index.to(value.device)]
+            getattr(chosen, name).data = picked if value.dtype == torch.bool else picked.float()
         if not self.is_linear:
             chosen.unit *= scale
+            chosen._whole = Head(self.in_features, 1)
+            chosen._whole.weight.data, chosen._whole.bias.data = (
+                v.detach()[-1:].float() for v in (self.weight, self.bias)
+            )
         return chosen.requires_grad_(requires_grad=False)

@@ -16,11 +16,29 @@ from torch import Tensor, nn
 from .head import Link
 from .losses import pcc_terms, varying
 
-__all__ = ["CountLoss", "MsePcc", "Objective", "ObjectiveName", "Part", "log_normalised", "make_objective"]
+__all__ = ["CountLoss", "Densities", "MsePcc", "Objective", "ObjectiveName", "Part", "log_normalised", "make_objective"]
 
 ObjectiveName = Literal["mse_pcc", "poisson", "nb"]
 
 _TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Densities:
+    """What is known of the regions of one size whose counts are predicted.
+
+    Attributes
+    ----------
+    usual
+        Counts that each region would have at the mean density, shape (n, outputs).
+    usual_total, predicted_total, measured_total
+        The same, what is predicted, and what was measured, of the sum over all genes, shape (n, 1).
+    """
+
+    usual: Tensor
+    usual_total: Tensor
+    predicted_total: Tensor
+    measured_total: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,15 +55,15 @@ class Part:
         Sum of `Objective.n_varying` over all outputs, a scalar on the device.
     size
         Which size the regions have.
-    usual
-        What each region would have at the mean density, shape (n, outputs); None without densities.
+    densities
+        What a likelihood of counts needs besides; None otherwise.
     """
 
     outputs: slice
     n_outputs: int
     n_varying: Tensor
     size: int
-    usual: Tensor | None = None
+    densities: Densities | None = None
 
 
 class Objective(nn.Module, ABC):
@@ -112,6 +130,10 @@ class MsePcc(Objective):
 class CountLoss(Objective):
     """Negative log-likelihood of raw counts whose means are sums of a density: Poisson, or negative binomial.
 
+    A gene's mean is its density summed over the region times a size factor, the region's depth: what was measured of
+    all genes there over what is predicted of them. So genes are learnt as shares of the counts that a region happens
+    to have, and only the last output, the sum over all genes, from how many these are.
+
     Each output's is divided by the counts that the regions would have at its mean density, so that it is in nats per
     count: genes with many counts do not outweigh the others, nor large regions small ones. The dispersion α of the
     negative binomial (variance μ + α μ²) is learnt for every size and output, as sums over larger regions vary less.
@@ -137,7 +159,7 @@ class CountLoss(Objective):
         super().__init__()
         self.kind, self.target_sum = kind, target_sum
         if kind == "nb":
-            self.log_dispersion = nn.Parameter(torch.full((n_sizes, n_outputs), -1.0))
+            self.log_dispersion = nn.Parameter(torch.full((n_sizes, n_outputs), -2.0))
 
     def n_varying(self, measured: Tensor) -> Tensor:
         """See `Objective.n_varying`; a likelihood needs no such number."""
@@ -145,18 +167,29 @@ class CountLoss(Objective):
 
     def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
         """See `Objective.part`."""
-        assert about.usual is not None  # densities have a mean
-        mean = predicted + _TINY * about.usual
+        assert about.densities is not None  # counts are sums of densities
+        n_genes = about.n_outputs - 1 - (about.outputs.start or 0)
+        usual, depth, usual_depth = about.densities.usual, *_depths(about.densities)
+        is_total = torch.arange(predicted.shape[1], device=predicted.device) >= n_genes
+        mean = predicted * torch.where(is_total, 1.0, depth)
+        usual = usual * torch.where(is_total, 1.0, usual_depth)
+        mean = mean + _TINY * usual
         if self.kind == "poisson":
-            loss = mean - measured * torch.log(mean / (about.usual + _TINY) + _TINY)
+            loss = mean - measured * torch.log(mean / (usual + _TINY) + _TINY)
         else:
             loss = _negative_binomial(mean, measured, self.log_dispersion[about.size, about.outputs].exp())
-        return (loss.sum(0) / about.usual.sum(0).clamp_min(_TINY)).sum() / about.n_outputs
+        return (loss.sum(0) / usual.sum(0).clamp_min(_TINY)).sum() / about.n_outputs
 
     def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
         """See `Objective.comparable`."""
         assert total is not None  # there is one
         return log_normalised(values, total, self.target_sum)
+
+
+def _depths(known: Densities) -> tuple[Tensor, Tensor]:
+    """Measured over predicted, and over usual, counts of all genes in each region, (n, 1); nothing is learnt of it."""
+    predicted, usual = (v.detach().clamp_min(_TINY) for v in (known.predicted_total, known.usual_total))
+    return known.measured_total / predicted, known.measured_total / usual
 
 
 def log_normalised(values: Tensor, total: Tensor, target_sum: float) -> Tensor:
