@@ -135,7 +135,8 @@ class Bench:
     def _predict(
         self, sdata: sd.SpatialData, model: ps.PixNet, tests: list[TestRegions], about: dict[str, Any]
     ) -> None:
-        options = {"overwrite": True, "device": "cpu", "show_progress_bar": False, "tile_px": 640}
+        side = -(-int(self.options.size_um) // 32) * 32  # one tile
+        options = {"overwrite": True, "device": "cpu", "show_progress_bar": False, "tile_px": side}
         ps.tl.predict(sdata, model, **options)
         for regions in tests:
             ps.tl.predict(sdata, model, shapes_key=regions.key, write_map=False, **options)
