@@ -51,6 +51,7 @@ def test_all_ways_give_the_same(link: Link) -> None:
         torch.testing.assert_close(head.columns(D.T, out), expected.T)
     chosen = head.select(torch.tensor([5, 0]))
     torch.testing.assert_close(chosen(D), expected[:, [5, 0]])
+    torch.testing.assert_close(chosen.select([1])(D), expected[:, [0]])
     assert not any(p.requires_grad for p in chosen.parameters())
     assert chosen.is_linear == head.is_linear == (link == "identity")
 

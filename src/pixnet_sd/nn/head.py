@@ -53,7 +53,7 @@ class Head(nn.Module):
         if link == "softplus":
             self.register_buffer("unit", torch.ones(n_outputs))
             self.register_buffer("is_total", torch.arange(n_outputs) == n_outputs - 1, persistent=False)
-        self._whole: Head | None = None
+        self._whole: Head | None = None  # of a selected head, which may lack the output for all genes
 
     @property
     def in_features(self) -> int:
@@ -136,8 +136,7 @@ class Head(nn.Module):
             getattr(chosen, name).data = picked if value.dtype == torch.bool else picked.float()
         if not self.is_linear:
             chosen.unit *= scale
-            chosen._whole = Head(self.in_features, 1)
-            chosen._whole.weight.data, chosen._whole.bias.data = (
-                v.detach()[-1:].float() for v in (self.weight, self.bias)
-            )
+            whole, chosen._whole = self if self._whole is None else self._whole, Head(self.in_features, 1)
+            chosen._whole.weight.data = whole.weight.detach()[-1:].float()
+            chosen._whole.bias.data = whole.bias.detach()[-1:].float()
         return chosen.requires_grad_(requires_grad=False)
