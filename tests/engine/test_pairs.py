@@ -67,7 +67,7 @@ def test_prediction_is_the_same(two_threads, make_network, draw, reader, fabric)
             network,
             read,
             plan,
-            genes=np.arange(3),
+            head=network.head.select(np.arange(3)),
             fabric=fabric,
             settings=settings,
             blocks=blocks,

@@ -16,7 +16,7 @@ ALIGN = 32  # halos and tiles are cut at multiples of the coarsest stride
 def make(name: str) -> Network:
     torch.manual_seed(0)
     config = DecoderConfig(widths=(8, 8, 8, 8), hidden=(8, 8, 8))
-    return Network(build_encoder(name, None), config, n_genes=2, aggregation="mean").eval()
+    return Network(build_encoder(name, None), config, n_outputs=2, aggregation="mean").eval()
 
 
 def image(width: int, seed: int = 0) -> Tensor:

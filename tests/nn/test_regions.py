@@ -66,7 +66,8 @@ def test_subset_picks_and_orders(regions: Regions, data: st.DataObject) -> None:
     picked = regions.subset(index)
     assert len(picked) == len(index)
     for name in ("bounds", "centre_xy", "area"):
-        np.testing.assert_array_equal(getattr(picked, name), getattr(regions, name)[index])
+        # a product with a matrix may round otherwise for fewer rows
+        np.testing.assert_allclose(getattr(picked, name), getattr(regions, name)[index], rtol=1e-12, atol=1e-12)
     count = painted(regions.spans(0, 20, 0, 25), len(regions), 20, 25)
     np.testing.assert_array_equal(painted(picked.spans(0, 20, 0, 25), len(index), 20, 25), count[index])
 
