@@ -103,7 +103,7 @@ def _loss(predicted: Tensor, target: Tensor, sizes: Sequence[slice]) -> Tensor:
     objective, every = MsePcc(0.5), slice(None)
     parts = []
     for size in sizes:
-        n_varying = objective.n_varying(target[size])
+        n_varying = objective.n_varying([target[size]])
         parts.append(objective.part(predicted[size], target[size], Part(every, target.shape[1], n_varying, 0)))
     return torch.stack(parts).mean()
 

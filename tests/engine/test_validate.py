@@ -124,3 +124,22 @@ def test_counts_are_compared_log_normalised(make_network, learnable) -> None:
     expected = np.log1p(1e4 * measured.values[:, :2] / measured.values[:, 2:])
     assert scores.pcc > 0.9
     assert scores.mse < 0.05 * expected.var()
+
+
+def test_regions_without_counts_are_not_compared(make_network, learnable) -> None:
+    """They have no log-normalised expression; with it at 0 they would decide the correlation."""
+    slide = learnable(150, 200)
+    (measured,) = slide.measured
+    network = make_network(link="softplus")
+    network.head = Head(3, 3, "softplus")
+    objective = CountLoss("poisson", 1e4, 1, 3)
+    every = np.arange(len(measured.regions))
+    values = 50 * measured.values
+    values[every % 3 == 0] = 0
+    some = MeasuredRegions("some", measured.regions, values)
+    only = some.subset(every[every % 3 > 0])
+    found, expected = (
+        validate(network, objective, Colours(), [replace(slide, measured=(m,))], SETTINGS) for m in (some, only)
+    )
+    np.testing.assert_allclose(found.pcc_per_gene, expected.pcc_per_gene, rtol=1e-6)
+    assert found.mse == pytest.approx(expected.mse)

@@ -41,12 +41,12 @@ def whole(objective: Objective, predicted: Tensor, measured: Tensor, usual: Tens
         return Densities(usual[:, block], *(v[:, -1:] for v in (usual, predicted, measured)))
 
     blocks = [slice(a, b) for a, b in itertools.pairwise([0, *cuts, predicted.shape[1]]) if b > a]
-    n_varying = sum(objective.n_varying(measured[:, block]) for block in blocks)
+    n_varying = objective.n_varying(measured[:, block] for block in blocks)
     return sum(
         objective.part(
             predicted[:, block],
             measured[:, block],
-            Part(block, predicted.shape[1], torch.as_tensor(n_varying), 0, densities(block)),
+            Part(block, predicted.shape[1], n_varying, 0, densities(block)),
         )
         for block in blocks
     )

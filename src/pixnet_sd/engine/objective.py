@@ -54,7 +54,10 @@ class BatchLoss:
         inputs = [self.network.region_inputs(features, self.operators[k]) for k in there]
         n_rows = max(max(len(given), len(self.targets[k])) for k, given in zip(there, inputs, strict=True))
         blocks = output_blocks(self.network.head.n_outputs, n_rows)
-        varying = self._varying(there, blocks, features.device)
+        varying = [
+            self.objective.n_varying(block_of(self.targets[k], block, features.device) for block in blocks)
+            for k in there
+        ]
         if len(blocks) == 1:
             loss = self._block(blocks[0], there, inputs, varying)
             fabric.backward(loss)
@@ -72,14 +75,7 @@ class BatchLoss:
         fabric.backward(torch.stack(carried).sum())
         return total
 
-    def _varying(self, there: list[int], blocks: list[slice], device: torch.device) -> list[Tensor]:
-        """Of each size, what the objective divides by."""
-        return [
-            torch.stack([self.objective.n_varying(block_of(self.targets[k], block, device)) for block in blocks]).sum()
-            for k in there
-        ]
-
-    def _block(self, outputs: slice, there: list[int], inputs: list[Tensor], varying: list[Tensor]) -> Tensor:
+    def _block(self, outputs: slice, there: list[int], inputs: list[Tensor], varying: list[Tensor | None]) -> Tensor:
         """Share of the loss of some outputs."""
         parts = []
         for k, given, n_varying in zip(there, inputs, varying, strict=True):

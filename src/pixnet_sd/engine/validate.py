@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -96,6 +96,8 @@ class Moments:
 class _Compared:
     """Moments of one size, of all genes, some at a time; what is compared is log-normalised.
 
+    A region without counts has no log-normalised expression, and is not compared.
+
     Parameters
     ----------
     network, objective
@@ -111,15 +113,18 @@ class _Compared:
 
     def add(self, features: Tensor, operator: Operator, target: Target) -> None:
         """Take in a batch."""
-        inputs = self.network.region_inputs(features, operator)
-
-        def comparable(values: Callable[[slice], Tensor], block: slice) -> Tensor:
-            last = slice(self.network.head.n_outputs - 1, None)
-            return self.objective.comparable(values(block), values(last) if self.objective.has_total else None)
-
+        inputs, last = self.network.region_inputs(features, operator), slice(self.network.head.n_outputs - 1, None)
+        predict = partial(self.network.region_values, inputs, operator)
+        measure = partial(block_of, target, device=features.device)
+        totals: list[Tensor | None] = [None, None]
+        kept: Tensor | slice = slice(None)
+        if self.objective.has_total:
+            total = measure(last)
+            totals, kept = [predict(last), total], total[:, 0] > 0
         for block, moments in zip(self.blocks, self.moments, strict=True):
-            predicted = comparable(partial(self.network.region_values, inputs, operator), block)
-            moments.add(predicted, comparable(partial(block_of, target, device=features.device), block))
+            both = zip((predict, measure), totals, strict=True)
+            predicted, measured = (self.objective.comparable(values(block), total)[kept] for values, total in both)
+            moments.add(predicted, measured)
 
     @property
     def pcc(self) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ over groups of outputs, however they are grouped.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,7 +53,7 @@ class Part:
     n_outputs
         Of how many.
     n_varying
-        Sum of `Objective.n_varying` over all outputs, a scalar on the device.
+        `Objective.n_varying` of all outputs, on the device.
     size
         Which size the regions have.
     densities
@@ -61,7 +62,7 @@ class Part:
 
     outputs: slice
     n_outputs: int
-    n_varying: Tensor
+    n_varying: Tensor | None
     size: int
     densities: Densities | None = None
 
@@ -81,8 +82,11 @@ class Objective(nn.Module, ABC):
     has_total: bool
 
     @abstractmethod
-    def n_varying(self, measured: Tensor) -> Tensor:
-        """What the loss divides by: how many of some outputs differ between regions, a scalar."""
+    def n_varying(self, measured: Iterable[Tensor]) -> Tensor | None:
+        """What the loss divides by, from all outputs, given some at a time: how many differ between regions, a scalar.
+
+        None, and nothing is looked at, where that does not matter.
+        """
 
     @abstractmethod
     def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
@@ -113,12 +117,13 @@ class MsePcc(Objective):
         super().__init__()
         self.pcc_weight = pcc_weight
 
-    def n_varying(self, measured: Tensor) -> Tensor:
+    def n_varying(self, measured: Iterable[Tensor]) -> Tensor:
         """See `Objective.n_varying`."""
-        return varying(measured).sum() if len(measured) > 1 else measured.new_ones(())
+        return torch.stack([varying(part).sum() for part in measured]).sum()
 
     def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
         """See `Objective.part`."""
+        assert about.n_varying is not None  # it was counted
         squared = ((predicted - measured) ** 2).mean(0).sum() / about.n_outputs
         return squared + self.pcc_weight * pcc_terms(predicted, measured).sum() / about.n_varying.clamp_min(1)
 
@@ -161,9 +166,9 @@ class CountLoss(Objective):
         if kind == "nb":
             self.log_dispersion = nn.Parameter(torch.full((n_sizes, n_outputs), -2.0))
 
-    def n_varying(self, measured: Tensor) -> Tensor:
-        """See `Objective.n_varying`; a likelihood needs no such number."""
-        return measured.new_ones(())
+    def n_varying(self, measured: Iterable[Tensor]) -> None:  # noqa: ARG002 - a likelihood needs no such number
+        """See `Objective.n_varying`."""
+        return
 
     def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
         """See `Objective.part`."""

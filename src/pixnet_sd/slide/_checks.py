@@ -47,7 +47,7 @@ def check_regions_on_image(
     inside, swapped = 0.0, 0.0
     extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
     for start, box in _boxes(regions):
-        x0, y0, x1, y1 = np.ascontiguousarray(box.T)  # column by column: ten times as fast as `all(axis=1)`
+        x0, y0, x1, y1 = np.ascontiguousarray(box.T)  # numpy reduces short rows slowly
         inside += _inside((x0 + x1) / 2, (y0 + y1) / 2, width, height) / n
         swapped += _inside((x0 + x1) / 2, (y0 + y1) / 2, height, width) / n
         touches[start : start + len(box)] = (x0 < width) & (y0 < height) & (x1 > 0) & (y1 > 0)

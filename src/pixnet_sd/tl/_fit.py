@@ -95,7 +95,7 @@ def fit(
         Genes to learn; default: the `n_genes` with the highest mean expression on the training slides.
     n_genes
         How many genes, when they are not named; None: the whole transcriptome, that is all genes with at least 10
-        counts. Memory does not grow with it: many genes are taken some at a time.
+        counts; the loss takes them some at a time.
     target_sum
         Targets are ``log1p(target_sum * x / sum(x))``, natural logarithm, the sum over all genes of a region.
     encoder
@@ -113,8 +113,8 @@ def fit(
     objective
         ``"mse_pcc"``: Eq. 6, on log-normalised expression. ``"poisson"`` or ``"nb"`` (negative binomial): the
         likelihood of raw counts, whose means are sums of a density over the region, so that what is predicted adds up
-        from the smallest regions to the largest. A slide's depth (its counts per area, against the mean of all) is
-        part of the mean.
+        from the smallest regions to the largest. Genes are learnt relative to the counts that each region has, and
+        these relative to the slide's counts per area.
     aggregation
         ``"mean"`` over a region's pixels (the default), or ``"sum"`` (Eq. 5 to the letter, and what the paper's preset
         uses). Log-normalised targets do not add up, so with regions of several sizes only the mean puts them on one
