@@ -28,7 +28,7 @@ from pixnet_sd.store import _read_back, _table_writer, image_transforms, thumbna
 from pixnet_sd.store._commit import check_target, commit
 from pixnet_sd.store._disk import hold_lock, work_folder
 from pixnet_sd.store._region_writer import RegionWriter, estimate_table_bytes
-from pixnet_sd.store._rows import RowInfo, expression
+from pixnet_sd.store._rows import Expressed, RowInfo, expression
 from pixnet_sd.store._shapes import circles_element, squares_element
 from pixnet_sd.store._table import region_table
 
@@ -83,12 +83,17 @@ def makers(sdata, kind):
     return make_table, partial(squares_element, side_px=8.0, angle_rad=0.2, transforms=transforms)
 
 
+def counted(sums, weight):
+    """A layer and a column besides the values."""
+    return Expressed(np.log1p(sums), {"expected_counts": sums}, {"expected_total_counts": sums.sum(axis=1)})
+
+
 def results(sdata, writer, ids="numbers", kind="circles", aggregation="mean"):
     make_table, make_shapes = makers(sdata, kind)
     return writer.results(
         partial(describe, IDS[ids]),
         make_table=make_table,
-        express=partial(expression, aggregation=aggregation),
+        express=counted if aggregation == "counts" else partial(expression, aggregation=aggregation),
         shapes_key="pixnet_t_shapes",
         make_shapes=make_shapes,
     )
@@ -111,6 +116,10 @@ def run(sdata, ids="numbers", kind="circles", aggregation="mean", **options):
 def assert_same_table(found, expected):
     np.testing.assert_array_equal(found.X, expected.X)
     assert found.X.dtype == expected.X.dtype == np.float32
+    assert set(found.layers) == set(expected.layers)
+    for name, layer in expected.layers.items():
+        np.testing.assert_array_equal(found.layers[name], layer)
+        assert layer.any()
     pd.testing.assert_frame_equal(found.obs, expected.obs, check_exact=True)
     pd.testing.assert_frame_equal(found.var, expected.var, check_exact=True)
     np.testing.assert_array_equal(found.obsm["spatial"], expected.obsm["spatial"])
@@ -132,7 +141,12 @@ def chunks(request, monkeypatch):
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize(
     ("ids", "kind", "aggregation"),
-    [("numbers", "circles", "mean"), ("text", "squares", "sum"), ("numbers", "squares", "mean")],
+    [
+        ("numbers", "circles", "mean"),
+        ("text", "squares", "sum"),
+        ("numbers", "squares", "mean"),
+        ("text", "circles", "counts"),
+    ],
 )
 def test_streamed_equals_made_in_memory(slide, in_memory, tmp_path, user_files, ids, kind, aggregation):
     before = user_files(slide.path)
