@@ -49,10 +49,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pixnet_sd.engine import train as training
 from pixnet_sd.engine.batches import make_batch, plan_batches
 from pixnet_sd.engine.device import fixed_shapes, make_fabric
-from pixnet_sd.engine.infer import InferSettings, infer, window_side
+from pixnet_sd.engine.infer import infer
 from pixnet_sd.engine.region_plan import RegionPlan, plan_regions
 from pixnet_sd.engine.settings import TrainSettings
 from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
+from pixnet_sd.engine.visits import window_side
+from pixnet_sd.engine.window_pass import InferSettings
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.grid import Grid, Window
 from pixnet_sd.nn.lattice import Lattice

@@ -14,10 +14,12 @@ from torch.nn.functional import interpolate
 
 from pixnet_sd.engine.batches import AHEAD
 from pixnet_sd.engine.device import make_fabric
-from pixnet_sd.engine.infer import InferSettings, infer
+from pixnet_sd.engine.infer import infer
 from pixnet_sd.engine.region_plan import RegionPlan, plan_regions
+from pixnet_sd.engine.window_pass import InferSettings
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.grid import Grid, Window
+from pixnet_sd.nn.head import Factors
 from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.model import MAP_STRIDE, Network, apply_head
 from pixnet_sd.nn.receptive_field import receptive_radius_px
@@ -165,10 +167,11 @@ class ArraySink:
     done: set[Block] = field(default_factory=set)
     written: list[Block] = field(default_factory=list)
     fail_at: int | None = None
+    n_channels: int = len(GENES)
     lock: Any = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.values = np.full((len(GENES), *self.shape), np.nan, np.float32)
+        self.values = np.full((self.n_channels, *self.shape), np.nan, np.float32)
 
     @property
     def blocks(self) -> list[Block]:
@@ -188,7 +191,7 @@ class ArraySink:
             if self.fail_at == len(self.written):
                 raise OSError("no space left")
             row0, row1, col0, col1 = block
-            assert values.shape == (len(GENES), row1 - row0, col1 - col0)
+            assert values.shape == (self.n_channels, row1 - row0, col1 - col0)
             self.values[:, row0:row1, col0:col1] = values
             self.written.append(block)
 
@@ -236,6 +239,7 @@ class StoredArray:
     values: NDArray[np.float32]
     columns: int = GRID.width
     reads: int = 0
+    has_features: bool = False
 
     def covers(self, window: Window) -> bool:
         return window.col1 <= self.columns
@@ -449,6 +453,36 @@ def test_a_stored_map_gives_the_same_values(walk, stored, gene_map, tissue, kind
     again = walk(on_tissue, 64, stored=StoredArray(stored), read=reader(pixels))
     assert again.tiles_run == 0
     assert_close(again.values, found.values[~plan.on_glass], gene_map.std())
+
+
+@pytest.fixture(params=["identity", "softplus"])
+def with_factors(request, make_network, walk, tissue) -> tuple[Network, StoredArray]:
+    """A network and the factors of its map."""
+    net = make_network(link=request.param)
+    sink = ArraySink(16, n_channels=net.head.in_features + 1)
+    walk(None, 64, sink=sink, net=net, shown=Factors(net.head.in_features))
+    values = np.nan_to_num(sink.values)
+    np.testing.assert_array_equal(values[-1], tissue)
+    assert not values[:, ~tissue].any()
+    return net, StoredArray(values[:-1], has_features=True)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_stored_factors_give_map_and_regions(walk, with_factors, tissue, pooled: bool) -> None:
+    net, kept = with_factors
+    pooled = pooled and net.head.is_linear
+    regions = some_polygons()
+    on_tissue = regions.subset(np.nonzero(~plan_regions(regions, GRID, tissue, 16).on_glass)[0])
+
+    def rows() -> RowArray:
+        return RowArray(len(on_tissue), n_columns=net.head.in_features if pooled else len(GENES))
+
+    direct, sink = ArraySink(16), ArraySink(16)
+    expected = walk(on_tissue, 64, net=net, sink=direct, rows=rows(), pooled=pooled)
+    found = walk(on_tissue, 64, net=net, sink=sink, rows=rows(), pooled=pooled, stored=kept)
+    assert (found.tiles_run, found.windows_reused) == (0, kept.reads)
+    np.testing.assert_allclose(sink.values, direct.values, rtol=1e-5, atol=1e-6)
+    assert_close(found.rows.sums, expected.rows.sums, np.abs(expected.rows.sums).max())
 
 
 @pytest.mark.parametrize("columns", [0, 40, 64])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pixnet_sd.nn.head import Head, Link
+from pixnet_sd.nn.head import Factors, Head, Link
 
 
 def make(link: Link) -> Head:
@@ -54,6 +54,13 @@ def test_all_ways_give_the_same(link: Link) -> None:
     torch.testing.assert_close(chosen.select([1])(D), expected[:, [0]])
     assert not any(p.requires_grad for p in chosen.parameters())
     assert chosen.is_linear == head.is_linear == (link == "identity")
+
+
+def test_factors_are_d_and_one() -> None:
+    out = torch.empty(5, 9)
+    for found in (Factors(4).columns(D.T), Factors(4).columns(D.T, out)):
+        torch.testing.assert_close(found, torch.cat([D.T, torch.ones(1, 9)]))
+    assert out[-1].eq(1).all()
 
 
 def test_stays_float32_under_autocast() -> None:

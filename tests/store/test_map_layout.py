@@ -29,6 +29,15 @@ def test_levels_halve_exactly_and_blocks_fall_on_chunks(layout):
     assert genes * rows * cols * 4 <= 4 * 2**20
 
 
+@pytest.mark.parametrize("n_channels", [9, 33, 129, 513])
+def test_whole_channels_lie_in_one_chunk(n_channels):
+    layout = map_layout(n_channels, (3000, 3000), whole_channels=True)
+    for level in range(layout.n_levels):
+        chunks = layout.level_chunks(level)
+        assert chunks == (n_channels, layout.block_px >> level, layout.block_px >> level)
+    assert np.prod(layout.level_chunks(0)) * 4 <= 16 * 2**20
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([2, 16, 64]))
 def test_blocks_cover_every_pixel_once(height, width, block_px):

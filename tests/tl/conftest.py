@@ -74,6 +74,22 @@ def fitted(_fitted: tuple[Path, Path], tmp_path: Path) -> sd.SpatialData:
     return sd.read_zarr(tmp_path / "fitted.zarr")
 
 
+@pytest.fixture(scope="session")
+def _counted(_drawn: Path, tmp_path_factory) -> Path:
+    """Folder of a slide and of a model of its counts."""
+    folder = tmp_path_factory.mktemp("counted")
+    shutil.copytree(_drawn, folder / "slide.zarr")
+    ps.tl.fit(sd.read_zarr(folder / "slide.zarr"), checkpoint_dir=folder / "model", objective="poisson", **FAST)
+    return folder
+
+
+@pytest.fixture
+def counted(_counted: Path, tmp_path: Path) -> sd.SpatialData:
+    """Backed slide with a model of counts recorded."""
+    shutil.copytree(_counted / "slide.zarr", tmp_path / "counted.zarr")
+    return sd.read_zarr(tmp_path / "counted.zarr")
+
+
 @pytest.fixture
 def model(_fitted: tuple[Path, Path]) -> ps.PixNet:
     return ps.PixNet.load(_fitted[1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 import spatialdata as sd
@@ -12,20 +10,6 @@ from anndata import AnnData
 import pixnet_sd as ps
 
 BINS, TABLE = "sample_square_008um", "square_008um"
-
-
-@pytest.fixture(scope="module")
-def _counted(_drawn, fast, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("counted")
-    shutil.copytree(_drawn, folder / "slide.zarr")
-    ps.tl.fit(sd.read_zarr(folder / "slide.zarr"), checkpoint_dir=folder / "model", objective="poisson", **fast)
-    return folder
-
-
-@pytest.fixture
-def counted(_counted, tmp_path) -> sd.SpatialData:
-    shutil.copytree(_counted / "slide.zarr", tmp_path / "counted.zarr")
-    return sd.read_zarr(tmp_path / "counted.zarr")
 
 
 def counts(table: AnnData) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-__all__ = ["Head", "Link"]
+__all__ = ["Factors", "Head", "Link"]
 
 Link = Literal["identity", "softplus"]
 
@@ -140,3 +140,24 @@ class Head(nn.Module):
             chosen._whole.weight.data = whole.weight.detach()[-1:].float()
             chosen._whole.bias.data = whole.bias.detach()[-1:].float()
         return chosen.requires_grad_(requires_grad=False)
+
+
+class Factors:
+    """In place of a head: D as it is, and a 1, which says where tissue is once a map is 0 elsewhere.
+
+    Under a linear head any output is then the weighted sum of these, on tissue and off, and of averages as well.
+
+    Parameters
+    ----------
+    channels
+        C.
+    """
+
+    is_linear = True
+
+    def __init__(self, channels: int) -> None:
+        self.n_outputs = channels + 1
+
+    def columns(self, d: Tensor, out: Tensor | None = None) -> Tensor:
+        """D (C, n) -> D and a 1 (C + 1, n); see `Head.columns`."""
+        return torch.cat([d, d.new_ones(1, d.shape[1])], out=out)

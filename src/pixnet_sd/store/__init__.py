@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from ._commit import check_target, commit
 from ._disk import size_text
+from ._factors import FactorHead, factor_names, factors_key, head_key, read_head
 from ._gene_map import GeneMapReader, GeneMapWriter, estimate_bytes, open_map
 from ._provenance import record, recorded
-from ._raster import image_transforms, tissue_labels
+from ._raster import image_pyramid, image_transforms, map_key, tissue_labels
 from ._region_writer import RegionResults, RegionWriter, estimate_table_bytes
 from ._rows import Express, Expressed, MemoryRows, RowInfo, Rows, expression
 from ._shapes import circles_element, squares_element
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Express",
     "Expressed",
+    "FactorHead",
     "GeneMapReader",
     "GeneMapWriter",
     "MakeShapes",
@@ -40,11 +42,17 @@ __all__ = [
     "estimate_bytes",
     "estimate_table_bytes",
     "expression",
+    "factor_names",
+    "factors_key",
+    "head_key",
+    "image_pyramid",
     "image_transforms",
     "library_versions",
     "link_of",
+    "map_key",
     "open_map",
     "outputs_of",
+    "read_head",
     "record",
     "recorded",
     "region_table",

@@ -82,6 +82,7 @@ class GeneMapWriter:
         image_key: str,
         fingerprint: str,
         block_px: int | None = None,
+        whole_channels: bool = False,
         overwrite: bool = False,
     ) -> GeneMapWriter:
         """Start a gene map, or take up a partial one.
@@ -103,7 +104,10 @@ class GeneMapWriter:
         fingerprint
             Text that is equal for two runs exactly when their values would be (model, slide, settings).
         block_px
-            Side of a block, a power of two; default: the largest up to 512 with at most 64 MiB a block.
+            Side of a block, a power of two; default: the largest up to 512 with at most 64 MiB a block, 16 MiB with
+            `whole_channels`.
+        whole_channels
+            Whether channels are needed all at once, as factors are.
         overwrite
             Whether an image of that name may be replaced.
 
@@ -117,7 +121,7 @@ class GeneMapWriter:
         if len(set(genes)) != len(genes):
             twice = sorted({gene for gene in genes if list(genes).count(gene) > 1})
             raise DataError(f"Genes named twice: {', '.join(twice[:5])}. Channel names have to be unique.")
-        layout = map_layout(len(genes), shape, block_px)
+        layout = map_layout(len(genes), shape, block_px, whole_channels=whole_channels)
         check_target(sdata, {key: "images"}, overwrite=overwrite)
         transforms = map_transforms(image_transforms(sdata, image_key), pitch_image_px)
         store = local_store(sdata)

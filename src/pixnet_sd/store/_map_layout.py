@@ -19,6 +19,7 @@ Block = tuple[int, int, int, int]
 MAX_BLOCK_PX = 512
 MIN_BLOCK_PX = 32
 MAX_BLOCK_BYTES = 64 * 2**20
+MAX_CHUNK_BYTES = 16 * 2**20
 COARSEST_PX = 512
 CHUNK_BYTES = 4 * 2**20
 CHUNK_GENES = 8
@@ -39,6 +40,8 @@ class MapLayout:
         Side of a block, a power of two.
     n_levels
         Levels, the full one included, at least 2.
+    whole_channels
+        Whether a chunk holds all channels: of factors all are needed at once, of genes a few.
     """
 
     n_genes: int
@@ -46,6 +49,7 @@ class MapLayout:
     width: int
     block_px: int
     n_levels: int
+    whole_channels: bool = False
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -61,6 +65,8 @@ class MapLayout:
     def level_chunks(self, level: int) -> tuple[int, int, int]:
         """Chunk shape of a level: one block wide; more channels the coarser, to keep the number of files down."""
         height, width = (min(self.block_px, side) for side in self.padded)
+        if self.whole_channels:
+            return self.n_genes, height >> level, width >> level
         fitting = max(1, CHUNK_BYTES // (height * width * FLOAT_BYTES))
         genes = min(fitting, CHUNK_GENES) << level
         return min(self.n_genes, genes), height >> level, width >> level
@@ -80,15 +86,17 @@ class MapLayout:
         return sum(FLOAT_BYTES * _product(self.level_shape(level)) for level in range(self.n_levels))
 
 
-def default_block_px(n_genes: int) -> int:
-    """Largest power of two in 32 … 512 for which a block of ``n_genes`` float32 channels takes at most 64 MiB."""
+def default_block_px(n_genes: int, max_bytes: int = MAX_BLOCK_BYTES) -> int:
+    """Largest power of two in 32 … 512 for which a block of ``n_genes`` float32 channels is not too large."""
     block_px = MAX_BLOCK_PX
-    while block_px > MIN_BLOCK_PX and n_genes * block_px * block_px * FLOAT_BYTES > MAX_BLOCK_BYTES:
+    while block_px > MIN_BLOCK_PX and n_genes * block_px * block_px * FLOAT_BYTES > max_bytes:
         block_px //= 2
     return block_px
 
 
-def map_layout(n_genes: int, shape: tuple[int, int], block_px: int | None = None) -> MapLayout:
+def map_layout(
+    n_genes: int, shape: tuple[int, int], block_px: int | None = None, *, whole_channels: bool = False
+) -> MapLayout:
     """Layout of a map of ``n_genes`` over ``shape`` (height, width) map pixels.
 
     Levels are added until the longer side is at most 512 pixels, but no more than a block can be halved.
@@ -101,13 +109,14 @@ def map_layout(n_genes: int, shape: tuple[int, int], block_px: int | None = None
     height, width = shape
     if n_genes < 1 or height < 1 or width < 1:
         raise StoreError(f"A gene map of {n_genes} genes over {height} × {width} pixels is empty.")
-    block = default_block_px(n_genes) if block_px is None else block_px
+    most = MAX_CHUNK_BYTES if whole_channels else MAX_BLOCK_BYTES
+    block = default_block_px(n_genes, most) if block_px is None else block_px
     if block < 2 or block & (block - 1):
         raise StoreError(f"block_px is {block}; it has to be a power of two, at least 2.")
     halvings = 1
     while -(-max(height, width) >> halvings) > COARSEST_PX and 2 << halvings <= block:
         halvings += 1
-    return MapLayout(n_genes, height, width, block, halvings + 1)
+    return MapLayout(n_genes, height, width, block, halvings + 1, whole_channels)
 
 
 def estimate_bytes(n_genes: int, height: int, width: int) -> int:

@@ -12,8 +12,7 @@ import dask.array as da
 import numpy as np
 import zarr
 from spatialdata.models import Image2DModel
-from spatialdata.transformations import BaseTransformation, set_transformation
-from xarray import DataArray, Dataset, DataTree
+from spatialdata.transformations import BaseTransformation
 
 from pixnet_sd._errors import StoreError
 from pixnet_sd._logging import logger
@@ -22,9 +21,12 @@ from ._commit import Staged, consolidate, write_scratch_store
 from ._disk import read_json, size_text, write_json
 from ._done_log import DoneLog
 from ._memory import available_memory
+from ._raster import image_pyramid
 from ._stretch import stretch
 
 if TYPE_CHECKING:
+    from xarray import DataTree
+
     from ._map_layout import Block, MapLayout
 
 __all__ = ["DiskSink", "MapSink", "MemorySink"]
@@ -74,16 +76,8 @@ class MemorySink:
 
     def element(self, genes: Sequence[str], transforms: Mapping[str, BaseTransformation]) -> DataTree:
         """Multiscale image as `spatialdata.read_zarr` would return it, over the arrays in memory."""
-        nodes = {}
-        for k, array in enumerate(self.levels):
-            centres = {d: (np.arange(n) + 0.5) * 2.0**k for d, n in zip("yx", array.shape[1:], strict=True)}
-            data = da.from_array(array, chunks=self.layout.level_chunks(k))
-            image = DataArray(data, dims=("c", "y", "x"), coords={"c": list(genes), **centres}, name="image")
-            nodes[f"scale{k}"] = Dataset({"image": image})
-        tree = DataTree.from_dict(nodes)
-        set_transformation(tree, dict(transforms), set_all=True)
-        Image2DModel().validate(tree)
-        return tree
+        levels = (da.from_array(array, chunks=self.layout.level_chunks(k)) for k, array in enumerate(self.levels))
+        return image_pyramid(levels, genes, transforms)
 
 
 class DiskSink:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from spatialdata.models import Labels2DModel
-from spatialdata.transformations import BaseTransformation, Scale, Sequence, get_transformation
+from spatialdata.models import Image2DModel, Labels2DModel
+from spatialdata.transformations import BaseTransformation, Scale, Sequence, get_transformation, set_transformation
+from xarray import DataArray, Dataset, DataTree
 
 from ._map_layout import map_layout
 
@@ -15,7 +16,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata import SpatialData
 
-__all__ = ["image_transforms", "map_transforms", "tissue_labels"]
+__all__ = ["image_pyramid", "image_transforms", "map_key", "map_transforms", "tissue_labels"]
+
+
+def map_key(key_added: str) -> str:
+    """Name of the image of a gene map."""
+    return f"{key_added}_map"
+
+
+def image_pyramid(
+    levels: Iterable[Any], channels: Iterable[str], transforms: Mapping[str, BaseTransformation]
+) -> DataTree:
+    """Multiscale image, as `spatialdata.read_zarr` would return it, over dask arrays that halve from level to level."""
+    nodes = {}
+    for k, array in enumerate(levels):
+        centres = {d: (np.arange(n) + 0.5) * 2.0**k for d, n in zip("yx", array.shape[1:], strict=True)}
+        image = DataArray(array, dims=("c", "y", "x"), coords={"c": list(channels), **centres}, name="image")
+        nodes[f"scale{k}"] = Dataset({"image": image})
+    tree = DataTree.from_dict(nodes)
+    set_transformation(tree, dict(transforms), set_all=True)
+    Image2DModel().validate(tree)
+    return tree
 
 
 def image_transforms(sdata: SpatialData, image_key: str) -> dict[str, BaseTransformation]:

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import ElementError, PixNetError
-from pixnet_sd.engine.infer import BlockSink
+from pixnet_sd.engine.sinks import BlockSink
 from pixnet_sd.nn.grid import Window
 from pixnet_sd.nn.model import MAP_STRIDE
 from pixnet_sd.slide import Slide, affine_matrix
 from pixnet_sd.store import GeneMapReader, GeneMapWriter, ModelRecord, open_map, recorded
 
-__all__ = ["CoarseSink", "MapInfo", "ReusedMap", "find_map", "map_factor", "map_info", "sink_of"]
+__all__ = ["CoarseSink", "MapInfo", "ReusedMap", "find_factors", "find_map", "map_factor", "map_info", "sink_of"]
 
 
 @dataclass(frozen=True)
@@ -80,25 +80,31 @@ def _overview(slide: Slide) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class ReusedMap:
-    """A native gene map that was written by an earlier call with the same model and slide.
+    """A native gene map, or its factors, written by an earlier call with the same model and slide.
 
     Attributes
     ----------
+    key
+        Its name.
     reader
         Its pixels.
     channels
-        Channel of each gene that is asked for.
+        Those of the genes that are asked for, or of D.
+    has_features
+        Whether it is D.
     """
 
+    key: str
     reader: GeneMapReader
     channels: list[int]
+    has_features: bool = False
 
     def covers(self, window: Window) -> bool:
         """Whether the map reaches over a window; all of it was predicted."""
         return window.row1 <= self.reader.shape[0] and window.col1 <= self.reader.shape[1]
 
     def read(self, window: Window) -> NDArray[np.float32]:
-        """Values (genes, rows, columns) of a window."""
+        """Values (genes, rows, columns) of a window, or D (C, rows, columns)."""
         return self.reader.read(*window, self.channels)
 
 
@@ -108,13 +114,23 @@ def find_map(sdata: SpatialData, key: str, info: MapInfo, genes: Sequence[str], 
     That takes the same model, image and tissue, the native pitch (a coarser map has lost what the bilinear resize
     needs), all of the genes, and an image that was not aligned anew since.
     """
+    reader = _reader(sdata, key, info, slide)
+    if reader is None or not set(genes) <= set(reader.genes):
+        return None
+    return ReusedMap(key, reader, [reader.genes.index(gene) for gene in genes])
+
+
+def find_factors(sdata: SpatialData, key: str, info: MapInfo, slide: Slide) -> ReusedMap | None:
+    """The factors of an earlier call, under the same conditions; any genes can be had from them."""
+    reader = _reader(sdata, key, info, slide)
+    return None if reader is None else ReusedMap(key, reader, list(range(len(reader.genes) - 1)), has_features=True)
+
+
+def _reader(sdata: SpatialData, key: str, info: MapInfo, slide: Slide) -> GeneMapReader | None:
     found = recorded(sdata, "maps", key)
     if not found or key not in sdata.images or found.get("fingerprint") != info.fingerprint or found.get("factor") != 1:
         return None
-    reader = open_map(sdata, key)
-    if not set(genes) <= set(reader.genes) or not _lies_on(sdata, key, slide):
-        return None
-    return ReusedMap(reader, [reader.genes.index(gene) for gene in genes])
+    return open_map(sdata, key) if _lies_on(sdata, key, slide) else None
 
 
 def _lies_on(sdata: SpatialData, key: str, slide: Slide) -> bool:

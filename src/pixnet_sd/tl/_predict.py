@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import CheckpointError, DataError, PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
-from pixnet_sd.engine.infer import Inference, InferSettings, infer, window_side
-from pixnet_sd.engine.region_plan import RegionPlan, plan_regions
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.head import Head
-from pixnet_sd.nn.model import MAP_STRIDE
-from pixnet_sd.nn.regions import Circles
+from pixnet_sd.engine.window_pass import InferSettings
 from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
-from pixnet_sd.store import (
-    GeneMapWriter,
-    PixNet,
-    RegionResults,
-    RegionWriter,
-    check_target,
-    commit,
-    image_transforms,
-    outputs_of,
-    recorded,
-    region_table,
-    thumbnail,
-    tissue_labels,
-)
+from pixnet_sd.store import PixNet, recorded
 
-from ._announce import announce
-from ._express import Units, express, units_of
-from ._map_request import MapInfo, ReusedMap, find_map, map_factor, map_info, sink_of
+from ._map_request import map_factor, map_info
+from ._predict_job import PredictJob
 from ._recipe import check_tile_px
-from ._region_request import RegionRequest, request_regions
+from ._region_request import request_regions
 
 __all__ = ["predict"]
 
 _TILE_PX = 1024
 _BATCH_SIZE = {"cuda": 4}
-_BLOCK_PX = 512  # native map pixels that a block of a coarser map may span
 
 
 def predict(
@@ -70,6 +44,7 @@ def predict(
     allow_any_mpp: bool = False,
     map_um: float | None = None,
     write_map: bool = True,
+    store: Literal["map", "factors"] = "map",
     tile_px: int | None = None,
     batch_size: int | None = None,
     n_symmetries: Literal[1, 4, 8] = 1,
@@ -107,6 +82,10 @@ def predict(
         Pixel size of the map, a whole multiple of the native one (4 times the model's working µm per pixel).
     write_map
         Write the map; False predicts regions only.
+    store
+        What of the map is written: ``"map"``, all genes, ready to be plotted; or ``"factors"``, the C channels of the
+        feature map that all genes are made of, for any number of genes in the room of C.
+        :func:`~pixnet_sd.get.gene_map` makes genes of either.
     tile_px
         Side of a tile, working pixels; decides about memory, not about the result (for encoders with global
         operations it does, and the training tile size is the default). Default 1024.
@@ -128,8 +107,12 @@ def predict(
     Nothing; adds to `sdata`, and to its store when backed:
 
     ``images["{key_added}_map"]``
-        Gene map, multiscale, float32, ``c`` = genes, 0 off tissue: log-normalised expression, or of a model of counts
-        densities in counts per µm², with one more channel ``total_counts``; with ``labels["{key_added}_map_tissue"]``.
+        Gene map (``store="map"``), multiscale, float32, ``c`` = genes, 0 off tissue: log-normalised expression, or of a
+        model of counts densities in counts per µm², with one more channel ``total_counts``; with
+        ``labels["{key_added}_map_tissue"]``.
+    ``images["{key_added}_factors"]``, ``tables["{key_added}_factors_head"]``
+        Factors (``store="factors"``), multiscale, float32, 0 off tissue, the last channel 1 on tissue, and the weights
+        that make genes of them, for all genes of the model; with ``labels["{key_added}_factors_tissue"]``.
     ``tables["{key_added}_circles_8um"]``, ``shapes["{key_added}_circles_8um_shapes"]``
         For ``radius_um=8``; ``_bins_8um`` for ``bin_um=8``.
     ``tables["{key_added}_{shapes_key}"]``
@@ -182,203 +165,19 @@ def predict(
     )
     if request is None and not write_map:
         raise PixNetError("Nothing to predict: write_map=False and no radius_um, bin_um or shapes_key.")
+    factor = _factor(store, map_um, slide)
     batch_size = _BATCH_SIZE.get(fabric.device.type, 1) if batch_size is None else batch_size
     settings = _settings(found, tile_px, batch_size, n_symmetries)
     info = map_info(
         found.record,
         slide,
         tissue,
-        factor=map_factor(map_um, slide),
+        factor=factor,
         n_symmetries=n_symmetries,
         tile_px=settings.tile_px,
     )
-    job = _Job(sdata, found, slide, tissue, request, index, names, info, f"{key_added}_map", overwrite)
+    job = PredictJob(sdata, found, slide, tissue, request, index, names, info, key_added, store, overwrite)
     job.run(settings, fabric, write_map=write_map, show_progress_bar=show_progress_bar)
-
-
-@dataclass
-class _Job:
-    """One call's pass over the slide and what comes of it."""
-
-    sdata: SpatialData
-    model: PixNet
-    slide: Slide
-    tissue: NDArray[np.bool_]
-    request: RegionRequest | None
-    index: NDArray[np.intp]
-    genes: list[str]
-    info: MapInfo
-    map_key: str
-    overwrite: bool
-
-    def run(self, settings: InferSettings, fabric: Fabric, *, write_map: bool, show_progress_bar: bool) -> None:
-        """Check that results can be written, predict, and write them all at once."""
-        reused = find_map(self.sdata, self.map_key, self.info, self.outputs, self.slide)
-        write_map = write_map and not (reused is not None and self.info.factor == 1)
-        if reused is not None and self.request is None and not write_map:
-            logger.info("the gene map %r of this model and slide is there already", self.map_key)
-            return
-        check_target(self.sdata, self._names(write_map), overwrite=self.overwrite)
-        # what takes less room is summed up over the regions
-        n_columns, head = len(self.outputs), self._head()
-        if reused is None and head.is_linear:
-            n_columns = min(n_columns, head.in_features)
-        with ExitStack() as stack:
-            blocks = stack.enter_context(self._map_writer()) if write_map else None
-            side = window_side(settings.tile_px // MAP_STRIDE, self._block_px(blocks))
-            rows = None
-            if self.request is not None:
-                rows = stack.enter_context(self._region_writer(self.request, n_columns, side, blocks))
-            plan = self._plan(side)
-            found = infer(
-                self.model.network,
-                self.slide.read,
-                plan,
-                head=head,
-                fabric=fabric,
-                settings=settings,
-                blocks=sink_of(blocks, self.info.factor, self.slide.map_shape) if blocks is not None else None,
-                block_px=self._block_px(blocks),
-                rows=rows,
-                pooled=n_columns < len(self.outputs),
-                stored=reused,
-                announce=partial(announce, blocks, rows),
-                show_progress_bar=show_progress_bar,
-            )
-            self._say_reused(reused, plan, found)
-            self._commit(blocks, rows, plan.on_glass)
-
-    @property
-    def outputs(self) -> list[str]:
-        """What the map holds: the genes, and of counts their sum over all genes."""
-        return outputs_of(self.genes, self.model.record.objective)
-
-    @property
-    def units(self) -> Units:
-        """What the numbers are."""
-        return units_of(self.model.record)
-
-    def _head(self) -> Head:
-        """For the outputs; densities per µm²."""
-        head, n_genes = self.model.network.head, len(self.model.genes)
-        index = np.append(self.index, np.arange(n_genes, head.n_outputs))
-        return head.select(index, scale=self.model.record.working_mpp**-2)
-
-    def _names(self, write_map: bool) -> dict[str, str]:
-        names = {self.map_key: "images", f"{self.map_key}_tissue": "labels"} if write_map else {}
-        if self.request is not None:
-            names[self.request.table_key] = "tables"
-            if self.request.make_shapes is not None:
-                names[self.request.element_key] = "shapes"
-        return names
-
-    def _plan(self, side: int) -> RegionPlan:
-        height, width = self.slide.map_shape
-        regions = self.request.regions if self.request is not None else Circles(np.empty((0, 2)), np.empty(0))
-        return plan_regions(regions, Grid(height, width, MAP_STRIDE), self.tissue, side)
-
-    def _block_px(self, blocks: GeneMapWriter | None) -> int | None:
-        """Side of the map's blocks in native map pixels."""
-        return None if blocks is None else blocks.layout.block_px * self.info.factor
-
-    def _map_writer(self) -> GeneMapWriter:
-        height, width = (-(-size // self.info.factor) for size in self.slide.map_shape)
-        pitch_um = MAP_STRIDE * self.slide.working_mpp * self.info.factor
-        return GeneMapWriter.open(
-            self.sdata,
-            key=self.map_key,
-            genes=self.outputs,
-            shape=(height, width),
-            pitch_image_px=pitch_um / self.slide.mpp,
-            image_key=self.slide.image_key,
-            fingerprint=self.info.fingerprint,
-            block_px=None if self.info.factor == 1 else _power_of_two(_BLOCK_PX // self.info.factor),
-            overwrite=self.overwrite,
-        )
-
-    def _region_writer(
-        self, request: RegionRequest, n_columns: int, side: int, blocks: GeneMapWriter | None
-    ) -> RegionWriter:
-        parts = [self.info.fingerprint, request.hash(), side]
-        return RegionWriter.open(
-            self.sdata,
-            table_key=request.table_key,
-            shapes_key=None if request.make_shapes is None else request.element_key,
-            n_regions=len(request.regions),
-            genes=self.genes,
-            n_columns=n_columns,
-            n_layers=len(self.units.layers),
-            fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
-            overwrite=self.overwrite,
-            also_needed=0 if blocks is None else blocks.missing_bytes,
-        )
-
-    def _say_reused(self, reused: ReusedMap | None, plan: RegionPlan, found: Inference) -> None:
-        if reused is None or self.request is None:
-            return
-        logger.info(
-            "gene map %r reused for the regions: %d tiles run, %d windows read back",
-            *(self.map_key, found.tiles_run, found.windows_reused),
-        )
-        if plan.on_glass.any():
-            logger.info("%d regions lie off tissue, where the map is 0: their tiles are run", plan.on_glass.sum())
-
-    def _commit(self, blocks: GeneMapWriter | None, rows: RegionWriter | None, on_glass: NDArray[np.bool_]) -> None:
-        """Write everything, and note where it comes from."""
-        results = RegionResults()
-        notes: dict[str, dict[str, Any]] = {}
-        if rows is not None and self.request is not None:
-            results = self._region_results(self.request, rows, on_glass)
-            notes["tables"] = {self.request.table_key: self._provenance() | self.units.table}
-        if blocks is None:
-            commit(
-                self.sdata,
-                results.elements,
-                overwrite=self.overwrite,
-                staged=results.staged,
-                provenance=notes,
-                cleanup=results.cleanup,
-            )
-            return
-        pitch = MAP_STRIDE * self.slide.working_scale
-        transforms = image_transforms(self.sdata, self.slide.image_key)
-        tissue = tissue_labels(self.tissue, pitch, transforms)
-        notes["maps"] = {self.map_key: self._provenance() | {"units": self.units.map} | asdict(self.info)}
-        blocks.commit({f"{self.map_key}_tissue": tissue}, results, provenance=notes)
-
-    def _region_results(self, request: RegionRequest, rows: RegionWriter, on_glass: NDArray[np.bool_]) -> RegionResults:
-        make_table = partial(
-            region_table,
-            genes=self.genes,
-            region=request.element_key,
-            spot_diameter_px=request.diameter_um / self.slide.mpp,
-            picture=thumbnail(self.sdata, self.slide.image_key),
-            library_id=self.slide.coordinate_system,
-            var=self.model.record.var,
-            uns={"pixnet_sd": self._provenance() | self.units.table},
-        )
-        return rows.results(
-            partial(request.describe, on_glass),
-            make_table=make_table,
-            express=express(self.model, self.index, rows.n_columns),
-            shapes_key=None if request.make_shapes is None else request.element_key,
-            make_shapes=request.make_shapes,
-        )
-
-    def _provenance(self) -> dict[str, Any]:
-        record = self.model.record
-        return {
-            "model_sha256": record.weights_sha256,
-            "image": self.slide.image_key,
-            "coordinate_system": self.slide.coordinate_system,
-            "mpp": self.slide.mpp,
-            "mpp_rule": self.slide.mpp_rule,
-            "working_mpp": record.working_mpp,
-            "objective": record.objective,
-            "aggregation": record.aggregation,
-            "target_sum": record.target_sum,
-            "log_base": record.log_base,
-        }
 
 
 def _model(sdata: SpatialData, model: PixNet | str | Path | None) -> PixNet:
@@ -404,6 +203,16 @@ def _recorded_folder(sdata: SpatialData) -> Path:
             "that it was moved to, or train again with fit(sdata)."
         )
     return Path(folder)
+
+
+def _factor(store: str, map_um: float | None, slide: Slide) -> int:
+    """Native map pixels per pixel of what is stored."""
+    if store not in ("map", "factors"):
+        raise PixNetError(f"store={store!r}: known are 'map' and 'factors'.")
+    factor = map_factor(map_um, slide)
+    if store == "factors" and factor != 1:
+        raise PixNetError(f"Factors are kept at the native pitch only: leave out map_um={map_um:g} or store.")
+    return factor
 
 
 def _genes(model: PixNet, genes: Sequence[str] | None) -> tuple[NDArray[np.intp], list[str]]:
@@ -438,8 +247,3 @@ def _settings(model: PixNet, tile_px: int | None, batch_size: int, n_symmetries:
     if n_symmetries not in (1, 4, 8) or batch_size < 1:
         raise PixNetError(f"n_symmetries={n_symmetries} must be 1, 4 or 8, and batch_size={batch_size} at least 1.")
     return InferSettings(tile_px, record.halo_px, batch_size, n_symmetries)
-
-
-def _power_of_two(value: float) -> int:
-    """Largest power of two not above a value, at least 32."""
-    return max(32, 1 << max(int(value), 1).bit_length() - 1)

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import dask.array as da
+import numpy as np
+import pytest
+import spatialdata as sd
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from spatialdata.transformations import Scale, get_transformation
+
+import pixnet_sd as ps
+from pixnet_sd._errors import DataError, ElementError
+from pixnet_sd.store import FactorHead, factor_names, image_pyramid
+
+RNG = np.random.default_rng(0)
+TRANSFORMS = {"global": Scale([2, 2], axes=("x", "y"))}
+
+
+def pyramid(values: np.ndarray, channels: list[str]):
+    levels = [values, values.reshape(len(values), 4, 2, 6, 2).mean(axis=(2, 4))]
+    return image_pyramid([da.from_array(level, chunks=(2, 2, 3)) for level in levels], channels, TRANSFORMS)
+
+
+def head(link: str) -> FactorHead:
+    weight, bias = RNG.normal(size=(3, 4)).astype(np.float32), RNG.normal(size=3).astype(np.float32)
+    unit = np.array([0.5, 2, 3], np.float32) if link == "softplus" else None
+    return FactorHead(["A", "B", "total_counts"], weight, bias, unit)
+
+
+def with_factors(link: str, key_added: str = "pixnet") -> tuple[sd.SpatialData, FactorHead]:
+    tissue = np.ones((8, 12), np.float32)
+    tissue[:3, :5] = 0
+    factors = np.concatenate([RNG.normal(size=(4, 8, 12)) * tissue, tissue[None]]).astype(np.float32)
+    made = head(link)
+    elements = {f"{key_added}_factors": pyramid(factors, factor_names(4)), f"{key_added}_factors_head": made.table("u")}
+    return sd.SpatialData.init_from_elements(elements), made
+
+
+def literal(made: FactorHead, factors: np.ndarray) -> np.ndarray:
+    """Pixel by pixel in float64, as the network defines it."""
+    out = np.zeros((3, *factors.shape[1:]))
+    for y, x in np.ndindex(factors.shape[1:]):
+        linear = made.weight.astype(float) @ factors[:-1, y, x] + made.bias
+        if made.unit is not None:
+            linear = np.log1p(np.exp(linear + np.log(np.e - 1)))
+            linear = made.unit * linear * np.array([linear[-1], linear[-1], 1])
+        out[:, y, x] = linear * factors[-1, y, x]
+    return out
+
+
+@pytest.mark.parametrize("link", ["identity", "softplus"])
+def test_genes_of_factors(link) -> None:
+    sdata, made = with_factors(link)
+    factors = sdata.images["pixnet_factors"]["scale0"]["image"].values
+    expected = literal(made, factors)
+    found = ps.get.gene_map(sdata)
+    np.testing.assert_allclose(found["scale0"]["image"].values, expected, rtol=1e-5, atol=1e-6)
+    halved = expected.reshape(3, 4, 2, 6, 2).mean(axis=(2, 4))
+    np.testing.assert_allclose(found["scale1"]["image"].values, halved, rtol=1e-5, atol=1e-6)
+    assert list(found["scale1"]["image"].c.values) == made.genes
+    assert get_transformation(found, get_all=True).keys() == {"global"}
+    one = ps.get.gene_map(sdata, "B")["scale0"]["image"]
+    assert one.dtype == np.float32
+    np.testing.assert_allclose(one.values, expected[[1]], rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    arrays(np.float32, (5, 2, 2), elements=st.floats(-1e3, 1e3, width=32)), st.sampled_from(["identity", "softplus"])
+)
+def test_values_are_those_of_the_network(factors, link) -> None:
+    """`nn.head.Head` and the torch-free way are one function."""
+    import torch
+
+    from pixnet_sd.nn.head import Head
+
+    factors[-1] = 1
+    made, network = head(link), Head(4, 3, link)
+    network.weight.data, network.bias.data = torch.from_numpy(made.weight), torch.from_numpy(made.bias)
+    if made.unit is not None:
+        network.unit.copy_(torch.from_numpy(made.unit))
+    with torch.no_grad():
+        expected = network.columns(torch.from_numpy(factors[:-1].reshape(4, -1))).reshape(3, 2, 2).numpy()
+    np.testing.assert_allclose(made.values(factors, np.arange(3)), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_nothing_is_read_before_pixels_are() -> None:
+    sdata, _ = with_factors("identity")
+    read = []
+
+    def noted(block):
+        if block.size:
+            read.append(block.shape)
+        return block
+
+    element = sdata.images["pixnet_factors"]
+    for level in element.children:
+        image = element[level]["image"]
+        image.data = image.data.map_blocks(noted, meta=np.empty((0, 0, 0), np.float32))
+    found = ps.get.gene_map(sdata, ["A"])["scale0"]["image"]
+    assert not read
+    found[:, :2, :3].compute()
+    assert sum(shape[0] for shape in read) == 5  # all channels of one block
+    assert {shape[1:] for shape in read} == {(2, 3)}
+
+
+def test_genes_of_a_map() -> None:
+    values = RNG.normal(size=(3, 8, 12)).astype(np.float32)
+    sdata = sd.SpatialData.init_from_elements({"mine_map": pyramid(values, ["A", "B", "C"])})
+    found = ps.get.gene_map(sdata, ["C", "A", "C"], key_added="mine")
+    np.testing.assert_array_equal(found["scale0"]["image"].values, values[[2, 0]])
+    with pytest.raises(DataError, match="1 of 1 genes are not in the gene map 'mine_map': 'D'"):
+        ps.get.gene_map(sdata, "D", key_added="mine")
+
+
+def test_factors_have_what_the_map_lacks() -> None:
+    sdata, made = with_factors("identity")
+    sdata.images["pixnet_map"] = pyramid(RNG.normal(size=(1, 8, 12)).astype(np.float32), ["A"])
+    stored = sdata.images["pixnet_map"]["scale0"]["image"].values
+    np.testing.assert_array_equal(ps.get.gene_map(sdata, "A")["scale0"]["image"].values, stored)
+    assert list(ps.get.gene_map(sdata, "B")["scale0"]["image"].c.values) == ["B"]
+    assert list(ps.get.gene_map(sdata)["scale0"]["image"].c.values) == made.genes
+
+
+def test_refusals() -> None:
+    sdata, _ = with_factors("identity")
+    with pytest.raises(ElementError, match="neither a gene map 'other_map' nor factors 'other_factors'"):
+        ps.get.gene_map(sdata, "A", key_added="other")
+    with pytest.raises(DataError, match="names no gene"):
+        ps.get.gene_map(sdata, [])
+    with pytest.raises(DataError, match="Z"):
+        ps.get.gene_map(sdata, "Z")
+    table = sdata.tables["pixnet_factors_head"]
+    sdata.tables["pixnet_factors_head"] = table[:, :2].copy()
+    with pytest.raises(DataError, match="does not hold the weights for the 5 channels"):
+        ps.get.gene_map(sdata, "A")
+    del sdata.tables["pixnet_factors_head"]
+    with pytest.raises(ElementError, match="needs the table 'pixnet_factors_head'"):
+        ps.get.gene_map(sdata, "A")
+    sdata.images["pixnet_map"] = sdata.images["pixnet_factors"]["scale0"]["image"]
+    del sdata.images["pixnet_factors"]
+    with pytest.raises(ElementError, match="not multiscale"):
+        ps.get.gene_map(sdata, "A")
