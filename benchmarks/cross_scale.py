@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import matplotlib as mpl
 import numpy as np
@@ -44,9 +43,9 @@ from cross_scale_slides import (
     varying_genes,
 )
 from her2st import ENCODER, packaged_weights, scores
+from shared_pyramids import shared_pyramids
 
 import pixnet_sd as ps
-from pixnet_sd.engine.pyramids import PyramidCache
 from pixnet_sd.nn.encoder import build_encoder
 
 mpl.use("Agg")
@@ -102,7 +101,7 @@ class Bench:
         """All objectives of PixNet, trained on some tables."""
         for name, options in MODELS.items():
             started = time.monotonic()
-            with mock.patch("pixnet_sd.engine.features.PyramidCache", self._shared(trained)):
+            with shared_pyramids(self.folder / "pyramids" / trained):
                 model = ps.tl.fit(
                     self.training,
                     table_key=tables,
@@ -118,19 +117,6 @@ class Bench:
             print(
                 f"({part}) {trained}: {name} {fitted:.0f} s + {time.monotonic() - started - fitted:.0f} s", flush=True
             )
-
-    def _shared(self, trained: str) -> type[PyramidCache]:
-        """A frozen encoder's maps are the same for all objectives: they are made once."""
-        folder = self.folder / "pyramids" / trained
-
-        class Shared(PyramidCache):
-            def __init__(self, encoder: Any, _directory: Path, stain_jitter: float, seed: int) -> None:
-                super().__init__(encoder, folder, stain_jitter, seed)
-
-            def clear(self) -> None:
-                pass
-
-        return Shared
 
     def _predict(
         self, sdata: sd.SpatialData, model: ps.PixNet, tests: list[TestRegions], about: dict[str, Any]

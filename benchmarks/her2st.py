@@ -1,6 +1,8 @@
 """PixNet on real tumour sections, leave one section out, beside two baselines on the same frozen encoder.
 
     python benchmarks/her2st.py --data ../shared/data/her2st
+    python benchmarks/her2st.py --data ../shared/data/her2st --ablation            # other objectives and settings
+    python benchmarks/her2st.py --data ../shared/data/her2st --ablation --trials   # what settings were chosen by
 
 C2, C3 and C4 (neighbouring sections of one patient) are left out in turn; B4 (another patient, a tenth of the counts)
 is always in training. Genes, the strength of the ridge and all else are chosen on the training sections. Encoder:
@@ -10,6 +12,9 @@ is always in training. Genes, the strength of the ridge and all else are chosen 
 - ridge: linear regression on the encoder's four feature maps, pooled over the spot, over a 224 µm window around it, or
   both; the strength with the best mean PCC over left-out *training* sections.
 - PixNet: ``pixnet_sd.tl.fit`` and ``tl.predict``, nothing else.
+
+Settings of PixNet are chosen in trials in which C3 is predicted from B4 and C4, and C4 from B4 and C3. C2 takes no part
+in them, so its row is the one that no choice has seen.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +34,7 @@ import spatialdata as sd
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from shared_pyramids import shared_pyramids
 
 import pixnet_sd as ps
 from pixnet_sd.nn.aggregation import build_operator
@@ -50,12 +57,24 @@ PIXNET: dict[str, Any] = {
     "tile_px": 3072,  # the spots of a section fit into one tile
     "batch_size": 1,
     "decoder_width": 128,
+    "pcc_weight": 2.0,
     "max_epochs": 60,
     "lr": 2e-3,
     "weight_decay": 1e-2,
     "validation": None,
 }
-N_SYMMETRIES = 4
+N_SYMMETRIES = 8
+FITS: dict[str, dict[str, Any]] = {
+    "PixNet": {},
+    "PixNet, λ = 0.5": {"pcc_weight": 0.5},
+    "PixNet, sum": {"aggregation": "sum"},
+    "PixNet, poisson": {"objective": "poisson"},
+    "PixNet, nb": {"objective": "nb"},
+}
+"""Models that are trained, and what of `PIXNET` is different; with `--ablation` all of them."""
+FEWER_SYMMETRIES = (1, 4)
+"""The first model is also predicted with these, with `--ablation`."""
+TRIALS = {"C3": ["B4", "C4"], "C4": ["B4", "C3"]}
 
 Array = NDArray[np.float64]
 
@@ -144,26 +163,45 @@ def best_alpha(x: dict[str, Array], y: dict[str, Array], training: list[str]) ->
     return float(ALPHAS[scores.argmax()])
 
 
-def fit_and_predict(
-    stores: dict[str, Path], training: list[str], test: str, genes: pd.Index, weights: Path, folder: Path, seed: int
-) -> tuple[Array, pd.Index]:
-    """PixNet through the public verbs; predictions of the test section's spots and their ids."""
-    slides = {name: sd.read_zarr(stores[name]) for name in training}
-    checkpoint = folder / f"model_{test}_{seed}"
-    model = ps.tl.fit(
-        slides,
-        genes=list(genes),
-        target_sum=TARGET_SUM,
-        encoder_weights=weights,
-        seed=seed,
-        checkpoint_dir=checkpoint,
-        **PIXNET,
-    )
-    sdata = sd.read_zarr(stores[test])
-    spots = next(iter(sdata.shapes))
-    ps.tl.predict(sdata, model, shapes_key=spots, write_map=False, tile_px=3456, n_symmetries=N_SYMMETRIES)
-    table = sdata.tables[f"pixnet_{spots}"]
-    return np.asarray(table.X, dtype=np.float64), pd.Index(table.obs["instance_id"])
+@dataclass(frozen=True)
+class Runs:
+    """What PixNet is trained from, the same for all folds."""
+
+    stores: dict[str, Path]
+    weights: Path
+    folder: Path
+    seed: int
+    ablation: bool
+
+    def predictions(self, training: list[str], test: str, genes: pd.Index) -> Iterator[tuple[str, Array, pd.Index]]:
+        """Through the public verbs: name of the method, predictions of the test section's spots, and their ids."""
+        for name, different in list(FITS.items())[: None if self.ablation else 1]:
+            started = time.monotonic()
+            model = self._fit(training, genes, self.folder / f"{test} {name}", different)
+            views = (N_SYMMETRIES, *(FEWER_SYMMETRIES if self.ablation and not different else ()))
+            for n in views:
+                yield name if n == N_SYMMETRIES else f"{name}, {n} views", *self._predict(test, model, n)
+            print(f"{test}: {name} took {time.monotonic() - started:.0f} s", flush=True)
+
+    def _fit(self, training: list[str], genes: pd.Index, checkpoint: Path, different: dict[str, Any]) -> ps.PixNet:
+        with shared_pyramids(self.folder / "pyramids"):
+            return ps.tl.fit(
+                {name: sd.read_zarr(self.stores[name]) for name in training},
+                genes=list(genes),
+                target_sum=TARGET_SUM,
+                encoder_weights=self.weights,
+                seed=self.seed,
+                checkpoint_dir=checkpoint,
+                **(PIXNET | different),
+            )
+
+    def _predict(self, test: str, model: ps.PixNet, n_symmetries: int) -> tuple[Array, pd.Index]:
+        sdata = sd.read_zarr(self.stores[test])
+        spots = next(iter(sdata.shapes))
+        options = {"write_map": False, "tile_px": 3456, "n_symmetries": n_symmetries, "overwrite": True}
+        ps.tl.predict(sdata, model, shapes_key=spots, **options)
+        table = sdata.tables[f"pixnet_{spots}"]
+        return np.asarray(table.X, dtype=np.float64), pd.Index(table.obs["instance_id"])
 
 
 def scores(predicted: Array, target: Array) -> dict[str, float]:
@@ -181,18 +219,15 @@ def scores(predicted: Array, target: Array) -> dict[str, float]:
 
 def run_fold(
     test: str,
+    training: list[str],
     sections: dict[str, sd.SpatialData],
     features: dict[str, dict[str, Array]],
-    stores: dict[str, Path],
-    weights: Path,
-    folder: Path,
-    seed: int,
+    runs: Runs,
 ) -> Fold:
-    """Train on the other sections and predict this one, with every method."""
-    training = [name for name in sections if name != test]
+    """Train on some sections and predict another, with every method."""
     tables = {name: measured(sections[name], open_slide(sections[name], working_mpp=WORKING_MPP)) for name in training}
     genes = choose_genes(tables, n_genes=250, target_sum=TARGET_SUM)
-    y = {name: section_targets(sections[name], genes) for name in sections}
+    y = {name: section_targets(sections[name], genes) for name in (*training, test)}
     predicted = {"gene mean": np.broadcast_to(np.concatenate([y[s] for s in training]).mean(0), y[test].shape)}
     for kind in features[test]:
         x = {name: features[name][kind] for name in sections}
@@ -200,11 +235,9 @@ def run_fold(
         predicted[f"ridge, {kind}"] = ridge(
             [x[s] for s in training], [y[s] for s in training], x[test], np.array([alpha])
         )[0]
-    started = time.monotonic()
-    values, ids = fit_and_predict(stores, training, test, genes, weights, folder, seed)
     (table,) = measured(sections[test], open_slide(sections[test], working_mpp=WORKING_MPP))
-    predicted["PixNet"] = values[ids.get_indexer(table.instances)]
-    print(f"{test}: PixNet took {time.monotonic() - started:.0f} s", flush=True)
+    for name, values, ids in runs.predictions(training, test, genes):
+        predicted[name] = values[ids.get_indexer(table.instances)]
     return Fold(genes, y[test], predicted)
 
 
@@ -236,6 +269,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the sections")
     parser.add_argument("--test", nargs="+", default=list(TEST_SECTIONS), choices=TEST_SECTIONS)
+    parser.add_argument("--ablation", action="store_true", help="also other objectives and settings")
+    parser.add_argument("--trials", action="store_true", help="the trials that settings were chosen by, without C2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write the table there, as CSV")
     args = parser.parse_args()
@@ -250,7 +285,10 @@ def main() -> None:
         for name, sdata in sections.items():
             stores[name] = folder / f"{name}.zarr"
             sdata.write(stores[name])
-        folds = {t: run_fold(t, sections, features, stores, weights, folder, args.seed) for t in args.test}
+        every = {test: [name for name in sections if name != test] for test in TEST_SECTIONS}
+        training = {test: names for test, names in (TRIALS if args.trials else every).items() if test in args.test}
+        runs = Runs(stores, weights, folder, args.seed, args.ablation)
+        folds = {test: run_fold(test, training[test], sections, features, runs) for test in training}
     frame = report(folds)
     print(frame.to_string(index=False, float_format=lambda v: f"{v:.4f}"))
     summary = frame[frame["test"] == "mean per slide"].set_index("method")

@@ -1,0 +1,26 @@
+"""A frozen encoder's maps are the same for every model that is trained on it: made once for a whole benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from pixnet_sd.engine.pyramids import PyramidCache
+
+
+@contextmanager
+def shared_pyramids(folder: Path) -> Iterator[None]:
+    """Runs of `fit` in here, on slides and tiles of the same names and places, keep their pyramids in ``folder``."""
+
+    class Shared(PyramidCache):
+        def __init__(self, encoder: Any, _directory: Path, stain_jitter: float, seed: int) -> None:
+            super().__init__(encoder, folder, stain_jitter, seed)
+
+        def clear(self) -> None:
+            pass
+
+    with mock.patch("pixnet_sd.engine.features.PyramidCache", Shared):
+        yield
