@@ -19,10 +19,12 @@ from ._disk import read_json, write_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from zarr.codecs import BloscCodec
+
 __all__ = ["stretch"]
 
 
-def stretch(path: Path, shape: Sequence[int], chunks: Sequence[int]) -> Any:
+def stretch(path: Path, shape: Sequence[int], chunks: Sequence[int], compressor: BloscCodec | None = None) -> Any:
     """Change shape and chunks of an array, and empty it.
 
     Parameters
@@ -31,6 +33,8 @@ def stretch(path: Path, shape: Sequence[int], chunks: Sequence[int]) -> Any:
         Folder of the array.
     shape, chunks
         Of the full array.
+    compressor
+        In place of the library's.
 
     Returns
     -------
@@ -51,6 +55,9 @@ def stretch(path: Path, shape: Sequence[int], chunks: Sequence[int]) -> Any:
     for codec in metadata["codecs"]:
         if codec["name"] == "sharding_indexed":  # one file a chunk suits us
             metadata["codecs"] = codec["configuration"]["codecs"]
+    if compressor is not None:
+        plain = [codec for codec in metadata["codecs"] if codec["name"] == "bytes"]
+        metadata["codecs"] = [*plain, compressor.to_dict()]
     metadata["shape"] = list(shape)
     metadata["chunk_grid"]["configuration"]["chunk_shape"] = list(chunks)
     write_json(path / "zarr.json", metadata, scratch=path)
