@@ -54,11 +54,18 @@ def slide(folder: Path, side_px: int) -> sd.SpatialData:
     return sd.read_zarr(folder / "slide.zarr")
 
 
-def model(n_channels: int, n_genes: int) -> ps.PixNet:
+def model(folder: Path, n_channels: int, n_genes: int) -> ps.PixNet:
     """A small network with as many channels and genes as asked for."""
     torch.manual_seed(0)
     small = ps.datasets.sample(size_um=200, mpp=1.0, bin_um=(16,))
-    options = {"max_steps": 2, "validation": None, "device": "cpu", "show_progress_bar": False, "n_genes": 5}
+    options = {
+        "checkpoint_dir": folder / "model",
+        "max_steps": 2,
+        "validation": None,
+        "device": "cpu",
+        "show_progress_bar": False,
+        "n_genes": 5,
+    }
     fitted = ps.tl.fit(
         small, encoder="test_resnet", encoder_weights=None, decoder_width=n_channels, working_mpp=1.0, **options
     )
@@ -99,7 +106,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        sdata, network = slide(Path(folder), options.side_px), model(options.channels, options.genes)
+        sdata = slide(Path(folder), options.side_px)
+        network = model(Path(folder), options.channels, options.genes)
         settings = {"mpp": 1.0, "device": "cpu", "show_progress_bar": False}
         store = Path(str(sdata.path))
         for key, kept in (("full", "map"), ("factors", "factors")):
