@@ -92,6 +92,5 @@ class BatchLoss:
         operator, unit = self.operators[k], self.depth * self.network.head.unit
         n_px = torch.as_tensor(operator.n_px, dtype=unit.dtype, device=unit.device)[:, None]
         last = slice(len(unit) - 1, len(unit))
-        with torch.no_grad():
-            total = self.network.region_values(given, operator, last) * self.depth
+        total = self.network.region_values(given, operator, last) * self.depth
         return Densities(n_px * unit[outputs], n_px * unit[last], total, block_of(self.targets[k], last, unit.device))

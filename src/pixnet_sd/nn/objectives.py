@@ -192,8 +192,12 @@ class CountLoss(Objective):
 
 
 def _depths(known: Densities) -> tuple[Tensor, Tensor]:
-    """Measured over predicted, and over usual, counts of all genes in each region, (n, 1); nothing is learnt of it."""
-    predicted, usual = (v.detach().clamp_min(_TINY) for v in (known.predicted_total, known.usual_total))
+    """Measured over predicted, and over usual, counts of all genes in each region, (n, 1).
+
+    What is predicted of a gene and of all rise together, so their ratio has to be what is learnt from: with the divisor
+    held fixed every gene that is predicted too high would pull the total down, step after step.
+    """
+    predicted, usual = (v.clamp_min(_TINY) for v in (known.predicted_total, known.usual_total))
     return known.measured_total / predicted, known.measured_total / usual
 
 
