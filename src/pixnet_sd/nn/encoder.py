@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from pixnet_sd._errors import CheckpointError, PixNetError
 
+from .grid import STRIDES
 from .weights import load_encoder_weights
 
 __all__ = ["STRIDES", "Encoder", "build_encoder"]
 
-STRIDES = (4, 8, 16, 32)
 N_VIT_LEVELS = 4
 HUB_TIMEOUT_S = 5.0
 

@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 
 from .regions import Float, Int
 
-__all__ = ["Grid", "Window", "cumulated_weights", "reach", "resize_taps"]
+__all__ = ["STRIDES", "Grid", "Window", "cumulated_weights", "reach", "resize_taps"]
+
+STRIDES = (4, 8, 16, 32)
+"""Of the feature pyramid F_1..F_L, pixels of the slide."""
 
 
 class Window(NamedTuple):

@@ -14,13 +14,13 @@ from spatialdata import SpatialData
 from pixnet_sd._errors import CheckpointError, DataError, PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
+from pixnet_sd.engine.tiling import check_tile_px
 from pixnet_sd.engine.window_pass import InferSettings
 from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
 from pixnet_sd.store import PixNet, recorded
 
 from ._map_request import map_factor, map_info
 from ._predict_job import PredictJob
-from ._recipe import check_tile_px
 from ._region_request import request_regions
 
 __all__ = ["predict"]

@@ -7,12 +7,12 @@ from typing import Literal
 
 from pixnet_sd._errors import PixNetError
 from pixnet_sd.engine.settings import TrainSettings
-from pixnet_sd.engine.tiling import ALIGN_PX
-from pixnet_sd.nn.encoder import STRIDES
+from pixnet_sd.engine.tiling import check_tile_px
+from pixnet_sd.nn.grid import STRIDES
 from pixnet_sd.nn.model import Aggregation, DecoderConfig
 from pixnet_sd.nn.objectives import ObjectiveName
 
-__all__ = ["Preset", "check_choices", "check_tile_px", "decoder_config", "default_aggregation", "train_settings"]
+__all__ = ["Preset", "check_choices", "decoder_config", "default_aggregation", "train_settings"]
 
 Preset = Literal["paper"] | None
 
@@ -61,15 +61,6 @@ def check_choices(preset: Preset, objective: ObjectiveName, aggregation: Aggrega
         raise PixNetError(f"aggregation={aggregation!r}: give 'mean' or 'sum'.")
     if not (math.isfinite(target_sum) and target_sum > 0):
         raise PixNetError(f"target_sum={target_sum}: a positive number of counts is needed, such as 1e4.")
-
-
-def check_tile_px(tile_px: int) -> None:
-    """Tiles have sides that the coarsest stride divides."""
-    if tile_px < 2 * ALIGN_PX or tile_px % ALIGN_PX:
-        raise PixNetError(
-            f"tile_px={tile_px}: a multiple of {ALIGN_PX} from {2 * ALIGN_PX} on is needed, such as "
-            f"{max(round(tile_px / ALIGN_PX), 2) * ALIGN_PX}."
-        )
 
 
 def train_settings(

@@ -19,7 +19,7 @@ from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.regions import Regions
 from pixnet_sd.slide import Measured, Slide, StoredTargets, Targets, choose_genes, measured, open_slide, targets_of
 
-__all__ = ["Source", "TrainingData", "Validation", "open_sources", "training_data"]
+__all__ = ["Source", "TrainingData", "Validation", "open_sources", "split_slides", "training_data"]
 
 Validation = float | Sequence[str] | None
 
@@ -153,21 +153,41 @@ def training_data(
         Compact counts cannot be written.
     """
     held_names = _held_out_names(validation, list(sources))
-    share = _block_share(validation)
     tables = {name: source.tables for name, source in sources.items() if name not in held_names}
     unseen = {name: sources[name].tables for name in held_names}
     chosen = choose_genes(tables, held_out=unseen, n_genes=n_genes, genes=genes, target_sum=target_sum)
     every = {name: source.tables for name, source in sources.items()}
     targets = targets_of(every, chosen, None if raw_counts else target_sum, cache)
     slides = {name: _as_training_slide(source, targets[name]) for name, source in sources.items()}
-    training = [slides[name] for name in tables]
     if raw_counts:
-        training = _with_depth(training)
-    held_out = [slides[name] for name in held_names]
-    if share is not None:
-        pairs = [hold_out_blocks(slide, share, seed + k) for k, slide in enumerate(training)]
-        training, held_out = [p[0] for p in pairs], [p[1] for p in pairs]
-    return TrainingData(chosen, training, held_out)
+        slides |= {slide.name: slide for slide in _with_depth([slides[name] for name in tables])}
+    return TrainingData(chosen, *split_slides(slides, validation, seed))
+
+
+def split_slides(
+    slides: Mapping[str, TrainingSlide], validation: Validation, seed: int
+) -> tuple[list[TrainingSlide], list[TrainingSlide]]:
+    """Slides with what is trained on, and with what is held out.
+
+    Parameters
+    ----------
+    slides
+        Slides by name.
+    validation, seed
+        As of :func:`pixnet_sd.tl.fit`.
+
+    Raises
+    ------
+    PixNetError
+        `validation` fits neither the slides nor a share.
+    """
+    held_names = _held_out_names(validation, list(slides))
+    share = _block_share(validation)
+    training = [slide for name, slide in slides.items() if name not in held_names]
+    if share is None:
+        return training, [slides[name] for name in held_names]
+    pairs = [hold_out_blocks(slide, share, seed + k) for k, slide in enumerate(training)]
+    return [p[0] for p in pairs], [p[1] for p in pairs]
 
 
 def _with_depth(slides: list[TrainingSlide]) -> list[TrainingSlide]:
