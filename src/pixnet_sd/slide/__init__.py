@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from ._checks import check_regions_on_image
-from ._count_checks import checked_totals
+from ._count_checks import checked_blocks, checked_totals
 from ._counts import Counts
 from ._image import ImageLevel, ImagePyramid
 from ._measured import Measured, measured
 from ._mpp import find_mpp
 from ._normalise import log_normalise
 from ._open_store import open_store
+from ._picture import read_picture
 from ._regions import regions_of
 from ._select import select_coordinate_system, select_image
 from ._slide import MAP_STRIDE, Slide, open_slide
 from ._stored_table import StoredTable, tables_of
 from ._stored_targets import StoredTargets
-from ._tables import TableLink, bin_size_um, select_tables, table_link
+from ._tables import TableLink, bin_size_um, measured_tables, select_tables, table_link
 from ._targets import Targets, check_genes, choose_genes, targets_of
 from ._tissue import tissue_mask
 from ._transform import affine_matrix, similarity_scale
@@ -35,13 +36,16 @@ __all__ = [
     "bin_size_um",
     "check_genes",
     "check_regions_on_image",
+    "checked_blocks",
     "checked_totals",
     "choose_genes",
     "find_mpp",
     "log_normalise",
     "measured",
+    "measured_tables",
     "open_slide",
     "open_store",
+    "read_picture",
     "regions_of",
     "select_coordinate_system",
     "select_image",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ._stored_table import Table
 
-__all__ = ["TableLink", "are_ascending", "bin_size_um", "select_tables", "table_link"]
+__all__ = ["TableLink", "are_ascending", "bin_size_um", "measured_tables", "select_tables", "table_link"]
 
 _BIN_NAME = re.compile(r"_(\d{3})um(?:_labels)?$")
 
@@ -82,11 +82,9 @@ def select_tables(
     """
     if table_key is not None:
         return _named_tables(sdata, [table_key] if isinstance(table_key, str) else list(table_key))
-    tables = {key: table for key, table in tables_of(sdata).items() if "pixnet_sd" not in table.uns}
-    annotated = {key: _placed(sdata, _regions(table), coordinate_system) for key, table in tables.items()}
-    candidates = {key: elements for key, elements in annotated.items() if elements}
-    sizes = {key: max(bin_size_um(name) or 0 for name in elements) for key, elements in candidates.items()}
-    bins = sorted((key for key in candidates if sizes[key]), key=lambda key: (sizes[key], key))
+    annotated = _annotated(sdata, coordinate_system)
+    candidates = measured_tables(sdata, coordinate_system=coordinate_system)
+    bins = [key for key, size in candidates.items() if size]
     if bins:
         logger.info("Visium HD bins taken as measured expression: tables %s.", names(bins))
         return bins
@@ -99,6 +97,31 @@ def select_tables(
         f"No table annotates shapes or labels{where}. Tables: {names(annotated)}. Link a table with TableModel.parse("
         "table, region=, region_key=, instance_key=)."
     )
+
+
+def measured_tables(sdata: SpatialData, *, coordinate_system: str | None = None) -> dict[str, int]:
+    """Tables that annotate something and hold no predictions, with the size of Visium HD bins in µm.
+
+    Parameters
+    ----------
+    sdata
+        The object to look in.
+    coordinate_system
+        Only tables that annotate something there are taken.
+
+    Returns
+    -------
+    Bins in order of their size, and 0 for everything else.
+    """
+    found = {key: elements for key, elements in _annotated(sdata, coordinate_system).items() if elements}
+    sizes = {key: max(bin_size_um(name) or 0 for name in elements) for key, elements in found.items()}
+    return dict(sorted(sizes.items(), key=lambda item: (item[1], item[0])))
+
+
+def _annotated(sdata: SpatialData, coordinate_system: str | None) -> dict[str, list[str]]:
+    """Tables without predictions, and the elements there that each annotates."""
+    tables = {key: table for key, table in tables_of(sdata).items() if "pixnet_sd" not in table.uns}
+    return {key: _placed(sdata, _regions(table), coordinate_system) for key, table in tables.items()}
 
 
 def _named_tables(sdata: SpatialData, keys: list[str]) -> list[str]:

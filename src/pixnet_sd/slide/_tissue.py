@@ -9,6 +9,7 @@ from scipy.ndimage import distance_transform_edt, label
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 
+from ._picture import read_picture
 from ._slide import MAP_STRIDE, Slide
 
 __all__ = ["tissue_mask"]
@@ -21,7 +22,6 @@ _BRIDGE_UM = 75.0  # radius of the closing: fat and loose stroma are threads of 
 _SPECK_UM = 100.0  # what is smaller than this square after the closing is dust
 _HOLE_UM = 400.0  # and holes smaller than this one are lumina and fat
 _MAX_BRIDGE, _MAX_PIECE = 0.05, 0.01  # of the picture's short side and area, for pictures of less than a millimetre
-_READ_PX = 4096  # side of the boxes read at once, in pixels of the level they come from
 _GLASS_MIN_VALUE, _GLASS_MAX_SATURATION = 170.0, 0.15  # glass is bright and grey: white point 200 and up, on scanners
 _MIN_CONTRAST = 12.0  # grey levels; two classes closer than this are one class and its noise
 
@@ -59,16 +59,8 @@ def _overview_mpp(slide: Slide) -> float:
 
 
 def _read_overview(slide: Slide) -> np.ndarray:
-    """The whole slide, box by box, so that memory does not grow with the level it is made from."""
     height, width = slide.working_shape
-    picture = np.empty((height, width, 3), np.uint8)
-    level_scale = min(slide.pyramid.level_for(slide.working_scale).scale)
-    side = max(16, int(_READ_PX * level_scale / slide.working_scale))
-    for row in range(0, height, side):
-        for col in range(0, width, side):
-            row1, col1 = min(row + side, height), min(col + side, width)
-            picture[row:row1, col:col1] = slide.read(row, row1, col, col1)
-    return picture
+    return read_picture(slide, 0, height, 0, width)
 
 
 def _overview_tissue(picture: np.ndarray, mpp: float) -> np.ndarray:

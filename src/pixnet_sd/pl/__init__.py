@@ -1,0 +1,10 @@
+"""Plots that squidpy and spatialdata-plot do not have."""
+
+from __future__ import annotations
+
+from ._evaluation import evaluation
+from ._gene_map import gene_map
+from ._history import history
+from ._training_regions import training_regions
+
+__all__ = ["evaluation", "gene_map", "history", "training_regions"]

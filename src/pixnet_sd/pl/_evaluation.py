@@ -1,0 +1,168 @@
+"""How good a prediction is, gene by gene."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from spatialdata import SpatialData
+
+from pixnet_sd._errors import PixNetError
+from pixnet_sd.tl._matched import matched_values
+
+from ._output import AxesLike, Drawn, axes_grid, figure_of, finish
+
+__all__ = ["evaluation"]
+
+_PANEL_IN = (4.2, 3.6)
+_MANY = 2000  # regions; more are counted in hexagons
+
+
+def evaluation(
+    evaluation: pd.DataFrame | Mapping[str, pd.DataFrame],
+    *,
+    gene: str | None = None,
+    sdata: SpatialData | None = None,
+    table_key: str | None = None,
+    predicted_key: str | None = None,
+    n_labels: int = 3,
+    figsize: tuple[float, float] | None = None,
+    dpi: float | None = None,
+    ax: AxesLike = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> Drawn:
+    """Draw what :func:`pixnet_sd.tl.evaluate` found.
+
+    The first panel ranks genes by their Pearson correlation. With several evaluations, such as one for each size of
+    regions, a second panel has their distributions side by side, with the median over genes. With `gene`, the last panel
+    has predicted against measured expression of that gene in every region.
+
+    Parameters
+    ----------
+    evaluation
+        One evaluation, or several by name, drawn in that order.
+    gene
+        Gene to look at region by region; needs `sdata`, `table_key` and `predicted_key`, as they were given to
+        :func:`pixnet_sd.tl.evaluate`.
+    sdata, table_key, predicted_key
+        Where that gene's values are.
+    n_labels
+        How many of the best and of the worst genes are named, when there is one evaluation.
+    figsize, dpi, ax, show, save, return_fig
+        As of :func:`gene_map`.
+
+    Returns
+    -------
+    Nothing if the figure is shown; the figure with `return_fig`; else the Axes, an array of shape (1, panels), or a
+    single one.
+
+    Raises
+    ------
+    PixNetError
+        These are no evaluations, or `gene` is given without where its values are.
+    ElementError, DataError
+        As of :func:`pixnet_sd.tl.evaluate`; or the gene is not in both tables.
+    """
+    each = _named(evaluation)
+    values = None if gene is None else _values(gene, sdata, table_key, predicted_key)
+    n_panels = 1 + (len(each) > 1) + (values is not None)
+    axes = axes_grid(ax, (1, n_panels), figsize=figsize, panel_in=_PANEL_IN, dpi=dpi)
+    panels = list(axes.flat)
+    _ranked(panels[0], each, n_labels)
+    if len(each) > 1:
+        _distributions(panels[1], each)
+    if values is not None and gene is not None:
+        _against(panels[-1], gene, *values)
+    return finish(axes, is_new=ax is None, show=show, save=save, return_fig=return_fig)
+
+
+def _named(evaluation: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
+    """Correlations by gene, the highest first, of each evaluation."""
+    frames = {"": evaluation} if isinstance(evaluation, pd.DataFrame) else dict(evaluation)
+    wrong = [name for name, frame in frames.items() if not isinstance(frame, pd.DataFrame) or "pcc" not in frame]
+    if wrong or not frames:
+        raise PixNetError(
+            f"What tl.evaluate returns is needed, or several of these by name; not so: {wrong or 'none'}."
+        )
+    found = {name: frame["pcc"].dropna().sort_values(ascending=False) for name, frame in frames.items()}
+    empty = [name for name, pcc in found.items() if pcc.empty]
+    if empty:
+        raise PixNetError(f"No gene of evaluation {empty} has a correlation: its measured values do not vary.")
+    return {str(name): pcc for name, pcc in found.items()}
+
+
+def _values(
+    gene: str, sdata: SpatialData | None, table_key: str | None, predicted_key: str | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    if sdata is None or table_key is None or predicted_key is None:
+        raise PixNetError(f"gene={gene!r} needs sdata=, table_key= and predicted_key=, as tl.evaluate was given them.")
+    found = matched_values(sdata, table_key=table_key, predicted_key=predicted_key, genes=[gene])
+    return found.measured[:, 0], found.predicted[:, 0]
+
+
+def _ranked(ax: Axes, each: Mapping[str, pd.Series], n_labels: int) -> None:
+    for name, pcc in each.items():
+        median = float(pcc.median())
+        label = f"{name}: median {median:.2f}" if name else f"median {median:.2f}"
+        style = ".-" if len(pcc) <= 60 else "-"
+        (line,) = ax.plot(np.arange(1, len(pcc) + 1), pcc.to_numpy(), style, linewidth=1.5, markersize=5)
+        ax.axhline(median, color=line.get_color(), linestyle="--", linewidth=1, label=label)
+    if len(each) == 1:
+        _name_genes(ax, next(iter(each.values())), n_labels)
+    ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    ax.set(xlabel="genes, ranked", ylabel="Pearson correlation over regions", xmargin=0.08)
+    ax.legend(frameon=False, fontsize="small", loc="lower left")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _name_genes(ax: Axes, pcc: pd.Series, n_labels: int) -> None:
+    """Names beside the best genes and beside the worst, one below the other."""
+    n = min(n_labels, len(pcc) // 2)
+    style = {"fontsize": "small", "transform": ax.transAxes, "linespacing": 1.3}
+    best, worst = ("\n".join(f"{gene}  {value:.2f}" for gene, value in part.items()) for part in _ends(pcc, n))
+    if n:
+        ax.text(0.98, 0.98, f"best\n{best}\n\nworst\n{worst}", ha="right", va="top", **style)  # type: ignore[arg-type]
+
+
+def _ends(pcc: pd.Series, n: int) -> tuple[pd.Series, pd.Series]:
+    return pcc.iloc[:n], pcc.iloc[len(pcc) - n :]
+
+
+def _distributions(ax: Axes, each: Mapping[str, pd.Series]) -> None:
+    at = np.arange(len(each))
+    ax.boxplot(
+        [pcc.to_numpy() for pcc in each.values()],
+        positions=at,
+        widths=0.6,
+        showfliers=False,
+        medianprops={"color": "black"},
+        boxprops={"linewidth": 0.8},
+    )
+    rng = np.random.default_rng(0)  # points beside one another, the same in every picture
+    for k, pcc in enumerate(each.values()):
+        x = k + rng.uniform(-0.2, 0.2, len(pcc))
+        ax.scatter(x, pcc, s=6, color=f"C{k % 10}", alpha=0.6, linewidths=0)
+    ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    ax.set(xticks=at, ylabel="Pearson correlation over regions", xlim=(-0.6, len(each) - 0.4))
+    ax.set_xticklabels(list(each), rotation=0 if len(each) <= 4 else 45, ha="center" if len(each) <= 4 else "right")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _against(ax: Axes, gene: str, measured: NDArray[np.float32], predicted: NDArray[np.float32]) -> None:
+    if len(measured) > _MANY:
+        drawn = ax.hexbin(measured, predicted, gridsize=40, bins="log", cmap="viridis", mincnt=1, linewidths=0)
+        figure_of(np.array([ax], dtype=object)).colorbar(drawn, ax=ax, label="regions")
+    else:
+        ax.scatter(measured, predicted, s=8, alpha=0.5, linewidths=0)
+    low = float(min(measured.min(), predicted.min()))
+    ax.axline((low, low), slope=1, color="0.4", linestyle="--", linewidth=1)
+    varies = measured.std() > 0 and predicted.std() > 0
+    title = f"{gene}, PCC {np.corrcoef(measured, predicted)[0, 1]:.2f}" if varies else gene
+    ax.set(title=title, xlabel="measured, log-normalised", ylabel="predicted, log-normalised")
+    ax.spines[["top", "right"]].set_visible(False)

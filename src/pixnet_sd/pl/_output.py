@@ -1,0 +1,123 @@
+"""Figures: made or taken from the caller, then saved, shown or returned in scanpy's way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from pixnet_sd._errors import PixNetError
+
+__all__ = ["AxesLike", "Drawn", "axes_grid", "figure_of", "finish", "resolution", "shown_px"]
+
+AxesLike = Axes | Sequence[Axes] | NDArray[np.object_] | None
+"""What ``ax=`` takes: one Axes, or as many as there are panels."""
+
+Drawn = Figure | Axes | NDArray[np.object_] | None
+"""What a plot returns."""
+
+
+def axes_grid(
+    ax: AxesLike,
+    shape: tuple[int, int],
+    *,
+    figsize: tuple[float, float] | None,
+    panel_in: tuple[float, float],
+    dpi: float | None,
+) -> NDArray[np.object_]:
+    """Axes of a grid of panels.
+
+    Parameters
+    ----------
+    ax
+        Axes of the caller, in reading order; None: those of a new figure.
+    shape
+        Rows and columns of panels.
+    figsize
+        Size of a new figure, inches; None: from that of a panel, `panel_in`.
+    dpi
+        Of a new figure.
+
+    Raises
+    ------
+    PixNetError
+        There are more or fewer Axes than panels.
+    """
+    if ax is None:
+        size = figsize or (shape[1] * panel_in[0], shape[0] * panel_in[1])
+        figure = plt.figure(figsize=size, dpi=dpi, layout="constrained")
+        return np.asarray(figure.subplots(*shape, squeeze=False), dtype=object)
+    given = [ax] if isinstance(ax, Axes) else list(np.asarray(ax, dtype=object).ravel())
+    if len(given) != shape[0] * shape[1]:
+        raise PixNetError(
+            f"ax= has {len(given)} Axes, and {shape[0] * shape[1]} panels are drawn ({shape[0]} x {shape[1]}). Give "
+            "as many, or leave ax= out."
+        )
+    grid = np.empty(len(given), dtype=object)
+    grid[:] = given
+    return grid.reshape(shape)
+
+
+def figure_of(axes: NDArray[np.object_]) -> Figure:
+    """The figure that panels are in."""
+    figure = axes.flat[0].get_figure(root=True)
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def resolution(dpi: float | None, save: str | Path | None) -> float:
+    """Dots per inch of the picture that is made: of the file, if one is."""
+    if dpi is not None:
+        return dpi
+    on_file: Any = plt.rcParams["savefig.dpi"]
+    screen = float(plt.rcParams["figure.dpi"])
+    return max(screen, float(on_file)) if save is not None and on_file != "figure" else screen
+
+
+def shown_px(ax: AxesLike, panel_in: float, dpi: float) -> float:
+    """Pixels along the longer side of a panel."""
+    if ax is None:
+        return panel_in * dpi
+    first = ax if isinstance(ax, Axes) else np.asarray(ax, dtype=object).flat[0]
+    box = first.get_window_extent()
+    return float(max(box.width, box.height, 1.0))
+
+
+def finish(
+    axes: NDArray[np.object_],
+    *,
+    is_new: bool,
+    show: bool | None,
+    save: str | Path | None,
+    return_fig: bool,
+) -> Drawn:
+    """Save, show and return.
+
+    Parameters
+    ----------
+    axes
+        All panels.
+    is_new
+        Whether the figure was made here; only then is it shown by itself.
+    show, save, return_fig
+        As of :func:`pixnet_sd.pl.gene_map`.
+
+    Returns
+    -------
+    The figure if `return_fig`; None if it was shown; else the Axes, a single one by itself.
+    """
+    figure = figure_of(axes)
+    if save is not None:
+        figure.savefig(save, bbox_inches="tight")
+    if return_fig:
+        return figure
+    if show or (show is None and is_new):
+        plt.show()
+        return None
+    return axes.flat[0] if axes.size == 1 else axes

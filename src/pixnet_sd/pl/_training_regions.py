@@ -1,0 +1,209 @@
+"""What a training will see, to be looked at before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import ListedColormap, NoNorm
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from numpy.typing import NDArray
+from spatialdata import SpatialData
+
+from pixnet_sd._errors import PixNetError
+from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
+from pixnet_sd.engine.tiling import Tile, check_tile_px, training_tiles
+from pixnet_sd.slide import MAP_STRIDE, Measured, Slide, checked_totals, tissue_mask
+from pixnet_sd.tl._training_data import Source, Validation, open_sources, split_slides
+
+from ._draw import add_scale_bar, draw_regions, draw_slide, set_view
+from ._output import AxesLike, Drawn, axes_grid, finish, resolution, shown_px
+from ._view import View, view_of
+
+__all__ = ["training_regions"]
+
+_PANEL_IN = 5.0
+_LEGEND_IN = 1.0
+_COLOURS = {"training": "#0072b2", "held out": "#d55e00", "in neither": "#7f7f7f"}
+_TISSUE = "#009e73"
+_PALE = 0.45
+
+
+def training_regions(
+    sdata: SpatialData | Mapping[str, SpatialData],
+    *,
+    image_key: str | None = None,
+    table_key: str | Sequence[str] | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | Literal["coordinate_system"] | None = None,
+    allow_any_mpp: bool = False,
+    working_mpp: float = 0.5,
+    tile_px: int = 512,
+    objective: Literal["mse_pcc", "poisson", "nb"] = "mse_pcc",
+    validation: Validation = 0.1,
+    seed: int = 0,
+    scalebar: bool = True,
+    figsize: tuple[float, float] | None = None,
+    dpi: float | None = None,
+    ax: AxesLike = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> Drawn:
+    """Draw what :func:`pixnet_sd.tl.fit` would train on: give it the same arguments.
+
+    The left panel of each slide has the image, the outline of the tissue that :func:`pixnet_sd.tl.predict` would fill,
+    and the tiles that the network would see; the right panel the regions of the coarsest table: those trained on, those
+    held out, and those in neither, because they reach into a held-out block. Nothing is trained, and no network is made.
+
+    Tiles for training are drawn as they are with a frozen encoder; otherwise they move at random every epoch.
+
+    Parameters
+    ----------
+    sdata, image_key, table_key, coordinate_system, mpp, allow_any_mpp, working_mpp
+        As of :func:`pixnet_sd.tl.fit`.
+    tile_px, objective, validation, seed
+        As of :func:`pixnet_sd.tl.fit`. Counts are read once, to leave out regions without any, as the logarithms of
+        ``"mse_pcc"`` do.
+    scalebar
+        Whether to draw a scale bar.
+    figsize, dpi, ax, show, save, return_fig
+        As of :func:`gene_map`; one row of two panels for each slide.
+
+    Returns
+    -------
+    Nothing if the figure is shown; the figure with `return_fig`; else the Axes, an array of shape (slides, 2).
+
+    Raises
+    ------
+    ElementError, ResolutionError, DataError, PixNetError
+        What :func:`pixnet_sd.tl.fit` would raise.
+    """
+    slides = {"slide": sdata} if isinstance(sdata, SpatialData) else dict(sdata)
+    check_tile_px(tile_px)
+    sources = open_sources(
+        slides,
+        image_key=image_key,
+        table_key=table_key,
+        coordinate_system=coordinate_system,
+        mpp=mpp,
+        allow_any_mpp=allow_any_mpp,
+        working_mpp=working_mpp,
+    )
+    every = {name: _usable(source, objective) for name, source in sources.items()}
+    parts = _parts(*split_slides(every, validation, seed))
+    views = {
+        name: view_of(source.slide, None, shown_px(ax, _PANEL_IN, resolution(dpi, save)))
+        for name, source in sources.items()
+    }
+    axes = axes_grid(ax, (len(slides), 2), figsize=figsize, panel_in=_panel_in(list(views.values())), dpi=dpi)
+    for row, (name, source) in zip(axes, sources.items(), strict=True):
+        _draw_tiles(row[0], slides[name], source, parts[name], views[name], tile_px)
+        _draw_regions(row[1], source.slide, every[name], parts[name], views[name])
+        if scalebar:
+            add_scale_bar(row[0], views[name])
+    return finish(axes, is_new=ax is None, show=show, save=save, return_fig=return_fig)
+
+
+def _usable(source: Source, objective: str) -> TrainingSlide:
+    """A slide with the regions that have targets; the targets themselves are not made."""
+    height, width = source.slide.working_shape
+    groups = tuple(_group(table, objective) for table in source.tables)
+    return TrainingSlide(source.slide.name, source.slide.read, height, width, groups)
+
+
+def _group(table: Measured, objective: str) -> MeasuredRegions:
+    regions = table.regions
+    if objective == "mse_pcc":
+        total = checked_totals(table.counts, table.var_names, table.what)
+        total = total if table.place is None else total[table.place]
+        if not total.any():
+            raise PixNetError(f"{table.what}: all {len(table)} regions on the image have no counts at all.")
+        regions = regions.subset(np.flatnonzero(total > 0))
+    return MeasuredRegions(table.table_key, regions, np.empty((len(regions), 0), np.float32))
+
+
+Part = dict[str, TrainingSlide]
+"""What is trained on, and what is held out, of one slide; either may be missing."""
+
+
+def _parts(training: Sequence[TrainingSlide], held_out: Sequence[TrainingSlide]) -> dict[str, Part]:
+    found: dict[str, Part] = {slide.name: {} for slide in (*training, *held_out)}
+    for kind, slides in (("training", training), ("held out", held_out)):
+        for slide in slides:
+            if slide.measured:
+                found[slide.name][kind] = slide
+    return found
+
+
+def _panel_in(views: Sequence[View]) -> tuple[float, float]:
+    width, height = max(view.width for view in views), max(view.height for view in views)
+    return _PANEL_IN * width / max(width, height), _PANEL_IN * height / max(width, height) + _LEGEND_IN
+
+
+def _draw_tiles(ax: Axes, sdata: SpatialData, source: Source, parts: Part, view: View, tile_px: int) -> None:
+    slide = source.slide
+    draw_slide(ax, slide, view)
+    _outline(ax, tissue_mask(sdata, slide), MAP_STRIDE * slide.working_mpp)
+    handles: list[Line2D | Patch] = [Line2D([], [], color=_TISSUE, label="tissue")]
+    for kind, part in parts.items():
+        tiles = training_tiles(part, tile_px, once=kind == "held out").tiles
+        ax.add_collection(_rectangles(tiles, slide.working_mpp, _COLOURS[kind]), autolim=False)
+        side = f"{tiles[0].width} x {tiles[0].height} px"
+        handles.append(Patch(facecolor="none", edgecolor=_COLOURS[kind], label=f"{len(tiles)} tiles {kind}, {side}"))
+    set_view(ax, view, f"{slide.name}: {slide.mpp:.3g} µm/px, seen at {slide.working_mpp:.3g}")
+    _legend(ax, handles)
+
+
+def _outline(ax: Axes, mask: NDArray[np.bool_], pitch_um: float) -> None:
+    """Border of the tissue; a margin of glass closes it along the border of the image."""
+    every = max(1, max(mask.shape) // 1000)
+    thin = np.pad(mask[::every, ::every], 1).astype(np.float32)
+    at = [((np.arange(size) - 1) * every + 0.5) * pitch_um for size in thin.shape]
+    ax.contour(at[1], at[0], thin, levels=[0.5], colors=[_TISSUE], linewidths=1.5)
+
+
+def _rectangles(tiles: Sequence[Tile], um: float, colour: str) -> PatchCollection:
+    boxes = [Rectangle((t.col0 * um, t.row0 * um), t.width * um, t.height * um) for t in tiles]
+    return PatchCollection(boxes, facecolor="none", edgecolor=colour, linewidth=1.2)
+
+
+def _draw_regions(ax: Axes, slide: Slide, every: TrainingSlide, parts: Part, view: View) -> None:
+    draw_slide(ax, slide, view).set_alpha(_PALE)
+    to_um = np.diag([slide.working_mpp, slide.working_mpp, 1.0])
+    coarsest = _coarsest(every).size_name
+    for kind, part in (("in neither", every), *parts.items()):
+        for group in (m for m in part.measured if m.size_name == coarsest):
+            cmap = ListedColormap([_COLOURS[kind]])
+            draw_regions(ax, group.regions, np.zeros(len(group.regions)), to_um, view, cmap=cmap, norm=NoNorm())
+    set_view(ax, view, f"regions of table {coarsest!r}")
+    _legend(ax, [Patch(color=_COLOURS[kind], label=text) for kind, text in _counts(every, parts).items()])
+
+
+def _coarsest(slide: TrainingSlide) -> MeasuredRegions:
+    return min(slide.measured, key=lambda group: len(group.regions))
+
+
+def _counts(every: TrainingSlide, parts: Part) -> dict[str, str]:
+    """How many regions of each table are trained on, held out, and neither."""
+    left = {m.size_name: len(m.regions) for m in every.measured}
+    counts: dict[str, dict[str, int]] = {}
+    for kind in ("training", "held out"):
+        groups = parts[kind].measured if kind in parts else ()
+        counts[kind] = {m.size_name: len(m.regions) for m in groups}
+        left = {name: n - counts[kind].get(name, 0) for name, n in left.items()}
+    counts["in neither"] = left
+    return {
+        kind: f"{kind}: " + ", ".join(f"{n:,} ({name})" for name, n in sizes.items() if n)
+        for kind, sizes in counts.items()
+        if any(sizes.values())
+    }
+
+
+def _legend(ax: Axes, handles: Sequence[Line2D | Patch]) -> None:
+    ax.legend(handles=list(handles), loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False, fontsize="small")
