@@ -164,6 +164,7 @@ def add_scale_bar(ax: Axes, view: View) -> ScaleBar:
         fixed_value=_nice_length(_BAR_SHARE * view.width),
         fixed_units="um",
         location="lower left",
+        border_pad=0.6,
         box_alpha=0.75,
         width_fraction=0.012,
         font_properties={"size": "small"},

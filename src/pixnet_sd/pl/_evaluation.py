@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,8 +41,8 @@ def evaluation(
     """Draw what :func:`pixnet_sd.tl.evaluate` found.
 
     The first panel ranks genes by their Pearson correlation. With several evaluations, such as one for each size of
-    regions, a second panel has their distributions side by side, with the median over genes. With `gene`, the last panel
-    has predicted against measured expression of that gene in every region.
+    regions, a second panel has their distributions side by side, with the median over genes. With `gene`, the last
+    panel has predicted against measured expression of that gene in every region.
 
     Parameters
     ----------
@@ -84,17 +85,16 @@ def evaluation(
 
 def _named(evaluation: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
     """Correlations by gene, the highest first, of each evaluation."""
-    frames = {"": evaluation} if isinstance(evaluation, pd.DataFrame) else dict(evaluation)
-    wrong = [name for name, frame in frames.items() if not isinstance(frame, pd.DataFrame) or "pcc" not in frame]
+    frames: dict[str, Any] = {"": evaluation} if isinstance(evaluation, pd.DataFrame) else dict(evaluation)
+    wrong = [name for name, frame in frames.items() if "pcc" not in getattr(frame, "columns", ())]
     if wrong or not frames:
-        raise PixNetError(
-            f"What tl.evaluate returns is needed, or several of these by name; not so: {wrong or 'none'}."
-        )
-    found = {name: frame["pcc"].dropna().sort_values(ascending=False) for name, frame in frames.items()}
-    empty = [name for name, pcc in found.items() if pcc.empty]
+        found = f"not so: {', '.join(map(repr, wrong))}" if frames else "an empty mapping was given"
+        raise PixNetError(f"What tl.evaluate returns is needed, or several of these by name; {found}.")
+    each = {name: frame["pcc"].dropna().sort_values(ascending=False) for name, frame in frames.items()}
+    empty = [name for name, pcc in each.items() if pcc.empty]
     if empty:
         raise PixNetError(f"No gene of evaluation {empty} has a correlation: its measured values do not vary.")
-    return {str(name): pcc for name, pcc in found.items()}
+    return {str(name): pcc for name, pcc in each.items()}
 
 
 def _values(
@@ -124,10 +124,11 @@ def _ranked(ax: Axes, each: Mapping[str, pd.Series], n_labels: int) -> None:
 def _name_genes(ax: Axes, pcc: pd.Series, n_labels: int) -> None:
     """Names beside the best genes and beside the worst, one below the other."""
     n = min(n_labels, len(pcc) // 2)
-    style = {"fontsize": "small", "transform": ax.transAxes, "linespacing": 1.3}
+    style: dict[str, Any] = {"fontsize": "small", "transform": ax.transAxes, "linespacing": 1.3}
+    style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     best, worst = ("\n".join(f"{gene}  {value:.2f}" for gene, value in part.items()) for part in _ends(pcc, n))
     if n:
-        ax.text(0.98, 0.98, f"best\n{best}\n\nworst\n{worst}", ha="right", va="top", **style)  # type: ignore[arg-type]
+        ax.text(0.98, 0.98, f"best\n{best}\n\nworst\n{worst}", ha="right", va="top", **style)
 
 
 def _ends(pcc: pd.Series, n: int) -> tuple[pd.Series, pd.Series]:
@@ -157,7 +158,7 @@ def _distributions(ax: Axes, each: Mapping[str, pd.Series]) -> None:
 def _against(ax: Axes, gene: str, measured: NDArray[np.float32], predicted: NDArray[np.float32]) -> None:
     if len(measured) > _MANY:
         drawn = ax.hexbin(measured, predicted, gridsize=40, bins="log", cmap="viridis", mincnt=1, linewidths=0)
-        figure_of(np.array([ax], dtype=object)).colorbar(drawn, ax=ax, label="regions")
+        figure_of(ax).colorbar(drawn, ax=ax, label="regions")
     else:
         ax.scatter(measured, predicted, s=8, alpha=0.5, linewidths=0)
     low = float(min(measured.min(), predicted.min()))

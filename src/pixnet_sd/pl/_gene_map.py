@@ -21,7 +21,7 @@ from ._draw import add_scale_bar, draw_raster, draw_regions, draw_slide, set_vie
 from ._limits import Bound, colour_norm
 from ._map_channels import map_channels
 from ._measured import MeasuredView, measured_view, table_to_draw
-from ._output import AxesLike, Drawn, axes_grid, figure_of, finish, resolution, shown_px
+from ._output import AxesLike, Drawn, Panels, axes_grid, figure_of, finish, resolution, shown_px
 from ._raster import Raster, read_map
 from ._view import View, view_of
 
@@ -61,8 +61,8 @@ def gene_map(
 ) -> Drawn:
     """Draw the H&E image, measured and predicted expression side by side, one row a gene.
 
-    Only what is shown is read: the channels of these genes, inside the crop, from the coarsest level of the map that has
-    a pixel for every one on the screen. Axes are in µm from the image's top left corner.
+    Only what is shown is read: the channels of these genes, inside the crop, from the coarsest level of the map that
+    has a pixel for every one on the screen. Axes are in µm from the image's top left corner.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ class _Source:
 
     def draw(
         self,
-        row: NDArray[np.object_],
+        row: Panels,
         shown: Sequence[Panel],
         gene: str,
         k: int,
@@ -177,7 +177,7 @@ class _Source:
         shared: bool,
     ) -> list[Coloured]:
         """Draw a gene's panels; returns those with colours, and what is coloured."""
-        values = {panel: self._values(panel, k) for panel in shown if panel != "image"}
+        values: dict[Panel, NDArray[np.float32]] = {p: self._values(p, k) for p in shown if p != "image"}
         norms = self._norms(values, vmin, vmax, shared)
         drawn: list[Coloured] = []
         for ax, panel in zip(row, shown, strict=True):
@@ -293,8 +293,8 @@ def _colour_bars(drawn: Sequence[Coloured], shared: bool, units: dict[str, str])
     groups = [drawn] if shared and drawn else [[each] for each in drawn]
     for group in groups:
         axes = [each.ax for each in group]
-        figure = figure_of(np.array(axes, dtype=object))
-        bar = figure.colorbar(group[-1].artist, ax=axes, location="right", shrink=0.9, pad=0.02)
+        bar = figure_of(axes[0]).colorbar(group[-1].artist, ax=axes, location="right", shrink=0.9, pad=0.02)
         bar.set_label(units[group[-1].panel], size="small")
         bar.ax.tick_params(labelsize="small")
-        bar.solids.set_alpha(1)
+        if bar.solids is not None:
+            bar.solids.set_alpha(1)

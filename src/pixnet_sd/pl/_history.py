@@ -70,8 +70,8 @@ def history(
     unknown = [key for key in wanted if key not in rows]
     if unknown or not wanted:
         raise PixNetError(
-            f"The model's history has no {', '.join(map(repr, unknown)) or 'epochs'}. It has {len(rows)} epochs, and of "
-            f"each {', '.join(map(repr, rows.columns)) or 'nothing'}."
+            f"The model's history has no {', '.join(map(repr, unknown)) or 'epochs'}. It has {len(rows)} epochs, and "
+            f"of each {', '.join(map(repr, rows.columns)) or 'nothing'}."
         )
     axes = axes_grid(ax, (1, len(wanted)), figsize=figsize, panel_in=_PANEL_IN, dpi=dpi)
     for panel, key in zip(axes.flat, wanted, strict=True):
@@ -91,7 +91,7 @@ def _record(model: PixNet | str | Path) -> tuple[pd.DataFrame, int | None]:
 def _draw(ax: Axes, values: pd.Series, best: int | None) -> None:
     marker = "o" if len(values) == 1 else None
     ax.plot(values.index, values, color="C0", marker=marker, linewidth=1.5)
-    if best in values.index:
+    if best is not None and best in values.index:
         ax.axvline(best, color="0.4", linestyle="--", linewidth=1, label=f"kept: epoch {best}")
         ax.plot([best], [values[best]], "o", color="C3", markersize=5, zorder=3)
         ax.legend(frameon=False, fontsize="small")

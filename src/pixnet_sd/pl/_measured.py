@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 from spatialdata import SpatialData
@@ -106,7 +107,7 @@ def measured_view(
 
 def _counts(found: Measured, genes: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Counts (n, genes), 0 of genes that are not there, and totals (n,), in the order of the regions."""
-    columns = found.var_names.get_indexer(list(genes))
+    columns = found.var_names.get_indexer(pd.Index(genes))
     counts, total = np.zeros((len(found), len(genes))), np.zeros(len(found))
     known = np.flatnonzero(columns >= 0)
     for place, block, sums in checked_blocks(found.counts, found.var_names, found.what):
@@ -114,8 +115,3 @@ def _counts(found: Measured, genes: Sequence[str]) -> tuple[NDArray[np.float64],
         counts[place, known] = sparse.csr_matrix(block)[:, columns[known]].toarray()
     counts[:, [gene == TOTAL for gene in genes]] = total[:, None]
     return (counts, total) if found.place is None else (counts[found.place], total[found.place])
-
-
-def own_pixels(slide: Slide) -> Slide:
-    """The slide at the resolution of its image."""
-    return replace(slide, working_mpp=slide.mpp)

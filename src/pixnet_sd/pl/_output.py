@@ -10,16 +10,18 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from pixnet_sd._errors import PixNetError
 
-__all__ = ["AxesLike", "Drawn", "axes_grid", "figure_of", "finish", "resolution", "shown_px"]
+__all__ = ["AxesLike", "Drawn", "Panels", "axes_grid", "figure_of", "finish", "resolution", "shown_px"]
 
-AxesLike = Axes | Sequence[Axes] | NDArray[np.object_] | None
+Panels = np.ndarray[Any, Any]
+"""Axes, in rows and columns."""
+
+AxesLike = Axes | Sequence[Axes] | Panels | None
 """What ``ax=`` takes: one Axes, or as many as there are panels."""
 
-Drawn = Figure | Axes | NDArray[np.object_] | None
+Drawn = Figure | Axes | Panels | None
 """What a plot returns."""
 
 
@@ -30,7 +32,7 @@ def axes_grid(
     figsize: tuple[float, float] | None,
     panel_in: tuple[float, float],
     dpi: float | None,
-) -> NDArray[np.object_]:
+) -> Panels:
     """Axes of a grid of panels.
 
     Parameters
@@ -64,10 +66,9 @@ def axes_grid(
     return grid.reshape(shape)
 
 
-def figure_of(axes: NDArray[np.object_]) -> Figure:
-    """The figure that panels are in."""
-    figure = axes.flat[0].get_figure(root=True)
-    assert isinstance(figure, Figure)
+def figure_of(ax: Axes) -> Figure:
+    """The figure that a panel is in, the outermost of nested ones."""
+    figure: Any = ax.get_figure(root=True)
     return figure
 
 
@@ -90,7 +91,7 @@ def shown_px(ax: AxesLike, panel_in: float, dpi: float) -> float:
 
 
 def finish(
-    axes: NDArray[np.object_],
+    axes: Panels,
     *,
     is_new: bool,
     show: bool | None,
@@ -112,7 +113,7 @@ def finish(
     -------
     The figure if `return_fig`; None if it was shown; else the Axes, a single one by itself.
     """
-    figure = figure_of(axes)
+    figure = figure_of(axes.flat[0])
     if save is not None:
         figure.savefig(save, bbox_inches="tight")
     if return_fig:

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
-from pixnet_sd._errors import PixNetError
+from pixnet_sd._errors import DataError
 from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
 from pixnet_sd.engine.tiling import Tile, check_tile_px, training_tiles
 from pixnet_sd.slide import MAP_STRIDE, Measured, Slide, checked_totals, tissue_mask
@@ -30,6 +30,7 @@ __all__ = ["training_regions"]
 _PANEL_IN = 5.0
 _LEGEND_IN = 1.0
 _COLOURS = {"training": "#0072b2", "held out": "#d55e00", "in neither": "#7f7f7f"}
+_DASHES: dict[str, Literal["-", "--"]] = {"training": "-", "held out": "--"}
 _TISSUE = "#009e73"
 _PALE = 0.45
 
@@ -59,7 +60,7 @@ def training_regions(
 
     The left panel of each slide has the image, the outline of the tissue that :func:`pixnet_sd.tl.predict` would fill,
     and the tiles that the network would see; the right panel the regions of the coarsest table: those trained on, those
-    held out, and those in neither, because they reach into a held-out block. Nothing is trained, and no network is made.
+    held out, and those in neither, because they reach into a held-out block. Nothing is trained.
 
     Tiles for training are drawn as they are with a frozen encoder; otherwise they move at random every epoch.
 
@@ -103,7 +104,7 @@ def training_regions(
     }
     axes = axes_grid(ax, (len(slides), 2), figsize=figsize, panel_in=_panel_in(list(views.values())), dpi=dpi)
     for row, (name, source) in zip(axes, sources.items(), strict=True):
-        _draw_tiles(row[0], slides[name], source, parts[name], views[name], tile_px)
+        _draw_tiles(row[0], slides[name], source, parts[name], views[name], tile_px, f"{name}: " * (len(slides) > 1))
         _draw_regions(row[1], source.slide, every[name], parts[name], views[name])
         if scalebar:
             add_scale_bar(row[0], views[name])
@@ -123,7 +124,7 @@ def _group(table: Measured, objective: str) -> MeasuredRegions:
         total = checked_totals(table.counts, table.var_names, table.what)
         total = total if table.place is None else total[table.place]
         if not total.any():
-            raise PixNetError(f"{table.what}: all {len(table)} regions on the image have no counts at all.")
+            raise DataError(f"{table.what}: all {len(table)} regions on the image have no counts at all.")
         regions = regions.subset(np.flatnonzero(total > 0))
     return MeasuredRegions(table.table_key, regions, np.empty((len(regions), 0), np.float32))
 
@@ -146,18 +147,24 @@ def _panel_in(views: Sequence[View]) -> tuple[float, float]:
     return _PANEL_IN * width / max(width, height), _PANEL_IN * height / max(width, height) + _LEGEND_IN
 
 
-def _draw_tiles(ax: Axes, sdata: SpatialData, source: Source, parts: Part, view: View, tile_px: int) -> None:
+def _draw_tiles(
+    ax: Axes, sdata: SpatialData, source: Source, parts: Part, view: View, tile_px: int, title: str
+) -> None:
     slide = source.slide
     draw_slide(ax, slide, view)
     _outline(ax, tissue_mask(sdata, slide), MAP_STRIDE * slide.working_mpp)
     handles: list[Line2D | Patch] = [Line2D([], [], color=_TISSUE, label="tissue")]
     for kind, part in parts.items():
         tiles = training_tiles(part, tile_px, once=kind == "held out").tiles
-        ax.add_collection(_rectangles(tiles, slide.working_mpp, _COLOURS[kind]), autolim=False)
+        ax.add_collection(_rectangles(tiles, slide.working_mpp, kind), autolim=False)
         side = f"{tiles[0].width} x {tiles[0].height} px"
-        handles.append(Patch(facecolor="none", edgecolor=_COLOURS[kind], label=f"{len(tiles)} tiles {kind}, {side}"))
-    set_view(ax, view, f"{slide.name}: {slide.mpp:.3g} µm/px, seen at {slide.working_mpp:.3g}")
+        handles.append(_key(kind, f"{len(tiles)} tiles {kind}, {side}"))
+    set_view(ax, view, f"{title}{slide.mpp:.3g} µm/px, seen at {slide.working_mpp:.3g} µm/px")
     _legend(ax, handles)
+
+
+def _key(kind: str, label: str) -> Patch:
+    return Patch(facecolor="none", edgecolor=_COLOURS[kind], linestyle=_DASHES[kind], label=label)
 
 
 def _outline(ax: Axes, mask: NDArray[np.bool_], pitch_um: float) -> None:
@@ -168,9 +175,9 @@ def _outline(ax: Axes, mask: NDArray[np.bool_], pitch_um: float) -> None:
     ax.contour(at[1], at[0], thin, levels=[0.5], colors=[_TISSUE], linewidths=1.5)
 
 
-def _rectangles(tiles: Sequence[Tile], um: float, colour: str) -> PatchCollection:
+def _rectangles(tiles: Sequence[Tile], um: float, kind: str) -> PatchCollection:
     boxes = [Rectangle((t.col0 * um, t.row0 * um), t.width * um, t.height * um) for t in tiles]
-    return PatchCollection(boxes, facecolor="none", edgecolor=colour, linewidth=1.2)
+    return PatchCollection(boxes, facecolor="none", edgecolor=_COLOURS[kind], linestyle=_DASHES[kind], linewidth=1.2)
 
 
 def _draw_regions(ax: Axes, slide: Slide, every: TrainingSlide, parts: Part, view: View) -> None:
