@@ -21,7 +21,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-FULL, BINS = "sample_full_image", "sample_square_008um"
+FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +220,32 @@ def test_spatialdata_plot_of_circles(predicted, picture_to):
     (patches,) = axes.collections
     assert len(patches.get_paths()) == predicted.tables["pixnet_circles_8um"].n_obs
     assert len(np.unique(patches.get_facecolor(), axis=0)) > 10
+
+
+def test_napari(predicted):
+    """Layers as napari-spatialdata makes them, without a window."""
+    reason = "needs napari-spatialdata and a Qt binding"
+    napari_viewer = pytest.importorskip("napari_spatialdata._viewer", reason=reason, exc_type=ImportError)
+    from napari.components import ViewerModel
+    from napari.utils.events import EventedList
+
+    viewer = napari_viewer.SpatialDataViewer(ViewerModel(), EventedList([predicted]))
+    gene_map = viewer.get_sdata_image(predicted, "pixnet_map", "sample", multi=False)
+    assert gene_map.multiscale
+    finest = predicted.images["pixnet_map"]["scale0"]["image"]
+    np.testing.assert_array_equal(np.asarray(gene_map.data[0]), finest.values)
+    assert list(gene_map.metadata["adata"].var_names) == list(finest.coords["c"].values)
+    corner = [0, finest.sizes["y"], finest.sizes["x"]]
+    np.testing.assert_allclose(gene_map.data_to_world(corner)[-2:], [200, 200], atol=1e-6)
+    circles = viewer.get_sdata_circles(predicted, "pixnet_circles_8um_shapes", "sample", multi=False)
+    table = predicted.tables["pixnet_circles_8um"]
+    np.testing.assert_allclose(circles.data, table.obsm["spatial"][:, ::-1])
+    assert list(circles.metadata["adata"].obs_names) == list(table.obs_names)
+    np.testing.assert_allclose(circles.size, 16)
+    bins = viewer.get_sdata_shapes(predicted, BINS, "sample", multi=False)
+    assert set(bins.metadata["table_names"]) == {TABLE, f"pixnet_{BINS}"}
+    tissue = viewer.get_sdata_labels(predicted, "pixnet_map_tissue", "sample", multi=False)
+    assert tissue.data[0].shape == finest.shape[1:]
 
 
 def test_scanpy_reads_the_table(predicted):

@@ -136,10 +136,12 @@ def gene_map(
     if table is not None and "measured" in shown:
         target_sum = float(note.get("target_sum", _TARGET_SUM)) if _is_log(note) else None
         source.measured = measured_view(sdata, slide, view, table_key=table, genes=names, target_sum=target_sum)
-    axes = axes_grid(ax, (len(names), len(shown)), figsize=figsize, panel_in=_panel_in(view, colorbar_loc), dpi=dpi)
     shared = not _is_sum(note) if shared_limits is None else shared_limits
+    limits = [(_bound(vmin, k, len(names)), _bound(vmax, k, len(names))) for k in range(len(names))]
+    norms = [source.norms(shown, k, *both, shared=shared) for k, both in enumerate(limits)]
+    axes = axes_grid(ax, (len(names), len(shown)), figsize=figsize, panel_in=_panel_in(view, colorbar_loc), dpi=dpi)
     for k, (gene, row) in enumerate(zip(names, axes, strict=True)):
-        drawn = source.draw(row, shown, gene, k, _bound(vmin, k, len(names)), _bound(vmax, k, len(names)), shared)
+        drawn = source.draw(row, shown, gene, k, norms[k])
         if scalebar:
             add_scale_bar(row[0], view)
         if colorbar_loc is not None:
@@ -166,40 +168,32 @@ class _Source:
     predicted: Raster | None = None
     measured: MeasuredView | None = None
 
+    def norms(
+        self, shown: Sequence[Panel], k: int, vmin: Bound, vmax: Bound, *, shared: bool
+    ) -> dict[Panel, Normalize]:
+        """Colour limits of gene k in each panel."""
+        values = {panel: self._values(panel, k) for panel in shown if panel != "image"}
+        if shared:
+            return dict.fromkeys(values, colour_norm(list(values.values()), vmin, vmax))
+        return {panel: colour_norm([each], vmin, vmax) for panel, each in values.items()}
+
     def draw(
-        self,
-        row: Panels,
-        shown: Sequence[Panel],
-        gene: str,
-        k: int,
-        vmin: Bound,
-        vmax: Bound,
-        shared: bool,
+        self, row: Panels, shown: Sequence[Panel], gene: str, k: int, norms: dict[Panel, Normalize]
     ) -> list[Coloured]:
-        """Draw a gene's panels; returns those with colours, and what is coloured."""
-        values: dict[Panel, NDArray[np.float32]] = {p: self._values(p, k) for p in shown if p != "image"}
-        norms = self._norms(values, vmin, vmax, shared)
+        """Draw gene k's panels; returns those with colours, and what is coloured."""
         drawn: list[Coloured] = []
         for ax, panel in zip(row, shown, strict=True):
             if panel == "image" or self.alpha < 1:
                 draw_slide(ax, self.slide, self.view)
             if panel != "image":
-                artist = self._draw_values(ax, panel, values[panel], norms[panel])
+                artist = self._draw_values(ax, panel, self._values(panel, k), norms[panel])
                 drawn += [] if artist is None else [Coloured(panel, ax, artist)]
             set_view(ax, self.view, self._title(panel, gene))
         return drawn
 
     def _values(self, panel: Panel, k: int) -> NDArray[np.float32]:
-        if panel == "predicted" and self.predicted is not None:
-            return self.predicted.values[k]
-        return self.measured.values[k] if self.measured is not None else np.empty(0, np.float32)
-
-    def _norms(
-        self, values: dict[Panel, NDArray[np.float32]], vmin: Bound, vmax: Bound, shared: bool
-    ) -> dict[Panel, Normalize]:
-        if shared:
-            return dict.fromkeys(values, colour_norm(list(values.values()), vmin, vmax))
-        return {panel: colour_norm([each], vmin, vmax) for panel, each in values.items()}
+        source = self.predicted if panel == "predicted" else self.measured
+        return np.empty(0, np.float32) if source is None else source.values[k]
 
     def _draw_values(self, ax: Axes, panel: Panel, values: NDArray[np.float32], norm: Normalize) -> Any:
         style: dict[str, Any] = {"cmap": self.cmap, "norm": norm, "alpha": self.alpha}

@@ -115,7 +115,7 @@ def finish(
     """
     figure = figure_of(axes.flat[0])
     if save is not None:
-        figure.savefig(save, bbox_inches="tight")
+        figure.savefig(save)  # the layout leaves no margin to cut off
     if return_fig:
         return figure
     if show or (show is None and is_new):

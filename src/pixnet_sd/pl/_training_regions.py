@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -98,17 +99,41 @@ def training_regions(
     )
     every = {name: _usable(source, objective) for name, source in sources.items()}
     parts = _parts(*split_slides(every, validation, seed))
-    views = {
-        name: view_of(source.slide, None, shown_px(ax, _PANEL_IN, resolution(dpi, save)))
+    plans = {
+        name: _Plan(
+            source.slide,
+            every[name],
+            parts[name],
+            _tiles(parts[name], tile_px),
+            tissue_mask(slides[name], source.slide),
+            view_of(source.slide, None, shown_px(ax, _PANEL_IN, resolution(dpi, save))),
+        )
         for name, source in sources.items()
     }
-    axes = axes_grid(ax, (len(slides), 2), figsize=figsize, panel_in=_panel_in(list(views.values())), dpi=dpi)
-    for row, (name, source) in zip(axes, sources.items(), strict=True):
-        _draw_tiles(row[0], slides[name], source, parts[name], views[name], tile_px, f"{name}: " * (len(slides) > 1))
-        _draw_regions(row[1], source.slide, every[name], parts[name], views[name])
+    panel_in = _panel_in([plan.view for plan in plans.values()])
+    axes = axes_grid(ax, (len(plans), 2), figsize=figsize, panel_in=panel_in, dpi=dpi)
+    for row, (name, plan) in zip(axes, plans.items(), strict=True):
+        _draw_tiles(row[0], plan, f"{name}: " if len(plans) > 1 else "")
+        _draw_regions(row[1], plan)
         if scalebar:
-            add_scale_bar(row[0], views[name])
+            add_scale_bar(row[0], plan.view)
     return finish(axes, is_new=ax is None, show=show, save=save, return_fig=return_fig)
+
+
+Part = dict[str, TrainingSlide]
+"""What is trained on, and what is held out, of one slide; either may be missing."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What is known of a slide before it is trained on."""
+
+    slide: Slide
+    every: TrainingSlide
+    parts: Part
+    tiles: dict[str, list[Tile]]
+    tissue: NDArray[np.bool_]
+    view: View
 
 
 def _usable(source: Source, objective: str) -> TrainingSlide:
@@ -129,10 +154,6 @@ def _group(table: Measured, objective: str) -> MeasuredRegions:
     return MeasuredRegions(table.table_key, regions, np.empty((len(regions), 0), np.float32))
 
 
-Part = dict[str, TrainingSlide]
-"""What is trained on, and what is held out, of one slide; either may be missing."""
-
-
 def _parts(training: Sequence[TrainingSlide], held_out: Sequence[TrainingSlide]) -> dict[str, Part]:
     found: dict[str, Part] = {slide.name: {} for slide in (*training, *held_out)}
     for kind, slides in (("training", training), ("held out", held_out)):
@@ -147,19 +168,20 @@ def _panel_in(views: Sequence[View]) -> tuple[float, float]:
     return _PANEL_IN * width / max(width, height), _PANEL_IN * height / max(width, height) + _LEGEND_IN
 
 
-def _draw_tiles(
-    ax: Axes, sdata: SpatialData, source: Source, parts: Part, view: View, tile_px: int, title: str
-) -> None:
-    slide = source.slide
-    draw_slide(ax, slide, view)
-    _outline(ax, tissue_mask(sdata, slide), MAP_STRIDE * slide.working_mpp)
+def _tiles(parts: Part, tile_px: int) -> dict[str, list[Tile]]:
+    """Tiles as a training with a frozen encoder, and every validation, has them."""
+    return {kind: training_tiles(part, tile_px, once=kind == "held out").tiles for kind, part in parts.items()}
+
+
+def _draw_tiles(ax: Axes, plan: _Plan, title: str) -> None:
+    slide = plan.slide
+    draw_slide(ax, slide, plan.view)
+    _outline(ax, plan.tissue, MAP_STRIDE * slide.working_mpp)
     handles: list[Line2D | Patch] = [Line2D([], [], color=_TISSUE, label="tissue")]
-    for kind, part in parts.items():
-        tiles = training_tiles(part, tile_px, once=kind == "held out").tiles
+    for kind, tiles in plan.tiles.items():
         ax.add_collection(_rectangles(tiles, slide.working_mpp, kind), autolim=False)
-        side = f"{tiles[0].width} x {tiles[0].height} px"
-        handles.append(_key(kind, f"{len(tiles)} tiles {kind}, {side}"))
-    set_view(ax, view, f"{title}{slide.mpp:.3g} µm/px, seen at {slide.working_mpp:.3g} µm/px")
+        handles.append(_key(kind, f"{len(tiles)} tiles {kind}, {tiles[0].width} x {tiles[0].height} px"))
+    set_view(ax, plan.view, f"{title}{slide.mpp:.3g} µm/px, seen at {slide.working_mpp:.3g} µm/px")
     _legend(ax, handles)
 
 
@@ -180,16 +202,16 @@ def _rectangles(tiles: Sequence[Tile], um: float, kind: str) -> PatchCollection:
     return PatchCollection(boxes, facecolor="none", edgecolor=_COLOURS[kind], linestyle=_DASHES[kind], linewidth=1.2)
 
 
-def _draw_regions(ax: Axes, slide: Slide, every: TrainingSlide, parts: Part, view: View) -> None:
-    draw_slide(ax, slide, view).set_alpha(_PALE)
-    to_um = np.diag([slide.working_mpp, slide.working_mpp, 1.0])
-    coarsest = _coarsest(every).size_name
-    for kind, part in (("in neither", every), *parts.items()):
+def _draw_regions(ax: Axes, plan: _Plan) -> None:
+    draw_slide(ax, plan.slide, plan.view).set_alpha(_PALE)
+    to_um = np.diag([plan.slide.working_mpp, plan.slide.working_mpp, 1.0])
+    coarsest = _coarsest(plan.every).size_name
+    for kind, part in (("in neither", plan.every), *plan.parts.items()):
         for group in (m for m in part.measured if m.size_name == coarsest):
-            cmap = ListedColormap([_COLOURS[kind]])
-            draw_regions(ax, group.regions, np.zeros(len(group.regions)), to_um, view, cmap=cmap, norm=NoNorm())
-    set_view(ax, view, f"regions of table {coarsest!r}")
-    _legend(ax, [Patch(color=_COLOURS[kind], label=text) for kind, text in _counts(every, parts).items()])
+            style: dict[str, Any] = {"cmap": ListedColormap([_COLOURS[kind]]), "norm": NoNorm()}
+            draw_regions(ax, group.regions, np.zeros(len(group.regions)), to_um, plan.view, **style)
+    set_view(ax, plan.view, f"regions of table {coarsest!r}")
+    _legend(ax, [Patch(color=_COLOURS[kind], label=text) for kind, text in _counts(plan.every, plan.parts).items()])
 
 
 def _coarsest(slide: TrainingSlide) -> MeasuredRegions:

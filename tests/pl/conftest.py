@@ -1,0 +1,68 @@
+"""Slides with gene maps whose every pixel is known, made without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from spatialdata import SpatialData
+from tests.slide.conftest import make_visium, make_visium_hd
+
+from pixnet_sd.store import GeneMapWriter, image_transforms, tissue_labels
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+MAP_UM = 2.0
+
+
+def add_map(
+    sdata: SpatialData, image_key: str, system: str, *, mpp: float, genes: list[str], **note: Any
+) -> np.ndarray[Any, Any]:
+    """Write a gene map over all of an image, off tissue in its last 20 columns; returns its values, 0 there."""
+    image = sdata.images[image_key]
+    image = image["scale0"]["image"] if hasattr(image, "children") else image
+    shape = tuple(round(image.sizes[axis] * mpp / MAP_UM) for axis in "yx")
+    row, col = np.indices(shape, dtype=np.float32)
+    values = np.stack([(k + 1) + (col if k % 2 else row) / 10 for k in range(len(genes))])
+    tissue = np.ones(shape, bool)
+    tissue[:, -20:] = False
+    values = (values * tissue).astype(np.float32)
+    pitch = MAP_UM / mpp
+    options = {"genes": genes, "shape": shape, "pitch_image_px": pitch, "image_key": image_key, "fingerprint": "x"}
+    with GeneMapWriter.open(sdata, key="pixnet_map", block_px=32, **options) as writer:
+        for block in writer.pending:
+            writer.write(block, values[:, block[0] : block[1], block[2] : block[3]])
+        labels = tissue_labels(tissue, pitch, image_transforms(sdata, image_key))
+        noted = {"image": image_key, "coordinate_system": system, "mpp": mpp, "objective": "mse_pcc"}
+        noted |= {"aggregation": "mean", "target_sum": 100.0, **note}
+        writer.commit({"pixnet_map_tissue": labels}, provenance={"maps": {"pixnet_map": noted}})
+    return values
+
+
+@pytest.fixture
+def hd() -> Callable[..., tuple[SpatialData, np.ndarray[Any, Any]]]:
+    """A Visium HD slide, 120 x 160 µm at 0.5 µm/px, its map of 60 x 80 pixels, and the map's values."""
+
+    def make(genes: tuple[str, ...] = ("GENE0", "GENE1", "OTHER"), note: dict[str, Any] | None = None, **options: Any):
+        sdata = make_visium_hd(**options)
+        return sdata, add_map(sdata, "sample_full_image", "sample", mpp=0.5, genes=list(genes), **(note or {}))
+
+    return make
+
+
+@pytest.fixture
+def spots() -> tuple[SpatialData, np.ndarray[Any, Any]]:
+    """A Visium slide with a map."""
+    sdata = make_visium()
+    return sdata, add_map(sdata, "tissue_full_image", "global", mpp=0.5, genes=["GENE0"])
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    plt.close("all")
