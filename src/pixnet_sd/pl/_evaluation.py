@@ -56,7 +56,7 @@ def evaluation(
     n_labels
         How many of the best and of the worst genes are named, when there is one evaluation.
     figsize, dpi, ax, show, save, return_fig
-        As of :func:`gene_map`.
+        As of :func:`pixnet_sd.pl.gene_map`.
 
     Returns
     -------

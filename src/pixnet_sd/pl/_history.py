@@ -51,7 +51,7 @@ def history(
         Columns of ``model.history``, one panel each: ``"loss"``, ``"val_pcc"``, ``"val_mse"``, ``"lr"``, ``"seconds"``;
         default: the first three, as far as they are there.
     figsize, dpi, ax, show, save, return_fig
-        As of :func:`gene_map`.
+        As of :func:`pixnet_sd.pl.gene_map`.
 
     Returns
     -------

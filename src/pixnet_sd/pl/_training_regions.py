@@ -75,7 +75,7 @@ def training_regions(
     scalebar
         Whether to draw a scale bar.
     figsize, dpi, ax, show, save, return_fig
-        As of :func:`gene_map`; one row of two panels for each slide.
+        As of :func:`pixnet_sd.pl.gene_map`; one row of two panels for each slide.
 
     Returns
     -------
