@@ -8,29 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from huggingface_hub import ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pixnet_sd._errors import CheckpointError, PixNetError
+from pixnet_sd._logging import logger
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.model import Network
 from pixnet_sd.nn.weights import hash_weights
 
+from ._hub import hub_errors, is_local, snapshot
+from ._model_card import TAGS, card_text
 from ._record import ModelRecord, library_versions, link_of, read_record, write_json_atomically
 
 __all__ = ["PixNet"]
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
+_CARD = "README.md"
 
 
-class PixNet(ModelHubMixin, library_name="pixnet_sd", tags=["spatial-transcriptomics", "histology"]):
+class PixNet(ModelHubMixin, library_name="pixnet_sd"):
     """A trained model.
 
     Made by :func:`pixnet_sd.tl.fit` or :meth:`load`, used by :func:`pixnet_sd.tl.predict`. `save_pretrained`,
-    `from_pretrained` and `push_to_hub` come from huggingface_hub and use the same directory layout.
+    `from_pretrained` and `push_to_hub` are those that huggingface_hub's models have; their folders are those of `save`
+    with a model card beside.
 
     Parameters
     ----------
@@ -131,15 +135,32 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd", tags=["spatial-transcripto
         return cls(network, record)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> PixNet:
+    def from_pretrained(  # type: ignore[override]  # no **kwargs: a slip in an option is an error
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> PixNet:
         """Read a model from a folder or from the Hugging Face hub.
 
         Parameters
         ----------
         pretrained_model_name_or_path
             A folder, or ``"owner/name"`` on the hub.
-        options
-            ``revision``, ``token``, ``cache_dir``, ``local_files_only`` ... as in huggingface_hub.
+        revision
+            Branch, tag or commit on the hub; default: its main branch.
+        token
+            Of the hub; default: that of ``hf auth login``.
+        cache_dir
+            Where downloads are kept; default: huggingface_hub's cache.
+        force_download
+            Fetch what is in the cache anew.
+        local_files_only
+            Take what is in the cache, and do not ask the hub.
 
         Returns
         -------
@@ -150,41 +171,157 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd", tags=["spatial-transcripto
         CheckpointError
             It cannot be had, or is no checkpoint of ours.
         """
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, **options)
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise CheckpointError(
-                f"{str(pretrained_model_name_or_path)!r} is neither a folder here nor could it be fetched from the "
-                f"hub ({type(error).__name__}). Check its name, and the network."
-            ) from error
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **_: Any,
-    ) -> PixNet:
-        if Path(model_id).is_dir():
-            return cls.load(model_id)
-        folder = snapshot_download(
-            model_id,
+        name = str(pretrained_model_name_or_path)
+        if is_local(name):
+            return cls.load(name)
+        # Not through the mixin: it would first hand our constructor what any foreign config.json holds.
+        return cls._from_pretrained(
+            model_id=name,
             revision=revision,
             cache_dir=cache_dir,
             force_download=force_download,
             local_files_only=local_files_only,
             token=token,
-            allow_patterns=[_CONFIG, _WEIGHTS],
         )
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> PixNet:
+        unavailable = f"{model_id!r} is no folder here, and cannot be fetched from the hub"
+        with hub_errors(unavailable):
+            config = snapshot(model_id, [_CONFIG], **options) / _CONFIG
+        try:
+            read_record(config)  # before the weights come, which of a foreign model can be any size
+        except CheckpointError as error:
+            raise CheckpointError(f"{model_id!r} on the hub is no model of pixnet_sd: {error}") from error
+        with hub_errors(unavailable):
+            folder = snapshot(model_id, [_CONFIG, _WEIGHTS], **options)
         return cls.load(folder)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_options: Any,
+    ) -> str | None:
+        """Write what `save` writes, and a model card.
+
+        Parameters
+        ----------
+        save_directory
+            As for `save`. A ``README.md`` that is in it already stays as it is.
+        repo_id
+            ``"owner/name"`` that the card names; with `push_to_hub` where to push to. Default: the folder's name.
+        push_to_hub
+            Call :meth:`push_to_hub` afterwards.
+        model_card_kwargs
+            Of :meth:`generate_model_card`.
+        push_to_hub_options
+            Of :meth:`push_to_hub`.
+
+        Returns
+        -------
+        Address of the commit on the hub, or None.
+
+        Raises
+        ------
+        CheckpointError
+            The disk is full, or the directory cannot be written; or as for :meth:`push_to_hub`.
+        """
+        # Not the mixin's: it deletes the config.json of a model that is there before anything is written.
+        directory = self.save(save_directory)
+        options = {"repo_id": repo_id or directory.name, **(model_card_kwargs or {})}
+        self._write_card(directory / _CARD, options)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.save(save_directory)
+
+    def _write_card(self, path: Path, options: dict[str, Any]) -> None:
+        if not path.exists():
+            write_json_atomically(path, str(self.generate_model_card(**options)))
+        elif self.record.weights_sha256 not in path.read_text(encoding="utf-8"):
+            logger.warning("%s was not written for this model, and stays as it is; delete it for a new one", path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload the model and its card to the Hugging Face hub.
+
+        The names of the training slides, as they were given to :func:`pixnet_sd.tl.fit`, are in the model's
+        ``config.json`` and on its card, for everyone who can read the repository.
+
+        Parameters
+        ----------
+        repo_id
+            ``"owner/name"``; made if it is not there.
+        license
+            Identifier of the licence that the weights are given under, such as ``"cc-by-4.0"``.
+        model_card_kwargs
+            More of :meth:`generate_model_card`.
+        options
+            ``private``, ``token``, ``branch``, ``create_pr``, ``commit_message`` ... as in huggingface_hub.
+
+        Returns
+        -------
+        Address of the commit.
+
+        Raises
+        ------
+        CheckpointError
+            The hub cannot be reached or does not let you; or the disk is full.
+        """
+        card = {"repo_id": repo_id, "license": license, **(model_card_kwargs or {})}
+        with hub_errors(f"The model cannot be written to {repo_id!r} on the hub"):
+            return str(super().push_to_hub(repo_id, model_card_kwargs=card, **options))
+
+    def generate_model_card(
+        self,
+        *,
+        repo_id: str = "owner/name",
+        license: str | None = None,
+        license_name: str | None = None,
+        license_link: str | None = None,
+        datasets: list[str] | None = None,
+        language: list[str] | None = None,
+    ) -> ModelCard:
+        """The model card: training data and splits, held-out scores, the model, intended use and limits.
+
+        Parameters
+        ----------
+        repo_id
+            Where the model will be; the card's example names it.
+        license, license_name, license_link
+            Licence of the weights, as the hub wants it: an identifier such as ``"cc-by-4.0"``, or ``"other"`` with a
+            name and a link. Without one the card says that nobody may use them.
+        datasets, language
+            Further metadata of the hub.
+
+        Returns
+        -------
+        The card; ``card.save(path)`` writes it, ``card.text`` is its body.
+        """
+        metadata = ModelCardData(
+            library_name="pixnet_sd",
+            license=license,
+            license_name=license_name,
+            license_link=license_link,
+            datasets=datasets,
+            language=language,
+            metrics=["pearsonr"],
+            tags=list(TAGS),
+        )
+        stated = license_name or license
+        return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{card_text(self.record, repo_id=repo_id, license=stated)}")
 
 
 def _empty_network(record: ModelRecord) -> Network:
