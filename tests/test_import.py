@@ -22,7 +22,17 @@ def test_import_loads_nothing_heavy():
     assert loaded == "[]"
 
 
-@pytest.mark.parametrize("name", ["datasets.sample", "io.convert_visium_hd", "io.open_store", "pl.training_regions"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "datasets.sample",
+        "get.gene_map",
+        "io.convert_visium_hd",
+        "io.open_store",
+        "pl.training_regions",
+        "settings.verbosity",
+    ],
+)
 def test_what_needs_no_torch_loads_none(name):
     assert run_python(f"import sys, pixnet_sd; pixnet_sd.{name}; print('torch' in sys.modules)") == "False"
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import datasets, get, io, pl, tl
+    from ._settings import settings
     from .store import PixNet
 
-__all__ = ["PixNet", "__version__", "datasets", "get", "io", "pl", "tl"]
+__all__ = ["PixNet", "__version__", "datasets", "get", "io", "pl", "settings", "tl"]
 
 try:
     __version__ = version("pixnet_sd")
@@ -24,6 +25,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name == "PixNet":
         return importlib.import_module(".store", __name__).PixNet
+    if name == "settings":
+        return importlib.import_module("._settings", __name__).settings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
