@@ -15,7 +15,7 @@ STAMP := $(VENV)/.stamp-installed
 export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs constraints clean distclean
+.PHONY: help setup demo test lint format docs package constraints clean distclean
 
 help:
 	@echo 'make setup        create $(VENV) and install the pinned dependencies (done once, by the others too)'
@@ -24,6 +24,7 @@ help:
 	@echo 'make lint         ruff and mypy'
 	@echo 'make format       ruff, with fixes'
 	@echo 'make docs         HTML pages in docs/_build/html, warnings are errors'
+	@echo 'make package      wheel and sdist in dist/, checked, and the wheel tried alone in a fresh environment'
 	@echo 'make constraints  pin the newest versions that pyproject.toml allows'
 	@echo 'make clean        remove what these leave behind; make distclean: $(VENV) too'
 
@@ -60,6 +61,13 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -E -b html docs docs/_build/html
+
+# What a release uploads. The wheel is installed from the index as a user would, not with the pinned versions.
+package: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[package]'
+	$(BIN)/python -m build
+	$(BIN)/python scripts/check_package.py dist
 
 # One file for every Python: markers tell the pins of 3.11 from those of later versions.
 constraints: $(STAMP)
