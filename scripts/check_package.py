@@ -43,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dist", type=Path, help="folder with one wheel and one sdist")
     parser.add_argument("--python", default=sys.executable, help="Python of the fresh environment (default: this one)")
-    parser.add_argument("--no-install", action="store_true", help="look at the files only")
+    parser.add_argument("--only-contents", action="store_true", help="look at what is in them, no more")
     options = parser.parse_args(arguments)
     wheel, sdist = only(options.dist, "*.whl"), only(options.dist, "*.tar.gz")
-    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     troubles = [*check_sdist(sdist), *check_wheel(wheel)]
     print("\n".join(troubles) or f"{sdist.name} and {wheel.name} hold what they should")
-    if not troubles and not options.no_install:
+    if not troubles and not options.only_contents:
+        run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
         smoke(wheel, options.python)
     return bool(troubles)
 
@@ -74,7 +74,9 @@ def check_sdist(sdist: Path) -> list[str]:
 def check_wheel(wheel: Path) -> list[str]:
     """What is wrong with the wheel."""
     files = zipfile.ZipFile(wheel).namelist()
-    outside = [name for name in files if not name.startswith(("pixnet_sd/", f"{wheel.name.split('-py3')[0]}.dist-info/"))]
+    outside = [
+        name for name in files if not name.startswith(("pixnet_sd/", f"{wheel.name.split('-py3')[0]}.dist-info/"))
+    ]
     missing = [] if "pixnet_sd/py.typed" in files else [f"{wheel.name} lacks py.typed"]
     return [*missing, *(f"{wheel.name}: {name} is outside the package" for name in outside), *_unwanted(wheel, files)]
 
@@ -83,7 +85,7 @@ def _unwanted(archive: Path, files: Iterable[str]) -> list[str]:
     found = [
         f"{archive.name}: {name} does not belong there"
         for name in files
-        if JUNK & set(PurePosixPath(name).parts) or DATA & set(PurePosixPath(name).suffixes)
+        if any(part in JUNK or PurePosixPath(part).suffix in DATA for part in PurePosixPath(name).parts)
     ]
     size_mb = archive.stat().st_size / 1e6
     return found if size_mb <= MOST_MB else [*found, f"{archive.name} has {size_mb:.1f} MB, more than {MOST_MB}"]

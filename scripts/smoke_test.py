@@ -40,7 +40,9 @@ def use(folder: Path) -> None:
     slide = ps.datasets.sample(size_um=150, mpp=1.0, bin_um=(8,))
     quiet = {"device": "cpu", "tile_px": 128, "show_progress_bar": False}
     network = {"encoder": "test_resnet", "encoder_weights": None, "decoder_width": 8, "working_mpp": 1.0}
-    model = ps.tl.fit(slide, n_genes=5, max_steps=2, validation=None, checkpoint_dir=folder / "model", **network, **quiet)
+    model = ps.tl.fit(
+        slide, n_genes=5, max_steps=2, validation=None, checkpoint_dir=folder / "model", **network, **quiet
+    )
     ps.tl.predict(slide, model, radius_um=8, **quiet)
     table = slide.tables["pixnet_circles_8um"]
     assert list(table.var_names) == model.genes

@@ -1,0 +1,109 @@
+"""Files beside the code agree with each other: versions, licence, citations, workflows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def read_yaml(name: str) -> dict:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_citation_is_of_this_version():
+    citation = read_yaml("CITATION.cff")
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+
+
+def test_entry_for_the_registry():
+    entry = read_yaml(".github/ecosystem/meta.yaml")
+    required = {"name", "description", "project_home", "documentation_home", "install", "license", "tags", "contact"}
+    assert required <= set(entry)
+    assert (entry["name"], entry["license"]) == (PROJECT["name"], PROJECT["license"])
+    assert entry["install"] == {"pypi": PROJECT["name"].replace("_", "-")}
+
+
+def test_every_python_that_is_named_is_tested():
+    tested = {
+        lane["python"]
+        for lane in read_yaml(".github/workflows/test.yml")["jobs"]["versions"]["strategy"]["matrix"]["include"]
+    }
+    named = {name.rsplit(" ", 1)[1] for name in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", name)}
+    assert tested == named
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_run_pinned_actions_without_secrets(path):
+    text = path.read_text(encoding="utf-8")
+    actions = re.findall(r"uses: *(\S+)(.*)", text)
+    assert actions
+    unpinned = [name for name, note in actions if not re.search(r"@[0-9a-f]{40}$", name) or " # v" not in note]
+    assert unpinned == []
+    assert "secrets." not in text
+    assert "pull_request_target" not in text
+    assert read_yaml(f".github/workflows/{path.name}")["permissions"] == {"contents": "read"}
+
+
+def test_workflows_run_what_the_makefile_and_the_scripts_have():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    matrix = read_yaml(".github/workflows/test.yml")["jobs"]["pinned"]["strategy"]["matrix"]
+    assert set(matrix["target"]) <= targets
+    scripts = re.findall(r"scripts/\S+", "".join(path.read_text(encoding="utf-8") for path in WORKFLOWS))
+    assert scripts
+    assert all((ROOT / script).exists() for script in scripts)
+
+
+def test_everything_cited_is_in_the_references_and_has_an_identifier():
+    entries = re.split(r"^@", (ROOT / "docs/references.bib").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    known = {re.match(r"\w+\{([^,]+),", entry)[1]: entry for entry in entries}
+    assert len(known) == len(entries)
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/*/*.md"), *ROOT.glob("notebooks/*.ipynb")]
+    text = "".join(path.read_text(encoding="utf-8") for path in pages)
+    cited = {key.strip() for keys in re.findall(r"\{cite:\w+\}`([^`]+)`", text) for key in keys.split(",")}
+    assert cited
+    assert cited <= set(known)
+    assert [key for key, entry in known.items() if "doi = {10." not in entry and "url = {" not in entry] == []
+
+
+def make_dist(folder: Path, *, without: str = "", junk: str = "") -> Path:
+    """A wheel and an sdist with empty files."""
+    needed = re.search(
+        r"NEEDED = \((.*?)\)", (ROOT / "scripts/check_package.py").read_text(encoding="utf-8"), re.DOTALL
+    )[1]
+    (folder / "empty").touch()
+    with tarfile.open(folder / "pixnet_sd-1.0.tar.gz", "w:gz") as archive:
+        for name in [*re.findall(r'"(.+?)"', needed), *filter(None, [junk])]:
+            if name != without:
+                archive.add(folder / "empty", f"pixnet_sd-1.0/{name}")
+    with zipfile.ZipFile(folder / "pixnet_sd-1.0-py3-none-any.whl", "w") as wheel:
+        for name in ("pixnet_sd/py.typed", "pixnet_sd-1.0.dist-info/METADATA", *filter(None, [junk])):
+            wheel.writestr(name, "")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "hold what they should"),
+        ({"without": "tests/conftest.py"}, "pixnet_sd-1.0.tar.gz lacks tests/conftest.py"),
+        ({"junk": "pixnet_sd/slide.zarr/zarr.json"}, "pixnet_sd-1.0.tar.gz: pixnet_sd/slide.zarr/zarr.json does not"),
+        ({"junk": "tests/x.py"}, "any.whl: tests/x.py is outside the package"),
+    ],
+)
+def test_check_of_packages(tmp_path, changes, says):
+    command = [sys.executable, ROOT / "scripts/check_package.py", make_dist(tmp_path, **changes), "--only-contents"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert says in done.stdout, done.stderr
+    assert done.returncode == bool(changes)
