@@ -1,11 +1,15 @@
-"""Sphinx configuration.  `make docs` builds with warnings as errors."""
+"""Sphinx configuration.  `make docs` builds with warnings as errors, and every reference has to lead somewhere."""
 
 from __future__ import annotations
 
 import os
+import sys
 from importlib.metadata import metadata
+from pathlib import Path
 
 from sphinx.ext.napoleon import NumpyDocstring
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 info = metadata("pixnet_sd")
 project = info["Name"]
@@ -21,39 +25,58 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinxcontrib.bibtex",
+    "copied_notebooks",
+    "public_names",
 ]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
 bibtex_bibfiles = ["references.bib"]
+suppress_warnings = ["toc.empty_glob"]  # notebooks and a few pages are listed by pattern
 
-# The inventories of other projects come over the network: link to them where the pages are published only, so that a
-# build without a network has no warnings.
+nitpicky = True
+nitpick_ignore_regex = [
+    # What other projects document. Their inventories come over the network, see below.
+    (r"py:.*", r"(anndata|collections|matplotlib|numpy|pandas|pathlib|spatialdata|torch|xarray)\..*"),
+    (r"py:.*", r"(AnnData|Axes|DataArray|DataFrame|Figure|Path|SpatialData)"),  # the same, see public_names.PUBLIC
+    (r"py:class", r"(pixnet_sd\.nn\.model\.)?Network"),  # PixNet holds one; nobody makes one by hand
+]
+
+# Link to other projects where the pages are published only, so that a build without a network has no warnings.
 if os.environ.get("READTHEDOCS"):
     extensions.append("sphinx.ext.intersphinx")
     intersphinx_mapping = {
         "anndata": ("https://anndata.readthedocs.io/en/stable/", None),
+        "matplotlib": ("https://matplotlib.org/stable/", None),
         "numpy": ("https://numpy.org/doc/stable/", None),
         "pandas": ("https://pandas.pydata.org/docs/", None),
         "python": ("https://docs.python.org/3/", None),
         "spatialdata": ("https://spatialdata.scverse.org/en/stable/", None),
         "squidpy": ("https://squidpy.readthedocs.io/en/stable/", None),
+        "torch": ("https://docs.pytorch.org/docs/stable/", None),
+        "xarray": ("https://docs.xarray.dev/en/stable/", None),
     }
 
 autosummary_generate = True
 autosummary_imported_members = True
-autodoc_typehints = "description"  # types come from the annotations, once
+# Types come from the annotations, once, beside each parameter. autodoc does that itself; of sphinx-autodoc-typehints
+# only the defaults would be new, and the signature shows them.
+autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
 
-nb_execution_mode = "off"
+nb_execution_mode = "off"  # notebooks are kept with their outputs
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 html_theme = "sphinx_book_theme"
 html_title = project
+html_static_path = ["_static"]
+html_css_files = ["pixnet_sd.css"]
+html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2, "use_fullscreen_button": False}
 
 
 def returns_as_prose(docstring: NumpyDocstring, _section: str) -> list[str]:

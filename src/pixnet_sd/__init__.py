@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import datasets, get, io, pl, tl
+    from . import datasets, errors, get, io, pl, tl
     from ._settings import settings
     from .store import PixNet
 
-__all__ = ["PixNet", "__version__", "datasets", "get", "io", "pl", "settings", "tl"]
+__all__ = ["PixNet", "__version__", "datasets", "errors", "get", "io", "pl", "settings", "tl"]
 
 try:
     __version__ = version("pixnet_sd")
@@ -21,7 +21,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 def __getattr__(name: str) -> Any:
     """Import the rooms on first use, so that ``import pixnet_sd`` loads no torch."""
-    if name in ("datasets", "get", "io", "pl", "tl"):
+    if name in ("datasets", "errors", "get", "io", "pl", "tl"):
         return importlib.import_module(f".{name}", __name__)
     if name == "PixNet":
         return importlib.import_module(".store", __name__).PixNet

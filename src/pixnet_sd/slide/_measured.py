@@ -214,7 +214,7 @@ def _warn_if_costly(sdata: SpatialData, table_key: str) -> None:
         return
     logger.warning(
         "table %r with its %.1f million rows, and its shapes if loaded, are in memory though the store has them: "
-        "pixnet_sd.open_store(%r) leaves them on disk and needs a fraction of the memory.",
+        "pixnet_sd.io.open_store(%r) leaves them on disk and needs a fraction of the memory.",
         *(table_key, sdata.tables[table_key].n_obs / 1e6, str(sdata.path)),
     )
 

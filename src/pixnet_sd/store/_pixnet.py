@@ -59,7 +59,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row an epoch: loss, lr, seconds and, with held-out regions, val_pcc and val_mse."""
+        """One row an epoch, with loss, lr, seconds and, with held-out regions, val_pcc and val_mse."""
         frame = pd.DataFrame(self.record.history)
         return frame.astype({"epoch": int}).set_index("epoch") if len(frame) else frame
 

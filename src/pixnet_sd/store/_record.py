@@ -131,7 +131,7 @@ class ModelRecord:
 
     @property
     def var(self) -> pd.DataFrame:
-        """Columns by gene for predicted tables: ``held_out_pcc`` when known."""
+        """Columns by gene for predicted tables, ``held_out_pcc`` when known."""
         frame = pd.DataFrame(index=pd.Index(self.genes))
         if self.held_out_pcc:
             frame["held_out_pcc"] = pd.Series(self.held_out_pcc, index=frame.index, dtype="float64")

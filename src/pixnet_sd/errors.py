@@ -1,0 +1,7 @@
+"""Errors that a user can mend, to be caught by name: all are a :class:`PixNetError`, which is a :class:`ValueError`."""
+
+from __future__ import annotations
+
+from ._errors import CheckpointError, DataError, ElementError, PixNetError, ResolutionError, StoreError
+
+__all__ = ["CheckpointError", "DataError", "ElementError", "PixNetError", "ResolutionError", "StoreError"]
