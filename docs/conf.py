@@ -26,12 +26,12 @@ extensions = [
     "sphinx_copybutton",
     "sphinxcontrib.bibtex",
     "copied_notebooks",
+    "optional_pages",
     "public_names",
 ]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
 bibtex_bibfiles = ["references.bib"]
-suppress_warnings = ["toc.empty_glob"]  # notebooks and a few pages are listed by pattern
 
 nitpicky = True
 nitpick_ignore_regex = [

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,16 @@ SMALL: dict[str, Any] = {
     "decoder_width": 8,
     "tile_px": 128,
     "max_epochs": 1,
+    "max_steps": 2,
     "device": "cpu",
     "show_progress_bar": False,
 }
-OWN = {"encoder": {"convnext_tiny": "test_convnext"}, "decoder_width": {128: 16}, "max_epochs": {100: 1}}
+INSTEAD = {
+    "size_um=2000, n_genes=500": "size_um=200, n_genes=40",
+    "max_steps=2000, max_epochs=100": "max_steps=2, max_epochs=1",
+    "decoder_width=128": "decoder_width=16",
+    'encoder="convnext_tiny"': 'encoder="test_convnext"',
+}
 """What pages say, and what is run in its place."""
 
 
@@ -46,6 +54,7 @@ def main() -> int:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder) / "world"
         make_world(world)
@@ -63,6 +72,8 @@ def pages_with_code() -> list[str]:
 def blocks(page: str) -> list[tuple[bool, str]]:
     """Whether to run, and code."""
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    for said, instead in INSTEAD.items():
+        text = text.replace(said, instead)
     return [(found["skip"] is None, found["code"]) for found in BLOCK.finditer(text)]
 
 
@@ -76,16 +87,16 @@ def make_world(folder: Path) -> None:
     folder.mkdir()
     os.chdir(folder)
     use_small_networks()
-    ps.datasets.write_visium_hd("outs", size_um=300, dataset_id="slide")
+    ps.datasets.write_visium_hd("outs", size_um=200, dataset_id="slide")
     for seed, name in enumerate(("slide", "slide_2", "slide_3", "breast_hd")):
-        ps.datasets.sample(size_um=300, dataset_id="slide", cells=True, seed=seed).write(f"{name}.zarr")
+        ps.datasets.sample(size_um=200, dataset_id="slide", cells=True, seed=seed).write(f"{name}.zarr")
     write_images()
     ps.tl.fit(ps.io.open_store("slide.zarr"), checkpoint_dir="models/breast")
     encoder = timm.create_model("resnet10t", features_only=True)
     save_file({key: value.contiguous() for key, value in encoder.state_dict().items()}, "resnet18.safetensors")
-    polygon = "[[[100, 100], [300, 100], [300, 300], [100, 300], [100, 100]]]"
-    feature = f'{{"type": "Feature", "properties": {{"name": "tumour"}}, "geometry": {{"type": "Polygon", "coordinates": {polygon}}}}}'
-    Path("annotations.geojson").write_text(f'{{"type": "FeatureCollection", "features": [{feature}]}}')
+    geometry = {"type": "Polygon", "coordinates": [[[100, 100], [300, 100], [300, 300], [100, 300], [100, 100]]]}
+    feature = {"type": "Feature", "properties": {"name": "tumour"}, "geometry": geometry}
+    Path("annotations.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
 
 
 def write_images() -> None:
@@ -107,9 +118,6 @@ def use_small_networks() -> None:
 
     @functools.wraps(fit)
     def small(sdata: Any, **options: Any) -> Any:
-        for name, instead in OWN.items():
-            if options.get(name) in instead:
-                options[name] = instead[options[name]]
         return fit(sdata, **{**SMALL, **options})
 
     ps.tl.fit = small
@@ -119,15 +127,13 @@ def run_page(page: str, world: Path, folder: Path) -> bool:
     """Run a page's blocks one after the other in one namespace; says how it went."""
     shutil.copytree(world, folder)
     os.chdir(folder)
-    started, namespace = time.monotonic(), {"__name__": "__main__"}
-    namespace |= names_for(page)
-    sys.modules["__main__"].__dict__.update({k: v for k, v in namespace.items() if k != "__name__"})
+    started, namespace = time.monotonic(), {"__name__": "__main__", **prepare(page)}
     for number, (run, code) in enumerate(blocks(page), start=1):
         try:
             tree = compile(ast.parse(code), f"{page}, block {number}", "exec")
             if run:
                 exec(tree, namespace)
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever the code of a page does
             traceback.print_exc()
             print(f"{page}, block {number}: FAILED\n{code}")
             return False
@@ -135,15 +141,17 @@ def run_page(page: str, world: Path, folder: Path) -> bool:
     return True
 
 
-def names_for(page: str) -> dict[str, Any]:
-    """What a page speaks of without making it."""
+def prepare(page: str) -> dict[str, Any]:
+    """What a page speaks of without making it; and what it makes is not there yet."""
+    import spatialdata as sd
+
+    if page == "visium_hd":
+        shutil.rmtree("slide.zarr")
     if page != "index":
         return {}
-    import pixnet_sd as ps
-
-    other = ps.io.open_store("slide_2.zarr")
-    other.shapes["cell_segmentations"] = other.shapes["slide_cell_segmentations"]
-    return {"other_slide": other}
+    read = sd.read_zarr("slide_2.zarr")
+    cells = {"cell_segmentations": read.shapes["slide_cell_segmentations"]}
+    return {"other_slide": sd.SpatialData(images=dict(read.images), shapes=cells)}
 
 
 if __name__ == "__main__":
