@@ -32,6 +32,7 @@ extensions = [
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
 bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
 
 nitpicky = True
 nitpick_ignore_regex = [
@@ -76,7 +77,12 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_static_path = ["_static"]
 html_css_files = ["pixnet_sd.css"]
-html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2, "use_fullscreen_button": False}
+html_theme_options = {
+    "home_page_in_toc": True,
+    "navbar_persistent": [],  # the sidebar has the search already
+    "show_toc_level": 2,
+    "use_fullscreen_button": False,
+}
 
 
 def returns_as_prose(docstring: NumpyDocstring, _section: str) -> list[str]:
