@@ -145,8 +145,12 @@ def prepare(page: str) -> dict[str, Any]:
     """What a page speaks of without making it; and what it makes is not there yet."""
     import spatialdata as sd
 
+    import pixnet_sd as ps
+
     if page == "visium_hd":
         shutil.rmtree("slide.zarr")
+    if page == "objectives":
+        return {"ps": ps, "sdata": ps.io.open_store("slide.zarr")}
     if page != "index":
         return {}
     read = sd.read_zarr("slide_2.zarr")
