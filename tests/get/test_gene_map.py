@@ -125,7 +125,7 @@ def test_factors_have_what_the_map_lacks() -> None:
 
 def test_refusals() -> None:
     sdata, _ = with_factors("identity")
-    with pytest.raises(ElementError, match="neither a gene map 'other_map' nor factors 'other_factors'"):
+    with pytest.raises(ElementError, match="no gene map 'other_map', nor factors 'other_factors'"):
         ps.get.gene_map(sdata, "A", key_added="other")
     with pytest.raises(DataError, match="names no gene"):
         ps.get.gene_map(sdata, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dask.array as da
 import geopandas as gpd
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,12 +13,13 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 from matplotlib_scalebar.scalebar import ScaleBar
 from spatialdata.models import ShapesModel
-from spatialdata.transformations import Identity
+from spatialdata.transformations import Identity, get_transformation
 from tests.slide.conftest import make_table
 from zarr.storage import LocalStore
 
 import pixnet_sd as ps
 from pixnet_sd._errors import DataError, ElementError, PixNetError
+from pixnet_sd.store import FactorHead, factor_names, image_pyramid
 
 
 def to_um(ax, artist) -> np.ndarray:
@@ -50,6 +52,22 @@ def test_three_panels_in_um(hd):
     np.testing.assert_array_equal(drawn[:, :60], values[0][:, :60])
     assert np.isnan(drawn[:, 60:]).all()
     np.testing.assert_allclose(to_um(axes[0, 2], predicted), np.diag([2, 2, 1]), atol=1e-9)
+
+
+def test_factors_draw_what_the_map_does(hd):
+    sdata, _ = hd()
+    expected = np.ma.filled(draw(sdata, panels=["predicted"]).get_images()[0].get_array(), np.nan)
+    full, attrs = sdata.images.pop("pixnet_map"), sdata.attrs["pixnet_sd"]
+    tissue = (full["scale0"]["image"].data[:1] != 0).astype(np.float32)
+    factors = da.concatenate([full["scale0"]["image"].data, tissue])
+    transforms = get_transformation(full, get_all=True)
+    sdata.images["pixnet_factors"] = image_pyramid([factors], factor_names(3), transforms)
+    head = FactorHead(["GENE0", "GENE1", "OTHER"], np.eye(3, dtype=np.float32), np.zeros(3, np.float32))
+    sdata.tables["pixnet_factors_head"] = head.table("log")
+    sdata.labels["pixnet_factors_tissue"] = sdata.labels.pop("pixnet_map_tissue")
+    attrs["maps"]["pixnet_factors"] = attrs["maps"].pop("pixnet_map")
+    ax = draw(sdata, panels=["predicted"])
+    np.testing.assert_allclose(np.ma.filled(ax.get_images()[0].get_array(), np.nan), expected, rtol=1e-6)
 
 
 def test_image_is_the_slide(hd):
@@ -275,7 +293,11 @@ def test_shown_saved_returned(hd, tmp_path, monkeypatch):
     ("arguments", "error", "message"),
     [
         ({"genes": "GENE"}, DataError, "there is 'GENE1'"),
-        ({"key_added": "mine"}, ElementError, "no gene map 'mine_map'. Images: 'sample_full_image'"),
+        (
+            {"key_added": "mine"},
+            ElementError,
+            "nor factors 'mine_factors'. Images: 'sample_full_image'",
+        ),
         ({"crop_um": (0, 0, 0, 5)}, PixNetError, "x0 < x1"),
         ({"crop_um": (500, 0, 600, 5)}, PixNetError, "spans x 0 to 160 and y 0 to 120 µm"),
         ({"scale": "scale7"}, PixNetError, "'scale0', 'scale1'"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataTree
 
-__all__ = ["gene_map"]
+__all__ = ["gene_map", "stored_key"]
 
 
 def gene_map(sdata: SpatialData, genes: Sequence[str] | str | None = None, *, key_added: str = "pixnet") -> DataTree:
@@ -53,16 +53,22 @@ def gene_map(sdata: SpatialData, genes: Sequence[str] | str | None = None, *, ke
     wanted = [genes] if isinstance(genes, str) else None if genes is None else list(dict.fromkeys(genes))
     if wanted is not None and not wanted:
         raise DataError("genes= names no gene. Leave it out for all of the map's.")
+    key = stored_key(sdata, wanted, key_added)
+    return _of_map(sdata.images[key], wanted, key) if key == map_key(key_added) else _of_factors(sdata, wanted, key)
+
+
+def stored_key(sdata: SpatialData, wanted: Sequence[str] | None, key_added: str) -> str:
+    """Name of the image that has some genes: the map, or the factors where there is none or it lacks some."""
     stored, factors = map_key(key_added), factors_key(key_added)
     if stored in sdata.images and (factors not in sdata.images or _has(sdata.images[stored], wanted)):
-        return _of_map(sdata.images[stored], wanted, stored)
-    if factors not in sdata.images:
-        found = ", ".join(sdata.images) or "none"
-        raise ElementError(
-            f"There is neither a gene map {stored!r} nor factors {factors!r} in this object. Run tl.predict(sdata), or "
-            f"give key_added= as it was given there. Images: {found}."
-        )
-    return _of_factors(sdata, wanted, factors)
+        return stored
+    if factors in sdata.images:
+        return factors
+    found = ", ".join(map(repr, sdata.images)) or "none"
+    raise ElementError(
+        f"There is no gene map {stored!r}, nor factors {factors!r}. Images: {found}. Run tl.predict(sdata), or give "
+        "key_added= as it was given there."
+    )
 
 
 def _levels(element: Any, key: str) -> list[Any]:
@@ -71,7 +77,7 @@ def _levels(element: Any, key: str) -> list[Any]:
     return [element[f"scale{k}"]["image"] for k in range(len(element.children))]
 
 
-def _has(element: Any, wanted: list[str] | None) -> bool:
+def _has(element: Any, wanted: Sequence[str] | None) -> bool:
     there = set(map(str, element["scale0"]["image"].coords["c"].values))
     return wanted is not None and set(wanted) <= there
 

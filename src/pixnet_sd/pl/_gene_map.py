@@ -13,13 +13,14 @@ from matplotlib.colors import Colormap, Normalize
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
+from pixnet_sd import get
 from pixnet_sd._errors import ElementError, PixNetError
+from pixnet_sd.get._gene_map import stored_key
 from pixnet_sd.slide import ImagePyramid, Slide, affine_matrix, open_slide
 from pixnet_sd.store import recorded
 
 from ._draw import add_scale_bar, draw_raster, draw_regions, draw_slide, set_view
 from ._limits import Bound, colour_norm
-from ._map_channels import map_channels
 from ._measured import MeasuredView, measured_view, table_to_draw
 from ._output import AxesLike, Drawn, Panels, axes_grid, figure_of, finish, resolution, shown_px
 from ._raster import Raster, read_map
@@ -123,15 +124,15 @@ def gene_map(
     names = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
     if not names or not 0 < alpha <= 1:
         raise PixNetError(f"genes={genes!r}, alpha={alpha}: give one gene or more, and an opacity above 0, at most 1.")
-    tree = map_channels(sdata, genes=names, key_added=key_added)
-    note: dict[str, Any] = recorded(sdata, "maps", f"{key_added}_map") or {}
-    slide = _slide(sdata, note, f"{key_added}_map")
+    tree, key = get.gene_map(sdata, names, key_added=key_added), stored_key(sdata, names, key_added)
+    note: dict[str, Any] = recorded(sdata, "maps", key) or {}
+    slide = _slide(sdata, note, key)
     view = view_of(slide, crop_um, shown_px(ax, _PANEL_IN, resolution(dpi, save)))
     table = table_to_draw(sdata, slide, table_key) if panels is None or "measured" in panels else None
     shown = _panels(panels, table)
     source = _Source(slide, view, alpha, cmap)
     if "predicted" in shown:
-        tissue = sdata.labels.get(f"{key_added}_map_tissue")
+        tissue = sdata.labels.get(f"{key}_tissue")
         source.predicted = read_map(tree, tissue, slide, view, scale=scale)
     if table is not None and "measured" in shown:
         target_sum = float(note.get("target_sum", _TARGET_SUM)) if _is_log(note) else None

@@ -40,7 +40,7 @@ def read_map(tree: DataTree, tissue: Any, slide: Slide, view: View, *, scale: st
     Parameters
     ----------
     tree
-        Multiscale image, as `map_channels` gives it.
+        Multiscale image, as `get.gene_map` gives it.
     tissue
         Labels element of its tissue (0: none); None: pixels that are 0 in all channels are off tissue.
     slide
