@@ -140,10 +140,10 @@ class CountLoss(Objective):
     to have, and only the last output, the sum over all genes, from how many these are.
 
     Each output's is divided by the counts that the regions would have at its mean density, so that it is in nats per
-    count: genes with many counts do not outweigh the others, nor large regions small ones. Genes are averaged, and the
-    sum over all weighs as much as all of them. The dispersion α of the negative binomial (variance μ + α μ²) is learnt
-    for every size and gene, as sums over larger regions vary less. The sum over all genes is always Poisson: then the
-    expected totals of the training regions are those measured, which dispersion would leave to the small ones.
+    count: genes with many counts do not outweigh the others, nor large regions small ones. The dispersion α of the
+    negative binomial (variance μ + α μ²) is learnt for every size and gene, as sums over larger regions vary less. The
+    sum over all genes is always Poisson: then the expected totals of the training regions are those measured, while
+    dispersion would leave them to the smallest.
 
     Parameters
     ----------
@@ -185,8 +185,7 @@ class CountLoss(Objective):
         if self.kind == "nb":
             dispersion = self.log_dispersion[about.size, about.outputs].exp()
             loss = torch.where(is_total, loss, _negative_binomial(mean, measured, dispersion))
-        weight = torch.where(is_total, 1.0, 1 / (about.n_outputs - 1))
-        return (weight * loss.sum(0) / usual.sum(0).clamp_min(_TINY)).sum()
+        return (loss.sum(0) / usual.sum(0).clamp_min(_TINY)).sum() / about.n_outputs
 
     def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
         """See `Objective.comparable`."""
