@@ -25,6 +25,7 @@ __all__ = ["BIN_UM", "MPP", "SPOT_UM", "TestRegions", "log_normalised", "test_sl
 MPP = 1.0
 BIN_UM, SPOT_UM = (2, 8, 16), (55, 100)
 PITCH_UM = 100.0
+MORE = {2: 5, 8: 2, 16: 1}  # test regions, for totals of which noise is not the most
 COVERED = 0.9  # of a spot has to be tissue
 
 Array = NDArray[np.float64]
@@ -71,7 +72,8 @@ def test_slide(size_um: float, seed: int, n_regions: int) -> tuple[sd.SpatialDat
     shapes, found = {}, []
     for bin_um in BIN_UM:
         table, element = sdata.tables[f"square_{bin_um:03d}um"], sdata.shapes[f"sample_square_{bin_um:03d}um"]
-        pick = np.sort(rng.choice(table.n_obs, min(n_regions, table.n_obs), replace=False))
+        n_bins = min(n_regions * MORE[bin_um], table.n_obs)
+        pick = np.sort(rng.choice(table.n_obs, n_bins, replace=False))
         truth = ps.datasets.sample_truth_bins(bin_um, size_um=size_um, mpp=MPP, seed=seed, library_size=False)
         key = f"test_{bin_um:03d}um"
         shapes[key] = element.loc[table.obs["location_id"].to_numpy()[pick]]
