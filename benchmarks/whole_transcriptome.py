@@ -2,7 +2,7 @@
 
     python benchmarks/whole_transcriptome.py --data ../shared/data/her2st
 
-Trained on two sections for a few epochs (memory does not depend on how many), on every gene that both measured: the
+Trained on two sections for an epoch (memory does not depend on how many), on every gene that both measured: the
 most that there is here, as ``n_genes=None`` leaves out genes of fewer than 10 counts. A third section is predicted with
 ``store="factors"``.
 """
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> tuple[int, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the sections")
     parser.add_argument("--objective", default="mse_pcc", choices=("mse_pcc", "poisson", "nb"))
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=1)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder, started = Path(temporary), time.monotonic()
