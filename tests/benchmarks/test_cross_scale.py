@@ -18,12 +18,12 @@ def test_rows_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     import cross_scale
 
-    monkeypatch.setattr(cross_scale, "MODELS", {name: cross_scale.MODELS[name] for name in ("mean", "poisson")})
+    monkeypatch.setattr(cross_scale, "MODELS", {name: cross_scale.MODELS[name] for name in ("mean", "nb")})
     frame = cross_scale.main([*TINY, "--out", str(tmp_path)])
     assert frame["method"].nunique() == 6  # and two networks, each with two crops
     assert len(frame) == 6 * 5 * 2  # sizes, and against counts and truth
     assert np.isfinite(frame[["MSE", "MAE", "PCC@F", "PCC@S", "PCC@M"]]).all(axis=None)
-    assert frame["expected / observed"].notna().equals(frame["method"] == "poisson")
+    assert frame["expected / observed"].notna().equals(frame["method"] == "nb")
     assert (tmp_path / "cross_scale.png").stat().st_size > 10_000
     assert "trained on 55 + 100" in (tmp_path / "cross_scale.md").read_text()
     assert "expected totals off by at most" in capsys.readouterr().out
