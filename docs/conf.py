@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 from importlib.metadata import metadata
 from pathlib import Path
 
+from sphinx.application import Sphinx
 from sphinx.ext.napoleon import NumpyDocstring
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+from public_names import PUBLIC
 
 info = metadata("pixnet_sd")
 project = info["Name"]
@@ -38,7 +42,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     # What other projects document. Their inventories come over the network, see below.
     (r"py:.*", r"(anndata|collections|matplotlib|numpy|pandas|pathlib|spatialdata|torch|xarray)\..*"),
-    (r"py:.*", r"(AnnData|Axes|DataArray|DataFrame|Figure|Path|SpatialData)"),  # the same, see public_names.PUBLIC
+    *[(r"py:.*", re.escape(name)) for name in PUBLIC],
     (r"py:class", r"(pixnet_sd\.nn\.model\.)?Network"),  # PixNet holds one; nobody makes one by hand
 ]
 
@@ -91,3 +95,17 @@ def returns_as_prose(docstring: NumpyDocstring, _section: str) -> list[str]:
 
 
 NumpyDocstring._parse_returns_section = returns_as_prose
+
+
+def signature_of_init(
+    _app: Sphinx, what: str, _name: str, documented: type, _options: object, signature: str | None, _result: str | None
+) -> tuple[str, str] | None:
+    """Of classes whose base takes any arguments, as that of PixNet does in ``__new__``."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    names = list(inspect.signature(documented.__init__).parameters)[1:]
+    return f"({', '.join(names)})", ""
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-signature", signature_of_init)

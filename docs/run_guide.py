@@ -153,9 +153,7 @@ def prepare(page: str) -> dict[str, Any]:
         return {"ps": ps, "sdata": ps.io.open_store("slide.zarr")}
     if page != "index":
         return {}
-    read = sd.read_zarr("slide_2.zarr")
-    cells = {"cell_segmentations": read.shapes["slide_cell_segmentations"]}
-    return {"other_slide": sd.SpatialData(images=dict(read.images), shapes=cells)}
+    return {"other_slide": sd.read_zarr("he.zarr")}
 
 
 if __name__ == "__main__":

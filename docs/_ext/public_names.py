@@ -17,6 +17,7 @@ PUBLIC = {
     "Axes": "matplotlib.axes.Axes",
     "DataArray": "xarray.DataArray",
     "DataFrame": "pandas.DataFrame",
+    "DataTree": "xarray.DataTree",
     "Figure": "matplotlib.figure.Figure",
     "Path": "pathlib.Path",
     "SpatialData": "spatialdata.SpatialData",
