@@ -368,7 +368,7 @@ def test_sums_of_d_become_those_of_the_genes(make_network, walk, tissue, kind, a
 
 def test_a_real_backbone(make_network, walk, pixels, reader, tissue) -> None:
     torch.manual_seed(0)
-    net = make_network(encoder=build_encoder("resnet10t", None))
+    net = make_network(encoder=build_encoder("test_resnet", None))
     for module in net.modules():  # as if it had been trained
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)

@@ -36,7 +36,7 @@ def every(found: TrainingTiles) -> list[tuple[np.ndarray, ...]]:
     return [found.members(t) for t in range(len(found.tiles))]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     fine=circles_of_a_slide(),
     coarse=circles_of_a_slide(),

@@ -32,7 +32,7 @@ def whole(pitch: float, angle: float = 0.0, side: int = 6, radius: float | None 
     return Lattice(row, col, turned(pitch, np.deg2rad(angle), (9.137, 8.731), mirror), radius)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(lattice=lattices(GRID))
 def test_equals_the_general_operator(lattice: Lattice) -> None:
     found = lattice_operator(lattice, GRID, GRID.window, SLIDE)
