@@ -199,7 +199,7 @@ class Runs:
     def _predict(self, test: str, model: ps.PixNet, n_symmetries: int) -> tuple[Array, pd.Index]:
         sdata = sd.read_zarr(self.stores[test])
         spots = next(iter(sdata.shapes))
-        options = {"write_map": False, "tile_px": 3456, "n_symmetries": n_symmetries, "overwrite": True}
+        options = {"write_map": False, "tile_px": 1728, "n_symmetries": n_symmetries, "overwrite": True}
         ps.tl.predict(sdata, model, shapes_key=spots, **options)
         table = sdata.tables[f"pixnet_{spots}"]
         return np.asarray(table.X, dtype=np.float64), pd.Index(table.obs["instance_id"])
