@@ -135,9 +135,9 @@ def test_tiny_images(shape: tuple[int, int]) -> None:
 
 
 def test_a_large_slide_is_looked_at_in_a_small_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixnet_sd.slide import _tissue
+    from pixnet_sd.slide import _picture, _tissue
 
-    monkeypatch.setattr(_tissue, "_READ_PX", 64)
+    monkeypatch.setattr(_picture, "_READ_PX", 64)
     monkeypatch.setattr(_tissue, "_OVERVIEW_MAX_PX", 2000)
     height, width = 300, 420
     tissue = disk(height, width, (140, 150), 100)
