@@ -3,8 +3,7 @@
     python benchmarks/import_time.py
 
 New processes import one and the other in turn, so that whatever else the machine does meets both alike. What a process
-takes that imports nothing is taken off both; the ratio is of medians. "pixnet_sd and its verbs" is everything that
-`pixnet_sd.tl` needs, torch included: what the first call of a verb adds.
+takes that imports nothing is taken off both; the ratio is of medians.
 """
 
 from __future__ import annotations
@@ -20,12 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-IMPORTED = {
-    "nothing": "pass",
-    "pixnet_sd": "import pixnet_sd",
-    "spatialdata": "import spatialdata",
-    "pixnet_sd and its verbs": "import pixnet_sd; pixnet_sd.tl",
-}
+IMPORTED = {"nothing": "pass", "pixnet_sd": "import pixnet_sd", "spatialdata": "import spatialdata"}
 MOST = 1.2
 """Largest allowed ratio of pixnet_sd to spatialdata."""
 
@@ -42,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loaded = heavy("import pixnet_sd; dir(pixnet_sd); pixnet_sd.settings.verbosity")
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores, medians of {options.repeats} processes each")
     for name, value in seconds.items():
-        print(f"{name:24} {value:7.3f} s   {value - bare:7.3f} s above nothing")
+        print(f"{name:12} {value:7.3f} s   {value - bare:7.3f} s above nothing")
     print(f"pixnet_sd / spatialdata: {ratio:.3f}, at most {MOST} allowed; heavy modules loaded: {loaded or 'none'}")
     if options.json:
         options.json.write_text(json.dumps({"seconds": seconds, "ratio": ratio, "loaded": loaded}, indent=2))
