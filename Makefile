@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+	$(BIN)/pixnet-sd demo $(DEMO_ARGS)
 
 # One thread a process: two processes with two threads each on two cores are slower than with one.
 test: $(STAMP)

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
+from pixnet_sd._progress import bar_class
 from pixnet_sd.nn.grid import Window
 from pixnet_sd.nn.head import Factors, Head
 from pixnet_sd.nn.model import MAP_STRIDE, Network
@@ -119,7 +119,7 @@ def infer(
     with fixed_shapes(fabric.device), kept_memory(fabric.device), run:
         if announce is not None:
             announce(total, run.seconds_per_tile() if total >= _MANY_TILES else None)
-        bar = tqdm(total=total, unit="tile", disable=not show_progress_bar or not total)
+        bar = bar_class()(total=total, unit="tile", disable=not show_progress_bar or not total)
         inputs = prefetch(_tasks(run, visits), ahead=max(AHEAD, run.batch_size + 1))
         with bar, Writer(BLOCK_WRITERS) as block_writer, Writer() as row_writer:
             for there in run.windows(visits, inputs):

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pixnet_sd._errors import PixNetError
 from pixnet_sd._logging import logger
+from pixnet_sd._progress import bar_class
 from pixnet_sd.nn.aggregation import count_pixels
 from pixnet_sd.nn.model import MAP_STRIDE, Network
 from pixnet_sd.nn.objectives import Objective, make_objective
@@ -113,7 +113,7 @@ class _Run:
         shifts = [tuple(rng.random(2)) for _ in self.slides]
         return [training_tiles(s, self.settings.tile_px, shift=d) for s, d in zip(self.slides, shifts, strict=True)]
 
-    def epoch(self, epoch: int, steps_before: int, bar: tqdm[Any]) -> tuple[float, int]:
+    def epoch(self, epoch: int, steps_before: int, bar: Any) -> tuple[float, int]:
         """Pass over all tiles once, or until the run has taken its steps; returns the mean loss and the steps taken."""
         rng = _seed_epoch(self.settings.seed, epoch)
         tiles = self.tiles(rng)
@@ -127,7 +127,7 @@ class _Run:
             losses.append(self.step(batch, tiles, self.rate(epoch - 1 + step / len(plans), steps_before + step)))
             if step % _LOOK_EVERY == 0:
                 value = self.finite(losses[-1], batch)
-                bar.set_postfix_str(f"step {step + 1}/{len(plans)}, loss {value:.4f}", refresh=False)
+                bar.set_postfix_str(f"step {step + 1}/{len(plans)}, loss {value:.4f}")
         return self.finite(torch.stack(losses).mean(), batch), len(losses)
 
     def rate(self, epochs: float, steps: int) -> float:
@@ -279,7 +279,7 @@ def train(
         _start_head(network, slides)
         calibrate(network, run.features, slides, run.fixed_tiles, settings)
     run.restore(state)
-    bar = tqdm(total=settings.max_epochs, initial=state.epoch, unit="epoch", disable=not show_progress_bar)
+    bar = bar_class()(total=settings.max_epochs, initial=state.epoch, unit="epoch", disable=not show_progress_bar)
     with bar, fixed_shapes(fabric.device):
         for epoch in range(state.epoch + 1, settings.max_epochs + 1):
             if _exhausted(state, settings):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import dask
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import get_transformation
-from tqdm.auto import tqdm
 from tqdm.dask import TqdmCallback
 
+from pixnet_sd._progress import bar_class
 from pixnet_sd.store._commit import consolidate
 
 from ._cells import Cells, read_cells
@@ -67,7 +67,8 @@ def build_store(files: HDFolder, pixels: da.Array, scratch: Path, show_progress_
 
 def _fill(store: Path, sdata: SpatialData, files: HDFolder, cells: Cells | None, show_progress_bar: bool) -> None:
     """Give tables and squares all their rows."""
-    with tqdm(total=_count_rows(files), desc="counts", unit="row", disable=not show_progress_bar) as bar:
+    bar_of = bar_class()
+    with bar_of(total=_count_rows(files), desc="counts", unit="row", disable=not show_progress_bar) as bar:
         for bins in files.bins:
             shapes_key = _region(sdata, bins.name)
             fill_bins(store, bins, shapes_key, sdata.shapes[shapes_key], bar.update)
@@ -103,7 +104,7 @@ def _write_image(sdata: SpatialData, key: str, show_progress_bar: bool) -> None:
     threads = min(IMAGE_THREADS, os.cpu_count() or 1)
     with (
         dask.config.set(scheduler="threads", num_workers=threads),
-        TqdmCallback(desc="image", disable=not show_progress_bar),
+        TqdmCallback(tqdm_class=bar_class(), desc="image", unit="task", disable=not show_progress_bar),
     ):
         sdata.write_element(key)
 

@@ -7,6 +7,7 @@ makes of such sums, ``unit softplus(D W + b)``, pixel by pixel, times that of al
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["FactorHead", "factor_names", "factors_key", "head_key", "read_head"]
 
 TISSUE = "tissue"
-_AT_ONE = np.float32(np.log(np.e - 1))  # where softplus is 1
+_AT_ONE = np.float32(math.log(math.e - 1))  # where softplus is 1
 
 
 def factors_key(key_added: str) -> str:

@@ -1,16 +1,12 @@
-"""Compare a prediction with measured expression."""
+"""Compare predicted with measured expression."""
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
-import torch
-from numpy.typing import NDArray
 from spatialdata import SpatialData
 
-from pixnet_sd.nn.losses import pearson_per_gene
-
 from ._matched import matched_values
+from ._scores import score
 
 __all__ = ["evaluate"]
 
@@ -45,28 +41,4 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
         Counts cannot be used, or the tables have no region with counts, or no gene, in common.
     """
     found = matched_values(sdata, table_key=table_key, predicted_key=predicted_key)
-    return _scores(found.predicted, found.measured, found.genes)
-
-
-def _scores(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: pd.Index) -> pd.DataFrame:
-    predicted, target = predicted.astype(np.float64), target.astype(np.float64)
-    error = predicted - target
-    frame = pd.DataFrame(
-        {
-            "pcc": pearson_per_gene(torch.from_numpy(predicted), torch.from_numpy(target)).numpy(),
-            "mse": (error**2).mean(axis=0),
-            "mae": np.abs(error).mean(axis=0),
-        },
-        index=pd.Index(genes, name="gene"),
-    )
-    pcc = frame["pcc"].dropna()
-    frame.attrs = {
-        "MSE": float(frame["mse"].mean()),
-        "MAE": float(frame["mae"].mean()),
-        "PCC@F": float(pcc.quantile(0.25)),
-        "PCC@S": float(pcc.median()),
-        "PCC@M": float(pcc.mean()),
-        "n_regions": len(target),
-        "n_genes": len(frame),
-    }
-    return frame
+    return score(found.predicted, found.measured, found.genes)

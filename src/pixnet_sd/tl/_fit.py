@@ -69,6 +69,7 @@ def fit(
     device: str | torch.device | None = None,
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
+    record_model: bool = True,
     show_progress_bar: bool = True,
 ) -> PixNet:
     """Train PixNet.
@@ -150,13 +151,15 @@ def fit(
         Where the model goes; default: a folder ``pixnet_sd_models/<hash of data and settings>`` beside the (first)
         backed store, else in the working directory. Counts of millions of bins are kept compact in a folder
         ``pixnet_sd_cache`` beside it, for the next call too; it can be deleted at any time between calls.
+    record_model
+        Record the model's folder in every slide, where :func:`predict` finds it.
     show_progress_bar
-        Show a bar over epochs, with loss and held-out PCC.
+        Show a bar over epochs, with loss and held-out PCC; where nobody watches, lines in the log.
 
     Returns
     -------
     The model, with the weights of its best epoch. Its folder is recorded in ``sdata.attrs["pixnet_sd"]["model"]`` of
-    every slide (and of its store when backed); nothing else of the slides is changed.
+    every slide (and of its store when backed) with `record_model`; nothing else of the slides is changed.
 
     Raises
     ------
@@ -242,8 +245,9 @@ def fit(
     model = _finished(directory, record) or _trained(
         PixNet(network, record), data, settings, fabric, directory, show_progress_bar
     )
-    for slide in slides.values():
-        _note(slide, str(directory.resolve()))
+    if record_model:
+        for slide in slides.values():
+            _note(slide, str(directory.resolve()))
     return model
 
 

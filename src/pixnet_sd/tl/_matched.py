@@ -46,7 +46,12 @@ class Matched:
 
 
 def matched_values(
-    sdata: SpatialData, *, table_key: str, predicted_key: str, genes: Sequence[str] | None = None
+    sdata: SpatialData,
+    *,
+    table_key: str,
+    predicted_key: str,
+    genes: Sequence[str] | None = None,
+    predicted: AnnData | None = None,
 ) -> Matched:
     """Match a prediction with measured expression; arguments and errors are those of :func:`pixnet_sd.tl.evaluate`.
 
@@ -58,8 +63,10 @@ def matched_values(
         Table with raw counts, and with predictions.
     genes
         Genes that are wanted; default: all that both tables have.
+    predicted
+        The table with predictions, where it is not in the object.
     """
-    predicted = _predicted(sdata, predicted_key)
+    predicted = _predicted(sdata, predicted_key) if predicted is None else predicted
     measured, link = _measured(sdata, table_key, predicted_key, predicted)
     ids = pd.Index(predicted.obs[predicted.uns["spatialdata_attrs"]["instance_key"]])
     common = link.instances.intersection(ids, sort=False)

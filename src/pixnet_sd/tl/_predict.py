@@ -100,7 +100,7 @@ def predict(
     overwrite
         Replace results of the same names.
     show_progress_bar
-        Show a bar over tiles.
+        Show a bar over tiles; where nobody watches, lines in the log.
 
     Returns
     -------

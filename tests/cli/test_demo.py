@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,29 +10,18 @@ import spatialdata as sd
 from PIL import Image
 
 import pixnet_sd as ps
+from pixnet_sd.cli import _demo as demo
 
 pytest.importorskip("matplotlib")
 
-DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
-ARGUMENTS = ["--size-um", "200", "--epochs", "1"]
+SMALL = {"size_um": 200.0, "epochs": 1, "seed": 0}
 
 
 @pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pixnet_sd_demo", DEMO)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def finished(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """Exit status, where nothing is asked of the PCC, and output folder."""
     output = tmp_path_factory.mktemp("demo") / "output"
-    return demo.main([*ARGUMENTS, "--min-pcc", "-1", "--output", str(output)]), output
+    return demo.demo(**SMALL, min_pcc=-1, output=output), output
 
 
 def test_leaves_store_model_and_picture(finished: tuple[int, Path]) -> None:
@@ -50,9 +36,9 @@ def test_leaves_store_model_and_picture(finished: tuple[int, Path]) -> None:
     assert picture.std() > 20
 
 
-def test_trains_on_no_held_out_bin(demo: ModuleType, finished: tuple[int, Path]) -> None:
+def test_trains_on_no_held_out_bin(finished: tuple[int, Path]) -> None:
     _, output = finished
-    options = demo.parse(ARGUMENTS)
+    options = demo.Options(**SMALL, min_pcc=-1, output=output)
     slide = sd.read_zarr(output / "sample.zarr")
     (used,) = ps.PixNet.load(output / "model").record.slides.values()
     left = {key: int((demo.x_um(slide.tables[key]) < 108).sum()) for key in used["training_regions"]}
@@ -61,10 +47,10 @@ def test_trains_on_no_held_out_bin(demo: ModuleType, finished: tuple[int, Path])
     assert set(left) == {"square_008um", "square_016um"}
 
 
-def test_score_of_the_truth_is_one(demo: ModuleType, finished: tuple[int, Path]) -> None:
+def test_score_of_the_truth_is_one(finished: tuple[int, Path]) -> None:
     """Bins and genes are matched by name: the truth, rows in another order, correlates fully with itself."""
     _, output = finished
-    options = demo.parse([*ARGUMENTS, "--output", str(output)])
+    options = demo.Options(**SMALL, min_pcc=-1, output=output)
     slide = sd.read_zarr(output / "sample.zarr")
     predicted = slide.tables[demo.PREDICTED]
     turned = predicted[::-1].copy()
@@ -77,15 +63,15 @@ def test_score_of_the_truth_is_one(demo: ModuleType, finished: tuple[int, Path])
     assert not (scores["counts"] >= 1).any()  # a gene without a count on the held-out part has none
 
 
-def test_a_gene_predicted_constant_scores_zero(demo: ModuleType, finished: tuple[int, Path]) -> None:
+def test_a_gene_predicted_constant_scores_zero(finished: tuple[int, Path]) -> None:
     _, output = finished
-    options = demo.parse([*ARGUMENTS, "--output", str(output)])
+    options = demo.Options(**SMALL, min_pcc=-1, output=output)
     slide = sd.read_zarr(output / "sample.zarr")
     slide.tables[demo.PREDICTED].X[:] = 1
     assert demo.score(slide, options)["truth"]["mean"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("pcc", "status"), [(0.61, 0), (0.6, 0), (0.59, 1), (float("nan"), 1)])
-def test_verdict(demo: ModuleType, capsys: pytest.CaptureFixture[str], pcc: float, status: int) -> None:
+def test_verdict(capsys: pytest.CaptureFixture[str], pcc: float, status: int) -> None:
     assert demo.verdict(pcc, 0.6) == status
     assert ("FAILED" in capsys.readouterr().err) == bool(status)

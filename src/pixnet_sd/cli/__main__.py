@@ -1,0 +1,10 @@
+"""``python -m pixnet_sd.cli`` is ``pixnet-sd``."""
+
+from __future__ import annotations
+
+import sys
+
+from ._main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

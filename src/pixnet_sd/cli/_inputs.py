@@ -1,0 +1,115 @@
+"""Slides that a command line names: stores, or Space Ranger folders, which become stores first."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pixnet_sd._errors import PixNetError, StoreError
+from pixnet_sd._logging import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spatialdata import SpatialData
+
+__all__ = ["is_space_ranger", "is_store", "named_paths", "open_slide", "open_slides"]
+
+_NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<path>.+)")
+_OUTS = "outs"
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder is a Zarr store."""
+    return (path / "zarr.json").is_file() or (path / ".zgroup").is_file()
+
+
+def is_space_ranger(path: Path) -> bool:
+    """Whether a folder is what Space Ranger makes of Visium HD."""
+    return (path / "binned_outputs").is_dir() or any(path.glob("*feature_slice.h5"))
+
+
+def named_paths(slides: Sequence[str]) -> dict[str, Path]:
+    """Paths by the slide's name: ``NAME=PATH``, or a path after whose file the slide is called.
+
+    Raises
+    ------
+    PixNetError
+        A name is given twice.
+    """
+    found: dict[str, Path] = {}
+    for text in slides:
+        match = None if Path(text).exists() else _NAMED.fullmatch(text)
+        path = Path(match["path"] if match else text).expanduser()
+        name = match["name"] if match else _name(path)
+        if name in found:
+            raise PixNetError(
+                f"Two slides are called {name!r}: {str(found[name])!r} and {str(path)!r}. Give them names, as in "
+                f"{name}_1={found[name]} {name}_2={path}."
+            )
+        found[name] = path
+    return found
+
+
+def _name(path: Path) -> str:
+    """Of the file; of ``sample/outs``, which all samples have, the sample."""
+    path = path.resolve()
+    return path.parent.name if path.name == _OUTS else path.name.removesuffix(".zarr")
+
+
+def open_slides(slides: Sequence[str], store: str | None) -> dict[str, SpatialData]:
+    """Open slides by name.
+
+    Parameters
+    ----------
+    slides
+        As on the command line.
+    store
+        Where the store of a Space Ranger folder is to be.
+
+    Raises
+    ------
+    PixNetError
+        A path is neither kind, a name is given twice, or `store` is not for one folder.
+    """
+    paths = named_paths(slides)
+    if store is not None and len(paths) > 1:
+        raise PixNetError(
+            f"--store names one store, and there are {len(paths)} slides. Leave it out: each Space Ranger folder gets "
+            "a store beside it. Or convert them first with pixnet-sd convert."
+        )
+    return {name: open_slide(path, store) for name, path in paths.items()}
+
+
+def open_slide(path: Path, store: str | None = None) -> SpatialData:
+    """Open a store, or make one of a Space Ranger folder; arguments as of `open_slides`."""
+    if not path.exists():
+        raise StoreError(f"There is nothing at {str(path)!r}. Give a store or a Space Ranger folder.")
+    if path.is_dir() and not is_store(path):
+        path = _converted(path, store)
+    elif store is not None:
+        raise PixNetError(f"--store is for Space Ranger folders, and {str(path)!r} is none. Leave it out.")
+    from pixnet_sd.io import open_store
+
+    return open_store(path)
+
+
+def _converted(path: Path, store: str | None) -> Path:
+    folder = next((f for f in (path, path / _OUTS) if is_space_ranger(f)), None)
+    if folder is None:
+        raise StoreError(
+            f"{str(path)!r} is neither a SpatialData store (it has no zarr.json) nor a Space Ranger folder of Visium "
+            "HD (no binned_outputs, no *feature_slice.h5). Give the folder that sdata.write(...) made, or Space "
+            "Ranger's outs."
+        )
+    whole = folder.resolve()
+    target = whole.with_name(f"{whole.name}.zarr") if store is None else Path(store).expanduser()
+    if is_store(target):  # it appears under its name only when it is complete
+        logger.info("%s was converted before: taking %s", folder, target)
+        return target
+    from pixnet_sd.io import convert_visium_hd
+
+    logger.info("converting the Space Ranger folder %s to the store %s", folder, target)
+    convert_visium_hd(folder, target)
+    return target

@@ -1,0 +1,272 @@
+"""Leave slides out in turn: train without them, predict them, score."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from spatialdata import SpatialData
+
+from pixnet_sd._errors import PixNetError
+from pixnet_sd._logging import logger
+from pixnet_sd.store import PixNet
+
+from ._fit import fit
+from ._fold_scores import FoldScores, read_scores, write_scores
+from ._left_out import LeftOut, Scoring
+from ._scores import METRICS, pooled, summary
+
+__all__ = ["CrossValidation", "cross_validate"]
+
+_OWN = ("sdata", "checkpoint_dir", "record_model", "show_progress_bar")
+"""Arguments of `fit` that are not passed through."""
+
+_NAME = re.compile(r"[\w.-]+")
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """What :func:`cross_validate` found.
+
+    Attributes
+    ----------
+    per_gene
+        One row a gene, table and left-out slide: ``fold``, ``slide``, ``table``, ``gene``, ``n_regions``, ``pcc``,
+        ``mse``, ``mae``, as of :func:`evaluate`.
+    per_slide
+        One row a table and left-out slide: ``MSE``, ``MAE``, ``PCC@F``, ``PCC@S``, ``PCC@M`` (first quartile, median
+        and mean over genes), ``n_regions``, ``n_genes``.
+    summary
+        Two rows a table, ``how`` they came about: ``"mean per slide"``, the mean of the rows of `per_slide`, and
+        ``"pooled"``, the regions of all slides scored together over the genes that every fold has.
+    folders
+        Checkpoint folder of each fold's model, by fold.
+    """
+
+    per_gene: pd.DataFrame
+    per_slide: pd.DataFrame
+    summary: pd.DataFrame
+    folders: dict[str, Path]
+
+
+def cross_validate(
+    sdatas: Mapping[str, SpatialData],
+    *,
+    groups: Mapping[str, str] | None = None,
+    folds: Sequence[str] | None = None,
+    score_table_key: str | Sequence[str] | None = None,
+    n_symmetries: Literal[1, 4, 8] = 1,
+    predict_tile_px: int | None = None,
+    checkpoint_dir: str | Path | None = None,
+    show_progress_bar: bool = True,
+    **fit_options: Any,
+) -> CrossValidation:
+    """Train without each slide in turn, and score the predictions for it.
+
+    Genes, and the number of epochs where `validation` decides it, are chosen on the training slides of a fold alone;
+    `fit` never sees what is left out. The same call goes on where it was cut off, and takes finished folds as they
+    are. Slides and their stores are not changed.
+
+    Parameters
+    ----------
+    sdatas
+        Slides by name, two or more, each with image and counts.
+    groups
+        Group of each slide, such as the patient: the slides of a group are left out together. Default: every slide is
+        its own group. A fold is called after the group that it leaves out.
+    folds
+        Folds to run, for instance one in each job of an array; default: all. The call for all of them takes those that
+        jobs have finished as they are.
+    score_table_key
+        Tables to score; default: those that are trained on and have at most 500,000 rows.
+    n_symmetries
+        As in :func:`predict`.
+    predict_tile_px
+        Side of a tile at prediction, as `tile_px` of :func:`predict`.
+    checkpoint_dir
+        Folder with a folder per fold, which holds the fold's model and scores; when all folds are done also
+        ``per_gene.csv``, ``per_slide.csv`` and ``summary.csv``. Default:
+        ``pixnet_sd_models/cross_validation_<hash of the options>`` beside the (first) backed store, else in the working
+        directory.
+    show_progress_bar
+        Show a bar over epochs and tiles; where nobody watches, lines in the log.
+    fit_options
+        As in :func:`fit`. `validation` has to be a share of each training slide, or None.
+
+    Returns
+    -------
+    Scores by gene, by slide, and over all slides.
+
+    Raises
+    ------
+    PixNetError
+        One slide or one group only, or options that :func:`fit` does not have.
+    CheckpointError
+        A fold's folder holds a model of other options or data.
+    ElementError, ResolutionError, DataError, StoreError
+        As :func:`fit` and :func:`predict`.
+    """
+    slides = _checked(sdatas)
+    members = _folds(slides, groups)
+    chosen = _chosen(folds, members)
+    _check_options(fit_options)
+    scoring = Scoring.of(fit_options, score_table_key, n_symmetries, predict_tile_px, show_progress_bar)
+    scoring.check(slides)
+    directory = _directory(checkpoint_dir, slides, members, fit_options)
+    found = {}
+    for k, fold in enumerate(chosen, start=1):
+        training = {name: sdata for name, sdata in slides.items() if name not in members[fold]}
+        left_out = {name: slides[name] for name in members[fold]}
+        logger.info("fold %d of %d, %s left out: training on %s", k, len(chosen), [*left_out], [*training])
+        options = fit_options | {"record_model": False, "show_progress_bar": show_progress_bar}
+        model = fit(training, checkpoint_dir=directory / fold, **options)
+        found[fold] = _scores(model, left_out, scoring, directory / fold)
+    result = _result(found, {fold: directory / fold for fold in chosen})
+    if set(chosen) == set(members):
+        _write(result, directory)
+    return result
+
+
+def _checked(sdatas: Mapping[str, SpatialData]) -> dict[str, SpatialData]:
+    given: Any = sdatas
+    if isinstance(given, SpatialData) or (isinstance(given, Mapping) and len(given) == 1):
+        raise PixNetError(
+            "cross_validate leaves whole slides out, and was given one. Give it two or more, {name: sdata, ...}; with "
+            "one slide, fit(sdata, validation=0.2) holds out blocks of it and reports their PCC."
+        )
+    if not isinstance(given, Mapping) or not given:
+        raise PixNetError(f"cross_validate needs a mapping of names to SpatialData; got {type(given).__name__}.")
+    return {str(name): sdata for name, sdata in sdatas.items()}
+
+
+def _folds(slides: Mapping[str, SpatialData], groups: Mapping[str, str] | None) -> dict[str, list[str]]:
+    """Slides that each fold leaves out."""
+    group_of = {name: name for name in slides} if groups is None else {str(k): str(v) for k, v in groups.items()}
+    missing, unknown = set(slides) - set(group_of), set(group_of) - set(slides)
+    if missing or unknown:
+        raise PixNetError(
+            f"groups= has no group for the slides {sorted(missing)} and names {sorted(unknown)}, which are none. "
+            f"Slides: {list(slides)}."
+        )
+    members: dict[str, list[str]] = {}
+    for name in slides:
+        members.setdefault(group_of[name], []).append(name)
+    if len(members) == 1:
+        raise PixNetError(
+            f"All slides are in group {next(iter(members))!r}: nothing would be left to train on. Leave groups= out, "
+            "or give slides of other groups."
+        )
+    bad = [fold for fold in members if not _NAME.fullmatch(fold) or fold.strip(".") == ""]
+    if bad:
+        raise PixNetError(f"Folds become folders, and {bad} cannot: use letters, digits, '_', '-' and '.' in names.")
+    return members
+
+
+def _chosen(folds: Sequence[str] | None, members: Mapping[str, list[str]]) -> list[str]:
+    if folds is None:
+        return list(members)
+    wanted = [folds] if isinstance(folds, str) else list(dict.fromkeys(folds))
+    unknown = [fold for fold in wanted if fold not in members]
+    if unknown or not wanted:
+        raise PixNetError(f"folds={wanted}: folds are called after what they leave out, {list(members)}.")
+    return wanted
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    known = [name for name in inspect.signature(fit).parameters if name not in _OWN]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise PixNetError(f"{name!r} is no option of cross_validate, nor one of fit that it passes on.{hint}")
+    validation = options.get("validation")
+    if not (validation is None or isinstance(validation, int | float)):
+        raise PixNetError(
+            f"validation={validation!r} names slides, and here each slide is left out in turn. Give a share such as "
+            "0.1, of which blocks are held out on the training slides to decide when to stop, or None."
+        )
+
+
+def _directory(
+    chosen: str | Path | None,
+    slides: Mapping[str, SpatialData],
+    members: Mapping[str, list[str]],
+    options: Mapping[str, Any],
+) -> Path:
+    if chosen is not None:
+        return Path(chosen).expanduser()
+    stores = [Path(sdata.path).parent for sdata in slides.values() if sdata.path is not None]
+    text = json.dumps([members, {name: options[name] for name in sorted(options)}], default=str)
+    name = f"cross_validation_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return (stores[0] if stores else Path.cwd()) / "pixnet_sd_models" / name
+
+
+def _scores(model: PixNet, left_out: Mapping[str, SpatialData], scoring: Scoring, folder: Path) -> FoldScores:
+    """Scores of a fold: those in its folder, if they are of this model, or new ones."""
+    identity = {"weights_sha256": model.record.weights_sha256, **scoring.identity()}
+    scores = read_scores(folder, identity)
+    if scores is not None and {slide for slide, _ in scores} == set(left_out):
+        logger.info("scores taken from %s", folder)
+        return scores
+    scores = {}
+    for name, sdata in left_out.items():
+        slide = LeftOut.open(name, sdata, model, scoring)
+        scores |= {(name, table): slide.moments(table) for table in slide.tables}
+    write_scores(folder, identity, scores)
+    return scores
+
+
+def _result(found: Mapping[str, FoldScores], folders: dict[str, Path]) -> CrossValidation:
+    kinds = _kinds([key for scores in found.values() for key in scores])
+    per_gene, per_slide = [], []
+    for fold, scores in found.items():
+        for (slide, table), part in scores.items():
+            gene, at = pooled([part]), {"fold": fold, "slide": slide, "table": table}
+            per_gene.append(gene.reset_index().assign(**at, n_regions=part["n"].to_numpy()))
+            n_regions, n_genes = int(part["n"].max()), len(part)
+            per_slide.append(at | summary(gene) | {"n_regions": n_regions, "n_genes": n_genes})
+    genes = pd.concat(per_gene, ignore_index=True)
+    slides = pd.DataFrame(per_slide)
+    rows = []
+    for kind in dict.fromkeys(kinds.values()):
+        parts = {key: part for scores in found.values() for key, part in scores.items() if kinds[key] == kind}
+        rows += _summary_rows(kind, slides, parts)
+    columns = ["fold", "slide", "table", "gene", "n_regions", "pcc", "mse", "mae"]
+    return CrossValidation(genes[columns], slides, pd.DataFrame(rows), folders)
+
+
+def _kinds(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Which tables of different slides are scored together: those of one name; all, where each slide has one."""
+    tables = dict.fromkeys(table for _, table in keys)
+    if len(tables) > 1 and len(keys) == len({slide for slide, _ in keys}):
+        return {key: ", ".join(tables) for key in keys}
+    return {key: key[1] for key in keys}
+
+
+def _summary_rows(
+    kind: str, slides: pd.DataFrame, parts: Mapping[tuple[str, str], pd.DataFrame]
+) -> list[dict[str, Any]]:
+    of_kind = [key in parts for key in zip(slides["slide"], slides["table"], strict=True)]
+    each, together = slides[of_kind], pooled(list(parts.values()))
+    count = {"n_slides": len(each), "n_regions": int(each["n_regions"].sum())}
+    # a slide without a score makes the mean unknown: leaving it out would flatter
+    mean = {name: float(each[name].mean(skipna=False)) for name in METRICS}
+    n_genes = {"mean per slide": float(each["n_genes"].mean()), "pooled": float(len(together))}
+    scores = {"mean per slide": mean, "pooled": summary(together)}
+    return [{"table": kind, "how": how, **scores[how], **count, "n_genes": n_genes[how]} for how in scores]
+
+
+def _write(result: CrossValidation, directory: Path) -> None:
+    for name in ("per_gene", "per_slide", "summary"):
+        partial = directory / f"{name}.csv.partial"
+        getattr(result, name).to_csv(partial, index=False)
+        partial.replace(directory / f"{name}.csv")
+    logger.info("scores of %d folds in %s", len(result.folders), directory)

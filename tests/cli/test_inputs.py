@@ -1,0 +1,68 @@
+"""Paths on the command line: names of slides, stores, and Space Ranger folders that become stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import spatialdata as sd
+
+from pixnet_sd._errors import PixNetError, StoreError
+from pixnet_sd.cli import main
+from pixnet_sd.cli._inputs import named_paths, open_slide, open_slides
+from pixnet_sd.datasets import write_visium_hd
+
+
+@pytest.fixture(scope="module")
+def outs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sample") / "outs"
+    return write_visium_hd(folder, size_um=110.0, mpp=0.5, n_genes=8, dataset_id="s", n_workers=1)
+
+
+def test_names(tmp_path):
+    (tmp_path / "with=sign.zarr").mkdir()
+    given = ["C2.zarr", "p1=x/C3.zarr", "s9/outs", str(tmp_path / "with=sign.zarr")]
+    found = named_paths(given)
+    assert list(found) == ["C2", "p1", "s9", "with=sign"]
+    assert found["p1"] == Path("x/C3.zarr")
+
+
+def test_two_of_a_name():
+    with pytest.raises(PixNetError, match=r"Give them names, as in C2_1=a/C2.zarr C2_2=b/C2.zarr"):
+        named_paths(["a/C2.zarr", "b/C2.zarr"])
+
+
+def test_space_ranger_folder(outs, tmp_path, capsys, caplog):
+    """Converted beside it, said so, and taken as it is the second time; `info` knows it, too."""
+    assert main(["info", str(outs)]) == 0
+    described = capsys.readouterr().out
+    assert "Space Ranger folder of Visium HD" in described
+    assert "bins of 8 µm: " in described
+    sdata = open_slide(outs.parent)
+    store = outs.with_name("outs.zarr")
+    assert sdata.path == store
+    assert f"converting the Space Ranger folder {outs} to the store {store}" in caplog.text
+    changed = (store / "zarr.json").stat().st_mtime_ns
+    assert open_slide(outs).path == store
+    assert (store / "zarr.json").stat().st_mtime_ns == changed
+    assert f"{outs} was converted before: taking {store}" in caplog.text
+
+
+def test_convert(outs, tmp_path, capsys):
+    store = tmp_path / "s.zarr"
+    assert main(["convert", str(outs), str(store), "--bin-um", "8,16"]) == 0
+    assert capsys.readouterr().out == f"{store}\n"
+    assert set(sd.read_zarr(store).tables) >= {"square_008um", "square_016um"}
+    assert "square_002um" not in sd.read_zarr(store).tables
+
+
+def test_neither(tmp_path):
+    with pytest.raises(StoreError, match="neither a SpatialData store .* nor a Space Ranger folder"):
+        open_slide(tmp_path)
+
+
+def test_store_is_for_one_folder(drawn):
+    with pytest.raises(PixNetError, match="there are 2 slides"):
+        open_slides(["a.zarr", "b.zarr"], "s.zarr")
+    with pytest.raises(PixNetError, match="--store is for Space Ranger folders"):
+        open_slides([str(drawn)], "s.zarr")
