@@ -158,7 +158,7 @@ class Bench:
     def _predict_crops(self, network: CropNetwork, kind: str) -> None:
         for k, (sdata, tests) in enumerate(self.tests):
             crops = Crops(_pixels(sdata))
-            for regions, at in itertools.product(tests, ("tested", "trained")):
+            for regions, at in itertools.product([each.thinned() for each in tests], ("tested", "trained")):
                 nearest = min(SPOT_UM, key=lambda s, r=regions: abs(s - r.size_um))
                 side_um = regions.size_um if at == "tested" else nearest
                 values = network.predict(crops.of(regions.centre_px, side_um))
