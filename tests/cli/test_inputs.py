@@ -64,5 +64,5 @@ def test_neither(tmp_path):
 def test_store_is_for_one_folder(drawn):
     with pytest.raises(PixNetError, match="there are 2 slides"):
         open_slides(["a.zarr", "b.zarr"], "s.zarr")
-    with pytest.raises(PixNetError, match="--store is for Space Ranger folders"):
+    with pytest.raises(PixNetError, match="--zarr is for Space Ranger folders"):
         open_slides([str(drawn)], "s.zarr")

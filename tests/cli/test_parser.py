@@ -104,8 +104,8 @@ def test_slides_may_stand_anywhere():
     assert call.slides == ["a.zarr", "b=c.zarr", "d.zarr"]
 
 
-OPTIONS = ["--genes=A,B", "--lr=0.001", "--validation=none", "--freeze-encoder", "--store=s.zarr", "--n-genes=5"]
-CONFIG = 'genes = ["A", "B"]\nlr = 1e-3\nvalidation = "none"\nfreeze-encoder = true\nstore = "s.zarr"\nn_genes = 5\n'
+OPTIONS = ["--genes=A,B", "--lr=0.001", "--validation=none", "--freeze-encoder", "--zarr=s.zarr", "--n-genes=5"]
+CONFIG = 'genes = ["A", "B"]\nlr = 1e-3\nvalidation = "none"\nfreeze-encoder = true\nzarr = "s.zarr"\nn_genes = 5\n'
 
 
 def test_a_config_file_is_its_options(tmp_path: Path):

@@ -12,7 +12,7 @@ from ._verbs import Verb, read_verb
 __all__ = ["COMMANDS", "Command"]
 
 _STORE = {
-    "--store": {
+    "--zarr": {
         "metavar": "PATH",
         "help": "where a Space Ranger folder is converted to; default: FOLDER.zarr beside it. A store that is there is "
         "taken as it is",
@@ -88,7 +88,7 @@ _ALL = (
         resume="The same command goes on after the last finished epoch.",
         examples="""\
   pixnet-sd fit breast.zarr
-  pixnet-sd fit outs --store breast.zarr --n-genes 500 --checkpoint-dir models/breast
+  pixnet-sd fit outs --zarr breast.zarr --n-genes 500 --checkpoint-dir models/breast
   pixnet-sd fit p1=a.zarr p2=b.zarr p3=c.zarr --validation p3 --max-steps 20000
   pixnet-sd fit breast.zarr --genes @panel.txt --objective poisson
   pixnet-sd fit --config run.toml --lr 1e-3""",

@@ -76,7 +76,7 @@ def open_slides(slides: Sequence[str], store: str | None) -> dict[str, SpatialDa
     paths = named_paths(slides)
     if store is not None and len(paths) > 1:
         raise PixNetError(
-            f"--store names one store, and there are {len(paths)} slides. Leave it out: each Space Ranger folder gets "
+            f"--zarr names one store, and there are {len(paths)} slides. Leave it out: each Space Ranger folder gets "
             "a store beside it. Or convert them first with pixnet-sd convert."
         )
     return {name: open_slide(path, store) for name, path in paths.items()}
@@ -89,7 +89,7 @@ def open_slide(path: Path, store: str | None = None) -> SpatialData:
     if path.is_dir() and not is_store(path):
         path = _converted(path, store)
     elif store is not None:
-        raise PixNetError(f"--store is for Space Ranger folders, and {str(path)!r} is none. Leave it out.")
+        raise PixNetError(f"--zarr is for Space Ranger folders, and {str(path)!r} is none. Leave it out.")
     from pixnet_sd.io import open_store
 
     return open_store(path)

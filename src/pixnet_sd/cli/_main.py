@@ -80,7 +80,7 @@ def _say(text: str) -> None:
 
 def _as_options(message: str, call: Call) -> str:
     """A message in which arguments of the verb are called as on the command line."""
-    names = "|".join([*call.options, *(name for name in call.own if name in ("store",))])
+    names = "|".join([*call.options, *(name for name in call.own if name in ("zarr",))])
     if not names:
         return message
     found = re.compile(rf"\w\([^()]*\)|(?<![\w.])(?P<name>{names})=(?P<value>[^\s,;.)])?")

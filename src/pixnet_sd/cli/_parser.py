@@ -39,7 +39,7 @@ class Call:
     options
         Arguments of the verb.
     own
-        Options of the command line itself: ``output``, ``store``, ``verbose`` ...
+        Options of the command line itself: ``output``, ``zarr``, ``verbose`` ...
     """
 
     command: Command

@@ -29,7 +29,7 @@ def run(call: Call) -> int | None:
 
 
 def _fit(call: Call) -> None:
-    slides = open_slides(call.slides, call.own["store"])
+    slides = open_slides(call.slides, call.own["zarr"])
     (first, *others) = slides.values()
     model = ps.tl.fit(slides if others else first, **call.options)
     known = [pcc for pcc in model.record.held_out_pcc if pcc is not None]
@@ -41,7 +41,7 @@ def _fit(call: Call) -> None:
 
 def _predict(call: Call) -> None:
     (path,) = call.slides
-    sdata = open_slide(Path(path).expanduser(), call.own["store"])
+    sdata = open_slide(Path(path).expanduser(), call.own["zarr"])
     before = _elements(sdata)
     ps.tl.predict(sdata, **call.options)
     written = [key for key, inode in _elements(sdata).items() if before.get(key) != inode]
