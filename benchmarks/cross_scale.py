@@ -74,7 +74,7 @@ FIT: dict[str, Any] = {
     "device": "cpu",
     "show_progress_bar": False,
 }
-DEFAULT, CROP = "nb", "spot-crop"
+DEFAULT, CROP = "mean", "spot-crop"
 GAIN, CALIBRATED = 0.10, 0.05
 
 
