@@ -7,7 +7,9 @@ is, and no training blurs that.
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -71,6 +73,22 @@ def test_batched_tiles_give_the_same(fitted, sharp, predict, map_values):
     assert np.abs(map_values(fitted, "four_map") - map_values(fitted, "one_map")).max() <= 1e-5
 
 
+@pytest.fixture(scope="module")
+def _at_rest(_fitted, tmp_path_factory) -> Path:
+    """The slide with a map, bins and circles of before it is moved."""
+    store = shutil.copytree(_fitted[0], tmp_path_factory.mktemp("at_rest") / "slide.zarr")
+    sdata = sd.read_zarr(store)
+    for regions in ({"shapes_key": BINS}, {"radius_um": 12, "write_map": False}):
+        ps.tl.predict(sdata, **regions, tile_px=256, device="cpu", key_added="before", show_progress_bar=False)
+    return store
+
+
+@pytest.fixture
+def at_rest(_at_rest: Path, tmp_path: Path) -> sd.SpatialData:
+    shutil.copytree(_at_rest, tmp_path / "slide.zarr")
+    return sd.read_zarr(tmp_path / "slide.zarr")
+
+
 @pytest.mark.parametrize(
     "moved",
     [
@@ -79,20 +97,18 @@ def test_batched_tiles_give_the_same(fitted, sharp, predict, map_values):
         pytest.param(similarity(degrees=-33, scale=0.4, mirror=True, shift=(-70.0, 10.0)), id="all"),
     ],
 )
-def test_slide_moved_in_its_coordinate_system(fitted, predict, map_values, moved):
-    predict(fitted, shapes_key=BINS, key_added="before")
-    predict(fitted, radius_um=12, key_added="before", write_map=False)
-    for element in (fitted.images[FULL], fitted.shapes[BINS]):
+def test_slide_moved_in_its_coordinate_system(at_rest, predict, map_values, moved):
+    for element in (at_rest.images[FULL], at_rest.shapes[BINS]):
         set_transformation(element, affine(moved), SYSTEM)
-    predict(fitted, shapes_key=BINS, key_added="after", coordinate_system=SYSTEM)
-    predict(fitted, radius_um=12, key_added="after", coordinate_system=SYSTEM, write_map=False)
+    predict(at_rest, shapes_key=BINS, key_added="after", coordinate_system=SYSTEM)
+    predict(at_rest, radius_um=12, key_added="after", coordinate_system=SYSTEM, write_map=False)
 
     for name in (BINS, "circles_12um"):
-        before, after = (fitted.tables[f"{when}_{name}"] for when in ("before", "after"))
+        before, after = (at_rest.tables[f"{when}_{name}"] for when in ("before", "after"))
         np.testing.assert_allclose(after.X, before.X, atol=1e-5)
         np.testing.assert_allclose(after.obs["area_um2"], before.obs["area_um2"], rtol=1e-6)
-    np.testing.assert_allclose(map_values(fitted, "after_map"), map_values(fitted, "before_map"), atol=1e-6)
-    old, new = (fitted.shapes[f"{when}_circles_12um_shapes"] for when in ("before", "after"))
+    np.testing.assert_allclose(map_values(at_rest, "after_map"), map_values(at_rest, "before_map"), atol=1e-6)
+    old, new = (at_rest.shapes[f"{when}_circles_12um_shapes"] for when in ("before", "after"))
     landed = np.column_stack([to_system(old, centres(old)), np.ones(len(old))]) @ moved[:2].T
     np.testing.assert_allclose(to_system(new, centres(new)), landed, atol=1e-6)
 
