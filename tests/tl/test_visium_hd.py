@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pixnet_sd.store import image_transforms, squares_element
 
 io = pytest.importorskip("spatialdata_io")
 
-DRAWN: dict[str, Any] = {"size_um": 240.0, "mpp": 1.0, "n_genes": 12}
+DRAWN: dict[str, Any] = {"size_um": 160.0, "mpp": 1.0, "n_genes": 12}
 READ: dict[str, Any] = {"load_segmentations_only": False}
 
 
@@ -141,14 +142,15 @@ def test_the_short_way_in(folder_and_store, fit, predict, expected, monkeypatch,
 
 
 @pytest.fixture
-def turned(monkeypatch) -> sd.SpatialData:
-    """A slide whose lattice is turned by four degrees."""
+def turn(monkeypatch) -> Callable[..., sd.SpatialData]:
+    """Draws slides whose lattice is turned by four degrees."""
     monkeypatch.setattr(_slide, "_ANGLE", float(np.deg2rad(4)))
-    return ps.datasets.sample(**{**DRAWN, "size_um": 400.0}, bin_um=(2, 8))
+    return lambda size_um, bin_um: ps.datasets.sample(**DRAWN | {"size_um": size_um}, bin_um=(bin_um,))
 
 
-def test_bins_are_the_turned_squares(turned, darkness, predict):
+def test_bins_are_the_turned_squares(turn, darkness, predict):
     """Prediction for the bins of the lattice, in closed form, equals that for their polygons."""
+    turned = turn(200.0, 2)
     slide = open_slide(turned, working_mpp=darkness.record.working_mpp)
     bins, _ = regions_of(
         turned,
@@ -166,8 +168,9 @@ def test_bins_are_the_turned_squares(turned, darkness, predict):
     np.testing.assert_allclose(lattice, polygons, atol=1e-5 * np.ptp(polygons))
 
 
-def test_ignoring_the_rotation_loses_the_truth(turned, darkness, predict):
+def test_ignoring_the_rotation_loses_the_truth(turn, darkness, predict):
     """Nuclei are dark and express: darkness per bin follows the truth, unless bins are taken for unturned ones."""
+    turned = turn(400.0, 8)
     predict(turned, darkness, shapes_key="sample_square_008um", write_map=False)
     slide = open_slide(turned, working_mpp=darkness.record.working_mpp)
     bins, ids = regions_of(
@@ -182,7 +185,7 @@ def test_ignoring_the_rotation_loses_the_truth(turned, darkness, predict):
     transforms = image_transforms(turned, slide.image_key)
     turned.shapes["unturned"] = squares_element(wrong.centre_xy, wrong.pitch, transforms, index=list(ids))
     predict(turned, darkness, shapes_key="unturned", write_map=False)
-    truth = ps.datasets.sample_truth_bins(8, **{**DRAWN, "size_um": 400.0}, library_size=False).sum(axis=1).to_numpy()
+    truth = ps.datasets.sample_truth_bins(8, **DRAWN | {"size_um": 400.0}, library_size=False).sum(axis=1).to_numpy()
     right, ignored = (
         np.corrcoef(by_id(turned.tables[f"pixnet_{key}"])[:, 0], truth)[0, 1]
         for key in ("sample_square_008um", "unturned")
