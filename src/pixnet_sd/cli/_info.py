@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pixnet_sd._errors import PixNetError, StoreError
 
-from ._info_checkpoint import describe_checkpoint
-from ._info_store import describe_store
 from ._inputs import is_space_ranger, is_store
 
 if TYPE_CHECKING:
@@ -49,16 +47,20 @@ def describe(
         The checkpoint is damaged.
     """
     folder = Path(path).expanduser()
+    if not folder.exists():
+        raise StoreError(f"There is nothing at {str(path)!r}.")
     if (folder / "config.json").is_file() and not is_store(folder):
+        from ._info_checkpoint import describe_checkpoint
+
         return describe_checkpoint(folder)
     if is_store(folder):
+        from ._info_store import describe_store
+
         where: Mapping[str, Any] = {"image_key": image_key, "coordinate_system": coordinate_system}
         return describe_store(folder, model, {**where, "mpp": mpp, "allow_any_mpp": allow_any_mpp})
     for outs in (folder, folder / "outs"):
         if is_space_ranger(outs):
             return _describe_space_ranger(outs)
-    if not folder.exists():
-        raise StoreError(f"There is nothing at {str(path)!r}.")
     raise StoreError(f"{str(path)!r} is neither a store, a checkpoint nor a Space Ranger folder of Visium HD.")
 
 

@@ -58,7 +58,8 @@ def _elements(sdata: SpatialData) -> dict[tuple[str, str], int]:
 def _evaluate(call: Call) -> None:
     (path,) = call.slides
     output = _writable(call.own["output"])
-    found = ps.tl.evaluate(open_slide(Path(path).expanduser()), **call.options)
+    sdata = open_slide(Path(path).expanduser())  # before the verb is imported: a wrong path is told at once
+    found = ps.tl.evaluate(sdata, **call.options)
     for name, value in found.attrs.items():
         print(f"{name:10}{_number(value)}")
     _write(found, output, index=True)
@@ -66,7 +67,8 @@ def _evaluate(call: Call) -> None:
 
 def _cross_validate(call: Call) -> None:
     output = _writable(call.own["output"])
-    found = ps.tl.cross_validate(open_slides(call.slides, None), **call.options)
+    slides = open_slides(call.slides, None)
+    found = ps.tl.cross_validate(slides, **call.options)
     print(found.per_slide.to_string(index=False, float_format=_number))
     print(f"\n{found.summary.to_string(index=False, float_format=_number)}")
     _write(found.per_gene, output, index=False)
