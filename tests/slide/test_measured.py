@@ -31,7 +31,7 @@ def dense(found) -> np.ndarray:
     return found.rows(np.arange(len(found))).toarray()
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("order", [("p", "q", "r", "s"), ("s", "p", "r", "q"), ("q", "s")])
 def test_rows_are_joined_by_id(spots, frame, order) -> None:
     (found,) = measured(spots(order), frame())

@@ -106,7 +106,7 @@ def test_disagreement_with_bins_is_warned_about(visium_hd) -> None:
         assert find_mpp(visium_hd(), **FULL, mpp=0.25)[0] == 0.25
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_small_disagreement_is_not(visium_hd) -> None:
     assert find_mpp(visium_hd(), **FULL, mpp=0.54)[0] == 0.54
 
