@@ -45,7 +45,6 @@ nitpick_ignore_regex = [
     *[(r"py:.*", re.escape(name)) for name in PUBLIC],
     (r"py:class", r"AxesLike|Drawn"),  # of plots; where one annotation needs torch, none is evaluated
     (r"py:class", r"(pixnet_sd\.nn\.model\.)?Network"),  # PixNet holds one; nobody makes one by hand
-    (r"py:class", r"AxesLike|Drawn"),  # aliases, for one of matplotlib's Axes or several, and for these or a Figure
 ]
 
 # Link to other projects where the pages are published only, so that a build without a network has no warnings.
