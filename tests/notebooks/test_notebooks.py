@@ -55,10 +55,10 @@ def test_there_are_five() -> None:
 @pytest.mark.slow
 @every
 def test_runs(path: Path, render: ModuleType, tmp_path: Path) -> None:
-    """From an empty folder, with a training that is cut short; an error in a cell is raised."""
+    """From an empty folder, with what takes long cut short; an error in a cell is raised."""
     if path.stem == "5_her2st" and not render.HER2ST.is_dir():
         pytest.skip(f"no her2st sections at {render.HER2ST}")
-    done = render.execute(path, tmp_path, {"max_epochs": 1})
+    done = render.execute(path, tmp_path, {"max_epochs": 1, "n_symmetries": 1})
     render.clean(done, tmp_path)
     assert [text(output) for output in outputs(done) if MACHINE.search(text(output))] == []
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def test_outputs_are_fit_to_be_seen(path: Path) -> None:
 def test_ends_in_pictures(path: Path) -> None:
     stored = json.loads(path.read_text(encoding="utf-8"))
     found = [np.asarray(picture.convert("RGB")) for picture in pictures(stored)]
-    assert len(found) >= 3
+    assert len(found) >= 2
     assert min(min(picture.shape[:2]) for picture in found) > 200
     last = found[-1].reshape(-1, 3)
     assert len(np.unique(last, axis=0)) > 100  # an image or a map, in up to 256 colours, not a line drawing
