@@ -102,9 +102,8 @@ class FactorHead:
             return (weight[index] @ flat).reshape(len(index), *factors.shape[1:])
         total = _softplus(weight[-1:] @ flat + _AT_ONE)
         found = _softplus(weight[index] @ flat + _AT_ONE) * self.unit[index, None]
-        last = len(self.genes) - 1
-        for row, output in enumerate(index):
-            found[row] *= flat[-1] if output == last else flat[-1] * total[0]
+        found[index != len(self.genes) - 1] *= total
+        found *= flat[-1]
         return found.reshape(len(index), *factors.shape[1:])
 
 

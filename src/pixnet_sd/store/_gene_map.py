@@ -192,8 +192,9 @@ class GeneMapWriter:
     def summary(self) -> str:
         """What will be written, in words."""
         layout = self.layout
+        what, channels = ("factors", "channels") if layout.whole_channels else ("gene map", "genes")
         return (
-            f"gene map {self._key!r}: {layout.n_genes} genes, {layout.height} x {layout.width} pixels, at most "
+            f"{what} {self._key!r}: {layout.n_genes} {channels}, {layout.height} x {layout.width} pixels, at most "
             f"{size_text(layout.nbytes)}"
         )
 
