@@ -57,7 +57,6 @@ PIXNET: dict[str, Any] = {
     "tile_px": 3072,  # the spots of a section fit into one tile
     "batch_size": 1,
     "decoder_width": 128,
-    "pcc_weight": 2.0,
     "max_epochs": 60,
     "lr": 2e-3,
     "weight_decay": 1e-2,

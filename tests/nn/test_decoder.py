@@ -86,6 +86,15 @@ def calibrated(dropout: float) -> Lateral:
     return lateral
 
 
+def test_pixels_of_an_upsampled_one_start_equal() -> None:
+    """A grid that the network starts with stays: no region of training is as small as its period."""
+    torch.manual_seed(0)
+    decoder = Decoder(CHANNELS, widths=(8, 8, 8, 8), hidden=(16, 16, 16)).eval()
+    flat = [torch.randn(1, c, 1, 1).expand(-1, -1, 32 >> k, 32 >> k) for k, c in enumerate(CHANNELS)]
+    inner = decoder(flat)[..., 12:20, 12:20]  # beyond the reach of the border's zeros
+    torch.testing.assert_close(inner, inner[..., :1, :1].expand_as(inner), rtol=0, atol=1e-5)
+
+
 def test_lateral_standardises() -> None:
     lateral = calibrated(0.0)
     torch.testing.assert_close(lateral.scale, 1 / torch.tensor([1.001, 0.501, 3.001, 20.001, 0.011]))

@@ -184,6 +184,7 @@ def test_paper_preset(slide, fit, predict, tmp_path):
     model = fit(slide, checkpoint_dir=tmp_path / "model", preset="paper", aggregation="sum", max_epochs=1)
     settings = model.record.training
     assert (settings["optimizer"], settings["anneal"], settings["patience"]) == ("adam", False, None)
+    assert settings["pcc_weight"] == 0.5
     assert model.record.decoder.widths is None
     assert model.record.decoder.hidden == (16, 16, 16)
     predict(slide, bin_um=16, write_map=False)

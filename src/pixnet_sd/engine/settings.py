@@ -62,7 +62,7 @@ class TrainSettings:
     optimizer: Literal["adamw", "adam"] = "adamw"
     anneal: bool = False
     objective: ObjectiveName = "mse_pcc"
-    pcc_weight: float = 0.5
+    pcc_weight: float = 2.0
     target_sum: float = 1e4
     tile_px: int = 512
     batch_size: int = 8

@@ -121,11 +121,16 @@ class Decoder(nn.Module):
 
 
 def _keep_variance(module: nn.Module) -> None:
-    """Start convolutions so that signals keep their size; torch's default shrinks them at every stage."""
+    """Start convolutions so that signals keep their size; torch's default shrinks them at every stage.
+
+    The four pixels that an upsampled one becomes start with the same weights. Regions are larger than that, so training
+    would leave what differs between them as it began: a grid in every gene map (Aitken et al., arXiv 1707.02937).
+    """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
     elif isinstance(module, nn.ConvTranspose2d):  # 2 × 2 with stride 2: each output pixel sees one input pixel
-        nn.init.normal_(module.weight, std=module.in_channels**-0.5)
+        one = torch.randn(*module.weight.shape[:2], 1, 1) * module.in_channels**-0.5
+        module.weight.data = one.expand_as(module.weight).clone()
     else:
         return
     if module.bias is not None:

@@ -55,7 +55,7 @@ def fit(
     working_mpp: float = 0.5,
     objective: ObjectiveName = "mse_pcc",
     aggregation: Aggregation | None = None,
-    pcc_weight: float = 0.5,
+    pcc_weight: float | None = None,
     preset: Literal["paper"] | None = None,
     max_epochs: int = 500,
     max_steps: int | None = None,
@@ -121,9 +121,9 @@ def fit(
         uses). Log-normalised targets do not add up, so with regions of several sizes only the mean puts them on one
         scale; at one size the two differ by a constant. Counts are always summed.
     pcc_weight
-        λ of Eq. 6.
+        λ of Eq. 6; default: 2, or the paper's 0.5 with its preset.
     preset
-        ``"paper"``: decoder, aggregation, optimizer and schedule as in the paper, the last epoch kept; None: this
+        ``"paper"``: decoder, aggregation, λ, optimizer and schedule as in the paper, the last epoch kept; None: this
         package's.
     max_epochs
         Most passes over the tiles.

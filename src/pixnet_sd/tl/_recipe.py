@@ -22,6 +22,9 @@ DROPOUT = 0.5
 MIN_WIDTH = 32
 """Fewest channels of a level, unless `decoder_width` itself is smaller."""
 
+PCC_WEIGHT, PAPER_PCC_WEIGHT = 2.0, 0.5
+"""λ of Eq. 6: the weight with the best correlation over left-out sections (`benchmarks/her2st.py`), and the paper's."""
+
 _LEVELS = len(STRIDES)
 
 
@@ -71,7 +74,7 @@ def train_settings(
     lr: float,
     weight_decay: float,
     objective: ObjectiveName,
-    pcc_weight: float,
+    pcc_weight: float | None,
     target_sum: float,
     tile_px: int,
     batch_size: int,
@@ -85,6 +88,9 @@ def train_settings(
     A run with held-out regions may stop at any epoch, so its rate stays constant; one of known length anneals it.
     ``preset="paper"``: Adam at a constant rate for all epochs, the last of which is kept; nothing jittered.
     """
+    paper = preset == "paper"
+    if pcc_weight is None:
+        pcc_weight = PAPER_PCC_WEIGHT if paper else PCC_WEIGHT
     check_tile_px(tile_px)
     if max_epochs < 1 or batch_size < 1:
         raise PixNetError(f"max_epochs={max_epochs} and batch_size={batch_size} must be 1 or more.")
@@ -96,7 +102,6 @@ def train_settings(
         raise PixNetError(
             f"lr={lr} must be above 0, weight_decay={weight_decay} and pcc_weight={pcc_weight} not below."
         )
-    paper = preset == "paper"
     return TrainSettings(
         max_epochs=max_epochs,
         max_steps=max_steps,
