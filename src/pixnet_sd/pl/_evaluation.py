@@ -103,7 +103,8 @@ def _values(
     if sdata is None or table_key is None or predicted_key is None:
         raise PixNetError(f"gene={gene!r} needs sdata=, table_key= and predicted_key=, as tl.evaluate was given them.")
     found = matched_values(sdata, table_key=table_key, predicted_key=predicted_key, genes=[gene])
-    return found.measured[:, 0], found.predicted[:, 0]
+    predicted, measured = (np.concatenate(parts)[:, 0] for parts in zip(*found.blocks(), strict=True))
+    return measured, predicted
 
 
 def _ranked(ax: Axes, each: Mapping[str, pd.Series], n_labels: int) -> None:

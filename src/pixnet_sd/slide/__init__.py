@@ -14,7 +14,7 @@ from ._picture import read_picture
 from ._regions import regions_of
 from ._select import select_coordinate_system, select_image
 from ._slide import MAP_STRIDE, Slide, open_slide
-from ._stored_table import StoredTable, tables_of
+from ._stored_table import StoredTable, Table, obs_column, tables_of
 from ._stored_targets import StoredTargets
 from ._tables import TableLink, bin_size_um, measured_tables, select_tables, table_link
 from ._targets import Targets, check_genes, choose_genes, targets_of
@@ -30,6 +30,7 @@ __all__ = [
     "Slide",
     "StoredTable",
     "StoredTargets",
+    "Table",
     "TableLink",
     "Targets",
     "affine_matrix",
@@ -43,6 +44,7 @@ __all__ = [
     "log_normalise",
     "measured",
     "measured_tables",
+    "obs_column",
     "open_slide",
     "open_store",
     "read_picture",

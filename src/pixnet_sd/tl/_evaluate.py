@@ -6,7 +6,7 @@ import pandas as pd
 from spatialdata import SpatialData
 
 from ._matched import matched_values
-from ._scores import score
+from ._scores import merged, moments, scores_of, summary
 
 __all__ = ["evaluate"]
 
@@ -41,4 +41,7 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
         Counts cannot be used, or the tables have no region with counts, or no gene, in common.
     """
     found = matched_values(sdata, table_key=table_key, predicted_key=predicted_key)
-    return score(found.predicted, found.measured, found.genes)
+    known = merged(moments(*block, found.genes) for block in found.blocks())
+    scores = scores_of(known)
+    scores.attrs.update(summary(scores), n_regions=int(known["n"].iloc[0]), n_genes=len(scores))
+    return scores

@@ -22,7 +22,7 @@ from pixnet_sd.store import PixNet
 
 from ._matched import matched_values
 from ._predict import predict
-from ._scores import moments
+from ._scores import merged, moments
 
 __all__ = ["LeftOut", "Scoring"]
 
@@ -151,7 +151,7 @@ class LeftOut:
         )
         key = f"pixnet_{link.element_key}"
         found = matched_values(self.sdata, table_key=table_key, predicted_key=key, predicted=beside.tables[key])
-        return moments(found.predicted, found.measured, found.genes)
+        return merged(moments(*block, found.genes) for block in found.blocks())
 
 
 def _tables(sdata: SpatialData, slide: Slide, scoring: Scoring) -> list[str]:

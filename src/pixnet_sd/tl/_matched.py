@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
+import zarr
 from numpy.typing import NDArray
 from scipy import sparse
 from spatialdata import SpatialData
@@ -16,11 +16,12 @@ from spatialdata import SpatialData
 from pixnet_sd._errors import DataError, ElementError
 from pixnet_sd.slide import (
     Counts,
-    StoredTable,
+    Table,
     TableLink,
     check_genes,
     checked_totals,
     log_normalise,
+    obs_column,
     table_link,
     tables_of,
 )
@@ -28,21 +29,43 @@ from pixnet_sd.slide import (
 __all__ = ["Matched", "matched_values"]
 
 
+_BLOCK_VALUES = 2**25  # of predicted expression in memory: 128 MiB
+
+
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """Log-normalised expression of n regions and M genes.
+    """Log-normalised expression of regions and genes that two tables share, read in blocks of regions.
 
     Attributes
     ----------
     genes
         Names, shape (M,).
-    predicted, measured
-        Shape (n, M), float32.
+    predicted, rows, columns
+        Predicted expression, in memory or on disk, and where these regions and genes are in it.
+    counts, positions, total
+        Counts of these regions, where these genes are in them, and their sums over all genes.
+    target_sum
+        Of the predicted expression.
     """
 
     genes: pd.Index
-    predicted: NDArray[np.float32]
-    measured: NDArray[np.float32]
+    predicted: Any
+    rows: NDArray[np.intp]
+    columns: NDArray[np.integer]
+    counts: Counts
+    positions: NDArray[np.integer]
+    total: NDArray[np.float64]
+    target_sum: float
+
+    def blocks(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Predicted and measured expression of some regions after others, (n, M) each."""
+        step = max(1, _BLOCK_VALUES // max(1, self.predicted.shape[1]))
+        for place, block in self.counts.blocks():
+            for start in range(place.start, place.stop, step):
+                stop = min(start + step, place.stop)
+                some = block[start - place.start : stop - place.start][:, self.positions]
+                predicted = _rows(self.predicted, self.rows[start:stop])[:, self.columns]
+                yield predicted, log_normalise(some, self.total[start:stop], self.target_sum)
 
 
 def matched_values(
@@ -51,7 +74,7 @@ def matched_values(
     table_key: str,
     predicted_key: str,
     genes: Sequence[str] | None = None,
-    predicted: AnnData | None = None,
+    predicted: Table | None = None,
 ) -> Matched:
     """Match a prediction with measured expression; arguments and errors are those of :func:`pixnet_sd.tl.evaluate`.
 
@@ -68,24 +91,35 @@ def matched_values(
     """
     predicted = _predicted(sdata, predicted_key) if predicted is None else predicted
     measured, link = _measured(sdata, table_key, predicted_key, predicted)
-    ids = pd.Index(predicted.obs[predicted.uns["spatialdata_attrs"]["instance_key"]])
-    common = link.instances.intersection(ids, sort=False)
+    ids = pd.Index(obs_column(predicted, predicted.uns["spatialdata_attrs"]["instance_key"]))
+    rows = ids.get_indexer(link.instances)
+    n_common = int((rows >= 0).sum())
     shared = predicted.var_names[predicted.var_names.isin(measured.var_names)]
-    if not len(common) or not len(shared):
+    if not n_common or not len(shared):
         raise DataError(
-            f"Tables {table_key!r} and {predicted_key!r} have {len(common)} regions and {len(shared)} genes in common. "
+            f"Tables {table_key!r} and {predicted_key!r} have {n_common} regions and {len(shared)} genes in common. "
             f"Regions are called {_first(link.instances)} and {_first(ids)}, genes {_first(measured.var_names)} and "
             f"{_first(predicted.var_names)}."
         )
     if genes is not None:
         check_genes(genes, shared, f"what tables {table_key!r} and {predicted_key!r} have in common")
         shared = pd.Index(genes)
-    total, target = _targets(measured, link, shared, float(predicted.uns["pixnet_sd"]["target_sum"]))
-    common = common[total[link.instances.get_indexer(common)] > 0]
-    if not len(common):
+    what = f"Table {table_key!r}"
+    counts = Counts.of(measured.X, link.rows, what)
+    total = checked_totals(counts, measured.var_names, what)
+    keep = (rows >= 0) & (total > 0)
+    if not keep.any():
         raise DataError(f"Table {table_key!r}: none of the regions that {predicted_key!r} predicts has a count.")
-    values = _dense(predicted[ids.get_indexer(common), shared].X)
-    return Matched(shared, values, target[link.instances.get_indexer(common)])
+    return Matched(
+        genes=shared,
+        predicted=predicted.X,
+        rows=rows[keep],
+        columns=predicted.var_names.get_indexer(shared),
+        counts=counts.take(keep),
+        positions=measured.var_names.get_indexer(shared),
+        total=total[keep],
+        target_sum=float(predicted.uns["pixnet_sd"]["target_sum"]),
+    )
 
 
 def _first(names: pd.Index) -> list[Any]:
@@ -93,14 +127,14 @@ def _first(names: pd.Index) -> list[Any]:
     return found
 
 
-def _predicted(sdata: SpatialData, key: str) -> AnnData:
+def _predicted(sdata: SpatialData, key: str) -> Table:
     table = _table(sdata, key)
     if "pixnet_sd" not in table.uns:
         raise ElementError(f"Table {key!r} was not written by pixnet_sd's predict. Did you swap the two keys?")
-    return table.load() if isinstance(table, StoredTable) else table
+    return table
 
 
-def _table(sdata: SpatialData, key: str) -> AnnData | StoredTable:
+def _table(sdata: SpatialData, key: str) -> Table:
     tables = tables_of(sdata)
     if key not in tables:
         there = ", ".join(map(repr, tables)) or "none"
@@ -108,9 +142,7 @@ def _table(sdata: SpatialData, key: str) -> AnnData | StoredTable:
     return tables[key]
 
 
-def _measured(
-    sdata: SpatialData, table_key: str, predicted_key: str, predicted: AnnData
-) -> tuple[AnnData | StoredTable, TableLink]:
+def _measured(sdata: SpatialData, table_key: str, predicted_key: str, predicted: Table) -> tuple[Table, TableLink]:
     """The measured table, and its rows that annotate the predicted table's element."""
     measured = _table(sdata, table_key)
     if "pixnet_sd" in measured.uns:
@@ -132,14 +164,16 @@ def _measured(
     return measured, link
 
 
-def _targets(
-    measured: AnnData | StoredTable, link: TableLink, genes: pd.Index, target_sum: float
-) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Counts of each of the link's rows over all genes, and normalised expression of some."""
-    what = f"Table {link.table_key!r}"
-    counts = Counts.of(measured.X, link.rows, what)
-    total = checked_totals(counts, measured.var_names, what)
-    return total, log_normalise(counts.columns(measured.var_names.get_indexer(genes)), total, target_sum)
+def _rows(matrix: Any, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Some rows of a matrix in memory or on disk, dense, all columns."""
+    order = np.argsort(rows, kind="stable")  # storage is read in order
+    picked = rows[order]
+    first, last = int(picked[0]), int(picked[-1])
+    if last - first < 2 * len(rows):
+        part = _dense(matrix[first : last + 1])[picked - first]
+    else:
+        part = _dense(matrix.oindex[picked] if isinstance(matrix, zarr.Array) else matrix[picked])
+    return part[np.argsort(order, kind="stable")]
 
 
 def _dense(x: Any) -> NDArray[np.float32]:

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
-from pixnet_sd.nn.losses import pearson_per_gene
-
-__all__ = ["METRICS", "moments", "pooled", "score", "summary"]
+__all__ = ["METRICS", "merged", "moments", "pooled", "scores_of", "summary"]
 
 METRICS = ("MSE", "MAE", "PCC@F", "PCC@S", "PCC@M")
 
 _EPS = 1e-8  # as of `pearson_per_gene`
 _BLOCK = 64  # genes that are in memory in 64 bits
-
-
-def score(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: pd.Index) -> pd.DataFrame:
-    """Scores of each gene over regions, with those of all genes in ``attrs``.
-
-    Parameters
-    ----------
-    predicted, target
-        Expression, (regions, genes).
-    genes
-        Names.
-
-    Returns
-    -------
-    What :func:`pixnet_sd.tl.evaluate` returns.
-    """
-    predicted, target = predicted.astype(np.float64), target.astype(np.float64)
-    error = predicted - target
-    frame = pd.DataFrame(
-        {
-            "pcc": pearson_per_gene(torch.from_numpy(predicted), torch.from_numpy(target)).numpy(),
-            "mse": (error**2).mean(axis=0),
-            "mae": np.abs(error).mean(axis=0),
-        },
-        index=pd.Index(genes, name="gene"),
-    )
-    frame.attrs.update(summary(frame), n_regions=len(target), n_genes=len(frame))
-    return frame
 
 
 def summary(frame: pd.DataFrame) -> dict[str, float]:
@@ -60,12 +29,14 @@ def summary(frame: pd.DataFrame) -> dict[str, float]:
 
 
 def moments(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: pd.Index) -> pd.DataFrame:
-    """What `pooled` needs of one slide: its expression need not be kept.
+    """What scores are made of, for some regions: their expression need not be kept.
 
     Parameters
     ----------
-    predicted, target, genes
-        As of `score`.
+    predicted, target
+        Expression, (regions, genes).
+    genes
+        Names.
 
     Returns
     -------
@@ -93,6 +64,38 @@ def _moments(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> p
     return pd.DataFrame(found)
 
 
+def merged(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """`moments` of all regions of several parts, which have the same genes.
+
+    Parameters
+    ----------
+    parts
+        `moments` of each, at least one.
+    """
+    frames = list(parts)
+    index = frames[0].index
+    stacked = {str(name): np.stack([part[name] for part in frames]).astype(np.float64) for name in frames[0]}
+    n = stacked["n"]
+    total = n.sum(axis=0)
+    found: dict[str, NDArray[np.generic]] = {"n": total.astype(np.int64)}
+    apart = {}
+    for name in ("predicted", "measured"):
+        each, ss = stacked[f"{name}_mean"], stacked[f"{name}_ss"]
+        mean = np.where(_is_constant(each, ss), each[0], (n * each).sum(axis=0) / total)
+        apart[name] = each - mean
+        found |= {f"{name}_mean": mean, f"{name}_ss": (ss + n * apart[name] ** 2).sum(axis=0)}
+    found["product"] = (stacked["product"] + n * apart["predicted"] * apart["measured"]).sum(axis=0)
+    found |= {name: (n * stacked[name]).sum(axis=0) / total for name in ("mse", "mae")}
+    return pd.DataFrame(found, index=index)
+
+
+def scores_of(part: pd.DataFrame) -> pd.DataFrame:
+    """Scores of each gene, of its `moments`: ``pcc`` (NaN where the measured gene is constant), ``mse``, ``mae``."""
+    r = part["product"] / (np.sqrt(part["predicted_ss"] * part["measured_ss"]) + _EPS)
+    r = r.mask(part["predicted_ss"] == 0, 0.0).mask(part["measured_ss"] == 0)
+    return pd.DataFrame({"pcc": r, "mse": part["mse"], "mae": part["mae"]})
+
+
 def pooled(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Scores over the regions of several slides together, as if they were one.
 
@@ -106,26 +109,9 @@ def pooled(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     ``pcc``, ``mse`` and ``mae`` of the genes that all of them have.
     """
     shared = [gene for gene in parts[0].index if all(gene in part.index for part in parts)]
-    stacked = {str(name): np.stack([part[name].loc[shared] for part in parts]).astype(np.float64) for name in parts[0]}
-    n = stacked["n"]
-    total = n.sum(axis=0)
-    mean = {name: (n * stacked[f"{name}_mean"]).sum(axis=0) / total for name in ("predicted", "measured")}
-    apart = {name: stacked[f"{name}_mean"] - mean[name] for name in mean}
-    ss = {name: (stacked[f"{name}_ss"] + n * apart[name] ** 2).sum(axis=0) for name in mean}
-    product = (stacked["product"] + n * apart["predicted"] * apart["measured"]).sum(axis=0)
-    r = product / (np.sqrt(ss["predicted"] * ss["measured"]) + _EPS)
-    r = np.where(_constant(stacked, "predicted"), 0.0, r)
-    return pd.DataFrame(
-        {
-            "pcc": np.where(_constant(stacked, "measured"), np.nan, r),
-            "mse": (n * stacked["mse"]).sum(axis=0) / total,
-            "mae": (n * stacked["mae"]).sum(axis=0) / total,
-        },
-        index=pd.Index(shared, name="gene"),
-    )
+    return scores_of(merged(part.loc[shared] for part in parts))
 
 
-def _constant(stacked: dict[str, NDArray[np.float64]], name: str) -> NDArray[np.bool_]:
-    """Genes with one value in all regions of all slides."""
-    same = np.ptp(stacked[f"{name}_mean"], axis=0) == 0
-    return np.asarray(same & (stacked[f"{name}_ss"] == 0).all(axis=0))
+def _is_constant(mean: NDArray[np.float64], ss: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Genes with one value in all regions of all parts, (parts, genes) each."""
+    return np.asarray((np.ptp(mean, axis=0) == 0) & (ss == 0).all(axis=0))
