@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import anndata as ad
 import geopandas as gpd
 import numpy as np
 import pandas as pd
@@ -65,7 +64,6 @@ def test_same_measured_as_opened_whole(visium_hd, written, arguments, shuffled: 
 def test_nothing_whole_is_read_for_bins(visium_hd, written, monkeypatch, arguments) -> None:
     light = written(visium_hd(**arguments))
     monkeypatch.setattr(StoredShapes, "load", None)
-    monkeypatch.setattr(StoredTable, "load", None)
     slide = open_slide(light)
     assert len(measured(light, slide)) == 2
     place = {"coordinate_system": slide.coordinate_system, "from_system": slide.working_from_system}
@@ -132,7 +130,6 @@ def test_stored_table(visium_hd, written, make) -> None:
     for name in ("array_row", "location_id"):
         np.testing.assert_array_equal(obs_column(stored, name), obs_column(table, name))
     assert isinstance(obs_column(stored, "region"), pd.Categorical)
-    assert isinstance(stored.load(), ad.AnnData)
     (found,) = measured(light, open_slide(light))
     dense = table.X.toarray() if sparse.issparse(table.X) else table.X
     np.testing.assert_array_equal(found.rows(np.arange(len(found))).toarray(), dense)

