@@ -198,7 +198,7 @@ def bare_network(options: argparse.Namespace) -> float:
     sdata = ps.io.open_store(options.store)
     model = ps.PixNet.load(sdata.attrs["pixnet_sd"]["model"])
     slide = open_slide(sdata, working_mpp=model.record.working_mpp)
-    tissue, step = tissue_mask(sdata, slide), 256
+    tissue, step = tissue_mask(slide), 256
     halo, total = model.record.halo_px, 0.0
     with torch.inference_mode():
         for row in range(0, tissue.shape[0], step):

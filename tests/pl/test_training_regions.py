@@ -29,7 +29,7 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#7f7f7f"
 def _tissue(monkeypatch) -> None:
     """All but the right half; noise has no tissue that could be found."""
 
-    def mask(sdata, slide):
+    def mask(slide):
         found = np.zeros(slide.map_shape, bool)
         found[:, : slide.map_shape[1] // 2] = True
         return found

@@ -33,7 +33,7 @@ def mask_of(picture: np.ndarray, mpp: float = 4.0, working_mpp: float = 0.5) -> 
     pixels = np.clip(picture, 0, 255).astype(np.uint8).transpose(2, 0, 1)
     sdata = SpatialData(images={"he": Image2DModel.parse(pixels, c_coords=["r", "g", "b"])})
     slide = open_slide(sdata, mpp=mpp, working_mpp=working_mpp, allow_any_mpp=True)
-    mask = tissue_mask(sdata, slide)
+    mask = tissue_mask(slide)
     assert mask.dtype == bool
     assert mask.shape == slide.map_shape
     assert set(sdata.images) == {"he"}

@@ -105,7 +105,7 @@ def training_regions(
             every[name],
             parts[name],
             _tiles(parts[name], tile_px),
-            tissue_mask(slides[name], source.slide),
+            tissue_mask(source.slide),
             view_of(source.slide, None, shown_px(ax, _PANEL_IN, resolution(dpi, save))),
         )
         for name, source in sources.items()

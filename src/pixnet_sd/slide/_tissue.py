@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt, label
-from spatialdata import SpatialData
-from spatialdata.models import Image2DModel
+from skimage.color import rgb2gray
+from skimage.filters import threshold_otsu
 
 from ._picture import read_picture
 from ._slide import MAP_STRIDE, Slide
@@ -15,7 +15,7 @@ from ._slide import MAP_STRIDE, Slide
 __all__ = ["tissue_mask"]
 
 _OVERVIEW_MPP = 8.0  # coarse enough that nuclei and the gaps between cells melt together
-_OVERVIEW_MAX_PX = 4e6  # squidpy would reduce larger pictures once more
+_OVERVIEW_MAX_PX = 4e6
 _OVERVIEW_MIN_SIDE_PX = 32
 _GRAIN_UM = 50.0  # Otsu's class in pieces smaller than this square is noise of the glass
 _BRIDGE_UM = 75.0  # radius of the closing: fat and loose stroma are threads of tissue with glass showing between them
@@ -26,19 +26,16 @@ _GLASS_MIN_VALUE, _GLASS_MAX_SATURATION = 170.0, 0.15  # glass is bright and gre
 _MIN_CONTRAST = 12.0  # grey levels; two classes closer than this are one class and its noise
 
 
-def tissue_mask(sdata: SpatialData, slide: Slide) -> np.ndarray:
+def tissue_mask(slide: Slide) -> np.ndarray:
     """Tissue of a slide on the map grid.
 
-    Otsu's threshold on an overview of about 8 µm/px (:func:`squidpy.experimental.im.detect_tissue`), then two
-    questions that a threshold cannot answer, since it always finds two classes: are they different at all, and is the
-    brighter one glass? The outline is drawn generously, so that pale tissue is not lost: gaps below 0.15 mm are closed
-    and holes below 0.16 mm² filled; pieces below 0.01 mm² are left out. Black pixels count as glass: they are parts
-    that were not scanned.
+    Otsu's threshold on an overview of about 8 µm/px, then two questions that a threshold cannot answer, since it always
+    finds two classes: are they different at all, and is the brighter one glass? The outline is drawn generously, so
+    that pale tissue is not lost: gaps below 0.15 mm are closed and holes below 0.16 mm² filled; pieces below 0.01 mm²
+    are left out. Black pixels count as glass: they are parts that were not scanned.
 
     Parameters
     ----------
-    sdata
-        Object of the slide; it is not changed.
     slide
         The slide.
 
@@ -46,7 +43,6 @@ def tissue_mask(sdata: SpatialData, slide: Slide) -> np.ndarray:
     -------
     (map height, map width) bool. All False for a blank slide, all True for one without glass.
     """
-    del sdata  # the slide holds all that is needed
     overview = _read_overview(slide.at(_overview_mpp(slide)))
     return _on_map_grid(_overview_tissue(overview, _overview_mpp(slide)), slide)
 
@@ -76,21 +72,10 @@ def _overview_tissue(picture: np.ndarray, mpp: float) -> np.ndarray:
 
 
 def _otsu(picture: np.ndarray, mpp: float) -> np.ndarray:
-    from squidpy.experimental.im import detect_tissue  # takes seconds to import
-
-    n_px = picture.shape[0] * picture.shape[1]
-    element = Image2DModel.parse(np.moveaxis(picture, -1, 0), dims=("c", "y", "x"), c_coords=["r", "g", "b"])
-    labels = detect_tissue(
-        SpatialData(images={"overview": element}),
-        "overview",
-        channel_format="rgb",
-        corners_are_background=False,  # glass is bright, whatever lies in the corners
-        min_specimen_area_frac=min(_MAX_PIECE, (_GRAIN_UM / mpp) ** 2 / n_px),
-        n_samples=512,  # else only the largest of several pieces are kept
-        close_holes_smaller_than_frac=0,
-        inplace=False,
-    )
-    return np.asarray(labels) > 0
+    """The darker of two classes of grey levels, without grains."""
+    grey = rgb2gray(picture)
+    dark = grey <= threshold_otsu(grey)  # type: ignore[no-untyped-call]
+    return _without_small(dark, min(_MAX_PIECE * grey.size, (_GRAIN_UM / mpp) ** 2))
 
 
 def _is_one_class(picture: np.ndarray, dark: np.ndarray, bright: np.ndarray) -> bool:

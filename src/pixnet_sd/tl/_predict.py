@@ -152,7 +152,7 @@ def predict(
         working_mpp=found.record.working_mpp,
         element_key=shapes_key,
     )
-    tissue = _tissue(sdata, slide)
+    tissue = _tissue(slide)
     request = request_regions(
         sdata,
         slide,
@@ -224,8 +224,8 @@ def _genes(model: PixNet, genes: Sequence[str] | None) -> tuple[NDArray[np.intp]
     return np.array([model.genes.index(gene) for gene in names], dtype=np.intp), names
 
 
-def _tissue(sdata: SpatialData, slide: Slide) -> NDArray[np.bool_]:
-    tissue = tissue_mask(sdata, slide)
+def _tissue(slide: Slide) -> NDArray[np.bool_]:
+    tissue = tissue_mask(slide)
     if not tissue.any():
         raise DataError(
             f"No tissue was found on image {slide.image_key!r}: it looks like empty glass. Check image_key= (an H&E "
