@@ -293,7 +293,7 @@ def test_leaving_without_a_result_keeps_the_rows_and_abort_deletes_them(slide, c
     put_all(writer, 1)
     with caplog.at_level("INFO", "pixnet_sd"), pytest.raises(RuntimeError), writer:
         raise RuntimeError
-    assert "taken up by the same call" in caplog.text
+    assert "the same call goes on from there" in caplog.text
     writer = open_writer(slide)
     assert writer.resumed
     writer.abort()

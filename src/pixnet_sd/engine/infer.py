@@ -122,9 +122,8 @@ def infer(
         bar = bar_class()(total=total, unit="tile", disable=not show_progress_bar or not total)
         inputs = prefetch(_tasks(run, visits), ahead=max(AHEAD, run.batch_size + 1))
         with bar, Writer(BLOCK_WRITERS) as block_writer, Writer() as row_writer:
-            for there in run.windows(visits, inputs):
+            for there in run.windows(visits, inputs, bar.update):
                 _walk(run, there, blocks, rows, block_writer, row_writer)
-                bar.update(len(there.visit.tiles))
     return Inference(total, sum(v.reuse for v in visits))
 
 

@@ -134,5 +134,7 @@ class RunState:
 
     @staticmethod
     def remove(directory: Path) -> None:
-        """Delete the state of a finished run."""
+        """Delete the state of a finished run, and its folder when nothing else is in it."""
         (directory / _FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            directory.rmdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -165,8 +165,11 @@ class WindowPass:
         inner = total[:n_tiles, :, halo : total.shape[2] - halo, halo : total.shape[3] - halo]
         return inner / len(turns) if len(turns) > 1 else inner
 
-    def windows(self, visits: list[Visit], inputs: Iterator[Any]) -> Iterator[OpenWindow]:
-        """Windows, in order, each when its feature map is whole; a forward pass takes tiles of as many as it holds."""
+    def windows(self, visits: list[Visit], inputs: Iterator[Any], say: Callable[[int], object]) -> Iterator[OpenWindow]:
+        """Windows, in order, each when its feature map is whole; a forward pass takes tiles of as many as it holds.
+
+        `say` is told how many tiles each pass took.
+        """
         waiting: deque[OpenWindow] = deque()
         images: list[Tensor] = []
         for visit in visits:
@@ -175,11 +178,13 @@ class WindowPass:
                 images.append(next(inputs))
                 if len(images) == self.batch_size:
                     self._place(images, waiting)
+                    say(len(images))
                     images = []
                     yield from _complete(waiting)
             yield from _complete(waiting)
         if images:
             self._place(images, waiting)
+            say(len(images))
         yield from waiting
 
     def _place(self, images: list[Tensor], waiting: deque[OpenWindow]) -> None:

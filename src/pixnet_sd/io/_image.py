@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixnet_sd._errors import DataError
+from pixnet_sd._warn import warn
 from pixnet_sd.store._disk import size_text
 
 if TYPE_CHECKING:
@@ -95,11 +95,9 @@ def _rows(path: Path, series: TiffPageSeries) -> Any:
         return pixels
     if page.is_contiguous and page.compression == 1 and len(series) == 1 and page.planarconfig == 1:
         return _RawRows(path, page)
-    warnings.warn(
+    warn(
         f"The image {path} is compressed in pieces of {size_text(piece)}, each of which is held in memory while it is "
-        "read. Save it as a tiled TIFF to avoid that.",
-        UserWarning,
-        stacklevel=2,
+        "read. Save it as a tiled TIFF to avoid that."
     )
     return pixels
 
@@ -133,10 +131,8 @@ def _whole(path: Path) -> NDArray[Any]:
             f"The image {path} cannot be read ({error}). Save it as a tiled TIFF and give it with `image=`."
         ) from error
     _check_rgb(path, pixels.shape, channels_last=True)
-    warnings.warn(
+    warn(
         f"The image {path} can only be read as a whole, which takes {size_text(pixels.nbytes)} of memory. Save it as a "
-        "tiled TIFF to avoid that.",
-        UserWarning,
-        stacklevel=2,
+        "tiled TIFF to avoid that."
     )
     return pixels

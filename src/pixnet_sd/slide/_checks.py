@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pixnet_sd._errors import ResolutionError
+from pixnet_sd._warn import warn
 from pixnet_sd.nn.regions import Regions
 
 __all__ = ["check_regions_on_image"]
@@ -69,7 +69,7 @@ def check_regions_on_image(
     off = int((~touches).sum())
     if off:
         message = f"{what}: {off} of {n} regions lie wholly outside the image."
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warn(message)
     return touches
 
 

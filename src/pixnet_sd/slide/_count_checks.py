@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pixnet_sd._errors import DataError
+from pixnet_sd._warn import warn
 
 from ._counts import Counts
 
@@ -114,10 +114,8 @@ def _refuse(
 def warn_if_logged(is_logged: bool, what: str) -> None:
     """Warn of a table whose values are not counts but, it seems, logarithms."""
     if is_logged:
-        warnings.warn(
+        warn(
             f"{what}: X looks log-normalised already (values that are not whole, none above {_LOG_MAX:.0f}), and will "
             "be normalised and logged again. Put raw counts there, for instance table.X = table.layers['counts'] or "
-            "table.raw.X.",
-            UserWarning,
-            stacklevel=6,
+            "table.raw.X."
         )

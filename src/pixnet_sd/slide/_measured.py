@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +13,7 @@ from scipy import sparse
 
 from pixnet_sd._errors import DataError
 from pixnet_sd._logging import logger
+from pixnet_sd._warn import warn
 from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons
 
@@ -238,9 +238,7 @@ def _warn_of_lost(link: TableLink, instances: pd.Index, has_region: NDArray[np.b
             "same type."
         )
     if lost:
-        warnings.warn(
+        warn(
             f"Table {link.table_key!r}: {lost} of {len(has_region)} rows have no region in element "
-            f"{link.element_key!r} (first {instances[~has_region][:1].tolist()[0]!r}) and are left out.",
-            UserWarning,
-            stacklevel=5,
+            f"{link.element_key!r} (first {instances[~has_region][:1].tolist()[0]!r}) and are left out."
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from pixnet_sd._errors import ResolutionError
 from pixnet_sd._logging import logger
+from pixnet_sd._warn import warn
 
 from ._elements import coordinate_systems, names
 from ._known_sizes import um_per_unit
@@ -94,11 +94,9 @@ def _from_caller(
         value, rule = float(mpp), "argument mpp="
     measured = um_per_unit(sdata, system)
     if measured is not None and abs(measured[0] * scale / value - 1) > _DISAGREEMENT:
-        warnings.warn(
+        warn(
             f"mpp = {value:.4g} µm/px ({rule}) disagrees with {measured[0] * scale:.4g} µm/px, the {measured[1]}. "
-            "The given value is used.",
-            UserWarning,
-            stacklevel=4,
+            "The given value is used."
         )
     return value, rule
 

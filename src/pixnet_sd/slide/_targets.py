@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from scipy import sparse
 
 from pixnet_sd._errors import DataError
 from pixnet_sd._logging import logger
+from pixnet_sd._warn import warn
 from pixnet_sd.nn.regions import Regions
 
 from ._count_cache import own_counts
@@ -152,7 +152,7 @@ def _usable(total: NDArray[np.float64], target_sum: float | None, what: str) -> 
     if not empty or target_sum is None:
         return None
     message = f"{what}: {empty} of {len(total)} regions have no counts at all and are left out."
-    warnings.warn(message, UserWarning, stacklevel=5)
+    warn(message)
     return np.asarray(has_counts)
 
 
@@ -235,15 +235,9 @@ def choose_genes(
     ranked = mean[mean > 0].reset_index().sort_values(["mean", "gene"], ascending=[False, True])["gene"]
     if ranked.empty:
         raise DataError(f"No gene is measured, with counts, in all slides: {_genes_per_slide(every)}.")
-    if n_genes is not None and len(ranked) < n_genes:
-        warnings.warn(
-            f"{n_genes} genes were asked for, but only {len(ranked)} are in every table and have counts "
-            f"({_genes_per_slide(every)}); all of them are used.",
-            UserWarning,
-            stacklevel=2,
-        )
     chosen = pd.Index(ranked.to_numpy()[:n_genes], dtype=object)
-    logger.info("%d genes chosen by mean log-normalised expression.", len(chosen))
+    few = "" if n_genes is None or len(chosen) == n_genes else f", all that there are ({_genes_per_slide(every)})"
+    logger.info("%d genes chosen by mean log-normalised expression%s.", len(chosen), few)
     return chosen
 
 
@@ -278,11 +272,9 @@ def _named_genes(
     silent = [repr(gene) for gene in mean.index[mean == 0]]
     if silent:
         listed = ", ".join(silent[:_FIRST])
-        warnings.warn(
+        warn(
             f"{len(silent)} of the genes named have no counts in the training slides ({listed}): nothing can be learnt "
-            "about them.",
-            UserWarning,
-            stacklevel=3,
+            "about them."
         )
     return wanted
 

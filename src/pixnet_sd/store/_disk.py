@@ -136,8 +136,8 @@ def check_free_disk(path: Path, needed_bytes: int) -> None:
     if wanted > free:
         raise StoreError(
             f"The result may take up to {size_text(wanted)}, but only {size_text(free)} are free at {path}. Free "
-            "some space, write the object to a larger disk, or predict fewer genes (`genes=`) or a coarser map "
-            "(`map_um=`)."
+            "some space, write the object to a larger disk, or predict fewer genes (`genes=`), fewer regions (larger "
+            "ones, or farther apart) or a coarser map (`map_um=`)."
         )
 
 

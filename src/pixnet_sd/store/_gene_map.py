@@ -184,6 +184,11 @@ class GeneMapWriter:
             level[:, row : row + image.shape[1], col : col + image.shape[2]] = image
         self._sink.mark_done(block)
 
+    def _done(self) -> str:
+        """How many blocks are there, in words; nothing when there are none."""
+        n_done = len(self.blocks) - len(self.pending)
+        return f"{n_done} of {len(self.blocks)} blocks of the map" if n_done else ""
+
     @property
     def missing_bytes(self) -> int:
         """Bytes that the blocks to come take at most."""
@@ -193,9 +198,10 @@ class GeneMapWriter:
         """What will be written, in words."""
         layout = self.layout
         what, channels = ("factors", "channels") if layout.whole_channels else ("gene map", "genes")
+        done = self._done() if self.resumed else ""
         return (
             f"{what} {self._key!r}: {layout.n_genes} {channels}, {layout.height} x {layout.width} pixels, at most "
-            f"{size_text(layout.nbytes)}"
+            f"{size_text(layout.nbytes)}{f'; {done} are there already' if done else ''}"
         )
 
     def commit(
@@ -241,8 +247,8 @@ class GeneMapWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and isinstance(self._sink, DiskSink) and self._sink.folder.exists():
-            logger.info("What was predicted so far waits in %s and is taken up by the same call.", self._sink.folder)
+        if kind is not None and isinstance(self._sink, DiskSink) and self._sink.folder.exists() and self._done():
+            logger.info("%s are kept in %s; the same call goes on from there.", self._done(), self._sink.folder)
         self.close()
 
 

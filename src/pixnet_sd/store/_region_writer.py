@@ -152,7 +152,10 @@ class RegionWriter:
 
     def summary(self) -> str:
         """What will be written, in words."""
-        return f"table {self._key!r}: {self.rows.n_rows} regions x {self._n_genes} genes"
+        there = (
+            "; some are there already" if isinstance(self.rows, RowFile) and self.resumed and self.rows.n_done else ""
+        )
+        return f"table {self._key!r}: {self.rows.n_rows} regions x {self._n_genes} genes{there}"
 
     def put(
         self,
@@ -235,8 +238,8 @@ class RegionWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and isinstance(self.rows, RowFile) and self.rows.folder.exists():
-            logger.info("The regions predicted so far wait in %s and are taken up by the same call.", self.rows.folder)
+        if kind is not None and isinstance(self.rows, RowFile) and self.rows.n_done:
+            logger.info("Regions that are done are kept in %s; the same call goes on from there.", self.rows.folder)
         self.close()
 
 

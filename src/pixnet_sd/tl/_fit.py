@@ -30,7 +30,7 @@ from pixnet_sd.store import ModelRecord, PixNet, library_versions, link_of, outp
 from pixnet_sd.store import record as note
 
 from ._recipe import check_choices, decoder_config, default_aggregation, train_settings
-from ._training_data import TrainingData, data_hash, describe, open_sources, training_data
+from ._training_data import TrainingData, check_validation, data_hash, describe, open_sources, training_data
 
 __all__ = ["fit"]
 
@@ -180,6 +180,7 @@ def fit(
     """
     slides = _named(sdata)
     check_choices(preset, objective, aggregation, target_sum)
+    check_validation(validation, list(slides))
     fabric = make_fabric(device)
     settings = train_settings(
         preset=preset,

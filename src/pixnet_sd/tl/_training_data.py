@@ -19,7 +19,7 @@ from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.regions import Regions
 from pixnet_sd.slide import Measured, Slide, StoredTargets, Targets, choose_genes, measured, open_slide, targets_of
 
-__all__ = ["Source", "TrainingData", "Validation", "open_sources", "split_slides", "training_data"]
+__all__ = ["Source", "TrainingData", "Validation", "check_validation", "open_sources", "split_slides", "training_data"]
 
 Validation = float | Sequence[str] | None
 
@@ -83,6 +83,12 @@ def open_sources(
         )
         sources[name] = Source(slide, measured(sdata, slide, table_key=table_key))
     return sources
+
+
+def check_validation(validation: Validation, names: Sequence[str]) -> None:
+    """Refuse what fits neither the slides nor a share, before any of them is read."""
+    _held_out_names(validation, names)
+    _block_share(validation)
 
 
 def _held_out_names(validation: Validation, names: Sequence[str]) -> list[str]:
