@@ -41,8 +41,8 @@ def draw_picture(slide: SpatialData, scores: pd.DataFrame, options: Options) -> 
         bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.8, aspect=30, pad=0.02)
         bar.set_label("log-normalised expression")
     figure.supxlabel(
-        "Predictions are means of logarithms, the truth is the logarithm of a mean, which is higher where counts are few: "
-        "compare patterns, not levels.",
+        "Predictions are means of logarithms; the truth is the logarithm of a mean, which is higher where counts are "
+        "few: compare patterns, not levels.",
         fontsize=13,
     )
     path = options.output / "demo.png"
