@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import traceback
@@ -14,7 +13,7 @@ from typing import Any
 from pixnet_sd._errors import PixNetError
 
 from ._log import set_up_logging
-from ._options import flag_of
+from ._messages import as_options
 from ._parser import Call, parse
 
 __all__ = ["main"]
@@ -54,7 +53,7 @@ def _run(call: Call) -> int:
     try:
         code: int | None = import_module("._run", __package__).run(call)
     except PixNetError as error:
-        return _fail(call, _as_options(str(error), call))
+        return _fail(call, as_options(str(error), call.options))
     except ImportError as error:  # an extra that is not installed; says which
         return _fail(call, str(error))
     except KeyboardInterrupt as stop:
@@ -76,19 +75,3 @@ def _fail(call: Call, message: str) -> int:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _as_options(message: str, call: Call) -> str:
-    """A message in which arguments of the verb are called as on the command line."""
-    names = "|".join([*call.options, *(name for name in call.own if name in ("zarr",))])
-    if not names:
-        return message
-    found = re.compile(rf"\w\([^()]*\)|(?<![\w.])(?P<name>{names})=(?P<value>[^\s,;.)])?")
-    return found.sub(_as_option, message)
-
-
-def _as_option(found: re.Match[str]) -> str:
-    """``--name value`` for ``name=value``; calls, which are Python anyway, stay."""
-    if found["name"] is None:
-        return found[0]
-    return flag_of(found["name"]) + (f" {found['value']}" if found["value"] else "")
