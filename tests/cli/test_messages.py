@@ -40,9 +40,9 @@ NAMES = [*read_verb("tl._fit", "fit").parameters, *read_verb("tl._predict", "pre
         ("Use device='cpu', mpp=0.5.", "Use --device cpu, --mpp 0.5."),
         ("None of the 3 cells, or None of them", "None of the 3 cells, or None of them"),
         ("There is no table 'table_key' in /a/key_added/b.", "There is no table 'table_key' in /a/key_added/b."),
-        ("or fit(sdata, validation=0.2); the genes of `region_key`", "or fit(sdata, validation=0.2); the genes of `region_key`"),
+        ("fit(sdata, validation=0.2), `region_key`", "fit(sdata, validation=0.2), `region_key`"),
     ],
-)  # fmt: skip
+)
 def test_python_as_options(said, expected):
     assert as_options(said, NAMES) == expected
 
