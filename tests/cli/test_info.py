@@ -71,5 +71,9 @@ def test_a_model_that_is_gone(drawn, tmp_path):
 
 
 def test_something_else(tmp_path):
-    with pytest.raises(StoreError, match="neither a store, a checkpoint nor a Space Ranger folder"):
+    with pytest.raises(
+        StoreError, match=r"neither a SpatialData store .* Give the folder .*, or the folder of a model"
+    ):
         describe(tmp_path)
+    with pytest.raises(StoreError, match=r"nothing at .* Give the folder .*, or the folder of a model"):
+        describe(tmp_path / "nowhere")
