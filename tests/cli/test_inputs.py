@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,15 @@ def test_visium(dataset_id, tmp_path):
                 ask(path)
     with pytest.raises(DataError, match="of Visium, not of Visium HD"):
         convert_visium_hd(outs, tmp_path / "s.zarr")
+
+
+def test_no_image(outs, tmp_path):
+    """What is to be given is an option of convert alone."""
+    folder = shutil.copytree(outs, tmp_path / "outs", ignore=shutil.ignore_patterns("microscope_image", "*.tif*"))
+    said = r"give the file that went into it with `--image`\. \(An option of pixnet-sd convert"
+    with pytest.raises(DataError, match=said):
+        open_slide(folder)
+    assert re.search(said, describe(folder))
 
 
 def test_bins_of_visium_hd_are_not_taken_for_visium(outs):

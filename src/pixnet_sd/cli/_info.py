@@ -9,6 +9,7 @@ from pixnet_sd._errors import PixNetError, StoreError
 from pixnet_sd._logging import logger
 
 from ._inputs import NOTHING, is_store, space_ranger_folder
+from ._messages import as_options_of_convert
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,7 +74,7 @@ def _describe_space_ranger(folder: Path) -> str:
     try:
         files = find_files(folder, None, None, None)
     except PixNetError as error:
-        return "\n".join([*lines, f"  cannot be converted as it is: {error}"])
+        return "\n".join([*lines, f"  cannot be converted as it is: {as_options_of_convert(str(error))}"])
     for what, matrix in files.matrices().items():
         with open_matrix(matrix) as counts:
             lines.append(f"  {what}: {counts.n_rows:,}")

@@ -10,6 +10,8 @@ from pixnet_sd._errors import PixNetError, StoreError
 from pixnet_sd._logging import logger
 from pixnet_sd._space_ranger import is_visium, is_visium_hd, visium_advice
 
+from ._messages import as_options_of_convert
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -131,5 +133,8 @@ def _converted(path: Path, store: str | None) -> Path:
     logger.info("converting the Space Ranger folder %s to the store %s", folder, target)
     from pixnet_sd.io import convert_visium_hd
 
-    convert_visium_hd(folder, target)
+    try:
+        convert_visium_hd(folder, target)
+    except PixNetError as error:
+        raise type(error)(as_options_of_convert(str(error))) from error
     return target

@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Collection
 
 from ._options import flag_of
+from ._verbs import read_verb
 
-__all__ = ["as_options"]
+__all__ = ["as_options", "as_options_of_convert"]
 
 _LEFT = r"\w\([^()]*\)|(?<!\w)'[^'\n]*'(?!\w)|(?<!\w)\"[^\"\n]*\"(?!\w)"
 """Calls, which are Python anyway, and what is quoted: names of files, elements and genes."""
@@ -34,6 +35,12 @@ def as_options(message: str, names: Collection[str]) -> str:
     if underscored:
         found.append(rf"(?<![\w./-])(?P<bare>{underscored})(?![\w/-]|\.\w)")
     return re.sub("|".join(found), _translated, message)
+
+
+def as_options_of_convert(message: str) -> str:
+    """What `convert_visium_hd` says, for another command, which has none of its options."""
+    said = as_options(message, read_verb("io._convert", "convert_visium_hd").parameters)
+    return said if said == message else f"{said} (An option of pixnet-sd convert, which makes a store of the folder.)"
 
 
 def _translated(found: re.Match[str]) -> str:
