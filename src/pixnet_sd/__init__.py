@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,10 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PixNet", "__version__", "datasets", "errors", "get", "io", "pl", "settings", "tl"]
 
-try:
-    __version__ = version("pixnet_sd")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+__version__: str
 
 
 def __getattr__(name: str) -> Any:
@@ -27,7 +23,18 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".store", __name__).PixNet
     if name == "settings":
         return importlib.import_module("._settings", __name__).settings
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("pixnet_sd")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

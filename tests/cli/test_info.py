@@ -58,8 +58,9 @@ def test_a_slide_without_a_resolution(tmp_path):
     sd.SpatialData(images={"he": Image2DModel.parse(pixels, dims=("c", "y", "x"))}).write(tmp_path / "he.zarr")
     text = describe(tmp_path / "he.zarr")
     assert "slide image: cannot be told. Micrometres per pixel of image 'he' are unknown" in text
+    assert "Give --mpp (see" in text
     assert "tables: none" in text
-    assert "resolution: 0.5 µm per pixel, from the argument mpp=" in describe(tmp_path / "he.zarr", mpp=0.5)
+    assert "resolution: 0.5 µm per pixel, from the argument --mpp" in describe(tmp_path / "he.zarr", mpp=0.5)
 
 
 def test_a_model_that_is_gone(drawn, tmp_path):
@@ -71,5 +72,9 @@ def test_a_model_that_is_gone(drawn, tmp_path):
 
 
 def test_something_else(tmp_path):
-    with pytest.raises(StoreError, match="neither a store, a checkpoint nor a Space Ranger folder"):
+    with pytest.raises(
+        StoreError, match=r"neither a SpatialData store .* Give the folder .*, or the folder of a model"
+    ):
         describe(tmp_path)
+    with pytest.raises(StoreError, match=r"nothing at .* Give the folder .*, or the folder of a model"):
+        describe(tmp_path / "nowhere")

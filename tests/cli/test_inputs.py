@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import spatialdata as sd
 
-from pixnet_sd._errors import PixNetError, StoreError
+from pixnet_sd._errors import DataError, PixNetError, StoreError
 from pixnet_sd.cli import main
+from pixnet_sd.cli._info import describe
 from pixnet_sd.cli._inputs import named_paths, open_slide, open_slides
-from pixnet_sd.datasets import write_visium_hd
+from pixnet_sd.datasets import write_visium, write_visium_hd
+from pixnet_sd.io import convert_visium_hd
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +61,44 @@ def test_convert(outs, tmp_path, capsys):
 
 
 def test_neither(tmp_path):
-    with pytest.raises(StoreError, match="neither a SpatialData store .* nor a Space Ranger folder"):
+    with pytest.raises(StoreError, match=r"neither a SpatialData store .* nor a Space Ranger folder .*outs\.$"):
         open_slide(tmp_path)
+
+
+@pytest.mark.parametrize("dataset_id", ["s", ""])
+def test_visium(dataset_id, tmp_path):
+    """Of spots: no folder of Visium HD, but known, and what reads it is said."""
+    outs = write_visium(tmp_path / "outs", size_um=200.0, n_genes=4, dataset_id=dataset_id)
+    for ask in (open_slide, describe):
+        for path in (outs, outs.parent):
+            with pytest.raises(
+                StoreError, match=r"of Visium, not of Visium HD.* spatialdata_io\.visium\('.*/outs', full"
+            ):
+                ask(path)
+    with pytest.raises(DataError, match="of Visium, not of Visium HD"):
+        convert_visium_hd(outs, tmp_path / "s.zarr")
+
+
+def test_no_image(outs, tmp_path):
+    """What is to be given is an option of convert alone."""
+    folder = shutil.copytree(outs, tmp_path / "outs", ignore=shutil.ignore_patterns("microscope_image", "*.tif*"))
+    said = r"give the file that went into it with `--image`\. \(An option of pixnet-sd convert"
+    with pytest.raises(DataError, match=said):
+        open_slide(folder)
+    assert re.search(said, describe(folder))
+
+
+def test_bins_of_visium_hd_are_not_taken_for_visium(outs):
+    with pytest.raises(StoreError, match="neither a SpatialData store"):
+        open_slide(outs / "binned_outputs" / "square_008um")
+
+
+def test_says_what_it_reads_before_it_imports(drawn, caplog):
+    """Imports take seconds."""
+    for ask in (open_slide, describe):
+        caplog.clear()
+        ask(drawn)
+        assert caplog.messages[0] == f"reading {drawn}"
 
 
 def test_store_is_for_one_folder(drawn):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import time
 import warnings
 
@@ -73,6 +74,20 @@ def test_stopped_by_a_signal(sent, code, said, fit_does, capsys):
         signal.signal(signal.SIGINT, on_interrupt)
     assert capsys.readouterr().err == f"{said}. The same command goes on after the last finished epoch.\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_stopped_before_anything_is_imported(monkeypatch, capsys):
+    """Nor is the command line itself: all of it is imported where an interrupt is answered."""
+
+    class Stop:
+        def find_spec(self, name, *_):
+            if name == "pixnet_sd.cli._main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "pixnet_sd.cli._main")
+    monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
+    assert main(["fit", "a.zarr"]) == 130
+    assert capsys.readouterr().err == "Interrupted. Nothing was changed.\n"
 
 
 def test_version(capsys):

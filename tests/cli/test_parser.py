@@ -142,6 +142,8 @@ def test_the_command_line_wins(tmp_path: Path):
         ("lr = 'fast'", "argument --lr: 'fast' is not one of NUMBER"),
         ("lr = ", "the config file {path!r} is no TOML"),
         ("config = 'b.toml'", "'config' in the config file {path!r} is no option of fit"),
+        ("[fti]", "has a table [fti]. There is no command 'fti', and no such option of fit. Did you mean [fit]?"),
+        ("[x]", "There is no command 'x', and no such option of fit. The commands are fit, predict, "),
     ],
 )
 def test_config_files_that_are_refused(content, message, tmp_path: Path, capsys):
@@ -157,6 +159,28 @@ def test_no_config_file(capsys):
     with pytest.raises(SystemExit):
         parse(["fit", "a.zarr", "--config", "nowhere.toml"])
     assert "the config file 'nowhere.toml' cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        *((name, "After the last two the same command goes on from what is done.") for name in ("fit", "predict")),
+        ("cross-validate", "After the last two the same command goes on from what is done."),
+        ("convert", "After the last two the same command starts anew."),
+        ("info", ""),
+        ("evaluate", ""),
+    ],
+)
+def test_help_says_what_the_same_command_does_after_a_stop(command, said, capsys):
+    with pytest.raises(SystemExit):
+        parse([command, "--help"])
+    assert capsys.readouterr().out.partition("143 terminated.")[2].strip() == said
+
+
+def test_help_lists_all_that_is_given(capsys):
+    with pytest.raises(SystemExit):
+        parse(["convert", "--help"])
+    assert "FOLDER STORE  " in capsys.readouterr().out
 
 
 def test_help_of_another_verb_is_shown_in_full(capsys):

@@ -19,7 +19,7 @@ TABLE, BINS = "square_008um", "sample_square_008um"
 
 @pytest.fixture(scope="module")
 def slide(drawn: Path, tmp_path_factory) -> Path:
-    return Path(shutil.copytree(drawn, tmp_path_factory.mktemp("processes") / "slide.zarr"))
+    return Path(shutil.copytree(drawn, tmp_path_factory.mktemp("processes") / "p1.zarr"))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def test_fit(slide, fitted):
     assert fitted.stdout == f"{slide.with_name('model')}\n"
     model = ps.PixNet.load(fitted.stdout.strip())
     assert (model.record.training["seed"], len(model.genes)) == (1, 6)
-    assert next(iter(model.record.slides.values()))["held_out_regions"][TABLE] > 0
+    assert list(model.record.slides) == ["p1"]
+    assert model.record.slides["p1"]["held_out_regions"][TABLE] > 0
     lines = fitted.stderr.splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S", line) for line in lines), fitted.stderr
     assert any("1 of 1 epochs" in line for line in lines)

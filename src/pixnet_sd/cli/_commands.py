@@ -41,6 +41,8 @@ class Command:
         Examples.
     resume
         What is said when it was interrupted.
+    again
+        What the same command does after that, for the help; empty where there is nothing to say.
     without
         Parameters that are no options.
     own
@@ -55,6 +57,7 @@ class Command:
     slides_help: str = _ONE
     n_slides: tuple[int, int] = (1, 1)
     resume: str = "Nothing was changed."
+    again: str = ""
     without: tuple[str, ...] = ()
     own: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,6 +65,11 @@ class Command:
     def key(self) -> str:
         """Key for what it takes in a config file."""
         return "slides" if self.n_slides[1] > 1 else "slide"
+
+    @property
+    def metavar(self) -> str:
+        """What it takes, each once."""
+        return " ".join(dict.fromkeys(self.usage.partition(" [")[0].split())) or "SLIDE"
 
     @property
     def description(self) -> str:
@@ -75,6 +83,7 @@ class Command:
 
 
 _MANY_SLIDES = 10_000
+_GOES_ON = "goes on from what is done"
 
 _ALL = (
     Command(
@@ -86,6 +95,7 @@ _ALL = (
         n_slides=(1, _MANY_SLIDES),
         own=_STORE,
         resume="The same command goes on after the last finished epoch.",
+        again=_GOES_ON,
         examples="""\
   pixnet-sd fit breast.zarr
   pixnet-sd fit outs --zarr breast.zarr --n-genes 500 --checkpoint-dir models/breast
@@ -100,6 +110,7 @@ _ALL = (
         usage="SLIDE",
         own=_STORE,
         resume="The slide is as it was, and the same command goes on from the tiles that are done.",
+        again=_GOES_ON,
         examples="""\
   pixnet-sd predict slide.zarr --model models/breast
   pixnet-sd predict slide.zarr --model models/breast --bin-um 8 --genes ERBB2,ESR1,PGR
@@ -127,6 +138,7 @@ _ALL = (
         without=("record_model",),
         own=_OUTPUT,
         resume="Finished folds are kept; the same command goes on after the last finished epoch of the one it was at.",
+        again=_GOES_ON,
         examples="""\
   pixnet-sd cross-validate C2.zarr C3.zarr C4.zarr B4.zarr --checkpoint-dir cv
   pixnet-sd cross-validate *.zarr --groups C2=C,C3=C,C4=C,B4=B --checkpoint-dir cv
@@ -141,6 +153,7 @@ _ALL = (
         n_slides=(2, 2),
         without=("store",),
         resume="No store was made. The same command starts anew.",
+        again="starts anew",
         examples="""\
   pixnet-sd convert sample/outs sample.zarr
   pixnet-sd convert sample/outs sample.zarr --image he.tif --bin-um 2,8""",

@@ -44,9 +44,13 @@ def read_config(
     Raises
     ------
     ConfigError
-        The file cannot be read, or a key is none of the command's.
+        The file cannot be read, a table is for no command, or a key is none of the command's.
     """
-    entries = _entries(path, command, commands)
+    content = _content(path)
+    for name, value in content.items():
+        if isinstance(value, dict) and name not in commands and name.replace("-", "_") not in actions:
+            raise ConfigError(_unknown_table(path, name, command, commands))
+    entries = _entries(content, command, commands)
     slides = entries.pop(positional, [])
     tokens: list[str] = []
     for name, value in entries.items():
@@ -56,16 +60,28 @@ def read_config(
     return tokens, [str(slide) for slide in (slides if isinstance(slides, list) else [slides])]
 
 
-def _entries(path: Path, command: str, commands: Collection[str]) -> dict[str, Any]:
+def _content(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+        return tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {str(path)!r} cannot be read ({error})") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the config file {str(path)!r} is no TOML: {error}") from error
+
+
+def _entries(content: dict[str, Any], command: str, commands: Collection[str]) -> dict[str, Any]:
     sections = {key: content.pop(key) for key in commands if isinstance(content.get(key), dict)}
     entries = {**content, **sections.get(command, {})}
     return {key.replace("-", "_"): value for key, value in entries.items()}
+
+
+def _unknown_table(path: Path, name: str, command: str, commands: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, commands, n=1)
+    hint = f"Did you mean [{near[0]}]?" if near else f"The commands are {', '.join(commands)}."
+    return (
+        f"the config file {str(path)!r} has a table [{name}]. There is no command {name!r}, and no such option of "
+        f"{command}. {hint}"
+    )
 
 
 def _unknown(path: Path, name: str, command: str, known: list[str]) -> str:

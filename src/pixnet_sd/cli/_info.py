@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pixnet_sd._errors import PixNetError, StoreError
+from pixnet_sd._logging import logger
 
-from ._inputs import is_space_ranger, is_store
+from ._inputs import NOTHING, is_store, space_ranger_folder
+from ._messages import as_options_of_convert
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["describe"]
+
+_CHECKPOINT = ", or the folder of a model (a checkpoint has a config.json)"
 
 
 def describe(
@@ -48,7 +52,8 @@ def describe(
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise StoreError(f"There is nothing at {str(path)!r}.")
+        raise StoreError(NOTHING.format(str(path), _CHECKPOINT))
+    logger.info("reading %s", path)  # before the libraries that take seconds to import
     if (folder / "config.json").is_file() and not is_store(folder):
         from ._info_checkpoint import describe_checkpoint
 
@@ -58,10 +63,7 @@ def describe(
 
         where: Mapping[str, Any] = {"image_key": image_key, "coordinate_system": coordinate_system}
         return describe_store(folder, model, {**where, "mpp": mpp, "allow_any_mpp": allow_any_mpp})
-    for outs in (folder, folder / "outs"):
-        if is_space_ranger(outs):
-            return _describe_space_ranger(outs)
-    raise StoreError(f"{str(path)!r} is neither a store, a checkpoint nor a Space Ranger folder of Visium HD.")
+    return _describe_space_ranger(space_ranger_folder(folder, also=_CHECKPOINT))
 
 
 def _describe_space_ranger(folder: Path) -> str:
@@ -72,7 +74,7 @@ def _describe_space_ranger(folder: Path) -> str:
     try:
         files = find_files(folder, None, None, None)
     except PixNetError as error:
-        return "\n".join([*lines, f"  cannot be converted as it is: {error}"])
+        return "\n".join([*lines, f"  cannot be converted as it is: {as_options_of_convert(str(error))}"])
     for what, matrix in files.matrices().items():
         with open_matrix(matrix) as counts:
             lines.append(f"  {what}: {counts.n_rows:,}")

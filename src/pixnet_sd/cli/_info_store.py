@@ -16,6 +16,7 @@ from pixnet_sd.slide._elements import coordinate_systems, names, scale0
 from pixnet_sd.slide._stored_shapes import shapes_of
 from pixnet_sd.store import estimate_bytes, recorded, size_text
 
+from ._messages import as_options
 from ._verbs import read_verb
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def describe_store(store: Path, model: str | Path | None, where: Mapping[str, An
     lines.append(f"model: {folder or 'none recorded'}{gone}")
     if isinstance(slide, str):
         return "\n".join([*lines, slide])
-    return "\n".join([*lines, *_place(slide), *_estimate(slide, folder)])
+    rule = as_options(slide.mpp_rule, where)
+    return "\n".join([*lines, *_place(slide, rule), *_estimate(slide, folder)])
 
 
 @contextmanager
@@ -103,14 +105,14 @@ def _slide(sdata: SpatialData, where: Mapping[str, Any]) -> Slide | str:
     try:
         return open_slide(sdata, **where)
     except PixNetError as error:
-        return f"slide image: cannot be told. {error}"
+        return f"slide image: cannot be told. {as_options(str(error), where)}"
 
 
-def _place(slide: Slide) -> list[str]:
+def _place(slide: Slide, rule: str) -> list[str]:
     height, width = (size * slide.mpp / 1000 for size in (slide.height_px, slide.width_px))
     return [
         f"slide image: {slide.image_key!r} in coordinate system {slide.coordinate_system!r}",
-        f"resolution: {slide.mpp:.6g} µm per pixel, from the {slide.mpp_rule}; {height:.2f} x {width:.2f} mm",
+        f"resolution: {slide.mpp:.6g} µm per pixel, from the {rule}; {height:.2f} x {width:.2f} mm",
     ]
 
 

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING
 
 from pixnet_sd._errors import PixNetError, StoreError
 from pixnet_sd._logging import logger
+from pixnet_sd._space_ranger import is_visium, is_visium_hd, visium_advice
+
+from ._messages import as_options_of_convert
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spatialdata import SpatialData
 
-__all__ = ["is_space_ranger", "is_store", "named_paths", "open_slide", "open_slides"]
+__all__ = ["NOTHING", "is_store", "named_paths", "open_slide", "open_slides", "space_ranger_folder"]
 
 _NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<path>.+)")
 _OUTS = "outs"
+NOTHING = "There is nothing at {!r}. Give the folder that sdata.write(...) made, or Space Ranger's outs{}."
+"""Of a path, and of what else can be given."""
 
 
 def is_store(path: Path) -> bool:
@@ -25,9 +30,31 @@ def is_store(path: Path) -> bool:
     return (path / "zarr.json").is_file() or (path / ".zgroup").is_file()
 
 
-def is_space_ranger(path: Path) -> bool:
-    """Whether a folder is what Space Ranger makes of Visium HD."""
-    return (path / "binned_outputs").is_dir() or any(path.glob("*feature_slice.h5"))
+def space_ranger_folder(path: Path, *, also: str = "") -> Path:
+    """The Space Ranger folder of Visium HD that a path is, or has as its ``outs``.
+
+    Parameters
+    ----------
+    path
+        A folder that is no store.
+    also
+        What else could have been given, for the message.
+
+    Raises
+    ------
+    StoreError
+        It is none; says what to give.
+    """
+    for folder in (path, path / _OUTS):
+        if is_visium_hd(folder):
+            return folder
+        if is_visium(folder):
+            raise StoreError(visium_advice(folder))
+    raise StoreError(
+        f"{str(path)!r} is neither a SpatialData store (it has no zarr.json) nor a Space Ranger folder of Visium "
+        "HD (no binned_outputs, no *feature_slice.h5). Give the folder that sdata.write(...) made, or Space "
+        f"Ranger's outs{also}."
+    )
 
 
 def named_paths(slides: Sequence[str]) -> dict[str, Path]:
@@ -85,31 +112,29 @@ def open_slides(slides: Sequence[str], store: str | None) -> dict[str, SpatialDa
 def open_slide(path: Path, store: str | None = None) -> SpatialData:
     """Open a store, or make one of a Space Ranger folder; arguments as of `open_slides`."""
     if not path.exists():
-        raise StoreError(f"There is nothing at {str(path)!r}. Give a store or a Space Ranger folder.")
+        raise StoreError(NOTHING.format(str(path), ""))
     if path.is_dir() and not is_store(path):
         path = _converted(path, store)
     elif store is not None:
         raise PixNetError(f"--zarr is for Space Ranger folders, and {str(path)!r} is none. Leave it out.")
+    logger.info("reading %s", path)  # before the libraries that take seconds to import
     from pixnet_sd.io import open_store
 
     return open_store(path)
 
 
 def _converted(path: Path, store: str | None) -> Path:
-    folder = next((f for f in (path, path / _OUTS) if is_space_ranger(f)), None)
-    if folder is None:
-        raise StoreError(
-            f"{str(path)!r} is neither a SpatialData store (it has no zarr.json) nor a Space Ranger folder of Visium "
-            "HD (no binned_outputs, no *feature_slice.h5). Give the folder that sdata.write(...) made, or Space "
-            "Ranger's outs."
-        )
+    folder = space_ranger_folder(path)
     whole = folder.resolve()
     target = whole.with_name(f"{whole.name}.zarr") if store is None else Path(store).expanduser()
     if is_store(target):  # it appears under its name only when it is complete
         logger.info("%s was converted before: taking %s", folder, target)
         return target
+    logger.info("converting the Space Ranger folder %s to the store %s", folder, target)
     from pixnet_sd.io import convert_visium_hd
 
-    logger.info("converting the Space Ranger folder %s to the store %s", folder, target)
-    convert_visium_hd(folder, target)
+    try:
+        convert_visium_hd(folder, target)
+    except PixNetError as error:
+        raise type(error)(as_options_of_convert(str(error))) from error
     return target

@@ -21,9 +21,7 @@ Gene expression at every pixel of H&E slides, from spatial transcriptomics.
 Each command does what the Python function of that name does, and has its arguments as options. A SLIDE is a
 SpatialData store (a .zarr folder) or a Space Ranger output folder of Visium HD, which is converted to a store first."""
 
-_CODES = """\
-exit codes: 0 done, 1 an error that its message explains, 2 wrong usage, 130 interrupted, 143 terminated. After the last
-two the same command goes on from what is done."""
+_CODES = "exit codes: 0 done, 1 an error that its message explains, 2 wrong usage, 130 interrupted, 143 terminated."
 
 
 @dataclass(frozen=True)
@@ -106,15 +104,16 @@ def _version() -> str:
 
 def _command_parser(command: Command) -> tuple[_Parser, list[str]]:
     """Parser of a command, and the names of its verb's arguments."""
+    again = f"\nAfter the last two the same command {command.again}." if command.again else ""
     parser = _Parser(
         prog=f"pixnet-sd {command.name}",
         usage=f"pixnet-sd {command.name} {command.usage} [options]".replace("  ", " "),
         description=command.description,
-        epilog=f"examples:\n{command.examples}\n\n{_CODES}",
+        epilog=f"examples:\n{command.examples}\n\n{_CODES}{again}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("slides", nargs="*", metavar=command.usage.split(" ")[0] or "SLIDE", help=command.slides_help)
+    parser.add_argument("slides", nargs="*", metavar=command.metavar, help=command.slides_help)
     names: list[str] = []
     for verb, without in command.verbs():
         names += add_options(parser, verb, without=(*without, *names))

@@ -30,13 +30,12 @@ def run(call: Call) -> int | None:
 
 def _fit(call: Call) -> None:
     slides = open_slides(call.slides, call.own["zarr"])
-    (first, *others) = slides.values()
-    model = ps.tl.fit(slides if others else first, **call.options)
+    model = ps.tl.fit(slides, **call.options)
     known = [pcc for pcc in model.record.held_out_pcc if pcc is not None]
     if known:
         logger.info("held-out PCC over %d genes: mean %.3f", len(known), sum(known) / len(known))
     if call.options["record_model"]:
-        print(first.attrs["pixnet_sd"]["model"])
+        print(next(iter(slides.values())).attrs["pixnet_sd"]["model"])
 
 
 def _predict(call: Call) -> None:
@@ -100,6 +99,7 @@ def _write(scores: pd.DataFrame, path: Path | None, *, index: bool) -> None:
 
 def _convert(call: Call) -> None:
     folder, store = call.slides
+    logger.info("reading %s", folder)  # before the libraries that take seconds to import
     ps.io.convert_visium_hd(folder, store, **call.options)
     print(store)
 

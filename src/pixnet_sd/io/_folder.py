@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pixnet_sd._errors import DataError
+from pixnet_sd._space_ranger import is_visium, visium_advice
 
 __all__ = ["BinFiles", "CellFiles", "HDFolder", "find_files", "read_scalefactors"]
 
@@ -117,10 +118,12 @@ def find_files(
     Raises
     ------
     DataError
-        Saying which file is missing, or which files are not of one kind.
+        Saying that it is of Visium, which file is missing, or which files are not of one kind.
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}. Give the output folder of Space Ranger (`outs`).")
+    if is_visium(folder):
+        raise DataError(visium_advice(folder))
     slice_file = _slice_file(folder, dataset_id)
     bins = _bins(folder, bin_um)
     for files in bins:
