@@ -51,7 +51,7 @@ def make_fabric(device: str | torch.device | None = None) -> Fabric:
     if (chosen.index or 0) >= n_found:
         raise PixNetError(
             f"device={str(device)!r} was asked for, and torch sees {n_found or 'no'} {chosen.type.upper()} GPU. Use "
-            "device='cpu', or another number."
+            f"{'another number, or ' if n_found else ''}device='cpu'."
         )
     index = None if chosen.type == "cpu" else getattr(chosen, "index", None)
     return Fabric(
