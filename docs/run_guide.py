@@ -43,6 +43,7 @@ INSTEAD = {
     "max_steps=2000, max_epochs=100": "max_steps=2, max_epochs=1",
     "decoder_width=128": "decoder_width=16",
     'encoder="convnext_tiny"': 'encoder="test_convnext"',
+    "fit(spots)": "fit(spots, tile_px=256)",
 }
 """What pages say, and what is run in its place."""
 
@@ -78,7 +79,7 @@ def blocks(page: str) -> list[tuple[bool, str]]:
 
 
 def make_world(folder: Path) -> None:
-    """Everything that pages speak of: stores, a Space Ranger folder, a model, weights, annotations."""
+    """Everything that pages speak of: stores, Space Ranger folders, a model, weights, annotations."""
     import timm
     from safetensors.torch import save_file
 
@@ -88,6 +89,7 @@ def make_world(folder: Path) -> None:
     os.chdir(folder)
     use_small_networks()
     ps.datasets.write_visium_hd("outs", size_um=200, dataset_id="slide")
+    ps.datasets.write_visium("visium/outs", size_um=1000, dataset_id="")
     for seed, name in enumerate(("slide", "slide_2", "slide_3", "breast_hd")):
         ps.datasets.sample(size_um=200, dataset_id="slide", cells=True, seed=seed).write(f"{name}.zarr")
     write_images()
