@@ -6,6 +6,7 @@ from spatialdata import SpatialData
 from spatialdata.transformations import Identity, Scale
 
 from pixnet_sd._errors import ElementError, ResolutionError
+from pixnet_sd.slide import open_slide
 from pixnet_sd.slide._mpp import find_mpp
 
 FULL = {"image_key": "sample_full_image", "coordinate_system": "sample"}
@@ -88,6 +89,13 @@ def test_absurd_value_of_the_caller(image, mpp: float, cause: str) -> None:
 @pytest.mark.parametrize("mpp", [0.1, 2.0])
 def test_ends_of_the_range_are_inside(image, mpp: float) -> None:
     assert find_mpp(SpatialData(images={"he": image()}), **HE, mpp=mpp)[0] == mpp
+
+
+@pytest.mark.parametrize("mpp", [0.0, -0.5])
+def test_no_number_of_micrometres_beside_bins(visium_hd, recwarn, mpp: float) -> None:
+    with pytest.raises(ResolutionError, match="not a positive number"):
+        open_slide(visium_hd(), mpp=mpp)
+    assert not [w for w in recwarn if "disagrees" in str(w.message)]
 
 
 @pytest.mark.parametrize("mpp", [0.0, -0.5, np.nan, np.inf])

@@ -93,7 +93,7 @@ def _from_caller(
     else:
         value, rule = float(mpp), "argument mpp="
     measured = um_per_unit(sdata, system)
-    if measured is not None and abs(measured[0] * scale / value - 1) > _DISAGREEMENT:
+    if measured is not None and value > 0 and abs(measured[0] * scale / value - 1) > _DISAGREEMENT:
         warn(
             f"mpp = {value:.4g} µm/px ({rule}) disagrees with {measured[0] * scale:.4g} µm/px, the {measured[1]}. "
             "The given value is used."
