@@ -101,9 +101,9 @@ def test_a_kill_while_saving_leaves_the_epoch_before(state, tmp_path: Path, monk
     state.save(tmp_path)
     assert RunState.load(tmp_path, "abc").epoch == 5
     RunState.remove(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not tmp_path.exists()
 
 
 def test_remove_what_is_not_there(tmp_path: Path) -> None:
     RunState.remove(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not tmp_path.exists()

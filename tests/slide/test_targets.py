@@ -165,11 +165,13 @@ def test_slides_weigh_the_same() -> None:
     assert list(choose_genes({"many": [many], "few": [few]}, n_genes=1, target_sum=10)) == ["B"]
 
 
-def test_genes_of_every_table_by_the_coarsest() -> None:
+def test_genes_of_every_table_by_the_coarsest(caplog) -> None:
     coarse, fine = of([[1, 9, 5]], "ABC", radius=50), of([[9, 1]], "AB", radius=5)
     assert list(choose_genes({"s": [fine, coarse]}, n_genes=2)) == ["B", "A"]
-    with pytest.warns(UserWarning, match=r"only 2 .*'s': 't5' 2, 's': 't50' 3"):
+    with caplog.at_level("INFO", "pixnet_sd"):
         choose_genes({"s": [fine, coarse]}, n_genes=3)
+    assert "2 genes chosen" in caplog.text
+    assert "'s': 't5' 2, 's': 't50' 3" in caplog.text
 
 
 def test_slides_without_a_common_gene() -> None:

@@ -324,6 +324,7 @@ def test_alpha_is_left_out(fitted, predict):
         dims=("c", "y", "x"),
         c_coords=["r", "g", "b", "a"],
         transformations={"sample": Identity()},
+        scale_factors=[2] * (len(fitted.images[FULL]) - 1),
     )
     predict(fitted, bin_um=16, write_map=False, key_added="rgba", image_key=FULL)
     np.testing.assert_array_equal(fitted.tables["rgba_bins_16um"].X, fitted.tables["pixnet_bins_16um"].X)
