@@ -180,6 +180,13 @@ def test_aggregation_starts_at_the_mean(slide, fit, predict, tmp_path, aggregati
     assert scores.attrs["MSE"] < 2 * target.var(ddof=0).mean()
 
 
+def test_few_regions(slide, fit, tmp_path):
+    few = slide.tables.pop(TABLE)[:6].copy()
+    slide.tables[TABLE] = few
+    with pytest.warns(UserWarning, match="Only 6 regions to learn from"):
+        fit(slide, checkpoint_dir=tmp_path / "model", validation=None, max_epochs=1)
+
+
 def test_paper_preset(slide, fit, predict, tmp_path):
     model = fit(slide, checkpoint_dir=tmp_path / "model", preset="paper", aggregation="sum", max_epochs=1)
     settings = model.record.training

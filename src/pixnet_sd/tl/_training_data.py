@@ -13,6 +13,7 @@ import pandas as pd
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import PixNetError
+from pixnet_sd._warn import warn
 from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
 from pixnet_sd.engine.split import hold_out_blocks
 from pixnet_sd.nn.lattice import Lattice
@@ -22,6 +23,8 @@ from pixnet_sd.slide import Measured, Slide, StoredTargets, Targets, choose_gene
 __all__ = ["Source", "TrainingData", "Validation", "check_validation", "open_sources", "split_slides", "training_data"]
 
 Validation = float | Sequence[str] | None
+
+_FEW_REGIONS = 20
 
 _SAMPLE = 1001  # regions whose mean area is taken
 
@@ -167,7 +170,11 @@ def training_data(
     slides = {name: _as_training_slide(source, targets[name]) for name, source in sources.items()}
     if raw_counts:
         slides |= {slide.name: slide for slide in _with_depth([slides[name] for name in tables])}
-    return TrainingData(chosen, *split_slides(slides, validation, seed))
+    data = TrainingData(chosen, *split_slides(slides, validation, seed))
+    n_regions = sum(len(table.regions) for slide in data.training for table in slide.measured)
+    if n_regions < _FEW_REGIONS:
+        warn(f"Only {n_regions} regions to learn from: too few for a model that holds elsewhere.")
+    return data
 
 
 def split_slides(
