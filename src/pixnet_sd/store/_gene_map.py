@@ -247,8 +247,10 @@ class GeneMapWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and isinstance(self._sink, DiskSink) and self._sink.folder.exists() and self._done():
-            logger.info("%s are kept in %s; the same call goes on from there.", self._done(), self._sink.folder)
+        if kind is not None and isinstance(self._sink, DiskSink) and self._sink.folder.exists():
+            done = self._done()
+            if done:
+                logger.info("%s are kept in %s; the same call goes on from there.", done, self._sink.folder)
         self.close()
 
 
