@@ -33,7 +33,10 @@ def with_factors(link: str, key_added: str = "pixnet") -> tuple[sd.SpatialData, 
     tissue[:3, :5] = 0
     factors = np.concatenate([RNG.normal(size=(4, 8, 12)) * tissue, tissue[None]]).astype(np.float32)
     made = head(link)
-    elements = {f"{key_added}_factors": pyramid(factors, factor_names(4)), f"{key_added}_factors_head": made.table("u")}
+    elements = {
+        f"{key_added}_factors": pyramid(factors, factor_names(4)),
+        f"{key_added}_factors_head": made.table("u", "f"),
+    }
     return sd.SpatialData.init_from_elements(elements), made
 
 

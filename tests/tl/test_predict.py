@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import shapely
 import spatialdata as sd
+import torch
 from scipy import ndimage
 from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Identity, Scale, set_transformation
 
-import pixnet_sd as ps
 from pixnet_sd._errors import PixNetError, StoreError
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
@@ -241,8 +240,8 @@ class TestReuse:
         del forward_passes[:]
         arguments = {}
         if change == "model":
-            with_other = replace(model.record, weights_sha256="other")
-            arguments["model"] = ps.PixNet(model.network, with_other)
+            torch.nn.init.ones_(model.network.head.bias)  # its record still has the hash of before
+            arguments["model"] = model
         elif change == "image":
             fitted.images[FULL]["scale0"]["image"].data = 255 - fitted.images[FULL]["scale0"]["image"].data // 2
         else:

@@ -12,7 +12,7 @@ from spatialdata.transformations import get_transformation
 
 from pixnet_sd._errors import DataError, ElementError
 from pixnet_sd.slide import check_genes
-from pixnet_sd.store import factors_key, image_pyramid, map_key, read_head
+from pixnet_sd.store import check_not_rewritten, factors_key, image_pyramid, map_key, read_head
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -49,11 +49,14 @@ def gene_map(sdata: SpatialData, genes: Sequence[str] | str | None = None, *, ke
         When nothing was predicted under that name.
     DataError
         Genes that the map does not have.
+    StoreError
+        The map was replaced in the store since the object was opened.
     """
     wanted = [genes] if isinstance(genes, str) else None if genes is None else list(dict.fromkeys(genes))
     if wanted is not None and not wanted:
         raise DataError("genes= names no gene. Leave it out for all of the map's.")
     key = stored_key(sdata, wanted, key_added)
+    check_not_rewritten(sdata, key)
     return _of_map(sdata.images[key], wanted, key) if key == map_key(key_added) else _of_factors(sdata, wanted, key)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ._checks import check_regions_on_image
+from ._content import PixelContent, check_same_pixels, ids_sha256, pixel_content, regions_sha256
+from ._count_cache import content_key
 from ._count_checks import checked_blocks, checked_totals
 from ._counts import Counts
 from ._image import ImageLevel, ImagePyramid
@@ -13,7 +15,7 @@ from ._open_store import open_store
 from ._picture import read_picture
 from ._regions import regions_of
 from ._select import select_coordinate_system, select_image
-from ._slide import MAP_STRIDE, Slide, open_slide
+from ._slide import MAP_STRIDE, Slide, open_slide, slide_at
 from ._stored_table import StoredTable, Table, obs_column, tables_of
 from ._stored_targets import StoredTargets
 from ._tables import TableLink, bin_size_um, measured_tables, select_tables, table_link
@@ -27,6 +29,7 @@ __all__ = [
     "ImageLevel",
     "ImagePyramid",
     "Measured",
+    "PixelContent",
     "Slide",
     "StoredTable",
     "StoredTargets",
@@ -37,22 +40,28 @@ __all__ = [
     "bin_size_um",
     "check_genes",
     "check_regions_on_image",
+    "check_same_pixels",
     "checked_blocks",
     "checked_totals",
     "choose_genes",
+    "content_key",
     "find_mpp",
+    "ids_sha256",
     "log_normalise",
     "measured",
     "measured_tables",
     "obs_column",
     "open_slide",
     "open_store",
+    "pixel_content",
     "read_picture",
     "regions_of",
+    "regions_sha256",
     "select_coordinate_system",
     "select_image",
     "select_tables",
     "similarity_scale",
+    "slide_at",
     "table_link",
     "tables_of",
     "targets_of",

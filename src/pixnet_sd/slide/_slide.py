@@ -19,7 +19,7 @@ from ._resample import make_taps, resample
 from ._select import select_coordinate_system, select_image
 from ._transform import affine_matrix
 
-__all__ = ["MAP_STRIDE", "Slide", "open_slide"]
+__all__ = ["MAP_STRIDE", "Slide", "open_slide", "slide_at"]
 
 MAP_STRIDE = 4  # working pixels per pixel of the feature map: the stride of the encoder's finest level
 _WHITE = 255
@@ -184,26 +184,48 @@ def open_slide(
     coordinate_system = select_coordinate_system(
         sdata, image_key=image_key, element_key=element_key, coordinate_system=coordinate_system
     )
-    pyramid = ImagePyramid.of(sdata.images[image_key], image_key)
     found_mpp, rule = find_mpp(
         sdata, image_key=image_key, coordinate_system=coordinate_system, mpp=mpp, allow_any_mpp=allow_any_mpp
     )
-    height, width = pyramid.shape
-    slide = Slide(
-        name=name,
+    slide = slide_at(
+        sdata,
         image_key=image_key,
         coordinate_system=coordinate_system,
         mpp=found_mpp,
         mpp_rule=rule,
+        working_mpp=working_mpp,
+        name=name,
+    )
+    _warn_if_enlarged(slide)
+    _warn_if_huge_blocks(slide)
+    return slide
+
+
+def slide_at(
+    sdata: SpatialData,
+    *,
+    image_key: str,
+    coordinate_system: str,
+    mpp: float,
+    working_mpp: float,
+    mpp_rule: str = "",
+    name: str = "",
+) -> Slide:
+    """Make an image readable of which all is known; parameters and errors as of `open_slide`."""
+    pyramid = ImagePyramid.of(sdata.images[image_key], image_key)
+    height, width = pyramid.shape
+    return Slide(
+        name=name,
+        image_key=image_key,
+        coordinate_system=coordinate_system,
+        mpp=mpp,
+        mpp_rule=mpp_rule,
         working_mpp=_checked(working_mpp),
         height_px=height,
         width_px=width,
         to_system=affine_matrix(sdata.images[image_key], coordinate_system),
         pyramid=pyramid,
     )
-    _warn_if_enlarged(slide)
-    _warn_if_huge_blocks(slide)
-    return slide
 
 
 def _checked(working_mpp: float) -> float:

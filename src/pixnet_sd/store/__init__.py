@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ._commit import check_target, commit
 from ._disk import size_text
 from ._factors import FactorHead, factor_names, factors_key, head_key, read_head
-from ._gene_map import GeneMapReader, GeneMapWriter, estimate_bytes, open_map
-from ._provenance import record, recorded
+from ._gene_map import GeneMapReader, GeneMapWriter, check_not_rewritten, estimate_bytes, open_map, written_as
+from ._provenance import record, recorded, stored_note
 from ._raster import image_pyramid, image_transforms, map_key, tissue_labels
 from ._region_writer import RegionResults, RegionWriter, estimate_table_bytes
 from ._rows import Express, Expressed, MemoryRows, RowInfo, Rows, expression
@@ -36,6 +36,7 @@ __all__ = [
     "RegionWriter",
     "RowInfo",
     "Rows",
+    "check_not_rewritten",
     "check_target",
     "circles_element",
     "commit",
@@ -58,8 +59,10 @@ __all__ = [
     "region_table",
     "size_text",
     "squares_element",
+    "stored_note",
     "thumbnail",
     "tissue_labels",
+    "written_as",
 ]
 
 _WITH_TORCH = {

@@ -18,6 +18,8 @@ from spatialdata.models import TableModel
 
 from pixnet_sd._errors import DataError, ElementError
 
+from ._provenance import stored_note
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata import SpatialData
@@ -67,20 +69,23 @@ class FactorHead:
         """Whether averages of factors give averages of genes."""
         return self.unit is None
 
-    def table(self, units: str) -> ad.AnnData:
+    def table(self, units: str, fingerprint: str) -> ad.AnnData:
         """As an element: rows are outputs, columns factors.
 
         Parameters
         ----------
         units
             What the values are, in words.
+        fingerprint
+            Of the factors that these weights belong to.
         """
         obs = pd.DataFrame({"bias": self.bias}, index=pd.Index(self.genes, dtype=object))
         if self.unit is not None:
             obs["unit"] = self.unit
         var = pd.DataFrame(index=pd.Index(factor_names(self.weight.shape[1])[:-1], dtype=object))
         link = "identity" if self.is_linear else "softplus"
-        return TableModel.parse(ad.AnnData(self.weight, obs, var, uns={"pixnet_sd": {"link": link, "units": units}}))
+        uns = {"pixnet_sd": {"link": link, "units": units, "fingerprint": fingerprint}}
+        return TableModel.parse(ad.AnnData(self.weight, obs, var, uns=uns))
 
     def values(self, factors: NDArray[np.float32], index: NDArray[np.intp]) -> NDArray[np.float32]:
         """Some outputs at some pixels.
@@ -131,6 +136,12 @@ def read_head(sdata: SpatialData, key: str) -> FactorHead:
         raise DataError(
             f"The table {name!r} does not hold the weights for the {n_channels} channels of {key!r}. Predict again, "
             "with overwrite=True."
+        )
+    note = stored_note(sdata, "maps", key)
+    if note and note.get("fingerprint") != table.uns["pixnet_sd"].get("fingerprint"):
+        raise DataError(
+            f"The table {name!r} in this object belongs to other factors than {key!r}, which were written since. Open "
+            "the store anew, or predict again with overwrite=True."
         )
     columns = ["bias", "unit"] if link == "softplus" else ["bias"]
     found = (table.obs[column].to_numpy(np.float32) for column in columns)

@@ -14,6 +14,7 @@ import zarr
 from spatialdata import get_dask_backing_files
 
 from pixnet_sd._errors import DataError, ElementError, StoreError
+from pixnet_sd._fingerprint import files_sha256
 from pixnet_sd._logging import logger
 
 from ._commit import check_target, commit
@@ -28,7 +29,15 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from spatialdata.transformations import BaseTransformation
 
-__all__ = ["GeneMapReader", "GeneMapWriter", "estimate_bytes", "open_map", "read_block"]
+__all__ = [
+    "GeneMapReader",
+    "GeneMapWriter",
+    "check_not_rewritten",
+    "estimate_bytes",
+    "open_map",
+    "read_block",
+    "written_as",
+]
 
 LOCK_WAIT_S = 15.0
 
@@ -227,8 +236,11 @@ class GeneMapWriter:
         staged, cleanup = regions.staged, regions.cleanup
         if isinstance(self._sink, MemorySink):
             others[self._key] = self._sink.element(self._genes, self._transforms)
+            written = _in_memory_as(others[self._key])
         else:
             staged, cleanup = (*staged, self._sink.staged), (*cleanup, self._sink.folder)
+            written = files_sha256(staged[-1].scratch_store / "images" / self._key)[0]
+        provenance = _with_entry(provenance or {}, self._key, {"written": written})
         commit(self._sdata, others, overwrite=self._overwrite, staged=staged, provenance=provenance, cleanup=cleanup)
         self.close()
 
@@ -337,18 +349,65 @@ def open_map(sdata: SpatialData, key: str) -> GeneMapReader:
     ------
     ElementError
         When there is no multiscale image of that name.
+    StoreError
+        As `check_not_rewritten`.
     """
     element = sdata.images.get(key)
     if element is None or "scale0" not in getattr(element, "children", {}):
         found = ", ".join(sdata.images) or "none"
         raise ElementError(f"{key!r} is not a gene map of this object. Its images: {found}.")
     image = element["scale0"]["image"]
+    check_not_rewritten(sdata, key)
     genes = tuple(str(gene) for gene in image.coords["c"].values)
     shape = (image.sizes["y"], image.sizes["x"])
+    folder = _folder(sdata, key)
+    return GeneMapReader(genes, shape, image.data if folder is None else _level0(folder))
+
+
+def check_not_rewritten(sdata: SpatialData, key: str) -> None:
+    """Refuse a map that another run has replaced in the store since the object was opened.
+
+    Its pixels would be read from the store, and named after the channels that the object remembers.
+
+    Raises
+    ------
+    StoreError
+        When channels or size in the store are others.
+    """
+    folder = _folder(sdata, key)
+    if folder is None:
+        return
+    image = sdata.images[key]["scale0"]["image"]
+    channels = [channel["label"] for channel in _ome(folder)["omero"]["channels"]]
+    if channels != [str(gene) for gene in image.coords["c"].values] or _level0(folder).shape != image.shape:
+        raise StoreError(
+            f"The map {key!r} was replaced in the store since this object was opened. Open the store anew: "
+            f"spatialdata.read_zarr({str(sdata.path)!r})."
+        )
+
+
+def _folder(sdata: SpatialData, key: str) -> Path | None:
+    """Folder of a map whose pixels are read from the object's store; None for one in memory."""
     store = local_store(sdata)
     folder = None if store is None else store / "images" / key
-    in_store = folder is not None and _is_backed_by(element, folder)
-    return GeneMapReader(genes, shape, _level0(folder) if in_store and folder is not None else image.data)
+    return folder if folder is not None and _is_backed_by(sdata.images[key], folder) else None
+
+
+def written_as(sdata: SpatialData, key: str) -> str:
+    """Describe a gene map as it is now: equal to ``written`` in its note while nobody else wrote it."""
+    folder = _folder(sdata, key)
+    return _in_memory_as(sdata.images[key]) if folder is None else files_sha256(folder)[0]
+
+
+def _in_memory_as(element: Any) -> str:
+    """Name that dask gives to the finest level, another one for other values."""
+    return str(element["scale0"]["image"].data.name)
+
+
+def _with_entry(provenance: Mapping[str, Any], key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Notes with more in the entry of a map."""
+    maps = provenance.get("maps", {})
+    return {**provenance, "maps": {**maps, key: {**maps.get(key, {}), **entry}}}
 
 
 def read_block(
@@ -365,5 +424,9 @@ def _is_backed_by(element: Any, folder: Path) -> bool:
 
 
 def _level0(folder: Path) -> Any:
-    datasets = read_json(folder / "zarr.json")["attributes"]["ome"]["multiscales"][0]["datasets"]
-    return zarr.open_array(str(folder / datasets[0]["path"]), mode="r")
+    return zarr.open_array(str(folder / _ome(folder)["multiscales"][0]["datasets"][0]["path"]), mode="r")
+
+
+def _ome(folder: Path) -> dict[str, Any]:
+    metadata: dict[str, Any] = read_json(folder / "zarr.json")["attributes"]["ome"]
+    return metadata

@@ -7,6 +7,7 @@ attribute that the user has in memory, and fail on one that is not JSON.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from ._disk import hold_lock, local_store, read_json, work_folder, write_json
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["ATTRS_KEY", "json_safe", "merged_notes", "record", "recorded"]
+__all__ = ["ATTRS_KEY", "json_safe", "merged_notes", "record", "recorded", "stored_note"]
 
 ATTRS_KEY = "pixnet_sd"
 
@@ -65,8 +66,20 @@ def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None
 
 
 def recorded(sdata: SpatialData, section: str, key: str | None = None) -> Any:
-    """What `record` noted, or None."""
-    notes = sdata.attrs.get(ATTRS_KEY)
+    """What `record` noted in the object in memory, or None."""
+    return _entry(sdata.attrs.get(ATTRS_KEY), section, key)
+
+
+def stored_note(sdata: SpatialData, section: str, key: str | None = None) -> Any:
+    """Read a note from the store of a backed object, which others may have written to since; else from memory."""
+    if not isinstance(sdata.path, Path):
+        return recorded(sdata, section, key)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return _entry(read_json(sdata.path / "zarr.json")["attributes"].get(ATTRS_KEY), section, key)
+    return None
+
+
+def _entry(notes: Any, section: str, key: str | None) -> Any:
     found = notes.get(section) if isinstance(notes, Mapping) else None
     if key is None:
         return found
@@ -74,13 +87,17 @@ def recorded(sdata: SpatialData, section: str, key: str | None = None) -> Any:
 
 
 def merged_notes(on_disk: Any, in_memory: Any, new: Mapping[str, Any]) -> dict[str, Any]:
-    """Notes of the store, over them those in memory (what the user sees), over both the new ones."""
+    """Merge notes: over those in memory, which may be old, those of the store, over both the new ones.
+
+    Micrometres per pixel are the user's to set in memory, and go over those of the store.
+    """
     for notes in (on_disk, in_memory):
         if notes is not None and not isinstance(notes, Mapping):
             raise StoreError(
                 f"sdata.attrs[{ATTRS_KEY!r}] is {type(notes).__name__}, but pixnet_sd keeps a dict there. Remove it."
             )
-    merged = _two_levels(_two_levels({}, on_disk or {}), in_memory or {})
+    merged = _two_levels(in_memory or {}, on_disk or {})
+    merged = _two_levels(merged, {"mpp": in_memory["mpp"]} if in_memory and "mpp" in in_memory else {})
     safe = json_safe(_two_levels(merged, new))
     return dict(safe)
 

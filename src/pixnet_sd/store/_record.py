@@ -82,6 +82,8 @@ class ModelRecord:
         Hash of all weights; set when saving.
     training
         Settings of the run: preset, learning rate, epochs, pcc_weight, seed ...
+    depends_on
+        Hashes and settings that the training run depended on, part by part.
     slides
         Training slides: elements, mpp, regions per table, and how they were split.
     held_out_pcc
@@ -110,6 +112,7 @@ class ModelRecord:
     log_base: str = "e"
     weights_sha256: str = ""
     training: dict[str, Any] = field(default_factory=dict)
+    depends_on: dict[str, Any] = field(default_factory=dict)
     slides: dict[str, Any] = field(default_factory=dict)
     held_out_pcc: list[float | None] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)

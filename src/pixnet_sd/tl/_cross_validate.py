@@ -16,9 +16,11 @@ import pandas as pd
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import PixNetError
+from pixnet_sd._fingerprint import fingerprint
 from pixnet_sd._logging import logger
 from pixnet_sd.store import PixNet
 
+from ._depends import model_parts
 from ._fit import fit
 from ._fold_scores import FoldScores, read_scores, write_scores
 from ._left_out import LeftOut, Scoring
@@ -211,15 +213,14 @@ def _directory(
 
 def _scores(model: PixNet, left_out: Mapping[str, SpatialData], scoring: Scoring, folder: Path) -> FoldScores:
     """Scores of a fold: those in its folder, if they are of this model, or new ones."""
-    identity = {"weights_sha256": model.record.weights_sha256, **scoring.identity()}
+    slides = {name: LeftOut.open(name, sdata, model, scoring) for name, sdata in left_out.items()}
+    parts = {name: slide.parts() for name, slide in slides.items()}
+    identity = {"fingerprint": fingerprint({"model": model_parts(model), "slides": parts, **scoring.identity()})}
     scores = read_scores(folder, identity)
-    if scores is not None and {slide for slide, _ in scores} == set(left_out):
+    if scores is not None:
         logger.info("scores taken from %s", folder)
         return scores
-    scores = {}
-    for name, sdata in left_out.items():
-        slide = LeftOut.open(name, sdata, model, scoring)
-        scores |= {(name, table): slide.moments(table) for table in slide.tables}
+    scores = {(name, table): slide.moments(table) for name, slide in slides.items() for table in slide.tables}
     write_scores(folder, identity, scores)
     return scores
 

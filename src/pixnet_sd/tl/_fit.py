@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from lightning_fabric import Fabric
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import CheckpointError, PixNetError, StoreError
+from pixnet_sd._fingerprint import as_json, differing_parts, fingerprint
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.settings import TrainSettings
@@ -26,13 +25,18 @@ from pixnet_sd.nn.model import Aggregation, Network
 from pixnet_sd.nn.objectives import ObjectiveName
 from pixnet_sd.nn.receptive_field import receptive_radius_px, sees_whole_tile
 from pixnet_sd.nn.weights import hash_weights
+from pixnet_sd.slide import PixelContent, Slide, check_same_pixels
 from pixnet_sd.store import ModelRecord, PixNet, library_versions, link_of, outputs_of
 from pixnet_sd.store import record as note
 
+from ._depends import training_parts
+from ._pixels import pixels_of
 from ._recipe import check_choices, decoder_config, default_aggregation, train_settings
-from ._training_data import TrainingData, check_validation, data_hash, describe, open_sources, training_data
+from ._training_data import TrainingData, check_validation, data_parts, describe, open_sources, training_data
 
 __all__ = ["fit"]
+
+_FIRST = 5  # differences that are named
 
 _BATCH_SIZE = {"cuda": 8, "mps": 4, "cpu": 2}
 
@@ -168,7 +172,7 @@ def fit(
     ResolutionError
         Micrometres per pixel are unknown or absurd, or regions do not lie on the image.
     DataError
-        Counts, genes or pixels cannot be used.
+        Counts, genes or pixels cannot be used, or an image was changed during the training.
     CheckpointError
         Encoder weights cannot be had, or `checkpoint_dir` holds another run or cannot be written.
     StoreError
@@ -220,6 +224,7 @@ def fit(
         cache=_models_folder(checkpoint_dir, slides) / "pixnet_sd_cache",
     )
     described = describe(sources, data)
+    images = {name: (source.slide, pixels_of(slides[name], source.slide)) for name, source in sources.items()}
     del sources  # of millions of bins it holds what the training does not need
     genes_learnt = [str(gene) for gene in data.genes]
     network = Network(
@@ -240,15 +245,16 @@ def fit(
         encoder_weights=None if encoder_weights is None else Path(encoder_weights).name,
         preset=preset,
         slides=described,
-        data_sha256=data_hash(data),
+        images=images,
+        data=data_parts(data),
     )
     directory = _directory(checkpoint_dir, slides, record.training["fingerprint"])
     model = _finished(directory, record) or _trained(
-        PixNet(network, record), data, settings, fabric, directory, show_progress_bar
+        PixNet(network, record), data, images, settings, fabric, directory, show_progress_bar
     )
     if record_model:
-        for slide in slides.values():
-            _note(slide, str(directory.resolve()))
+        for name, (slide, pixels) in images.items():
+            _note(slides[name], str(directory.resolve()), slide.image_key, pixels)
     return model
 
 
@@ -264,7 +270,13 @@ def _named(sdata: SpatialData | Mapping[str, SpatialData]) -> dict[str, SpatialD
 
 
 def _record(
-    network: Network, settings: TrainSettings, *, preset: str | None, data_sha256: str, **known: Any
+    network: Network,
+    settings: TrainSettings,
+    *,
+    preset: str | None,
+    images: Mapping[str, tuple[Slide, PixelContent]],
+    data: Mapping[str, Any],
+    **known: Any,
 ) -> ModelRecord:
     """Describe a network that is about to be trained; `known` are fields of the record."""
     halo_px = receptive_radius_px(network)
@@ -279,10 +291,9 @@ def _record(
         versions=library_versions(),
         **known,
     )
-    text = json.dumps([asdict(record), asdict(settings), preset, data_sha256], sort_keys=True)
-    # Equal for two calls exactly when they would train the same network on the same data.
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    record.training = {"preset": preset, **asdict(settings), "fingerprint": fingerprint}
+    record.training = {"preset": preset, **asdict(settings)}
+    record.depends_on = as_json(training_parts(record, record.training, images, data))
+    record.training["fingerprint"] = fingerprint(record.depends_on)
     return record
 
 
@@ -304,8 +315,10 @@ def _finished(directory: Path, record: ModelRecord) -> PixNet | None:
         return None
     found = PixNet.load(directory)
     if found.record.training.get("fingerprint") != record.training["fingerprint"]:
+        differing = differing_parts(found.record.depends_on, record.depends_on)
         raise CheckpointError(
-            f"{str(directory)!r} already holds a model of another run. Give another checkpoint_dir, or delete it."
+            f"{str(directory)!r} already holds a model of another run, which differs in {_listed(differing)}. Give "
+            "another checkpoint_dir, or delete it."
         )
     logger.info("the same run has finished before: its model is taken from %s", directory)
     return found
@@ -324,18 +337,26 @@ def _check_writable(directory: Path) -> None:
         ) from error
 
 
-def _note(slide: SpatialData, folder: str) -> None:
-    """Record the model in the object, and in its store if that can be written."""
+def _listed(parts: Sequence[str]) -> str:
+    more = f" and {len(parts) - _FIRST} more" if len(parts) > _FIRST else ""
+    return ", ".join(map(repr, parts[:_FIRST])) + more
+
+
+def _note(sdata: SpatialData, folder: str, image_key: str, pixels: PixelContent) -> None:
+    """Record the model in the object, and in its store if that can be written, with what was hashed of the image."""
     try:
-        note(slide, "model", None, folder)
+        note(sdata, "model", None, folder)
+        if pixels.is_settled:
+            note(sdata, "content", image_key, pixels.note())
     except StoreError as error:
-        slide.attrs["pixnet_sd"] = {**(slide.attrs.get("pixnet_sd") or {}), "model": folder}
+        sdata.attrs["pixnet_sd"] = {**(sdata.attrs.get("pixnet_sd") or {}), "model": folder}
         logger.warning("the model is recorded in memory only: %s", error)
 
 
 def _trained(
     model: PixNet,
     data: TrainingData,
+    images: Mapping[str, tuple[Slide, PixelContent]],
     settings: TrainSettings,
     fabric: Fabric,
     directory: Path,
@@ -353,6 +374,8 @@ def _trained(
         fingerprint=model.record.training["fingerprint"],
         show_progress_bar=show_progress_bar,
     )
+    for slide, pixels in images.values():
+        check_same_pixels(slide, pixels)
     model.network.cpu()
     model.record.history = result.history
     model.record.held_out_pcc = [None if math.isnan(v) else v for v in result.pcc_per_gene]

@@ -15,13 +15,15 @@ from spatialdata.models import TableModel
 from pixnet_sd._errors import PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.tiling import check_tile_px
-from pixnet_sd.slide import Slide, TableLink, open_slide, select_tables, table_link, tables_of
+from pixnet_sd.slide import Slide, TableLink, content_key, measured, open_slide, select_tables, table_link, tables_of
 from pixnet_sd.slide._stored_shapes import StoredShapes, shapes_of
 from pixnet_sd.slide._stored_table import obs_column, obs_names
 from pixnet_sd.store import PixNet
 
 from ._matched import matched_values
+from ._pixels import pixels_of, slide_parts
 from ._predict import predict
+from ._region_request import region_parts
 from ._scores import merged, moments
 
 __all__ = ["LeftOut", "Scoring"]
@@ -130,6 +132,14 @@ class LeftOut:
         """Find image and tables."""
         slide, tables = scoring.find(name, sdata, model.record.working_mpp)
         return cls(sdata, slide, model, scoring, tables)
+
+    def parts(self) -> dict[str, Any]:
+        """Parts of the scores' fingerprint: pixels, and regions and counts of each table."""
+        parts: dict[str, Any] = slide_parts(self.slide, pixels_of(self.sdata, self.slide))
+        for found in measured(self.sdata, self.slide, table_key=self.tables):
+            counts = content_key(found, found.var_names)
+            parts[found.table_key] = region_parts(found.regions, found.instances) | {"counts": counts}
+        return parts
 
     def moments(self, table_key: str) -> pd.DataFrame:
         """Predict the regions of a table; what `pooled` needs of the result."""

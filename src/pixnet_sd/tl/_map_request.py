@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +11,15 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import ElementError, PixNetError
+from pixnet_sd._fingerprint import differing_parts
+from pixnet_sd._logging import logger
 from pixnet_sd.engine.sinks import BlockSink
 from pixnet_sd.nn.grid import Window
 from pixnet_sd.nn.model import MAP_STRIDE
 from pixnet_sd.slide import Slide, affine_matrix
-from pixnet_sd.store import GeneMapReader, GeneMapWriter, ModelRecord, open_map, recorded
+from pixnet_sd.store import GeneMapReader, GeneMapWriter, open_map, stored_note, written_as
 
-__all__ = ["CoarseSink", "MapInfo", "ReusedMap", "find_factors", "find_map", "map_factor", "map_info", "sink_of"]
+__all__ = ["CoarseSink", "MapInfo", "ReusedMap", "find_factors", "find_map", "map_factor", "sink_of"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,13 @@ class MapInfo:
         Hash over model, image, resolution, tissue and averaging.
     factor
         Native map pixels per stored map pixel.
+    depends_on
+        What is hashed, part by part.
     """
 
     fingerprint: str
     factor: int
+    depends_on: dict[str, Any]
 
 
 def map_factor(map_um: float | None, slide: Slide) -> int:
@@ -54,28 +57,6 @@ def map_factor(map_um: float | None, slide: Slide) -> int:
             f"map_um={map_um}: map pixels are whole multiples of the native {native:g} µm. Give map_um={near:g}."
         )
     return round(factor)
-
-
-def map_info(
-    record: ModelRecord, slide: Slide, tissue: NDArray[np.bool_], *, factor: int, n_symmetries: int, tile_px: int
-) -> MapInfo:
-    """Identify a map."""
-    parts: dict[str, Any] = {
-        "weights": record.weights_sha256,
-        "image": [slide.image_key, slide.height_px, slide.width_px, slide.mpp],
-        "thumbnail": hashlib.sha256(_overview(slide).tobytes()).hexdigest(),
-        "tissue": hashlib.sha256(np.packbits(tissue).tobytes()).hexdigest(),
-        "symmetries": n_symmetries,
-        "tile_px": tile_px if record.sees_whole_tile else None,
-    }
-    text = json.dumps(parts, sort_keys=True)
-    return MapInfo(hashlib.sha256(text.encode()).hexdigest(), factor)
-
-
-def _overview(slide: Slide) -> NDArray[np.uint8]:
-    """A strip of pixels through the middle of the slide, to tell images of one size apart."""
-    height, width = slide.working_shape
-    return slide.read(height // 2, height // 2 + 1, 0, width)
 
 
 @dataclass(frozen=True)
@@ -127,10 +108,28 @@ def find_factors(sdata: SpatialData, key: str, info: MapInfo, slide: Slide) -> R
 
 
 def _reader(sdata: SpatialData, key: str, info: MapInfo, slide: Slide) -> GeneMapReader | None:
-    found = recorded(sdata, "maps", key)
-    if not found or key not in sdata.images or found.get("fingerprint") != info.fingerprint or found.get("factor") != 1:
+    note = stored_note(sdata, "maps", key)
+    if not note or key not in sdata.images:
         return None
-    return open_map(sdata, key) if _lies_on(sdata, key, slide) else None
+    why_not = _why_not(sdata, key, note, info, slide)
+    if why_not:
+        logger.info("map %r is not read back, but computed anew: %s", key, why_not)
+        return None
+    return open_map(sdata, key)
+
+
+def _why_not(sdata: SpatialData, key: str, note: Mapping[str, Any], info: MapInfo, slide: Slide) -> str:
+    """Why a map that is there cannot be read back; empty if it can."""
+    if note.get("fingerprint") != info.fingerprint:
+        parts = differing_parts(note.get("depends_on", {}), info.depends_on)
+        return f"it differs in {', '.join(map(repr, parts)) or 'its fingerprint'}"
+    if note.get("factor") != 1:
+        return "it is coarser than the native pitch"
+    if not _lies_on(sdata, key, slide):
+        return "the image was aligned anew since"
+    if note.get("written") != written_as(sdata, key):
+        return "it is not as it was written"
+    return ""
 
 
 def _lies_on(sdata: SpatialData, key: str, slide: Slide) -> bool:

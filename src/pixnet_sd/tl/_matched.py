@@ -26,6 +26,8 @@ from pixnet_sd.slide import (
     tables_of,
 )
 
+from ._current import check_current
+
 __all__ = ["Matched", "matched_values"]
 
 
@@ -89,6 +91,7 @@ def matched_values(
     predicted
         The table with predictions, where it is not in the object.
     """
+    is_stored = predicted is None
     predicted = _predicted(sdata, predicted_key) if predicted is None else predicted
     measured, link = _measured(sdata, table_key, predicted_key, predicted)
     ids = pd.Index(obs_column(predicted, predicted.uns["spatialdata_attrs"]["instance_key"]))
@@ -104,6 +107,8 @@ def matched_values(
     if genes is not None:
         check_genes(genes, shared, f"what tables {table_key!r} and {predicted_key!r} have in common")
         shared = pd.Index(genes)
+    if is_stored:
+        check_current(sdata, predicted_key, predicted)
     what = f"Table {table_key!r}"
     counts = Counts.of(measured.X, link.rows, what)
     total = checked_totals(counts, measured.var_names, what)

@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import CheckpointError, DataError, PixNetError
+from pixnet_sd._fingerprint import fingerprint
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.tiling import check_tile_px
 from pixnet_sd.engine.window_pass import InferSettings
 from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
-from pixnet_sd.store import PixNet, recorded
+from pixnet_sd.store import PixNet, recorded, stored_note
 
-from ._map_request import map_factor, map_info
+from ._depends import map_parts
+from ._map_request import MapInfo, map_factor
+from ._pixels import pixels_of
 from ._predict_job import PredictJob
 from ._region_request import request_regions
 
@@ -130,7 +133,8 @@ def predict(
     ResolutionError
         Micrometres per pixel unknown or absurd.
     DataError
-        Genes that the model does not know, or an image that is not RGB uint8 or shows no tissue.
+        Genes that the model does not know, an image that is not RGB uint8 or shows no tissue, or one that was changed
+        while it was read.
     CheckpointError
         No model, or a damaged one.
     StoreError
@@ -168,15 +172,10 @@ def predict(
     factor = _factor(store, map_um, slide)
     batch_size = _BATCH_SIZE.get(fabric.device.type, 1) if batch_size is None else batch_size
     settings = _settings(found, tile_px, batch_size, n_symmetries)
-    info = map_info(
-        found.record,
-        slide,
-        tissue,
-        factor=factor,
-        n_symmetries=n_symmetries,
-        tile_px=settings.tile_px,
-    )
-    job = PredictJob(sdata, found, slide, tissue, request, index, names, info, key_added, store, overwrite)
+    pixels = pixels_of(sdata, slide)
+    parts = map_parts(found, slide, pixels, tissue, n_symmetries=n_symmetries, tile_px=settings.tile_px)
+    info = MapInfo(fingerprint(parts), factor, parts)
+    job = PredictJob(sdata, found, slide, pixels, tissue, request, index, names, info, key_added, store, overwrite)
     job.run(settings, fabric, write_map=write_map, show_progress_bar=show_progress_bar)
 
 
@@ -191,7 +190,12 @@ def _model(sdata: SpatialData, model: PixNet | str | Path | None) -> PixNet:
 
 
 def _recorded_folder(sdata: SpatialData) -> Path:
-    folder = str(recorded(sdata, "model") or "")
+    folder, stored = str(recorded(sdata, "model") or ""), stored_note(sdata, "model")
+    if folder and stored is not None and stored != folder:
+        raise CheckpointError(
+            f"Two models are recorded: {folder!r} in this object, and {stored!r} in its store, which another run has "
+            "written to since. Give model= one of them, or open the store anew."
+        )
     if not folder:
         raise CheckpointError(
             "No model was given, and none is recorded in this object. Give predict(sdata, model=...) a PixNet or "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +13,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
+from pixnet_sd._fingerprint import fingerprint
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.infer import Inference, infer
 from pixnet_sd.engine.region_plan import RegionPlan, plan_regions
@@ -24,7 +23,7 @@ from pixnet_sd.nn.grid import Grid
 from pixnet_sd.nn.head import Factors, Head
 from pixnet_sd.nn.model import MAP_STRIDE
 from pixnet_sd.nn.regions import Circles
-from pixnet_sd.slide import Slide
+from pixnet_sd.slide import PixelContent, Slide, check_same_pixels
 from pixnet_sd.store import (
     FactorHead,
     GeneMapWriter,
@@ -61,6 +60,7 @@ class PredictJob:
     sdata: SpatialData
     model: PixNet
     slide: Slide
+    pixels: PixelContent
     tissue: NDArray[np.bool_]
     request: RegionRequest | None
     index: NDArray[np.intp]
@@ -177,7 +177,6 @@ class PredictJob:
     def _region_writer(
         self, request: RegionRequest, n_columns: int, side: int, blocks: GeneMapWriter | None
     ) -> RegionWriter:
-        parts = [self.info.fingerprint, request.hash(), side]
         return RegionWriter.open(
             self.sdata,
             table_key=request.table_key,
@@ -186,7 +185,7 @@ class PredictJob:
             genes=self.genes,
             n_columns=n_columns,
             n_layers=len(self.units.layers),
-            fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+            fingerprint=fingerprint({"map": self.info.fingerprint, "window": side, **request.parts()}),
             overwrite=self.overwrite,
             also_needed=0 if blocks is None else blocks.missing_bytes,
         )
@@ -203,11 +202,14 @@ class PredictJob:
 
     def _commit(self, blocks: GeneMapWriter | None, rows: RegionWriter | None, on_glass: NDArray[np.bool_]) -> None:
         """Write everything, and note where it comes from."""
+        check_same_pixels(self.slide, self.pixels)
         results = RegionResults()
         notes: dict[str, dict[str, Any]] = {}
         if rows is not None and self.request is not None:
             results = self._region_results(self.request, rows, on_glass)
             notes["tables"] = {self.request.table_key: self._provenance() | self.units.table}
+        if self.pixels.is_settled:
+            notes["content"] = {self.slide.image_key: self.pixels.note()}
         if blocks is None:
             commit(
                 self.sdata,
@@ -231,7 +233,9 @@ class PredictJob:
         head = self._head(np.arange(len(self.model.genes)))
         names = outputs_of(self.model.genes, self.model.record.objective)
         parts = [head.weight, head.bias, *([] if head.is_linear else [head.unit])]
-        return FactorHead(names, *(part.detach().cpu().numpy() for part in parts)).table(self.units.map)
+        return FactorHead(names, *(part.detach().cpu().numpy() for part in parts)).table(
+            self.units.map, self.info.fingerprint
+        )
 
     def _region_results(self, request: RegionRequest, rows: RegionWriter, on_glass: NDArray[np.bool_]) -> RegionResults:
         make_table = partial(
@@ -242,7 +246,7 @@ class PredictJob:
             picture=thumbnail(self.sdata, self.slide.image_key),
             library_id=self.slide.coordinate_system,
             var=self.model.record.var,
-            uns={"pixnet_sd": self._provenance() | self.units.table},
+            uns={"pixnet_sd": self._provenance() | self.units.table | self._depends_on(request)},
         )
         return rows.results(
             partial(request.describe, on_glass),
@@ -252,10 +256,15 @@ class PredictJob:
             make_shapes=request.make_shapes,
         )
 
+    def _depends_on(self, request: RegionRequest) -> dict[str, Any]:
+        """What the values of a table depend on and may change later: `check_current` compares it."""
+        regions = {} if request.make_shapes is not None else request.parts()
+        return {"depends_on": {"pixels": self.pixels.sha256, **regions}}
+
     def _provenance(self) -> dict[str, Any]:
         record = self.model.record
         return {
-            "model_sha256": record.weights_sha256,
+            "model_sha256": self.info.depends_on["model"]["weights"],
             "image": self.slide.image_key,
             "coordinate_system": self.slide.coordinate_system,
             "mpp": self.slide.mpp,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,13 +11,12 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import PixNetError
-from pixnet_sd._logging import logger
 from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.regions import Circles, Regions, chunks
-from pixnet_sd.slide import MAP_STRIDE, Slide, check_regions_on_image, regions_of
+from pixnet_sd.nn.regions import Circles, Regions
+from pixnet_sd.slide import MAP_STRIDE, Slide, check_regions_on_image, ids_sha256, regions_of, regions_sha256
 from pixnet_sd.store import MakeShapes, RowInfo, circles_element, image_transforms, squares_element
 
-__all__ = ["RegionRequest", "request_regions"]
+__all__ = ["RegionRequest", "placed_regions", "region_parts", "request_regions"]
 
 _SAMPLE = 5000  # regions whose median area is taken
 
@@ -74,12 +72,9 @@ class RegionRequest:
             obs["tissue_area_um2"] = np.where(on_glass[start:stop], 0.0, weight * px_um2)
         return RowInfo(self.ids[start:stop], some.centre_xy * self.slide.working_scale, obs)
 
-    def hash(self) -> str:
-        """Of where the regions are."""
-        digest = hashlib.sha256()
-        for _, some in chunks(self.regions):
-            digest.update(np.ascontiguousarray(some.bounds).tobytes())
-        return digest.hexdigest()
+    def parts(self) -> dict[str, str]:
+        """Parts of the answer's fingerprint: where the regions are, and what they are called."""
+        return region_parts(self.regions, self.ids)
 
 
 def request_regions(
@@ -167,18 +162,37 @@ def _bins(sdata: SpatialData, slide: Slide, grid: Lattice, bin_um: float, key: s
 def _at_shapes(
     sdata: SpatialData, slide: Slide, shapes_key: str, radius_um: float | None, key_added: str
 ) -> RegionRequest:
-    regions, ids = regions_of(
-        sdata, shapes_key, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system
-    )
-    height, width = slide.working_shape
-    keep = check_regions_on_image(regions, width=width, height=height, what=f"Element {shapes_key!r}")
-    if not keep.all():
-        n_off, n = int((~keep).sum()), len(keep)
-        logger.warning("%d of %d regions of %r lie off the image and are left out", n_off, n, shapes_key)
-        regions, ids = regions.subset(np.flatnonzero(keep)), ids[keep]
+    regions, ids = placed_regions(sdata, slide, shapes_key)
     key = f"{key_added}_{shapes_key}"
     if radius_um is not None:
         return _circles(sdata, slide, regions, radius_um, f"{key}_circles_{radius_um:g}um", ids)
     area = regions.subset(np.unique(np.linspace(0, len(regions) - 1, _SAMPLE).astype(np.int64))).area
     diameter_um = 2 * float(np.sqrt(np.median(area) / np.pi)) * slide.working_mpp
     return RegionRequest(key, shapes_key, None, regions, ids, diameter_um, slide)
+
+
+def placed_regions(sdata: SpatialData, slide: Slide, shapes_key: str) -> tuple[Regions, pd.Index]:
+    """Regions of an element that lie on the slide, working pixels, and their ids.
+
+    Parameters
+    ----------
+    sdata
+        Object with the element.
+    slide
+        The slide.
+    shapes_key
+        Shapes or labels.
+    """
+    regions, ids = regions_of(
+        sdata, shapes_key, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system
+    )
+    height, width = slide.working_shape
+    keep = check_regions_on_image(regions, width=width, height=height, what=f"Element {shapes_key!r}")
+    if keep.all():
+        return regions, ids
+    return regions.subset(np.flatnonzero(keep)), ids[keep]
+
+
+def region_parts(regions: Regions, ids: pd.Index) -> dict[str, str]:
+    """Hash where regions are, working pixels, and what they are called."""
+    return {"regions": regions_sha256(regions), "ids": ids_sha256(ids)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +9,26 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import PixNetError
+from pixnet_sd._fingerprint import content_sha256
 from pixnet_sd._warn import warn
 from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
 from pixnet_sd.engine.split import hold_out_blocks
-from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.regions import Regions
-from pixnet_sd.slide import Measured, Slide, StoredTargets, Targets, choose_genes, measured, open_slide, targets_of
+from pixnet_sd.slide import (
+    Measured,
+    Slide,
+    StoredTargets,
+    Targets,
+    choose_genes,
+    measured,
+    open_slide,
+    regions_sha256,
+    targets_of,
+)
 
 __all__ = ["Source", "TrainingData", "Validation", "check_validation", "open_sources", "split_slides", "training_data"]
 
@@ -235,32 +245,22 @@ def describe(sources: Mapping[str, Source], data: TrainingData) -> dict[str, Any
     }
 
 
-def data_hash(data: TrainingData) -> str:
-    """Hash of the targets and of where their regions are: equal for two runs exactly when they train on the same."""
-    digest = hashlib.sha256("\n".join(map(str, data.genes)).encode())
-    for slides in (data.training, data.held_out):
+def data_parts(data: TrainingData) -> dict[str, Any]:
+    """Hash what each slide trains on and is scored on: outlines of the regions, and their targets."""
+    parts: dict[str, Any] = {}
+    for kind, slides in (("training", data.training), ("held out", data.held_out)):
         for slide in slides:
-            digest.update(f"{slide.name} {slide.height} {slide.width}".encode())
             for group in slide.measured:
-                for part in (*_content(group.values), *_place(group.regions)):
-                    digest.update(part)
-    return digest.hexdigest()
+                hashes = {"regions": regions_sha256(group.regions), "targets": content_sha256(*_content(group.values))}
+                parts.setdefault(slide.name, {})[f"{kind}, {group.size_name}"] = hashes
+    return parts
 
 
-def _content(values: Any) -> Iterator[bytes | memoryview]:
+def _content(values: Any) -> Iterator[str | NDArray[Any]]:
     """Targets themselves, or, of those on disk, the hash of their counts and which of them they are."""
     if not isinstance(values, StoredTargets):
-        yield np.ascontiguousarray(values).data.cast("B")
+        yield values
         return
-    yield f"{values.counts.sha256} {values.target_sum}".encode()
+    yield f"{values.counts.sha256} {values.target_sum}"
     if values.index is not None:
-        yield values.index.data.cast("B")
-
-
-def _place(regions: Regions) -> Iterator[bytes | memoryview]:
-    """Where regions are."""
-    if not isinstance(regions, Lattice):
-        yield np.ascontiguousarray(regions.bounds).data.cast("B")
-        return
-    for array in (regions.to_grid, regions.row, regions.col):
-        yield np.ascontiguousarray(array).data.cast("B")
+        yield values.index
