@@ -63,7 +63,8 @@ class StoredShapes:
     @property
     def sample(self) -> GeoDataFrame:
         """At most 5,000 of the shapes, spread over all, with the element's transformations."""
-        return _sampled(self, (self.path / _FILE).stat().st_mtime_ns)
+        about = (self.path / _FILE).stat()
+        return _sampled(self, (about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino))
 
     @property
     def index(self) -> pd.Index:
@@ -88,7 +89,7 @@ class StoredShapes:
 
 
 @lru_cache(maxsize=16)
-def _sampled(shapes: StoredShapes, changed_ns: int) -> GeoDataFrame:  # noqa: ARG001 - a file that changed is read again
+def _sampled(shapes: StoredShapes, version: tuple[int, ...]) -> GeoDataFrame:  # noqa: ARG001 - a file that changed is read again
     from spatialdata import read_zarr
 
     store, key = shapes.path.parents[1], shapes.path.name
