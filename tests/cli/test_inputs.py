@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -50,6 +51,12 @@ def test_space_ranger_folder(outs, tmp_path, capsys, caplog):
     assert open_slide(outs).path == store
     assert (store / "zarr.json").stat().st_mtime_ns == changed
     assert f"{outs} was converted before: taking {store}" in caplog.text
+    matrix = next(outs.rglob("filtered_feature_bc_matrix.h5"))
+    before = matrix.stat().st_mtime_ns
+    os.utime(matrix, ns=(0, 0))  # as if Space Ranger had run again
+    with pytest.raises(StoreError, match=matrix.parent.name):
+        open_slide(outs)
+    os.utime(matrix, ns=(before, before))
 
 
 def test_convert(outs, tmp_path, capsys):

@@ -43,7 +43,9 @@ def test_the_store_is_what_the_reader_gives(both: tuple[sd.SpatialData, sd.Spati
     expected, found = both
     assert len(list(expected.gen_elements())) == 11
     assert_same(found, expected)
+    noted = found.attrs.pop("pixnet_sd")
     assert found.attrs == expected.attrs
+    assert set(noted) == {"converted_from"}
     assert all(table.X.sum() > 0 for table in found.tables.values())
 
 

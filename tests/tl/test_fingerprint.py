@@ -276,17 +276,21 @@ class TestSameQuestionAskedOfOtherData:
     def test_a_map_that_someone_else_rewrote_is_not_believed(self, model, tmp_path):
         sdata = stored(Slide().build(), tmp_path / "s.zarr")
         ps.tl.predict(sdata, model, **PREDICT)
-        chunk = next(path for path in (tmp_path / "s.zarr/images/pixnet_map/s0").rglob("*") if path.is_file() and path.name != "zarr.json")
+        chunk = next(
+            path
+            for path in (tmp_path / "s.zarr/images/pixnet_map/s0").rglob("*")
+            if path.is_file() and path.name != "zarr.json"
+        )
         chunk.write_bytes(chunk.read_bytes())  # even if it is the same
         with pytest.raises(StoreError):
             ps.tl.predict(sdata, model, shapes_key="cells", **PREDICT)
 
-    def test_a_map_in_memory_that_was_replaced_is_not_believed(self, model):
+    @pytest.mark.parametrize("lazy", [False, True])
+    def test_a_map_in_memory_that_was_changed_is_not_believed(self, model, lazy):
         sdata = Slide().build()
         ps.tl.predict(sdata, model, **PREDICT)
-        found = sdata.images["pixnet_map"]
-        for level in found.children.values():
-            level["image"].data = level["image"].data * 2
+        level = sdata.images["pixnet_map"]["scale0"]["image"]
+        level.data = level.data * 2 if lazy else level.values * 2
         with pytest.raises(StoreError):
             ps.tl.predict(sdata, model, shapes_key="cells", **PREDICT)
 

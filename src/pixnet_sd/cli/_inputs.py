@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pixnet_sd._errors import PixNetError, StoreError
 from pixnet_sd._logging import logger
-from pixnet_sd._space_ranger import is_visium, is_visium_hd, visium_advice
+from pixnet_sd._space_ranger import changed_files, is_visium, is_visium_hd, visium_advice
 
 from ._messages import as_options_of_convert
 
@@ -128,6 +128,12 @@ def _converted(path: Path, store: str | None) -> Path:
     whole = folder.resolve()
     target = whole.with_name(f"{whole.name}.zarr") if store is None else Path(store).expanduser()
     if is_store(target):  # it appears under its name only when it is complete
+        changed = changed_files(folder, target)
+        if changed:
+            raise StoreError(
+                f"{str(target)!r} was converted from other files than {str(folder)!r} has now: {changed[0]!r} and "
+                f"{len(changed) - 1} more were changed or moved since. Delete the store, or give --zarr another path."
+            )
         logger.info("%s was converted before: taking %s", folder, target)
         return target
     logger.info("converting the Space Ranger folder %s to the store %s", folder, target)

@@ -12,7 +12,9 @@ from spatialdata.transformations import get_transformation
 from tqdm.dask import TqdmCallback
 
 from pixnet_sd._progress import bar_class
+from pixnet_sd._space_ranger import CONVERTED_FROM
 from pixnet_sd.store._commit import consolidate
+from pixnet_sd.store._provenance import ATTRS_KEY
 
 from ._cells import Cells, read_cells
 from ._folder import HDFolder
@@ -57,6 +59,7 @@ def build_store(files: HDFolder, pixels: da.Array, scratch: Path, show_progress_
     if cells is not None:
         shapes_key = _region(sdata, _cells_key(sdata, files))
         sdata.shapes[shapes_key] = cells.element(sdata.shapes[shapes_key])
+    sdata.attrs[ATTRS_KEY] = {CONVERTED_FROM: files.states()}
     sdata.write(store)
     _fill(store, sdata, files, cells, show_progress_bar)
     sdata.images[image_key] = _full_image(pixels, like)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pixnet_sd._errors import DataError
-from pixnet_sd._space_ranger import is_visium, visium_advice
+from pixnet_sd._space_ranger import file_state, is_visium, visium_advice
 
 __all__ = ["BinFiles", "CellFiles", "HDFolder", "find_files", "read_scalefactors"]
 
@@ -108,6 +108,18 @@ class HDFolder:
         """What the rows are → file of counts."""
         found = {f"bins of {bins.um} µm": bins.matrix for bins in self.bins}
         return found if self.cells is None else {**found, "cells": self.cells.matrix}
+
+    def states(self) -> dict[str, list[int]]:
+        """Sizes and dates of all files that are read, for `changed_files`."""
+        paths = [self.slice_file, self.image, *self.previews.values()]
+        paths += [path for bins in self.bins for path in (bins.matrix, bins.positions, bins.scalefactors)]
+        paths += [] if self.cells is None else [self.cells.matrix, self.cells.outlines]
+        root = self.slice_file.parent.resolve()
+        return {_relative(path.resolve(), root): file_state(path) for path in paths}
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def find_files(

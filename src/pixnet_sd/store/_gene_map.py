@@ -14,7 +14,7 @@ import zarr
 from spatialdata import get_dask_backing_files
 
 from pixnet_sd._errors import DataError, ElementError, StoreError
-from pixnet_sd._fingerprint import files_sha256
+from pixnet_sd._fingerprint import content_sha256, files_sha256
 from pixnet_sd._logging import logger
 
 from ._commit import check_target, commit
@@ -400,8 +400,9 @@ def written_as(sdata: SpatialData, key: str) -> str:
 
 
 def _in_memory_as(element: Any) -> str:
-    """Name that dask gives to the finest level, another one for other values."""
-    return str(element["scale0"]["image"].data.name)
+    """Hash the values of the finest level, channel by channel."""
+    pixels = element["scale0"]["image"].data
+    return content_sha256(*(np.asarray(pixels[k]) for k in range(pixels.shape[0])))
 
 
 def _with_entry(provenance: Mapping[str, Any], key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
