@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +19,7 @@ import numpy as np
 import pandas as pd
 import zarr
 from numpy.typing import NDArray
+from zarr.storage import LocalStore
 
 from pixnet_sd._errors import DataError
 from pixnet_sd._fingerprint import content_sha256, files_sha256
@@ -117,11 +117,10 @@ def check_same_pixels(slide: Slide, content: PixelContent) -> None:
 def _files(level: ImageLevel) -> tuple[str | None, bool]:
     """Hash of a level's files, and whether they have been left alone for a while."""
     array = level.pixels
-    root = getattr(array.store, "root", None) if isinstance(array, zarr.Array) else None
-    if root is None:
+    if not isinstance(array, zarr.Array) or not isinstance(array.store, LocalStore):
         return None, False
     started_ns = time.time_ns()
-    found, newest_ns = files_sha256(Path(root) / array.path)
+    found, newest_ns = files_sha256(array.store.root / array.path)
     return found, newest_ns < started_ns - _SETTLED_NS
 
 
