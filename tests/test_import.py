@@ -10,7 +10,7 @@ import pytest
 
 import pixnet_sd
 
-HEAVY = ("torch", "timm", "spatialdata", "anndata", "zarr", "squidpy")
+HEAVY = ("torch", "timm", "spatialdata", "anndata", "zarr", "squidpy", "pydantic")
 
 
 def run_python(code: str) -> str:

@@ -129,3 +129,18 @@ def test_clear(cache, slide, runs) -> None:
     assert not cache.directory.exists()
     cache.get(slide, TILE, 0)
     assert len(runs) == 2
+
+
+def test_a_damaged_file_is_made_anew(cache, slide, runs) -> None:
+    kept = cache.get(slide, TILE, 0)
+    (path,) = cache.directory.iterdir()
+    mine = cache.directory.parent / "mine"
+    mine.write_bytes(path.read_bytes()[:100])
+    path.unlink()
+    path.symlink_to(mine)
+    again = cache.get(slide, TILE, 0)
+    assert len(runs) == 2
+    assert torch.equal(again[0], kept[0])
+    assert not path.is_symlink()
+    assert len(mine.read_bytes()) == 100
+    assert [p.name for p in cache.directory.parent.iterdir() if p.name.startswith(".")] == []

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from pixnet_sd._errors import CheckpointError
+from pixnet_sd.engine.sealed import seal
 from pixnet_sd.engine.state import BestEpoch, RunState
 
 FILE = "training_state.pt"
@@ -51,21 +53,88 @@ def test_state_of_another_run(state, tmp_path: Path) -> None:
     assert (tmp_path / "training" / FILE).exists()
 
 
-@pytest.mark.parametrize("size", [0, 100, 2000])
-def test_truncated(state, tmp_path: Path, size: int) -> None:
+def refused(directory: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"{FILE}.*cannot be read.*Delete"):
+        RunState.load(directory, "abc")
+
+
+def test_damaged(state, tmp_path: Path) -> None:
+    """Cut off anywhere, with any bit flipped, or with something behind it."""
     state.save(tmp_path)
     path = tmp_path / FILE
-    assert path.stat().st_size > size
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=f"{FILE}.*cannot be read.*Delete"):
-        RunState.load(tmp_path, "abc")
+    whole = path.read_bytes()
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 103, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(tmp_path)
+    path.write_bytes(whole + whole)
+    refused(tmp_path)
+    for bit in range(0, 8 * len(whole), 8 * len(whole) // 150):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        refused(tmp_path)
+    path.write_bytes(whole)
+    assert RunState.load(tmp_path, "abc").epoch == 4
 
 
+def sealed(content: object, path: Path) -> None:
+    """With a hash that fits, as someone who means harm would write it."""
+    with path.open("w+b") as file:
+        torch.save(content, file)
+        seal(file)
+
+
+@pytest.mark.parametrize("forge", [True, False])
 @pytest.mark.parametrize("content", [[1, 2], torch.ones(2), {"fingerprint": "abc", "epoch": 1}])
-def test_a_file_of_another_kind(tmp_path: Path, content) -> None:
-    torch.save(content, tmp_path / FILE)
-    with pytest.raises(CheckpointError, match=f"{FILE}.*cannot be read.*Delete"):
-        RunState.load(tmp_path, "abc")
+def test_a_file_of_another_kind(tmp_path: Path, content, forge: bool) -> None:
+    (sealed if forge else torch.save)(content, tmp_path / FILE)
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("epoch", value) for value in (-1, 1.5, None, True, "4")),
+        *(("history", value) for value in (None, [1], [{"epoch": "x"}])),
+        *(("network", value) for value in (None, [], torch.ones(2))),
+        *(("best", value) for value in (None, {}, {"epoch": 1}, 5)),
+        ("steps", -5),
+        ("fingerprint", 7),
+        ("new", 1),
+    ],
+)
+def test_fields_that_no_state_has(state, tmp_path: Path, field: str, value) -> None:
+    content = vars(state) | {"best": vars(state.best), field: value}
+    sealed(content, tmp_path / FILE)
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "huge"])
+def test_something_else_in_its_place(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / FILE
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 42)
+    with pytest.raises(CheckpointError, match=f"{FILE}.*Delete it"):
+        RunState.load(tmp_path, "abc", most_bytes=1 << 30)
+
+
+def test_saving_follows_no_link(state, tmp_path: Path) -> None:
+    mine = tmp_path / "thesis.tex"
+    mine.write_text("years of work")
+    directory = tmp_path / "training"
+    directory.mkdir()
+    for name in (FILE, f"{FILE}.partial"):
+        (directory / name).symlink_to(mine)
+    state.save(directory)
+    assert mine.read_text() == "years of work"
+    assert RunState.load(directory, "abc").epoch == 4
 
 
 class Trap:
@@ -79,9 +148,8 @@ class Trap:
 
 
 def test_no_code_is_run(tmp_path: Path) -> None:
-    torch.save({"fingerprint": "abc", "trap": Trap(tmp_path / "sprung")}, tmp_path / FILE)
-    with pytest.raises(CheckpointError):
-        RunState.load(tmp_path, "abc")
+    sealed({"fingerprint": "abc", "trap": Trap(tmp_path / "sprung")}, tmp_path / FILE)
+    refused(tmp_path)
     assert not (tmp_path / "sprung").exists()
 
 

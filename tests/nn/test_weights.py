@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -167,10 +168,18 @@ def test_rubbish(tmp_path: Path, content: bytes, suffix: str) -> None:
         read_weights(path)
 
 
-@pytest.mark.parametrize("name", ["nowhere.pt", "."])
+@pytest.mark.parametrize("name", ["nowhere.pt", ".", "pipe.pt", "pipe.safetensors", "loop.pt", "device.pt", "huge.pt"])
 def test_not_a_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match=r"There is no weights file at .*Give encoder_weights= a file"):
+    """A pipe would be waited for, a device never ends, and of a huge file the size is enough to know."""
+    for pipe in ("pipe.pt", "pipe.safetensors"):
+        os.mkfifo(tmp_path / pipe)
+    (tmp_path / "loop.pt").symlink_to("loop.pt")
+    (tmp_path / "device.pt").symlink_to("/dev/zero")
+    with (tmp_path / "huge.pt").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match="encoder_weights=") as refused:
         build_encoder("test_resnet", tmp_path / name)
+    assert str(tmp_path / name) in str(refused.value)
 
 
 @pytest.mark.parametrize("found", [{"epoch": 3}, [torch.ones(2)], torch.ones(2)])

@@ -14,7 +14,7 @@ from tests.store.test_pixnet import make_model
 from pixnet_sd._errors import CheckpointError
 from pixnet_sd.store import PixNet, _hub
 
-FILES = {"README.md", "config.json", "model.safetensors"}
+FILES = {"README.md", "checksums.json", "config.json", "model.safetensors"}
 
 
 class FolderHub:
@@ -81,7 +81,7 @@ def test_a_foreign_model_is_refused_before_its_weights_come(hub: FolderHub):
         CheckpointError, match=r"'google/vit' on the hub is no model of pixnet_sd: .*its format is None"
     ):
         PixNet.from_pretrained("google/vit")
-    assert hub.fetched == [("google/vit", "config.json")]
+    assert hub.fetched == [("google/vit", "config.json"), ("google/vit", "checksums.json")]
 
 
 @pytest.mark.parametrize(

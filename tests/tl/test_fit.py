@@ -51,6 +51,7 @@ def test_what_it_leaves(slide, fit, tmp_path, user_files):
     before = user_files(slide.path)
     model = fit(slide, checkpoint_dir=tmp_path / "model", validation=0.25)
     assert sorted(path.name for path in (tmp_path / "model").rglob("*") if path.is_file()) == [
+        "checksums.json",
         "config.json",
         "model.safetensors",
     ]
@@ -72,7 +73,7 @@ def test_genes_are_the_highest(slide, model):
 
 def test_config_is_plain_json(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
-    assert config["format"] == "pixnet_sd/1"
+    assert config["format"] == "pixnet_sd/2"
     assert config["log_base"] == "e"
     assert config["target_sum"] == 1e4
     assert config["slides"]["slide"]["image"] == FULL

@@ -17,9 +17,9 @@ _FEW = 8
 
 def describe_checkpoint(folder: Path) -> str:
     """Lines on genes, objective, encoder, training slides and held-out PCC."""
-    from pixnet_sd.store._record import read_record
+    from pixnet_sd.store import read_record
 
-    record = read_record(folder / "config.json")
+    record = read_record(folder)
     weights = "random weights" if record.encoder_weights is None else f"weights {record.encoder_weights}"
     frozen = ", frozen" if record.freeze_encoder else ""
     lines = [

@@ -132,9 +132,9 @@ def _estimate(slide: Slide, folder: str | Path | None) -> list[str]:
 def _outputs(folder: str | Path | None) -> tuple[int, float, str]:
     """Channels, µm per pixel at which the network sees a slide, and whose these are."""
     if folder and (Path(folder) / "config.json").is_file():
-        from pixnet_sd.store._record import read_record
+        from pixnet_sd.store import read_record
 
-        record = read_record(Path(folder) / "config.json")
+        record = read_record(Path(folder))
         return len(record.outputs), record.working_mpp, "this model"
     parameters = read_verb("tl._fit", "fit").parameters
     return parameters["n_genes"].default, parameters["working_mpp"].default, "a model with the defaults of fit"

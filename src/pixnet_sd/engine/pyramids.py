@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pixnet_sd._files import replace_file
 from pixnet_sd._logging import logger
 from pixnet_sd.nn.encoder import STRIDES, Encoder
 
@@ -66,9 +67,9 @@ class PyramidCache:
         """
         path = self._path(slide, tile, symmetry)
         device = self.encoder.mean.device
-        if path.exists():
-            stored = load_file(path)
-            return [stored[str(k)].to(device).float() for k in range(len(STRIDES))]
+        stored = _stored(path)
+        if stored is not None:
+            return [level.to(device).float() for level in stored]
         pyramid = [level.half() for level in self._compute(slide, tile, symmetry)]
         self._keep(path, pyramid)
         return [level.float() for level in pyramid]
@@ -93,18 +94,28 @@ class PyramidCache:
         if self._full:
             return
         needed = sum(level.numel() * 2 for level in pyramid)
-        partial = path.with_suffix(".partial")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._full = needed > _FREE_SHARE * shutil.disk_usage(self.directory).free
             if not self._full:
-                save_file({str(k): level.cpu().contiguous() for k, level in enumerate(pyramid)}, partial)
-                partial.replace(path)
+                # Aside is where few files are to be looked through, not among the tiles.
+                with replace_file(path, aside=self.directory.parent, durable=False) as aside:
+                    save_file({str(k): level.cpu().contiguous() for k, level in enumerate(pyramid)}, aside)
         except (OSError, SafetensorError):  # a quota, which the free disk does not show
             self._full = True
-            partial.unlink(missing_ok=True)
         if self._full:
             logger.warning("no disk left for the feature cache in %s: further tiles are encoded each time", path.parent)
+
+
+def _stored(path: Path) -> list[Tensor] | None:
+    """A stored pyramid, if it is there and can be read."""
+    if not path.is_file():
+        return None
+    try:
+        stored = load_file(path)
+        return [stored[str(k)] for k in range(len(STRIDES))]
+    except (KeyError, OSError, SafetensorError):  # cut off when the machine was: it is made anew
+        return None
 
 
 def _key(slide: TrainingSlide, tile: Tile, symmetry: int) -> int:

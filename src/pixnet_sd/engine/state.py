@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,10 @@ import torch
 from torch import Tensor
 
 from pixnet_sd._errors import CheckpointError
+from pixnet_sd._files import replace_file
+from pixnet_sd._schemas import StateSchema, validated, what_is_wrong
+
+from .sealed import open_sealed, seal
 
 __all__ = ["BestEpoch", "RunState"]
 
@@ -77,25 +80,19 @@ class RunState:
         CheckpointError
             The disk is full, or the folder cannot be written; the state of the epoch before is still there.
         """
-        partial = directory / f"{_FILE}.partial"
         content = {k: v for k, v in vars(self).items() if k != "best"} | {"best": asdict(self.best)}
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with replace_file(directory / _FILE) as aside, aside.open("w+b") as file:
                 torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(directory / _FILE)
+                seal(file)
         except (OSError, RuntimeError) as error:  # torch's writer passes a full disk on as a RuntimeError
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
             raise CheckpointError(
                 f"The training state of epoch {self.epoch} cannot be written to {str(directory)!r} ({error}). Free "
                 "some disk and make the same call again: it goes on from the last epoch that was written."
             ) from error
 
     @classmethod
-    def load(cls, directory: Path, fingerprint: str) -> RunState:
+    def load(cls, directory: Path, fingerprint: str, *, most_bytes: int | None = None) -> RunState:
         """Read the state of the same run, or begin a new one.
 
         Parameters
@@ -104,6 +101,8 @@ class RunState:
             Where `save` wrote.
         fingerprint
             Of this run.
+        most_bytes
+            Largest size that its state can have; None: any.
 
         Returns
         -------
@@ -112,19 +111,23 @@ class RunState:
         Raises
         ------
         CheckpointError
-            The state is of another run, or cannot be read.
+            The state is of another run, or damaged.
         """
         path = directory / _FILE
         if not path.exists():
             return cls(fingerprint)
         try:
-            content = torch.load(path, "cpu", weights_only=True)
+            with open_sealed(path, most_bytes=most_bytes) as file:
+                content = torch.load(file, "cpu", weights_only=True)  # type: ignore[arg-type]  # a map is read like a file
+            validated(StateSchema, content)
             state = cls(**content | {"best": BestEpoch(**content["best"])})
+        except CheckpointError as error:
+            raise CheckpointError(_unusable(path, str(error).rstrip("."))) from error
+        except ValueError as error:
+            raise CheckpointError(_unusable(path, what_is_wrong(error))) from error
         except Exception as error:
-            # torch raises half a dozen types for a damaged file; for a user they mean the same.
-            raise CheckpointError(
-                f"The training state {str(path)!r} cannot be read ({type(error).__name__}). Delete it to train anew."
-            ) from error
+            # torch raises half a dozen types for what it did not write; for a user they mean the same.
+            raise CheckpointError(_unusable(path, type(error).__name__)) from error
         if state.fingerprint != fingerprint:
             raise CheckpointError(
                 f"{str(directory.parent)!r} holds an unfinished run with other data or settings. Give another "
@@ -133,8 +136,17 @@ class RunState:
         return state
 
     @staticmethod
+    def is_there(directory: Path) -> bool:
+        """Whether a run has left a state, whole or not."""
+        return (directory / _FILE).exists()
+
+    @staticmethod
     def remove(directory: Path) -> None:
         """Delete the state of a finished run, and its folder when nothing else is in it."""
         (directory / _FILE).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             directory.rmdir()
+
+
+def _unusable(path: Path, why: str) -> str:
+    return f"The training state {str(path)!r} cannot be read ({why}). Delete it to train anew."

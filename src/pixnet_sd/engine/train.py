@@ -14,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from pixnet_sd._errors import PixNetError
+from pixnet_sd._errors import CheckpointError, PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd._progress import bar_class
 from pixnet_sd.nn.aggregation import count_pixels
@@ -37,6 +37,7 @@ from .validate import validate
 __all__ = ["TrainResult", "train"]
 
 _SAMPLE = 1024  # regions whose pixels are counted for a typical size
+_SMALL_BYTES = 64 << 20  # of a state: history, scores, dispersions
 _LOOK_EVERY = 16  # steps between looks at the loss, each of which waits for the device
 
 
@@ -97,7 +98,7 @@ class _Run:
         directory: Path,
     ) -> None:
         self.slides, self.held_out, self.settings = slides, held_out, settings
-        self.network = network
+        self.network, self.directory = network, directory
         self.features = FeatureMaps(network, fabric, settings, directory / "features")
         self.fabric = fabric
         self.sizes = list(dict.fromkeys(m.size_name for s in slides for m in s.measured))
@@ -174,9 +175,15 @@ class _Run:
     def restore(self, state: RunState) -> None:
         """Take up a saved state."""
         if state.epoch:
-            self.network.load_state_dict(state.network)
-            self.optimizer.load_state_dict(state.optimizer)
-            self.objective.load_state_dict(state.extras)
+            try:
+                self.network.load_state_dict(state.network)
+                self.optimizer.load_state_dict(state.optimizer)
+                self.objective.load_state_dict(state.extras)
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"The training state of epoch {state.epoch} is of another network ({type(error).__name__}). Delete "
+                    f"the folder {str(self.directory)!r} to train anew."
+                ) from error
             logger.info("resuming after epoch %d", state.epoch)
 
     def record(self, state: RunState, epoch: int, loss: float, started: float) -> dict[str, float]:
@@ -270,7 +277,7 @@ def train(
     PixNetError
         Tiles too small for the regions, or a loss that is not finite.
     """
-    state = RunState.load(directory, fingerprint)
+    state = RunState.load(directory, fingerprint, most_bytes=_most_state_bytes(network))
     network.to(fabric.device)
     run = _Run(network, slides, held_out, settings, fabric, directory)
     if not state.epoch:
@@ -292,6 +299,11 @@ def train(
             bar.set_description_str(_describe(row), refresh=False)
             bar.update()
     return _finish(run, state)
+
+
+def _most_state_bytes(network: Network) -> int:
+    """Twice what network, best network and the optimizer's two moments take, and room for what is small."""
+    return 8 * sum(t.numel() * t.element_size() for t in network.state_dict().values()) + _SMALL_BYTES
 
 
 def _exhausted(state: RunState, settings: TrainSettings) -> bool:

@@ -56,7 +56,8 @@ def receptive_radius_px(network: Network) -> int:
     was_training = network.training
     try:
         device = next(network.parameters()).device
-        network.eval()(torch.zeros(1, 3, side, side, device=device))
+        network.eval()
+        network.decoder(network.encoder(torch.zeros(1, 3, side, side, device=device)))
     finally:
         network.train(was_training)
         for handle in handles:

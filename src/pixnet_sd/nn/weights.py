@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pixnet_sd._errors import CheckpointError
+from pixnet_sd._files import open_regular
 from pixnet_sd._logging import logger
 
 __all__ = ["MatchReport", "hash_weights", "load_encoder_weights", "read_weights"]
 
 _PREFIXES = ("module.", "model.", "resnet.", "encoder.", "backbone.", "body.")
+_MOST_TIMES = 32  # of the encoder's size: files of self-supervised training hold two networks, heads and moments
+_BESIDE_BYTES = 1 << 30
 _MIN_MATCHED = 0.5  # a head is a small part of a backbone; half unmatched means another network
 
 
@@ -29,7 +32,7 @@ class MatchReport(NamedTuple):
     wrong_shape: list[str]
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, *, most_bytes: int | None = None) -> dict[str, Tensor]:
     """Read tensors from a safetensors or torch file.
 
     Parameters
@@ -37,6 +40,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path
         ``.safetensors``, or any file that ``torch.load(weights_only=True)`` opens; a nested ``state_dict`` (Lightning)
         or ``model`` is unwrapped.
+    most_bytes
+        Largest size of a file that is opened; None: any.
 
     Returns
     -------
@@ -48,8 +53,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         No such file, or nothing in it that is a set of tensors.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise CheckpointError(f"There is no weights file at {str(path)!r}. Give encoder_weights= a file.")
+    _check_file(path, most_bytes)
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
@@ -65,6 +69,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         raise CheckpointError(f"{str(path)!r} holds no named tensors, so it is not a weights file.")
     return tensors
+
+
+def _check_file(path: Path, most_bytes: int | None) -> None:
+    """Look at what is there before a library opens it, and waits for a pipe."""
+    try:
+        open_regular(path, most_bytes=most_bytes).close()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"There is no weights file at {str(path)!r}. Give encoder_weights= a file.") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"encoder_weights= cannot be read: {error}") from error
 
 
 def _bare(key: str) -> str:
@@ -117,7 +131,8 @@ def load_encoder_weights(body: nn.Module, path: str | Path) -> MatchReport:
         Less than half of the encoder's tensors have a match.
     """
     own = body.state_dict()
-    fitting, report = _match(own, read_weights(path))
+    n_bytes = sum(value.numel() * value.element_size() for value in own.values())
+    fitting, report = _match(own, read_weights(path, most_bytes=_MOST_TIMES * n_bytes + _BESIDE_BYTES))
     needed = [k for k in own if not k.endswith("num_batches_tracked")]
     share = 1 - len(report.missing) / len(needed)
     if share < _MIN_MATCHED:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._commit import check_target, commit
-from ._disk import size_text
+from ._disk import hold_lock, size_text
 from ._factors import FactorHead, factor_names, factors_key, head_key, read_head
 from ._gene_map import GeneMapReader, GeneMapWriter, check_not_rewritten, estimate_bytes, open_map, written_as
 from ._provenance import record, recorded, stored_note
@@ -19,10 +19,12 @@ from ._table import region_table
 from ._thumbnail import thumbnail
 
 if TYPE_CHECKING:
+    from ._checksums import CHECKSUMS
     from ._pixnet import PixNet
-    from ._record import ModelRecord, library_versions, link_of, outputs_of
+    from ._record import ModelRecord, library_versions, link_of, outputs_of, read_record
 
 __all__ = [
+    "CHECKSUMS",
     "Express",
     "Expressed",
     "FactorHead",
@@ -46,6 +48,7 @@ __all__ = [
     "factor_names",
     "factors_key",
     "head_key",
+    "hold_lock",
     "image_pyramid",
     "image_transforms",
     "library_versions",
@@ -54,6 +57,7 @@ __all__ = [
     "open_map",
     "outputs_of",
     "read_head",
+    "read_record",
     "record",
     "recorded",
     "region_table",
@@ -65,17 +69,19 @@ __all__ = [
     "written_as",
 ]
 
-_WITH_TORCH = {
+_LATER = {
+    "CHECKSUMS": "_checksums",
     "PixNet": "_pixnet",
     "ModelRecord": "_record",
     "library_versions": "_record",
     "link_of": "_record",
     "outputs_of": "_record",
+    "read_record": "_record",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch comes when it is asked for: a store can be written without."""
-    if name in _WITH_TORCH:
-        return getattr(import_module(f".{_WITH_TORCH[name]}", __name__), name)
+    """What needs torch or pydantic comes when it is asked for: a store can be written without."""
+    if name in _LATER:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

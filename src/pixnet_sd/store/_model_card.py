@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -83,10 +84,10 @@ def _data(slides: dict[str, Any]) -> str:
     rows = [
         (
             name,
-            f"{slide['mpp']:.4g} ({slide['mpp_rule']})",
-            _counts(slide["training_regions"]),
-            _counts(slide["held_out_regions"]),
-            ", ".join(slide["tables"]),
+            f"{slide.get('mpp', math.nan):.4g} ({slide.get('mpp_rule', 'unknown')})",
+            _counts(slide.get("training_regions", {})),
+            _counts(slide.get("held_out_regions", {})),
+            ", ".join(slide.get("tables", {})),
         )
         for name, slide in slides.items()
     ]
@@ -95,8 +96,10 @@ def _data(slides: dict[str, Any]) -> str:
 
 def _split(slides: dict[str, Any]) -> str:
     """How the slides were split, as the counts of their regions say."""
-    trained = {name for name, slide in slides.items() if any(slide["training_regions"].values())}
-    held = {name for name, slide in slides.items() if any(slide["held_out_regions"].values())}
+    trained, held = (
+        {name for name, slide in slides.items() if any(slide.get(regions, {}).values())}
+        for regions in ("training_regions", "held_out_regions")
+    )
     if not held:
         return "Nothing was held out."
     if trained & held:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,24 @@ from typing import Any
 import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from pixnet_sd._errors import CheckpointError, PixNetError
+from pixnet_sd._errors import CheckpointError
+from pixnet_sd._files import read_regular, replace_file, replace_files
 from pixnet_sd._logging import logger
-from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.model import Network
 from pixnet_sd.nn.weights import hash_weights
 
+from ._checksums import CHECKSUMS, write_checksums
 from ._hub import hub_errors, is_local, snapshot
 from ._model_card import TAGS, card_text
-from ._record import ModelRecord, library_versions, link_of, read_record, write_json_atomically
+from ._rebuild import WEIGHTS, read_network
+from ._record import CONFIG, ModelRecord, read_record
 
 __all__ = ["PixNet"]
 
-_CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
 _CARD = "README.md"
+_CARD_BYTES = 4 << 20
 
 
 class PixNet(ModelHubMixin, library_name="pixnet_sd"):
@@ -64,13 +66,13 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         return frame.astype({"epoch": int}).set_index("epoch") if len(frame) else frame
 
     def save(self, directory: str | Path) -> Path:
-        """Write ``model.safetensors`` and ``config.json`` into a directory.
+        """Write ``model.safetensors``, ``config.json``, and the hashes of both in ``checksums.json``.
 
         Parameters
         ----------
         directory
-            Made if it is not there; a model in it is replaced, weights first, so that a kill in between is noticed by
-            `load` (the hash in the config differs).
+            Made if it is not there; a model in it is replaced, checksums last, so that a kill in between is noticed by
+            `load`.
 
         Returns
         -------
@@ -79,23 +81,17 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         Raises
         ------
         CheckpointError
-            The disk is full, or the directory cannot be written.
+            The disk is full, the directory cannot be written, or the record holds what no record can.
         """
         directory = Path(directory)
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
-        partial = directory / f"{_WEIGHTS}.partial"
-        self.record = replace(self.record, weights_sha256=hash_weights(self.network))
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial)
-            partial.replace(directory / _WEIGHTS)
-            write_json_atomically(directory / _CONFIG, self.record.to_json())
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"The model cannot be written to {str(directory)!r} ({error}). Free some disk, or save it elsewhere."
-            ) from error
+        record = replace(self.record, weights_sha256=hash_weights(self.network))
+        record.check()
+        with _writing(directory), replace_files(directory, [WEIGHTS, CONFIG, CHECKSUMS]) as aside:
+            save_file(tensors, aside / WEIGHTS)
+            (aside / CONFIG).write_text(record.to_json(), encoding="utf-8")
+            write_checksums(aside, [WEIGHTS, CONFIG])
+        self.record = record
         return directory
 
     @classmethod
@@ -114,25 +110,11 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         Raises
         ------
         CheckpointError
-            No checkpoint, a truncated one, or one of another kind.
+            No checkpoint, a damaged one, or one of another kind.
         """
         directory = Path(directory).expanduser()
-        record = read_record(directory / _CONFIG)
-        network = _empty_network(record)
-        try:
-            tensors = load_file(directory / _WEIGHTS)
-            network.load_state_dict(tensors)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{str(directory / _WEIGHTS)!r} is missing, truncated or of another network "
-                f"({type(error).__name__}). Restore it, or train again."
-            ) from error
-        if hash_weights(network) != record.weights_sha256:
-            raise CheckpointError(
-                f"The weights in {str(directory)!r} are not those its config.json was written for: one of the two was "
-                "replaced, or saving was cut off. Restore the folder, or train again."
-            )
-        return cls(network, record)
+        record = read_record(directory)
+        return cls(read_network(directory, record), record)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # no **kwargs: a slip in an option is an error
@@ -188,13 +170,13 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> PixNet:
         unavailable = f"{model_id!r} is no folder here, and cannot be fetched from the hub"
         with hub_errors(unavailable):
-            config = snapshot(model_id, [_CONFIG], **options) / _CONFIG
+            folder = snapshot(model_id, [CONFIG, CHECKSUMS], **options)
         try:
-            read_record(config)  # before the weights come, which of a foreign model can be any size
+            read_record(folder)  # before the weights come, which of a foreign model can be any size
         except CheckpointError as error:
             raise CheckpointError(f"{model_id!r} on the hub is no model of pixnet_sd: {error}") from error
         with hub_errors(unavailable):
-            folder = snapshot(model_id, [_CONFIG, _WEIGHTS], **options)
+            folder = snapshot(model_id, [CONFIG, CHECKSUMS, WEIGHTS], **options)
         return cls.load(folder)
 
     def save_pretrained(
@@ -242,9 +224,14 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         self.save(save_directory)
 
     def _write_card(self, path: Path, options: dict[str, Any]) -> None:
-        if not path.exists():
-            write_json_atomically(path, str(self.generate_model_card(**options)))
-        elif self.record.weights_sha256 not in path.read_text(encoding="utf-8"):
+        try:
+            there = read_regular(path, most_bytes=_CARD_BYTES)
+        except FileNotFoundError:
+            text = str(self.generate_model_card(**options))
+            with _writing(path.parent), replace_file(path) as aside:
+                aside.write_text(text, encoding="utf-8")
+            return
+        if self.record.weights_sha256.encode() not in there:
             logger.warning("%s was not written for this model, and stays as it is; delete it for a new one", path)
 
     def push_to_hub(
@@ -324,13 +311,11 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{card_text(self.record, repo_id=repo_id, license=stated)}")
 
 
-def _empty_network(record: ModelRecord) -> Network:
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
     try:
-        encoder = build_encoder(record.encoder, None, frozen=record.freeze_encoder)
-    except PixNetError as error:
-        then, now = record.versions.get("timm", "(unknown)"), library_versions()["timm"]
+        yield
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"The checkpoint was made with encoder {record.encoder!r} of timm {then}, and the timm installed here, "
-            f"{now}, does not have it. Install that version."
+            f"The model cannot be written to {str(directory)!r} ({error}). Free some disk, or save it elsewhere."
         ) from error
-    return Network(encoder, record.decoder, len(record.outputs), record.aggregation, link_of(record.objective))

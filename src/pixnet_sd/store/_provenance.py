@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pixnet_sd._errors import StoreError
+from pixnet_sd._schemas import check_notes
 
 from ._disk import hold_lock, local_store, read_json, work_folder, write_json
 
@@ -91,13 +92,8 @@ def merged_notes(on_disk: Any, in_memory: Any, new: Mapping[str, Any]) -> dict[s
 
     Micrometres per pixel are the user's to set in memory, and go over those of the store.
     """
-    for notes in (on_disk, in_memory):
-        if notes is not None and not isinstance(notes, Mapping):
-            raise StoreError(
-                f"sdata.attrs[{ATTRS_KEY!r}] is {type(notes).__name__}, but pixnet_sd keeps a dict there. Remove it."
-            )
-    merged = _two_levels(in_memory or {}, on_disk or {})
-    merged = _two_levels(merged, {"mpp": in_memory["mpp"]} if in_memory and "mpp" in in_memory else {})
+    stored, remembered = check_notes(on_disk), check_notes(in_memory)
+    merged = _two_levels(_two_levels(remembered, stored), {"mpp": remembered["mpp"]} if "mpp" in remembered else {})
     safe = json_safe(_two_levels(merged, new))
     return dict(safe)
 

@@ -12,24 +12,21 @@ from typing import Any
 import pandas as pd
 
 from pixnet_sd._errors import CheckpointError
+from pixnet_sd._files import read_regular
+from pixnet_sd._schemas import RecordSchema, parse_json, shown, validated, what_is_wrong
 from pixnet_sd.nn.head import Link
 from pixnet_sd.nn.model import Aggregation, DecoderConfig
 from pixnet_sd.nn.objectives import ObjectiveName
 
+from ._checksums import check_file
 from ._provenance import json_safe
 
-__all__ = [
-    "FORMAT",
-    "TOTAL",
-    "ModelRecord",
-    "library_versions",
-    "link_of",
-    "outputs_of",
-    "read_record",
-    "write_json_atomically",
-]
+__all__ = ["CONFIG", "FORMAT", "TOTAL", "ModelRecord", "library_versions", "link_of", "outputs_of", "read_record"]
 
-FORMAT = "pixnet_sd/1"
+FORMAT = "pixnet_sd/2"
+
+CONFIG = "config.json"
+_MOST_BYTES = 32 << 20
 
 TOTAL = "total_counts"
 """Name of the output that is the sum over all genes, as scanpy calls it."""
@@ -144,14 +141,27 @@ class ModelRecord:
         """Text of ``config.json``; NaN becomes null."""
         return json.dumps(json_safe(asdict(self)), indent=2)
 
+    def check(self) -> None:
+        """Look whether `read_record` will take what `to_json` gives.
 
-def read_record(path: Path) -> ModelRecord:
+        Raises
+        ------
+        CheckpointError
+            A field has a value that no record has.
+        """
+        try:
+            validated(RecordSchema, parse_json(self.to_json().encode()))
+        except ValueError as error:
+            raise CheckpointError(f"The model's record cannot be saved: {what_is_wrong(error)}.") from error
+
+
+def read_record(folder: Path) -> ModelRecord:
     """Read ``config.json``.
 
     Parameters
     ----------
-    path
-        The file.
+    folder
+        Of the model.
 
     Returns
     -------
@@ -162,27 +172,46 @@ def read_record(path: Path) -> ModelRecord:
     CheckpointError
         There is none, it is damaged, or it is not one of ours.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{_no_checkpoint(path.parent)} Give the folder that fit left.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{str(path)!r} is damaged ({error}). Restore it, or train again.") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(
-            f"{str(path)!r} is not a checkpoint of this package: its format is {found!r}, and {FORMAT!r} is needed. "
-            "Weights of an encoder alone go to fit(encoder_weights=...)."
-        )
-    known = {f.name for f in fields(ModelRecord)}
+    path = folder / CONFIG
+    content = _content(path)
     missing = [f.name for f in fields(ModelRecord) if f.name not in content]
     if missing:
         raise CheckpointError(f"{str(path)!r} lacks {missing}. Restore it, or train again.")
     try:
-        return ModelRecord(**{k: v for k, v in content.items() if k in known})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"its decoder is {content['decoder']!r}"
-        raise CheckpointError(f"{str(path)!r} is damaged ({what}). Restore it, or train again.") from error
+        validated(RecordSchema, content)
+    except ValueError as error:
+        raise CheckpointError(_damaged(path, error)) from error
+    check_file(path)
+    return ModelRecord(**{f.name: content[f.name] for f in fields(ModelRecord)})
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What the file holds, if it says that it is ours."""
+    try:
+        text = read_regular(path, most_bytes=_MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{_no_checkpoint(path.parent)} Give the folder that fit left.") from error
+    try:
+        content = parse_json(text, allow_nan=True)  # so that the field is named that has it
+    except ValueError as error:
+        raise CheckpointError(_damaged(path, error)) from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found == FORMAT:
+        return dict(content)
+    earlier = isinstance(found, str) and found.startswith(FORMAT.partition("/")[0] + "/")
+    remedy = (
+        "Train again, or install the version of pixnet_sd that it was made with."
+        if earlier
+        else "Weights of an encoder alone go to fit(encoder_weights=...)."
+    )
+    raise CheckpointError(
+        f"{str(path)!r} is not a checkpoint of this package: its format is {shown(found)}, and {FORMAT!r} is "
+        f"needed. {remedy}"
+    )
+
+
+def _damaged(path: Path, error: ValueError) -> str:
+    return f"{str(path)!r} is damaged ({what_is_wrong(error)}). Restore it, or train again."
 
 
 def _no_checkpoint(folder: Path) -> str:
@@ -202,10 +231,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:  # a source tree that was never installed
             found[name] = "unknown"
     return found
-
-
-def write_json_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import pandas as pd
 from spatialdata import SpatialData
 
-from pixnet_sd._errors import PixNetError
+from pixnet_sd._errors import CheckpointError, PixNetError
+from pixnet_sd._files import replace_file
 from pixnet_sd._fingerprint import fingerprint
 from pixnet_sd._logging import logger
 from pixnet_sd.store import PixNet
@@ -266,8 +267,13 @@ def _summary_rows(
 
 
 def _write(result: CrossValidation, directory: Path) -> None:
-    for name in ("per_gene", "per_slide", "summary"):
-        partial = directory / f"{name}.csv.partial"
-        getattr(result, name).to_csv(partial, index=False)
-        partial.replace(directory / f"{name}.csv")
+    try:
+        for name in ("per_gene", "per_slide", "summary"):
+            with replace_file(directory / f"{name}.csv") as aside:
+                getattr(result, name).to_csv(aside, index=False)
+    except OSError as error:
+        raise CheckpointError(
+            f"Scores cannot be written to {str(directory)!r} ({error.strerror or error}). Free some disk and make the "
+            "same call again: models and scores of the folds are there."
+        ) from error
     logger.info("scores of %d folds in %s", len(result.folders), directory)

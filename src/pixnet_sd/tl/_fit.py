@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +26,14 @@ from pixnet_sd.nn.objectives import ObjectiveName
 from pixnet_sd.nn.receptive_field import receptive_radius_px, sees_whole_tile
 from pixnet_sd.nn.weights import hash_weights
 from pixnet_sd.slide import PixelContent, Slide, check_same_pixels
-from pixnet_sd.store import ModelRecord, PixNet, library_versions, link_of, outputs_of
+from pixnet_sd.store import CHECKSUMS, ModelRecord, PixNet, library_versions, link_of, outputs_of
 from pixnet_sd.store import record as note
 
 from ._depends import training_parts
 from ._pixels import pixels_of
 from ._recipe import check_choices, decoder_config, default_aggregation, train_settings
 from ._training_data import TrainingData, check_validation, data_parts, describe, open_sources, training_data
+from ._training_lock import alone_in, alone_in_checkpoint_dir
 
 __all__ = ["fit"]
 
@@ -41,6 +42,7 @@ _FIRST = 5  # differences that are named
 _BATCH_SIZE = {"cuda": 8, "mps": 4, "cpu": 2}
 
 
+@alone_in_checkpoint_dir
 def fit(
     sdata: SpatialData | Mapping[str, SpatialData],
     *,
@@ -174,7 +176,7 @@ def fit(
     DataError
         Counts, genes or pixels cannot be used, or an image was changed during the training.
     CheckpointError
-        Encoder weights cannot be had, or `checkpoint_dir` holds another run or cannot be written.
+        Encoder weights cannot be had; or `checkpoint_dir` holds another run, is in use by one, or cannot be written.
     StoreError
         Compact counts cannot be written beside `checkpoint_dir`.
 
@@ -249,9 +251,12 @@ def fit(
         data=data_parts(data),
     )
     directory = _directory(checkpoint_dir, slides, record.training["fingerprint"])
-    model = _finished(directory, record) or _trained(
-        PixNet(network, record), data, images, settings, fabric, directory, show_progress_bar
-    )
+    record.check()
+    # A folder that was given is held since the call began.
+    with alone_in(directory) if checkpoint_dir is None else nullcontext():
+        model = _finished(directory, record) or _trained(
+            PixNet(network, record), data, images, settings, fabric, directory, show_progress_bar
+        )
     if record_model:
         for name, (slide, pixels) in images.items():
             _note(slides[name], str(directory.resolve()), slide.image_key, pixels)
@@ -313,6 +318,8 @@ def _finished(directory: Path, record: ModelRecord) -> PixNet | None:
     """The model, if the same run is already there."""
     if not (directory / "config.json").exists():
         return None
+    if not (directory / CHECKSUMS).exists() and RunState.is_there(directory / "training"):
+        return None  # killed while its model was saved: the state goes when all of that is there
     found = PixNet.load(directory)
     if found.record.training.get("fingerprint") != record.training["fingerprint"]:
         differing = differing_parts(found.record.depends_on, record.depends_on)
@@ -322,19 +329,6 @@ def _finished(directory: Path, record: ModelRecord) -> PixNet | None:
         )
     logger.info("the same run has finished before: its model is taken from %s", directory)
     return found
-
-
-def _check_writable(directory: Path) -> None:
-    """Find out before the training, not after it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise CheckpointError(
-            f"{str(directory)!r} cannot be written ({error.strerror or error}). Give checkpoint_dir= a folder that can "
-            "be."
-        ) from error
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -363,7 +357,6 @@ def _trained(
     show_progress_bar: bool,
 ) -> PixNet:
     """Train, and save into the directory."""
-    _check_writable(directory)
     result = train(
         model.network,
         data.training,

@@ -1,0 +1,311 @@
+"""What our files and notes may hold: types and ranges, looked at in one place before anything is believed.
+
+Nothing here is converted: a number written as text, or true in place of 1, is damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from reprlib import Repr
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import from_json
+
+from ._errors import StoreError
+
+__all__ = [
+    "ChecksumsSchema",
+    "NotesSchema",
+    "RecordSchema",
+    "ScoresSchema",
+    "StateSchema",
+    "check_notes",
+    "parse_json",
+    "shown",
+    "validated",
+    "what_is_wrong",
+]
+
+MAX_GENES = 1_000_000
+MAX_WIDTH = 1 << 13
+"""Most channels of a level, and hidden ones; a decoder this wide takes gigabytes."""
+
+MAX_SIDE_PX = 1 << 15
+
+MOMENTS = {"n", "predicted_mean", "predicted_ss", "measured_mean", "measured_ss", "product", "mse", "mae"}
+"""Columns of a fold's scores."""
+
+_LEVELS = 4  # of the feature pyramid
+_ALIGN_PX = 32  # its coarsest stride
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Text = Annotated[str, StringConstraints(max_length=4096)]
+Hash = Annotated[str, StringConstraints(max_length=128)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+Micrometres = Annotated[float, Field(gt=0, le=100)]
+Side = Annotated[int, Field(ge=0, le=MAX_SIDE_PX, multiple_of=_ALIGN_PX)]
+Pcc = Annotated[float, Field(ge=-1.001, le=1.001)]  # 1 with the rounding of 32 bits
+Row = dict[Name, float | None]
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class _Open(_Strict):
+    """What may hold more than is known here."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class DecoderSchema(_Strict):
+    """Shape of a decoder."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    widths: Annotated[list[Width], Field(min_length=_LEVELS, max_length=_LEVELS)] | None
+    hidden: Annotated[list[Width], Field(min_length=_LEVELS - 1, max_length=_LEVELS - 1)]
+    dropout: Share = 0.0
+
+
+class SlideSchema(_Open):
+    """What a record says of a slide; all of it may be missing."""
+
+    mpp: Positive = 1.0
+    mpp_rule: Text = ""
+    tables: dict[Name, Text] = {}
+    training_regions: dict[Name, Count] = {}
+    held_out_regions: dict[Name, Count] = {}
+
+
+class RecordSchema(_Strict):
+    """``config.json``; fields of later versions are passed over."""
+
+    genes: Annotated[list[Name], Field(max_length=MAX_GENES), FailFast()]
+    target_sum: Positive
+    log_base: Literal["e"]
+    objective: Literal["mse_pcc", "poisson", "nb"]
+    aggregation: Literal["mean", "sum"]
+    working_mpp: Micrometres
+    encoder: Name
+    encoder_weights: Text | None
+    encoder_sha256: Hash
+    freeze_encoder: bool
+    decoder: DecoderSchema
+    tile_px: Annotated[Side, Field(ge=2 * _ALIGN_PX)]
+    halo_px: Annotated[Side, Field(ge=_ALIGN_PX)]
+    sees_whole_tile: bool
+    weights_sha256: Hash
+    training: dict[Name, JsonValue]
+    slides: dict[Name, SlideSchema]
+    held_out_pcc: Annotated[list[Pcc | None], Field(max_length=MAX_GENES), FailFast()]
+    history: Annotated[list[Row], FailFast()]
+    versions: dict[Name, Text]
+    depends_on: dict[Name, JsonValue]
+    format: Text
+
+    @field_validator("genes")
+    @classmethod
+    def _each_gene_once(cls, genes: list[str]) -> list[str]:
+        if not genes:
+            raise ValueError("there is none")
+        seen: set[str] = set()
+        twice = next((gene for gene in genes if gene in seen or seen.add(gene)), None)  # type: ignore[func-returns-value]
+        if twice is not None:
+            raise ValueError(f"{twice!r} is there twice")
+        return genes
+
+    @field_validator("history")
+    @classmethod
+    def _epochs_are_whole(cls, history: list[Row]) -> list[Row]:
+        for row in history:
+            epoch = row.get("epoch")
+            if epoch is None or not (0 <= epoch < 2**53 and float(epoch).is_integer()):
+                raise ValueError(f"a row is of epoch {epoch}")
+        return history
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> RecordSchema:
+        if self.held_out_pcc and len(self.held_out_pcc) != len(self.genes):
+            raise ValueError(f"held_out_pcc has {len(self.held_out_pcc)} scores of {len(self.genes)} genes")
+        if self.objective != "mse_pcc" and self.aggregation != "sum":
+            raise ValueError(f"objective {self.objective!r} goes with aggregation 'sum', and it is 'mean'")
+        return self
+
+
+class FileSchema(_Strict):
+    """Size and hash of a file."""
+
+    bytes: Count
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ChecksumsSchema(_Strict):
+    """``checksums.json``."""
+
+    files: Annotated[dict[Name, FileSchema], Field(max_length=100)]
+
+
+class BestSchema(_Strict):
+    """The best epoch of a run; scores may be NaN, and minus infinity before there is one."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=True)
+
+    epoch: Count
+    pcc: float
+    pcc_per_gene: list[float]
+    weights: dict[str, Any]
+
+
+class StateSchema(_Strict):
+    """``training_state.pt``; tensors are looked at where they are used."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=True)
+
+    fingerprint: Name
+    epoch: Count
+    steps: Count
+    network: dict[str, Any]
+    optimizer: dict[str, Any]
+    extras: dict[str, Any]
+    history: list[dict[Name, float]]
+    best: BestSchema
+
+
+class MomentsSchema(_Strict):
+    """Scores of one table of a slide, gene by gene."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    slide: Name
+    table: Name
+    genes: list[Name]
+    moments: dict[Name, list[int | float]]
+
+    @model_validator(mode="after")
+    def _one_value_a_gene(self) -> MomentsSchema:
+        if set(self.moments) != MOMENTS:
+            raise ValueError(f"columns {sorted(self.moments)} in place of {sorted(MOMENTS)}")
+        if any(len(values) != len(self.genes) for values in self.moments.values()):
+            raise ValueError("a column has another length than the genes")
+        return self
+
+
+class ScoresSchema(_Strict):
+    """``scores.json`` of a fold."""
+
+    identity: dict[str, Any]
+    scores: list[MomentsSchema]
+    sha256: Hash
+
+
+class NotesSchema(_Open):
+    """``sdata.attrs["pixnet_sd"]``; sections that are not known here stay as they are."""
+
+    model: Text | None = None
+    mpp: dict[str, Positive] = {}
+    maps: dict[str, dict[str, Any]] = {}
+    tables: dict[str, dict[str, Any]] = {}
+
+
+def check_notes(notes: Any) -> dict[str, Any]:
+    """Look at what is noted in ``sdata.attrs["pixnet_sd"]``.
+
+    Parameters
+    ----------
+    notes
+        The notes, of memory or of a store; None stands for none.
+
+    Returns
+    -------
+    The notes, all of them, as they are.
+
+    Raises
+    ------
+    StoreError
+        They are no mapping, or a section of ours holds what is never written there.
+    """
+    where = "sdata.attrs['pixnet_sd']"
+    if notes is None:
+        return {}
+    if not isinstance(notes, Mapping):
+        raise StoreError(f"{where} is {type(notes).__name__}, but pixnet_sd keeps a dict there. Remove it.")
+    try:
+        NotesSchema.model_validate(dict(notes))
+    except ValidationError as error:
+        raise StoreError(f"{where} is damaged ({what_is_wrong(error)}). Correct or remove that entry.") from error
+    return dict(notes)
+
+
+def parse_json(text: bytes, *, allow_nan: bool = False) -> Any:
+    """Value of a JSON text.
+
+    Parameters
+    ----------
+    text
+        The text, UTF-8.
+    allow_nan
+        Take NaN and infinities, which Python writes and JSON does not have.
+
+    Raises
+    ------
+    ValueError
+        It is none, or nested without end.
+    """
+    return from_json(text, allow_inf_nan=allow_nan)
+
+
+def validated(schema: type[Schema], content: Any) -> Schema:
+    """Content that is as its schema says.
+
+    Parameters
+    ----------
+    schema
+        One of those here.
+    content
+        Of plain types, such as `parse_json` gives.
+
+    Raises
+    ------
+    ValueError
+        Something else is in it; `what_is_wrong` says what.
+    """
+    return schema.model_validate(content)
+
+
+def what_is_wrong(error: ValueError) -> str:
+    """One line on the first thing that is wrong, with the name of the field."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    text = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("missing", "value_error"):  # the input is what is around it, or is told already
+        return ": ".join(filter(None, [where, text]))
+    return f"{where}: {text}, and it is {shown(first['input'])}"
+
+
+def shown(value: Any) -> str:
+    """Short text of whatever was found."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a number with more digits than Python writes
+        return f"a {type(value).__name__}"

@@ -1,0 +1,333 @@
+"""Models that were damaged, edited, forged or planted: always the package's own error, and soon."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.store.sealing import sealed
+from tests.store.test_pixnet import make_model
+
+from pixnet_sd.errors import CheckpointError
+from pixnet_sd.store import PixNet, read_record
+
+FILES = ("config.json", "model.safetensors", "checksums.json")
+HUGE, LONG = 10**9, "x" * 5000
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A small model; not to be written to."""
+    return make_model().save(tmp_path_factory.mktemp("model") / "whole")
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def content(whole: Path) -> dict[str, Any]:
+    return json.loads((whole / "config.json").read_text())
+
+
+def changed(content: dict[str, Any], where: str, value: Any) -> str:
+    """The record with another value at a place, ``"decoder.widths.0"``."""
+    copy = json.loads(json.dumps(content))
+    *path, last = where.split(".")
+    parent = copy
+    for key in path:
+        parent = parent[int(key) if isinstance(parent, list) else key]
+    parent[int(last) if isinstance(parent, list) else last] = value
+    return json.dumps(copy)
+
+
+WRONG: dict[str, list[Any]] = {
+    "genes": [[], None, "ACTB", ["A", "A", "B"], ["", "A", "B"], [1, 2, 3], [None] * 3, {"A": 1}, ["A", LONG, "B"]],
+    "target_sum": [-1, 0, None, "1e4", True, [], float("nan"), float("inf")],
+    "log_base": [5, "10", None, "E", 2.718281828],
+    "objective": ["x", None, 0, "MSE", [], "poisson"],  # the last goes with sums
+    "aggregation": ["x", None, 1, "median", ["mean"]],
+    "working_mpp": [0, -0.5, None, "0.5", 1e9, True, float("nan")],
+    "encoder": [None, 5, "", LONG, ["resnet18"]],
+    "encoder_weights": [5, [], {}],
+    "encoder_sha256": [None, 7],
+    "freeze_encoder": [None, 0, "false"],
+    "decoder": [None, [], 5, {}, {"widths": None}, {"widths": None, "hidden": [3, 3, 3], "depth": 4}],
+    "decoder.widths": [[], [4], [4] * 5, 4, "4444"],
+    "decoder.widths.0": [HUGE, 0, -4, 4.5, None, "4", True],
+    "decoder.hidden": [[], [4, 4], [4] * 4, None],
+    "decoder.hidden.2": [HUGE, 0, -4, 8.5, None],
+    "decoder.dropout": [-0.1, 1, 2, None, "0.5"],
+    "tile_px": [0, -128, 100, 127, 128.5, HUGE * 32, None, "128", 32],
+    "halo_px": [0, -32, 100, HUGE * 32, None, "160", True],
+    "sees_whole_tile": [None, 1, "no"],
+    "weights_sha256": [None, 5, LONG],
+    "training": [None, [], "x", 5],
+    "slides": [None, [], {"a": None}, {"a": {"mpp": "x"}}, {"a": {"mpp": -1}}, {"a": {"training_regions": [1]}}],
+    "held_out_pcc": [None, [0.5], [0.5] * 4, [0.5, 2.0, None], [0.5, -7, 0], ["a", None, 0.1], {}],
+    "history": [None, {}, [1], [{"loss": 1.0}], [{"epoch": 1.5}], [{"epoch": None}], [{"epoch": 1, "loss": "x"}]],
+    "versions": [None, [], {"torch": 2}, {"torch": LONG}],
+    "depends_on": [None, [], "x"],
+}
+
+
+@pytest.mark.parametrize("where", WRONG)
+def test_a_field_that_no_model_has(tmp_path: Path, content, where: str) -> None:
+    """Though its checksum fits."""
+    for value in WRONG[where]:
+        folder = sealed(tmp_path, changed(content, where, value))
+        with pytest.raises(CheckpointError) as refused:
+            read_record(folder)
+        assert where.split(".")[0] in str(refused.value), value
+        assert str(folder / "config.json") in str(refused.value)
+        assert len(str(refused.value)) < 700
+
+
+def test_a_field_that_is_missing(tmp_path: Path, content) -> None:
+    for name in content:
+        with pytest.raises(CheckpointError, match=name):
+            read_record(sealed(tmp_path, json.dumps({k: v for k, v in content.items() if k != name})))
+
+
+def test_all_fields_are_in_the_table(content) -> None:
+    assert {where.split(".")[0] for where in WRONG} == content.keys() - {"format"}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.sampled_from([*WRONG, "genes.1", "history.0.loss", "held_out_pcc", "format"]), value=JSON)
+def test_any_value_anywhere(tmp_path: Path, content, where: str, value: Any) -> None:
+    """What is taken can be used: it is shown, and saved again."""
+    try:
+        record = read_record(sealed(tmp_path, changed(content, where, value)))
+    except CheckpointError:
+        return
+    assert json.loads(record.to_json())
+    record.check()
+    assert len(record.var) == len(record.genes)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "damaged"),
+        ('{"format": "pixnet_sd/2", "genes": [', "damaged"),
+        ("[1, 2]", "its format is None, and 'pixnet_sd/2' is needed"),
+        ('{"architectures": ["ResNet"]}', r"not a checkpoint of this package.*encoder_weights="),
+        ('{"format": "pixnet_sd/1"}', "its format is 'pixnet_sd/1'.*Train again"),
+        ('{"format": "pixnet_sd/2", "genes": []}', r"lacks \['target_sum', 'objective', 'aggregation'"),
+        ('{"a":' * 100_000, "damaged"),
+        ("[" * 100_000, "damaged"),
+        ("9" * 100_000, "damaged"),
+        ('{"format": NaN}', "its format is nan"),
+        ("\0" * 100, "damaged"),
+    ],
+    ids=range(11),
+)
+def test_text_that_is_no_record(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        read_record(sealed(tmp_path, text))
+
+
+def reader_of(name: str) -> Callable[[Path], Any]:
+    """What opens a file with the least work besides."""
+    return PixNet.load if name == "model.safetensors" else read_record
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_flipped_bit(folder: Path, name: str) -> None:
+    path, read = folder / name, reader_of(name)
+    whole = path.read_bytes()
+    span = len(whole) if name != "checksums.json" else whole.index(b"config.json") + 20  # the rest is of the weights
+    start = 0 if name != "checksums.json" else whole.index(b"config.json")
+    n_flips = 6 if name == "model.safetensors" else 100
+    for k in range(n_flips):
+        flip(path, 8 * start + k * (8 * (span - start) - 1) // (n_flips - 1))
+        with pytest.raises(CheckpointError):
+            read(folder)
+        path.write_bytes(whole)
+
+
+def test_a_flipped_bit_in_the_hash_of_the_weights(folder: Path) -> None:
+    path = folder / "checksums.json"
+    noted = json.loads(path.read_text())
+    flip(path, 8 * path.read_bytes().index(noted["files"]["model.safetensors"]["sha256"].encode()))
+    with pytest.raises(CheckpointError):
+        PixNet.load(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncated_or_longer(folder: Path, name: str) -> None:
+    path = folder / name
+    whole = path.read_bytes()
+    for length in (0, 5, len(whole) - 1, -1):
+        path.write_bytes(whole[:length] if length >= 0 else whole + b" ")
+        if (name, length) == ("checksums.json", -1):
+            continue  # a blank behind it changes nothing of what it says
+        with pytest.raises(CheckpointError, match=name):
+            reader_of(name)(folder)
+
+
+def in_place_of(path: Path, kind: str) -> None:
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            here = Path.cwd()
+            os.chdir(path.parent)  # the names of sockets are short
+            bound.bind(path.name)
+            os.chdir(here)
+    elif kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(1 << 42)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "pipe", "folder", "device", "loop", "socket", "huge"])
+@pytest.mark.parametrize("name", FILES)
+def test_something_else_in_place_of_a_file(folder: Path, name: str, kind: str) -> None:
+    in_place_of(folder / name, kind)
+    with pytest.raises(CheckpointError, match=name):
+        reader_of(name)(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_somebody_else(folder: Path, name: str, monkeypatch) -> None:
+    real = os.open
+
+    def refuse(path, *arguments, **options):
+        if Path(path).name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    (folder / name).chmod(0o600)
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CheckpointError, match=rf"{name}.*permission.*-rw-------"):
+        PixNet.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("decoder.widths", [8192] * 4),
+        ("decoder.hidden", [8192] * 3),
+        ("decoder.widths.0", 5),
+        ("genes", [f"G{k}" for k in range(100_000)]),
+        ("halo_px", 128),
+        ("encoder", "test_convnext"),
+        ("encoder", "resnet_of_2030"),
+        ("encoder", "../../etc/passwd"),
+        ("encoder", "hf-hub:nobody/nothing"),
+        ("weights_sha256", "0" * 64),
+    ],
+    ids=range(10),
+)
+def test_a_record_of_another_network(folder: Path, content, where: str, value: Any) -> None:
+    """Refused before memory is taken for it, though the checksums fit."""
+    with pytest.raises(CheckpointError):
+        PixNet.load(sealed(folder, changed(content, where, value)))
+
+
+def test_an_encoder_that_this_timm_does_not_know(folder: Path, content) -> None:
+    with pytest.raises(CheckpointError, match=r"encoder 'resnet_of_2030' of timm .* installed here, .*, does not have"):
+        PixNet.load(sealed(folder, changed(content, "encoder", "resnet_of_2030")))
+
+
+@pytest.mark.parametrize(("other", "forge"), [({"genes": 7}, True), ({"seed": 1}, True), ({"seed": 1}, False)])
+def test_weights_of_another_model(folder: Path, other: dict[str, int], forge: bool) -> None:
+    shutil.copy(make_model(**other).save(folder.parent / "other") / "model.safetensors", folder)
+    if forge:
+        sealed(folder)
+    with pytest.raises(CheckpointError):
+        PixNet.load(folder)
+
+
+def test_saving_follows_no_link(folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "thesis.tex"
+    mine.write_text("years of work")
+    for name in (*FILES, *(f"{name}.partial" for name in FILES)):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(mine)
+    other = make_model(1)
+    other.save(folder)
+    assert mine.read_text() == "years of work"
+    assert PixNet.load(folder).record == other.record
+
+
+def test_a_folder_that_is_a_link(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    other = make_model(1)
+    other.save(tmp_path / "link")
+    assert PixNet.load(tmp_path / "link").record == PixNet.load(folder).record == other.record
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_permissions_are_those_of_new_files(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        make_model().save(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == dict.fromkeys(
+        FILES, mode
+    )
+
+
+def test_a_record_that_cannot_be_read_again_is_not_saved(folder: Path) -> None:
+    before = (folder / "config.json").read_bytes()
+    model = PixNet.load(folder)
+    model.record.target_sum = -1
+    with pytest.raises(CheckpointError, match="target_sum"):
+        model.save(folder)
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pixnet_sd.store._pixnet.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        make_model().save(tmp_path / "models" / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_save_left_goes(folder: Path) -> None:
+    (folder / ".pixnet_sd-abc.partial").mkdir()
+    (folder / ".pixnet_sd-abc.partial" / "model.safetensors").write_bytes(b"half")
+    (folder / ".pixnet_sd-link.partial").symlink_to(folder.parent)  # not ours, and not followed
+    make_model(1).save(folder)
+    assert {path.name for path in folder.iterdir()} == {*FILES, ".pixnet_sd-link.partial"}
+
+
+def test_a_card_that_is_a_pipe(folder: Path) -> None:
+    os.mkfifo(folder / "README.md")
+    with pytest.raises(CheckpointError, match=r"README\.md"):
+        make_model().save_pretrained(folder)

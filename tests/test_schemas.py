@@ -1,0 +1,72 @@
+"""What may stand in the notes of an object."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pixnet_sd._schemas import check_notes
+from pixnet_sd.errors import PixNetError, StoreError
+
+KEY = "sdata.attrs['pixnet_sd']"
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {},
+        {"model": "/some/folder"},
+        {"mpp": {"image": 0.5, "other": 1, "third": np.float64(0.25)}},
+        {"maps": {"pixnet_map": {"genes": ["A"], "mpp": 0.5}}, "tables": {"t": {}}},
+        {"of a later version": object(), "lab": None},
+    ],
+)
+def test_notes_that_are_taken(notes) -> None:
+    assert check_notes(notes) == notes
+
+
+@pytest.mark.parametrize(
+    ("notes", "where"),
+    [
+        ([], "list"),
+        ("model", "str"),
+        ({"model": 5}, "model"),
+        ({"model": ["a"]}, "model"),
+        ({"mpp": 0.5}, "mpp"),
+        ({"mpp": {"image": 0}}, "mpp.image"),
+        ({"mpp": {"image": -0.5}}, "mpp.image"),
+        ({"mpp": {"image": "0.5"}}, "mpp.image"),
+        ({"mpp": {"image": True}}, "mpp.image"),
+        ({"mpp": {"image": None}}, "mpp.image"),
+        ({"mpp": {"image": float("nan")}}, "mpp.image"),
+        ({"maps": ["pixnet_map"]}, "maps"),
+        ({"maps": {"pixnet_map": "path"}}, "maps.pixnet_map"),
+        ({"tables": {"t": [10**5000]}}, "tables.t"),
+    ],
+)
+def test_notes_that_are_refused(notes, where: str) -> None:
+    with pytest.raises(StoreError) as refused:
+        check_notes(notes)
+    assert KEY in str(refused.value)
+    assert where in str(refused.value)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["model", "mpp", "maps", "tables"]) | st.text(max_size=3), inner, max_size=4
+            )
+        ),
+    )
+)
+def test_any_notes(notes) -> None:
+    try:
+        taken = check_notes(notes)
+    except PixNetError:
+        return
+    assert taken == (notes or {}) or notes is None
