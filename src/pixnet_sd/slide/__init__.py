@@ -5,8 +5,9 @@ from __future__ import annotations
 from ._checks import check_regions_on_image
 from ._count_checks import checked_blocks, checked_totals
 from ._counts import Counts
+from ._genes import Genes, genes_of
 from ._image import ImageLevel, ImagePyramid
-from ._measured import Measured, measured
+from ._measured import Measured, counts_of, measured
 from ._mpp import find_mpp
 from ._normalise import log_normalise
 from ._open_store import open_store
@@ -24,6 +25,7 @@ from ._transform import affine_matrix, similarity_scale
 __all__ = [
     "MAP_STRIDE",
     "Counts",
+    "Genes",
     "ImageLevel",
     "ImagePyramid",
     "Measured",
@@ -40,7 +42,9 @@ __all__ = [
     "checked_blocks",
     "checked_totals",
     "choose_genes",
+    "counts_of",
     "find_mpp",
+    "genes_of",
     "log_normalise",
     "measured",
     "measured_tables",

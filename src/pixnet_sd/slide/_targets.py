@@ -87,7 +87,7 @@ def targets_of(
     """
     wanted = pd.Index(genes)
     for table in _tables(slides):
-        check_genes(wanted, table.var_names, f"table {table.table_key!r}")
+        check_genes(wanted, table.var_names, f"table {table.table_key!r}", table.others)
     n_bytes = sum(len(table) for table in _tables(slides)) * len(wanted) * np.dtype(np.float32).itemsize
     if n_bytes <= _DENSE_BYTES:
         return {name: [_dense(table, wanted, target_sum) for table in tables] for name, tables in slides.items()}
@@ -156,8 +156,10 @@ def _usable(total: NDArray[np.float64], target_sum: float | None, what: str) -> 
     return np.asarray(has_counts)
 
 
-def check_genes(genes: Iterable[str], available: Iterable[str], what: str) -> None:
-    """Refuse genes that are not there, naming them and what comes close.
+def check_genes(
+    genes: Iterable[str], available: Iterable[str], what: str, others: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Refuse genes that are not there, naming them and what comes close, and what is there but no gene.
 
     Parameters
     ----------
@@ -167,6 +169,8 @@ def check_genes(genes: Iterable[str], available: Iterable[str], what: str) -> No
         Genes there.
     what
         Where, for the message.
+    others
+        Features there that are no genes, and what each is.
 
     Raises
     ------
@@ -175,6 +179,12 @@ def check_genes(genes: Iterable[str], available: Iterable[str], what: str) -> No
     """
     there = pd.Index(list(available))
     wanted = pd.Index(list(genes))
+    no_gene = [f"{name!r} ({others[name]!r})" for name in wanted if name in others and name not in there]
+    if no_gene:
+        raise DataError(
+            f"{len(no_gene)} of {len(wanted)} genes= are no genes in {what}, by var['feature_types']: "
+            f"{', '.join(no_gene[:_FIRST])}. Only gene expression is learnt and scored: leave them out of genes=."
+        )
     missing = wanted[~wanted.isin(there)]
     if len(missing):
         more = f" and {len(missing) - _FIRST} more" if len(missing) > _FIRST else ""
@@ -267,7 +277,7 @@ def _named_genes(
         raise DataError(f"genes= must name each gene once and at least one; named twice: {list(twice[:_FIRST])}.")
     for name, tables in {**slides, **held_out}.items():
         for table in tables:
-            check_genes(wanted, table.var_names, f"table {table.table_key!r} of slide {name!r}")
+            check_genes(wanted, table.var_names, f"table {table.table_key!r} of slide {name!r}", table.others)
     mean = _mean_over_slides(slides, wanted, 1.0)
     silent = [repr(gene) for gene in mean.index[mean == 0]]
     if silent:
