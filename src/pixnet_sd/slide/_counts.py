@@ -55,12 +55,15 @@ class Counts:
         Folder that holds the matrix, of one that is on disk.
     genes
         Columns of `matrix` that count, ascending, shape (G,); None for all.
+    is_half
+        Whether the values were stored in 16 bits, which do not hold larger counts.
     """
 
     matrix: Any
     rows: NDArray[np.integer]
     files: Path | None = None
     genes: NDArray[np.integer] | None = None
+    is_half: bool = False
 
     @classmethod
     def of(
@@ -82,6 +85,7 @@ class Counts:
             raise DataError(f"{what} has no X. Put raw counts there.")
         if matrix.dtype.kind not in "biuf":
             raise DataError(f"{what} has an X of dtype {matrix.dtype}. Put raw counts there, whole numbers or floats.")
+        is_half = matrix.dtype == np.float16
         kind, backed = getattr(matrix, "format", None), hasattr(matrix, "group")
         if sparse.issparse(matrix):
             matrix = _widened(matrix)
@@ -89,7 +93,7 @@ class Counts:
             matrix = _as_rows(_widened(matrix.to_memory()) if backed else matrix, what)
         elif kind == "csr" and backed:
             matrix = _CompressedRows(matrix.group, matrix.shape)
-        return cls(matrix, np.asarray(rows), files, genes)
+        return cls(matrix, np.asarray(rows), files, genes, is_half)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -162,7 +166,7 @@ class Counts:
 
 def _wide(values: NDArray[Any]) -> NDArray[Any]:
     """Values in a type that SciPy works on and that holds their sums of two."""
-    if values.dtype.kind in "biu" and values.dtype.itemsize < 4 or values.dtype == np.float16:
+    if (values.dtype.kind in "biu" and values.dtype.itemsize < 4) or values.dtype == np.float16:
         return values.astype(np.float32)
     return values.astype(np.float64) if values.dtype.itemsize > 8 else values
 

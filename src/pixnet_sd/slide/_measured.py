@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -83,7 +82,7 @@ class Measured:
     place: NDArray[np.int32] | None
     var_names: pd.Index
     is_complete: bool = True
-    others: Mapping[str, str] = MappingProxyType({})
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.counts)
