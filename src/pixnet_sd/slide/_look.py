@@ -24,7 +24,7 @@ whose totals are gone; logarithms or square roots of any of these; anything else
 
 Row = NDArray[np.float64]
 
-_ROWS_A_BLOCK, _ROWS, _VALUES = 16, 1024, 2**20  # that are looked into, where values are not whole
+_ROWS_A_BLOCK, _ROWS, _VALUES = 256, 1024, 2**20  # that are looked into, where values are not whole
 _MANY = 200  # values whose common divisor says something
 _MOSTLY = 0.9
 _CONSTANT = 1e-3  # relative spread of sums that were made equal
@@ -35,6 +35,7 @@ _HIGHEST = 1e4  # multiples of the unit in which whole numbers can be told
 _ROUNDING = 1e-5  # of a value that was a logarithm in 32 bits
 _LEAST, _MOST = 0.5, 2.0  # factors of a correction
 _SLOPE = -0.6  # of log factor on log total, and their correlation: 0 of corrections, -1 of normalising
+_NEARLY_ONE = 0.8  # share of rows of which the same factor is found; rows may have a divisor of their own
 _LARGEST_LOG = 25.0
 _NEAR = 0.18  # median distance from whole numbers of sums of a few corrected counts; 0.25 of any number
 _FEW = 3
@@ -116,7 +117,7 @@ def _sums_are_equal(rows: list[Row]) -> bool:
 def _are_whole(rows: list[Row]) -> bool:
     values = np.concatenate(rows)
     off = np.abs(values - np.rint(values)) - _ROUNDING * values
-    return len(rows) >= _FEW and bool((off < _PER_UNIT).all() and (values < _HIGHEST).all())
+    return len(rows) >= _FEW and bool(((off < _PER_UNIT) & (values > _LEAST) & (values < _HIGHEST)).all())
 
 
 def _in_units(rows: list[Row]) -> bool:
@@ -158,7 +159,7 @@ def _keep_totals(factor: NDArray[Any], total: NDArray[Any]) -> bool:
     if not _LEAST <= np.median(factor) <= _MOST:
         return False
     x, y = (np.log(each) - np.log(each).mean() for each in (total, factor))
-    if y.std() < _CONSTANT:
+    if np.mean(np.abs(y - np.median(y)) < _CONSTANT) > _NEARLY_ONE:  # one factor for all
         return bool(np.abs(np.median(factor) - 1) < _CONSTANT)
     return not (x @ y < _SLOPE * (x @ x) and x @ y < _SLOPE * np.sqrt((x @ x) * (y @ y)))
 
