@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "DataError", "ElementError", "PixNetError", "ResolutionError", "StoreError"]
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DivergenceError",
+    "ElementError",
+    "PixNetError",
+    "ResolutionError",
+    "StoreError",
+]
 
 
 class PixNetError(ValueError):
@@ -19,6 +27,10 @@ class ResolutionError(PixNetError):
 
 class DataError(PixNetError):
     """Counts, genes or pixels that cannot be used as they are."""
+
+
+class DivergenceError(PixNetError):
+    """A training that left any sane range: nothing of it is worth keeping."""
 
 
 class CheckpointError(PixNetError):

@@ -215,7 +215,7 @@ def test_only_the_state_is_left_behind(make_network, run, learnable, tmp_path: P
 def scripted(monkeypatch: pytest.MonkeyPatch, *pccs: float) -> None:
     """Let validation return these, epoch by epoch."""
     scores = iter(pccs)
-    monkeypatch.setattr(module, "validate", lambda *_: Scores(next(scores), 1.0, [0.5, 0.25, float("nan")]))
+    monkeypatch.setattr(module, "validate", lambda *_: Scores(next(scores), 1.0, [0.5, 0.25, float("nan")], 1.0, 1.0))
 
 
 def test_early_stopping_restores_the_best_epoch(make_network, run, learnable, monkeypatch) -> None:

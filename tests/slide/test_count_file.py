@@ -28,7 +28,7 @@ COUNTS = hnp.arrays(
 def write(folder: Path, x: np.ndarray, cuts=()) -> None:
     parts = np.split(np.arange(len(x)), sorted(cuts))
     blocks = [(sparse.csr_matrix(x[part]), x[part].sum(axis=1) + 1.0) for part in parts]
-    write_counts(folder, blocks, x.shape[1], key="k", is_logged=False)
+    write_counts(folder, blocks, x.shape[1], key="k", kind="counts", largest=1.0)
 
 
 @given(COUNTS, st.lists(st.integers(0, 20), max_size=4), st.data())

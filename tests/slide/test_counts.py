@@ -13,9 +13,7 @@ from anndata.io import sparse_dataset
 from scipy import sparse
 
 from pixnet_sd._errors import DataError
-from pixnet_sd.slide import _counts
-from pixnet_sd.slide._count_checks import checked_totals
-from pixnet_sd.slide._counts import Counts
+from pixnet_sd.slide import Counts, _counts, checked_totals
 
 X = np.random.default_rng(0).poisson(0.7, (23, 6)).astype(np.float32)
 GENES = pd.Index(list("ABCDEF"))
@@ -96,12 +94,58 @@ def test_bad_values_in_rows_that_do_not_count() -> None:
     assert checked_totals(Counts.of(x, ROWS, "x"), GENES, "x").shape == (8,)
 
 
-def test_log_normalised_is_warned_about() -> None:
-    with pytest.warns(UserWarning, match=r"looks log-normalised already.*layers\['counts'\]"):
-        checked_totals(Counts.of(np.log1p(X * 1.3), ROWS, "x"), GENES, "x")
+def totals(x) -> np.ndarray:
+    return checked_totals(Counts.of(x, np.arange(x.shape[0]), "Table 't'"), pd.Index(range(x.shape[1])), "Table 't'")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_matrix, sparse.coo_matrix], ids=repr)
+@pytest.mark.parametrize("kind", [bool, np.int8, np.uint8, np.int16, np.int32, np.int64, np.uint64, np.float16, "f8"])
+def test_any_real_type_gives_the_same_totals(make, kind) -> None:
+    x = (np.random.default_rng(0).poisson(9, (40, 30)) * 4).clip(0, 127 if kind == np.int8 else 255)
+    x = x > 0 if kind is bool else x
+    if kind == np.float16 and make is not np.asarray:
+        return  # SciPy has none
+    matrix = make(x.astype(kind))
+    matrix = matrix.tocsr() if getattr(matrix, "format", "") == "coo" else matrix
+    np.testing.assert_array_equal(totals(matrix), x.sum(axis=1, dtype=np.int64))
+
+
+@pytest.mark.parametrize("kind", [np.int8, bool, np.float16])
+def test_values_stored_twice_do_not_overflow(kind) -> None:
+    x = sparse.csr_matrix((np.full(2, 1 if kind is bool else 100, kind), [1, 1], [0, 2]), shape=(1, 3))
+    assert totals(x)[0] == (2 if kind is bool else 200)
+
+
+@pytest.mark.parametrize("x", [np.ones((2, 2), complex), np.ones((2, 2), object), np.ones((2, 2), "m8[s]")])
+def test_types_that_are_no_real_numbers(x) -> None:
+    with pytest.raises(DataError, match=r"Table 't' has an X of dtype"):
+        totals(x)
+    if x.dtype == complex:
+        with pytest.raises(DataError, match="complex"):
+            totals(sparse.csr_matrix(x))
+
+
+@pytest.mark.parametrize("value", [3e38, 1e12, 2.0**32])
+@pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix])
+def test_an_absurd_count_names_gene_and_row(make, value) -> None:
+    x = X.copy()
+    x[7, 3] = value
+    with pytest.raises(DataError, match=r"absurdly large .* for gene 'D' in row 7"):
+        checked_totals(Counts.of(make(x), ROWS, "Table 't'"), GENES, "Table 't'")
+
+
+def test_what_32_and_16_bits_do_not_hold_is_said() -> None:
+    x = X.copy()
+    x[7, 3] = 2**25
+    with pytest.warns(UserWarning, match="Table 't': X has values up to 33554432"):
+        totals(x)
+    x[7, 3] = 4096
+    with pytest.raises(DataError, match="inexact .* in row 7"):
+        totals(x.astype(np.float16))
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("x", [X, X * 1000.5, X.astype(bool)], ids=["counts", "scaled", "bool"])
-def test_other_counts_are_not(x) -> None:
+def test_nothing_is_said_of_counts(x) -> None:
     checked_totals(Counts.of(x, ROWS, "x"), GENES, "x")

@@ -40,8 +40,8 @@ def where(request, monkeypatch) -> None:
 both = pytest.mark.usefixtures("where")
 
 
-def only(table: Measured, genes, cache, target_sum: float | None = 1e4) -> Targets:
-    return targets_of({"": [table]}, genes, target_sum, cache)[""][0]
+def only(table: Measured, genes, cache, target_sum: float = 1e4, objective: str = "mse_pcc") -> Targets:
+    return targets_of({"": [table]}, genes, target_sum, cache, objective)[""][0]
 
 
 @pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_array])
@@ -101,7 +101,7 @@ def test_on_disk_as_in_memory(tmp_path, monkeypatch, make, scale: float, shuffle
 
 @both
 def test_raw_counts_with_their_total_last_and_empty_regions_kept(tmp_path) -> None:
-    found = only(of([[1, 2, 4], [0, 0, 0], [0, 5, 1]], "ABC"), ["C", "A"], tmp_path, None)
+    found = only(of([[1, 2, 4], [0, 0, 0], [0, 5, 1]], "ABC"), ["C", "A"], tmp_path, objective="nb")
     every = np.arange(3)
     expected = [[4, 1, 7], [0, 0, 0], [1, 0, 6]]
     np.testing.assert_array_equal(found.values[every], expected)
@@ -136,7 +136,7 @@ def test_bad_counts(value, how, tmp_path) -> None:
 @both
 def test_log_normalised(tmp_path) -> None:
     for _ in range(2):  # also when the counts are there already
-        with pytest.warns(UserWarning, match="Table 't5': X looks log-normalised"):
+        with pytest.warns(UserWarning, match="Table 't5': X holds logarithms already"):
             only(of(np.log1p(X), "ABC"), ["A"], tmp_path)
 
 

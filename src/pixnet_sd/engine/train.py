@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pixnet_sd._errors import CheckpointError, PixNetError
+from pixnet_sd._errors import CheckpointError, DivergenceError
 from pixnet_sd._logging import logger
 from pixnet_sd._progress import bar_class
+from pixnet_sd._warn import warn
 from pixnet_sd.nn.aggregation import count_pixels
 from pixnet_sd.nn.model import MAP_STRIDE, Network
 from pixnet_sd.nn.objectives import Objective, make_objective
@@ -26,19 +28,22 @@ from .augment import N_SYMMETRIES
 from .batches import Batch, BatchPlan, make_batch, plan_batches, prefetch
 from .calibrate import calibrate
 from .device import fixed_shapes
+from .divergence import Watch
 from .features import FeatureMaps
 from .objective import BatchLoss
 from .settings import TrainSettings, learning_rate
 from .slides import TrainingSlide
 from .state import BestEpoch, RunState
 from .tiling import TrainingTiles, training_tiles
-from .validate import validate
+from .validate import Scores, gene_means, score_training, validate
 
 __all__ = ["TrainResult", "train"]
 
 _SAMPLE = 1024  # regions whose pixels are counted for a typical size
 _SMALL_BYTES = 64 << 20  # of a state: history, scores, dispersions
 _LOOK_EVERY = 16  # steps between looks at the loss, each of which waits for the device
+_STEPS_A_SCORE = 50  # of training for one batch that is scored where nothing is held out
+_MOST_SCORED = 8  # batches
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,20 @@ class TrainResult:
     Attributes
     ----------
     history
-        One row an epoch: epoch, loss, val_pcc, val_mse, lr, seconds.
+        One row an epoch: epoch, loss, val_pcc, val_mse, val_gene_mean_mse, lr, seconds.
     best_epoch
         The epoch whose weights the network has.
     pcc_per_gene
         Held-out PCC of each gene at that epoch; empty without held-out regions.
+    quality
+        Of these weights: ``mse``, ``gene_mean_mse`` (of predicting the genes' means over the training regions) and
+        ``pcc``, and ``scored_on`` which regions: ``"held_out"``, or else some for ``"training"``.
     """
 
     history: list[dict[str, float]]
     best_epoch: int
     pcc_per_gene: list[float]
+    quality: dict[str, Any]
 
 
 def _seed_epoch(seed: int, epoch: int) -> np.random.Generator:
@@ -67,9 +76,9 @@ def _seed_epoch(seed: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng(sequence)
 
 
-def _start_head(network: Network, slides: Sequence[TrainingSlide]) -> None:
-    """Start the head at the mean target of the training regions."""
-    means = [m.values.mean(axis=0) for s in slides for m in s.measured]
+def _start_head(network: Network, slides: Sequence[TrainingSlide], each_mean: list[list[NDArray[Any]]]) -> None:
+    """Start the head at the mean target of the training regions, of each slide and size."""
+    means = [mean for of_slide in each_mean for mean in of_slide]
     n_px = [count_pixels(_some(m.regions), s.height, s.width) for s in slides for m in s.measured]
     if network.head.is_linear:
         typical = float(np.median([np.median(each) for each in n_px]))
@@ -106,6 +115,11 @@ class _Run:
         self.objective.to(fabric.device)
         self.optimizer = _optimizer(network, self.objective, settings, fabric)
         self.fixed_tiles = [training_tiles(s, settings.tile_px) for s in slides]
+        self.mean_targets = [[m.values.mean(axis=0) for m in s.measured] for s in slides]
+        self.means = gene_means(self.mean_targets, slides, self.objective)
+        self.watch = Watch(settings.lr)
+        self.unscored = 0  # steps since the training regions were scored
+        self.last: Scores | None = None  # of them
 
     def tiles(self, rng: np.random.Generator) -> list[TrainingTiles]:
         """Tiles of an epoch: moved at random, unless stored features tie them to their places."""
@@ -127,9 +141,9 @@ class _Run:
         for step, batch in enumerate(self.batches(tiles, plans)):
             losses.append(self.step(batch, tiles, self.rate(epoch - 1 + step / len(plans), steps_before + step)))
             if step % _LOOK_EVERY == 0:
-                value = self.finite(losses[-1], batch)
+                value = self.sane(losses[-1], batch)
                 bar.set_postfix_str(f"step {step + 1}/{len(plans)}, loss {value:.4f}")
-        return self.finite(torch.stack(losses).mean(), batch), len(losses)
+        return self.sane(torch.stack(losses).mean(), batch), len(losses)
 
     def rate(self, epochs: float, steps: int) -> float:
         """Learning rate after so many epochs and steps."""
@@ -162,14 +176,10 @@ class _Run:
         sizes = [self.sizes.index(m.size_name) for m in slide.measured]
         return BatchLoss(self.network, self.objective, batch.operators, batch.targets, sizes, slide.depth)
 
-    def finite(self, loss: Tensor, batch: Batch) -> float:
-        """The loss as a number, if it is one."""
+    def sane(self, loss: Tensor, batch: Batch) -> float:
+        """The loss as a number, if it is one to go on with."""
         value = loss.item()
-        if not np.isfinite(value):
-            raise PixNetError(
-                f"The loss became {value} on slide {self.slides[batch.plan.slide].name!r}. Lower lr (now "
-                f"{self.settings.lr:g}), or look for extreme values in the table."
-            )
+        self.watch.loss(value, self.slides[batch.plan.slide].name)
         return value
 
     def restore(self, state: RunState) -> None:
@@ -179,28 +189,53 @@ class _Run:
                 self.network.load_state_dict(state.network)
                 self.optimizer.load_state_dict(state.optimizer)
                 self.objective.load_state_dict(state.extras)
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                self.watch.start = state.history[0]["loss"]
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise CheckpointError(
                     f"The training state of epoch {state.epoch} is of another network ({type(error).__name__}). Delete "
                     f"the folder {str(self.directory)!r} to train anew."
                 ) from error
             logger.info("resuming after epoch %d", state.epoch)
 
-    def record(self, state: RunState, epoch: int, loss: float, started: float) -> dict[str, float]:
-        """Validate, and write the epoch into the state."""
+    def record(self, state: RunState, epoch: int, loss: float, steps: int, started: float) -> dict[str, float]:
+        """Score, and write the epoch into the state: not at all if its weights are absurd."""
         row = {"epoch": float(epoch), "loss": loss}
         if self.held_out:
-            scores = validate(self.network, self.objective, self.features, self.held_out, self.settings)
-            row |= {"val_pcc": scores.pcc, "val_mse": scores.mse}
+            options = (self.held_out, self.settings, self.means)
+            scores = validate(self.network, self.objective, self.features, *options)
+            self.watch.scores(scores, "held-out")
+            row |= {"val_pcc": scores.pcc, "val_mse": scores.mse, "val_gene_mean_mse": scores.gene_mean_mse}
             if scores.pcc > state.best.pcc or not self.settings.keep_best:
                 weights = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
                 state.best = BestEpoch(epoch, scores.pcc, scores.pcc_per_gene, weights)
+        else:
+            self.score_training(state.steps + steps, steps, is_last=self.is_last(epoch, state.steps + steps))
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
         state.history.append(row)
-        state.epoch = epoch
+        state.epoch, state.steps = epoch, state.steps + steps
         state.network, state.optimizer = self.network.state_dict(), self.optimizer.state_dict()
         state.extras = self.objective.state_dict()
         return row
+
+    def is_last(self, epoch: int, steps: int) -> bool:
+        """Whether the run ends here, early stopping aside."""
+        most = self.settings.max_steps
+        return epoch >= self.settings.max_epochs or (most is not None and steps >= most)
+
+    def score_training(self, n_steps: int, new_steps: int, *, is_last: bool) -> None:
+        """Look at the weights that the last step left, which no loss has seen: now and then, and at the end."""
+        self.unscored += new_steps
+        if not is_last and self.unscored < _STEPS_A_SCORE:
+            return
+        self.unscored = 0
+        self.last = self.training_scores(n_steps if is_last else 1)
+        self.watch.scores(self.last, "training")
+
+    def training_scores(self, n_steps: int) -> Scores:
+        """Scores on some of the training regions, in a small share of the time that so many steps took."""
+        n_batches = min(max(1, n_steps // _STEPS_A_SCORE), _MOST_SCORED)
+        options = (self.slides, self.fixed_tiles, self.settings, self.means, n_batches)
+        return score_training(self.network, self.objective, self.features, *options)
 
 
 def _objective(network: Network, settings: TrainSettings, n_sizes: int) -> Objective:
@@ -276,6 +311,8 @@ def train(
         `directory` holds the state of another run.
     PixNetError
         Tiles too small for the regions, or a loss that is not finite.
+    DivergenceError
+        Losses or scores that no training comes back from; the state of the epoch before is still there.
     """
     state = RunState.load(directory, fingerprint, most_bytes=_most_state_bytes(network))
     network.to(fabric.device)
@@ -283,7 +320,7 @@ def train(
     if not state.epoch:
         run.features.clear()  # a run that was stopped in its first epoch may have had another encoder
         _seed_epoch(settings.seed, 0)
-        _start_head(network, slides)
+        _start_head(network, slides, run.mean_targets)
         calibrate(network, run.features, slides, run.fixed_tiles, settings)
     run.restore(state)
     bar = bar_class()(total=settings.max_epochs, initial=state.epoch, unit="epoch", disable=not show_progress_bar)
@@ -292,9 +329,13 @@ def train(
             if _exhausted(state, settings):
                 break
             started = time.monotonic()
-            loss, steps = run.epoch(epoch, state.steps, bar)
-            state.steps += steps
-            row = run.record(state, epoch, loss, started)
+            try:
+                loss, steps = run.epoch(epoch, state.steps, bar)
+                row = run.record(state, epoch, loss, steps, started)
+            except DivergenceError as error:
+                _check_worth_keeping(state, settings, directory, error)
+                warn(f"{error} The training ends with epoch {epoch}, and the model is that of {state.best.epoch}.")
+                break
             state.save(directory)
             bar.set_description_str(_describe(row), refresh=False)
             bar.update()
@@ -315,9 +356,29 @@ def _exhausted(state: RunState, settings: TrainSettings) -> bool:
     )
 
 
+def _check_worth_keeping(state: RunState, settings: TrainSettings, directory: Path, error: DivergenceError) -> None:
+    """After a divergence only the best epoch is, if there is one."""
+    if settings.keep_best and state.best.epoch:
+        return
+    left = f" Epoch {state.epoch} is still in {str(directory)!r}: delete it, or give another checkpoint_dir."
+    raise DivergenceError(f"{error} No model was saved.{left if state.epoch else ''}") from error
+
+
 def _finish(run: _Run, state: RunState) -> TrainResult:
     if state.best.weights:
         run.network.load_state_dict(state.best.weights)
+    quality = _quality(run, state)
     run.network.eval()
     run.features.clear()
-    return TrainResult(state.history, state.best.epoch or state.epoch, state.best.pcc_per_gene)
+    return TrainResult(state.history, state.best.epoch or state.epoch, state.best.pcc_per_gene, quality)
+
+
+def _quality(run: _Run, state: RunState) -> dict[str, Any]:
+    """What the weights that are kept are worth."""
+    if run.held_out:
+        row = state.history[(state.best.epoch or state.epoch) - 1]
+        found, which = {name: row.get(f"val_{name}", np.nan) for name in ("mse", "gene_mean_mse", "pcc")}, "held_out"
+    else:
+        scores = run.last or run.training_scores(state.steps)  # a run that was killed when all but this was done
+        found, which = {"mse": scores.mse, "gene_mean_mse": scores.gene_mean_mse, "pcc": scores.pcc}, "training"
+    return {**found, "scored_on": which}

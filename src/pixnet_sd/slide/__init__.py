@@ -7,8 +7,9 @@ from ._content import PixelContent, check_same_pixels, ids_sha256, pixel_content
 from ._count_cache import content_key
 from ._count_checks import checked_blocks, checked_totals
 from ._counts import Counts
+from ._genes import Genes, genes_of
 from ._image import ImageLevel, ImagePyramid
-from ._measured import Measured, measured
+from ._measured import Measured, counts_of, measured
 from ._mpp import find_mpp
 from ._normalise import log_normalise
 from ._open_store import open_store
@@ -26,6 +27,7 @@ from ._transform import affine_matrix, similarity_scale
 __all__ = [
     "MAP_STRIDE",
     "Counts",
+    "Genes",
     "ImageLevel",
     "ImagePyramid",
     "Measured",
@@ -45,7 +47,9 @@ __all__ = [
     "checked_totals",
     "choose_genes",
     "content_key",
+    "counts_of",
     "find_mpp",
+    "genes_of",
     "ids_sha256",
     "log_normalise",
     "measured",

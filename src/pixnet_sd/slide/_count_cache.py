@@ -15,8 +15,9 @@ import pandas as pd
 from pixnet_sd._errors import StoreError
 from pixnet_sd._logging import logger
 
-from ._count_checks import Look, checked_blocks
+from ._count_checks import checked_blocks
 from ._count_file import CountFile, Rows, open_counts, write_counts
+from ._look import Look
 from ._measured import Measured
 
 __all__ = ["cached", "content_key", "own_counts"]
@@ -46,6 +47,7 @@ def own_counts(measured: Measured, genes: pd.Index, folder: Path) -> CountFile:
     """
     columns = measured.var_names.get_indexer(genes)
     look = Look()
+    seen = {"kind": lambda: look.kind, "largest": lambda: look.largest}
 
     def blocks() -> Iterator[Rows]:
         for _, block, total in checked_blocks(measured.counts, measured.var_names, measured.what, look):
@@ -53,14 +55,14 @@ def own_counts(measured: Measured, genes: pd.Index, folder: Path) -> CountFile:
 
     def build(into: Path) -> None:
         if measured.place is None:
-            write_counts(into, blocks(), len(genes), key=key, is_logged=lambda: look.is_logged)
+            write_counts(into, blocks(), len(genes), key=key, **seen)
             return
         with tempfile.TemporaryDirectory(dir=into) as scratch:  # in the table's order first
-            write_counts(Path(scratch), blocks(), len(genes), key=key, is_logged=lambda: look.is_logged)
+            write_counts(Path(scratch), blocks(), len(genes), key=key, **seen)
             found = open_counts(Path(scratch), key=key)
             if found is None:
                 raise OSError("what was written cannot be read back")
-            write_counts(into, found.blocks(measured.place), len(genes), key=key, is_logged=found.is_logged)
+            write_counts(into, found.blocks(measured.place), len(genes), key=key, **seen)
 
     key = content_key(measured, genes)
     return cached(folder, key, build, measured.what)

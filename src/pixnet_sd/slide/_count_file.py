@@ -20,12 +20,14 @@ from scipy import sparse
 
 from pixnet_sd._errors import StoreError
 
+from ._look import Kind
+
 __all__ = ["CountFile", "Rows", "open_counts", "write_counts"]
 
 Rows = tuple[sparse.csr_matrix, NDArray[np.float64]]
 """Counts of the chosen genes in some rows, shape (n, M), and the sum over all genes of each row, shape (n,)."""
 
-_FORMAT = "pixnet_sd counts/1"
+_FORMAT = "pixnet_sd counts/2"
 _COUNTS = tuple(np.dtype(f"<{code}") for code in ("u1", "u2", "u4", "f4"))
 _NAMES = ("total", "indptr", "gene", "count")
 _BLOCK_ROWS = 2**16
@@ -44,8 +46,8 @@ class CountFile:
         Rows and chosen genes.
     gene, count
         Types of the gene and the count of a stored value.
-    is_logged
-        Whether the values looked log-normalised when they were written.
+    kind, largest
+        What all values of the table are, and the largest, as `Look` said when they were written.
     sha256
         Of the content: equal for equal counts, wherever they came from.
     """
@@ -55,7 +57,8 @@ class CountFile:
     n_genes: int
     gene: np.dtype[Any]
     count: np.dtype[Any]
-    is_logged: bool
+    kind: Kind
+    largest: float
     sha256: str
 
     def rows(self, index: NDArray[np.integer]) -> Rows:
@@ -207,7 +210,7 @@ def open_counts(folder: Path, **expected: Any) -> CountFile | None:
         types = np.dtype(meta["gene"]), np.dtype(meta["count"])
         if _hash(folder) != meta["sha256"]:
             return None
-        return CountFile(folder, meta["n"], meta["n_genes"], *types, meta["is_logged"], meta["sha256"])
+        return CountFile(folder, meta["n"], meta["n_genes"], *types, meta["kind"], meta["largest"], meta["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class _CompressedRows:
         indptr = np.asarray(self.indptr[rows.start : rows.stop + 1]).astype(np.int64)
         start, stop = int(indptr[0]), int(indptr[-1])
         indices = np.asarray(self._indices[start:stop]).astype(np.int32, copy=False)
-        parts = (self._data[start:stop], indices, (indptr - start).astype(np.int32))
+        parts = (_wide(np.asarray(self._data[start:stop])), indices, (indptr - start).astype(np.int32))
         return sparse.csr_matrix(parts, shape=(len(indptr) - 1, self.shape[1]))
 
 
@@ -53,43 +53,59 @@ class Counts:
         Rows of `matrix` that count, ascending, shape (n,).
     files
         Folder that holds the matrix, of one that is on disk.
+    genes
+        Columns of `matrix` that count, ascending, shape (G,); None for all.
+    is_half
+        Whether the values were stored in 16 bits, which do not hold larger counts.
     """
 
     matrix: Any
     rows: NDArray[np.integer]
     files: Path | None = None
+    genes: NDArray[np.integer] | None = None
+    is_half: bool = False
 
     @classmethod
-    def of(cls, matrix: Any, rows: ArrayLike, what: str, files: Path | None = None) -> Counts:
+    def of(
+        cls,
+        matrix: Any,
+        rows: ArrayLike,
+        what: str,
+        files: Path | None = None,
+        genes: NDArray[np.integer] | None = None,
+    ) -> Counts:
         """Wrap the X of a table; compressed columns, of which rows cannot be read, are turned once.
 
         Raises
         ------
         DataError
-            If there is no matrix, or it is not numeric.
+            If there is no matrix, or it is not of real numbers.
         """
         if matrix is None:
             raise DataError(f"{what} has no X. Put raw counts there.")
-        if not np.issubdtype(matrix.dtype, np.number) and matrix.dtype != bool:
-            raise DataError(f"{what} has an X of dtype {matrix.dtype}. Put raw counts there.")
+        if matrix.dtype.kind not in "biuf":
+            raise DataError(f"{what} has an X of dtype {matrix.dtype}. Put raw counts there, whole numbers or floats.")
+        is_half = matrix.dtype == np.float16
         kind, backed = getattr(matrix, "format", None), hasattr(matrix, "group")
+        if sparse.issparse(matrix):
+            matrix = _widened(matrix)
         if kind == "csc":
-            matrix = _as_rows(matrix.to_memory() if backed else matrix, what)
+            matrix = _as_rows(_widened(matrix.to_memory()) if backed else matrix, what)
         elif kind == "csr" and backed:
             matrix = _CompressedRows(matrix.group, matrix.shape)
-        return cls(matrix, np.asarray(rows), files)
+        return cls(matrix, np.asarray(rows), files, genes, is_half)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def n_genes(self) -> int:
-        """Number of columns."""
-        return int(self.matrix.shape[1])
+        """Number of columns that count."""
+        return int(self.matrix.shape[1]) if self.genes is None else len(self.genes)
 
     def take(self, keep: ArrayLike) -> Counts:
         """Those of the rows that a boolean or ascending integer index picks."""
-        return Counts(self.matrix, self.rows[np.asarray(keep)], self.files)
+        return replace(self, rows=self.rows[np.asarray(keep)])
 
     def blocks(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
         """Blocks of rows in turn, (rows of the block, genes), no value twice, with their place among the rows."""
@@ -102,6 +118,8 @@ class Counts:
     def content(self) -> Iterator[bytes | memoryview]:
         """All that tells these counts from others, in pieces: files as they are, or values and where they stand."""
         yield np.ascontiguousarray(self.rows).data.cast("B")
+        if self.genes is not None:
+            yield np.ascontiguousarray(self.genes).data.cast("B")
         if self.files is not None:
             for path in sorted(path for path in self.files.rglob("*") if path.is_file()):
                 yield path.relative_to(self.files).as_posix().encode()
@@ -128,7 +146,7 @@ class Counts:
     def _stop(self, start: int) -> int:
         """End of the block that starts there: by stored values, or by all values where zeros are stored too."""
         if not hasattr(self.matrix, "indptr"):
-            return min(start + max(1, _BLOCK_VALUES // max(1, self.n_genes)), len(self))
+            return min(start + max(1, _BLOCK_VALUES // max(1, int(self.matrix.shape[1]))), len(self))
         rows = self.rows[start : start + _LOOK_AHEAD]
         indptr = np.asarray(self.matrix.indptr[int(rows[0]) : int(rows[-1]) + 2])
         stored = indptr[rows - rows[0] + 1] - indptr[0]
@@ -138,12 +156,29 @@ class Counts:
         # A contiguous read and then a pick: h5py, zarr and dask all do that, and none is slow at it.
         part = self.matrix[int(rows[0]) : int(rows[-1]) + 1]
         part = part.compute() if hasattr(part, "compute") else part
-        part = sparse.csr_matrix(part if sparse.issparse(part) else np.asarray(part))
+        part = sparse.csr_matrix(_widened(part) if sparse.issparse(part) else _wide(np.asarray(part)))
         part = part if part.shape[0] == len(rows) else part[rows - rows[0]]
         if not part.has_canonical_format:
-            part = part.copy()  # it may be a view of what the user has
+            part = part.astype(np.float64)  # a copy, as it may be a view of what the user has; sums must not overflow
             part.sum_duplicates()
-        return part
+        return part if self.genes is None else part[:, self.genes]
+
+
+def _wide(values: NDArray[Any]) -> NDArray[Any]:
+    """Values in a type that SciPy works on and that holds their sums of two."""
+    if (values.dtype.kind in "biu" and values.dtype.itemsize < 4) or values.dtype == np.float16:
+        return values.astype(np.float32)
+    return values.astype(np.float64) if values.dtype.itemsize > 8 else values
+
+
+def _widened(matrix: Any) -> Any:
+    """A sparse matrix with such values."""
+    values = _wide(matrix.data)
+    if values is matrix.data:
+        return matrix
+    if matrix.format in ("csr", "csc"):
+        return type(matrix)((values, matrix.indices, matrix.indptr), shape=matrix.shape)
+    return matrix.astype(values.dtype)
 
 
 def _as_rows(matrix: Any, what: str) -> Any:

@@ -41,6 +41,11 @@ class LazyLabels:
         self._array = array
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the labels."""
+        return np.dtype(self._array.dtype)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
         rows, columns = self._array.shape
@@ -70,19 +75,26 @@ def regions_from_labels(sdata: SpatialData, key: str, ids: pd.Index, coordinate_
 
 
 def label_ids(sdata: SpatialData, key: str) -> pd.Index:
-    """Values of a labels element but the background's 0, ascending.
+    """Values of a labels element above the background's 0, ascending; negative ones are background too.
 
     Raises
     ------
     DataError
-        If there is none.
+        If there is none, or they are not whole numbers.
     """
     labels = _lazy(sdata.labels[key])
+    if labels.dtype.kind not in "biu":
+        raise DataError(
+            f"Labels {key!r} are of dtype {labels.dtype}, and regions are told by whole numbers. Make them such, for "
+            "instance with element.astype('int32') where NaN and background are 0."
+        )
     strips = (np.unique(labels[top : top + _STRIP_PX]) for top in range(0, labels.shape[0], _STRIP_PX))
     values = np.unique(np.concatenate([np.empty(0, np.int64), *(strip.astype(np.int64) for strip in strips)]))
-    if not values.any():
-        raise DataError(f"Labels {key!r} hold nothing but background (0).")
-    return pd.Index(values[values != 0])
+    if (values < 0).any():
+        logger.info("Labels %r: negative values, such as %d, are taken as background.", key, values[0])
+    if not (values > 0).any():
+        raise DataError(f"Labels {key!r} hold nothing but background (0 or less).")
+    return pd.Index(values[values > 0])
 
 
 def _lazy(element: Any) -> LazyLabels:
@@ -131,7 +143,7 @@ def sample_labels(element: Any) -> tuple[NDArray[np.int64], NDArray[np.float64]]
     labels = _lazy(element)
     tops = np.unique(np.linspace(0, labels.shape[0] - 1, _SAMPLED_ROWS).astype(np.int64))
     rows = np.concatenate([labels[top : top + 1] for top in tops])
-    row, col = np.nonzero(rows)
+    row, col = np.nonzero(rows > 0)
     picked = sample_positions(len(row)) if len(row) else np.empty(0, np.int64)
     ids, first = np.unique(rows[row, col][picked].astype(np.int64), return_index=True)
     picked = picked[first]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
 from pixnet_sd._errors import DataError
@@ -19,16 +19,17 @@ from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons
 
 from ._checks import check_regions_on_image
 from ._counts import Counts
+from ._genes import Genes, genes_of
 from ._lattice import bins_of_table, same_ids
 from ._regions import regions_of
 from ._stored_shapes import shapes_of
-from ._stored_table import StoredTable, tables_of
+from ._stored_table import StoredTable, Table, tables_of
 from ._tables import TableLink, select_tables, table_link
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["Frame", "Measured", "measured"]
+__all__ = ["Frame", "Measured", "counts_of", "measured"]
 
 _MANY_ROWS = 1_000_000
 
@@ -69,6 +70,8 @@ class Measured:
         Genes, shape (G,).
     is_complete
         Whether every row of the table that annotates the element is among them.
+    others
+        Features that were measured and are no genes, such as antibodies, and what each is.
     """
 
     table_key: str
@@ -79,6 +82,7 @@ class Measured:
     place: NDArray[np.int32] | None
     var_names: pd.Index
     is_complete: bool = True
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -153,7 +157,7 @@ def _measured(sdata: SpatialData, slide: Frame, table_key: str) -> Measured:
     table = tables_of(sdata)[table_key]
     _warn_if_costly(sdata, table_key)
     link = table_link(sdata, table_key=table_key, coordinate_system=slide.coordinate_system)
-    _check_genes(table.var_names, what)
+    genes = genes_of(table, what)
     regions, rows, instances = _bins(sdata, link, slide) or _drawn(sdata, link, slide)
     counts, order = _ascending(rows)
     found = Measured(
@@ -161,16 +165,23 @@ def _measured(sdata: SpatialData, slide: Frame, table_key: str) -> Measured:
         element_key=link.element_key,
         regions=regions,
         instances=instances,
-        counts=Counts.of(table.X, counts, what, table.path / "X" if isinstance(table, StoredTable) else None),
+        counts=counts_of(table, counts, genes, what),
         place=order,
-        var_names=table.var_names,
+        var_names=genes.names,
         is_complete=len(rows) == len(link.rows),
+        others=genes.others,
     )
     height, width = slide.working_shape
     on_image = check_regions_on_image(
         found.regions, width=width, height=height, what=f"{what}, element {link.element_key!r}"
     )
     return found.take(on_image)
+
+
+def counts_of(table: Table, rows: ArrayLike, genes: Genes, what: str) -> Counts:
+    """Counts of the genes of a table in some of its rows."""
+    files = table.path / "X" if isinstance(table, StoredTable) else None
+    return Counts.of(table.X, rows, what, files, genes.columns)
 
 
 Located = tuple[Lattice | Circles | Polygons | LabelGrid, NDArray[np.int32], pd.Index]
@@ -217,16 +228,6 @@ def _warn_if_costly(sdata: SpatialData, table_key: str) -> None:
         "pixnet_sd.io.open_store(%r) leaves them on disk and needs a fraction of the memory.",
         *(table_key, sdata.tables[table_key].n_obs / 1e6, str(sdata.path)),
     )
-
-
-def _check_genes(var_names: pd.Index, what: str) -> None:
-    twice = var_names[var_names.duplicated()].unique()
-    if len(twice):
-        first = ", ".join(map(repr, twice[:5]))
-        raise DataError(
-            f"{what}: {len(twice)} gene names occur more than once (first: {first}), and genes are matched by name. "
-            "Call table.var_names_make_unique() first."
-        )
 
 
 def _warn_of_lost(link: TableLink, instances: pd.Index, has_region: NDArray[np.bool_], ids: pd.Index) -> None:

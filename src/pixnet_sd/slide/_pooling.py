@@ -129,10 +129,11 @@ def pooled_counts(fine: CountFile, pooling: Pooling, folder: Path, what: str) ->
         Name of the coarse table, for messages.
     """
     key = _key(fine, pooling)
+    seen = {"kind": fine.kind, "largest": fine.largest}  # what can be told of the coarse ones was told of the fine
     return cached(
         folder,
         key,
-        lambda into: write_counts(into, _sums(fine, pooling), fine.n_genes, key=key, is_logged=fine.is_logged),
+        lambda into: write_counts(into, _sums(fine, pooling), fine.n_genes, key=key, **seen),
         what,
     )
 

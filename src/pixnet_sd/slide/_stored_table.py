@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-__all__ = ["StoredTable", "Table", "obs_column", "obs_names", "tables_of"]
+__all__ = ["StoredTable", "Table", "obs_column", "obs_names", "tables_of", "var_column", "var_columns_of"]
 
 _BYTES_A_ROW = 200  # a name and some columns
 
@@ -80,6 +80,18 @@ class StoredTable:
         return pd.Index(_Elements(var)[var.attrs["_index"]])
 
     @property
+    def var(self) -> Mapping[str, Any]:
+        """Columns that describe genes, each read when asked for."""
+        group: Any = self._group["var"]
+        return _Elements(group)
+
+    @property
+    def var_columns(self) -> list[str]:
+        """Names of these columns."""
+        columns: Any = self._group["var"].attrs["column-order"]
+        return list(columns)
+
+    @property
     def uns(self) -> Mapping[str, Any]:
         """Unstructured annotation, each entry read when asked for."""
         uns: Any = self._group.get("uns")
@@ -131,3 +143,13 @@ def obs_names(table: Table) -> set[str]:
 def obs_column(table: Table, name: str) -> Any:
     """One of these columns: a NumPy or pandas array."""
     return table.obs[name] if isinstance(table, StoredTable) else table.obs[name].array
+
+
+def var_columns_of(table: Table) -> list[str]:
+    """Names of the columns that describe genes."""
+    return table.var_columns if isinstance(table, StoredTable) else list(table.var.columns)
+
+
+def var_column(table: Table, name: str) -> Any:
+    """One of these columns: a NumPy or pandas array."""
+    return table.var[name] if isinstance(table, StoredTable) else table.var[name].array

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,8 +20,9 @@ from pixnet_sd._warn import warn
 from pixnet_sd.nn.regions import Regions
 
 from ._count_cache import own_counts
-from ._count_checks import Look, checked_blocks, warn_if_logged
+from ._count_checks import check_kind, checked_blocks
 from ._count_file import CountFile
+from ._look import Look
 from ._measured import Measured
 from ._normalise import log_values, target_rows
 from ._pooling import find_pooling, pooled_counts
@@ -52,7 +54,11 @@ class Targets:
 
 
 def targets_of(
-    slides: Mapping[str, Sequence[Measured]], genes: Sequence[str] | pd.Index, target_sum: float | None, cache: Path
+    slides: Mapping[str, Sequence[Measured]],
+    genes: Sequence[str] | pd.Index,
+    target_sum: float,
+    cache: Path,
+    objective: str = "mse_pcc",
 ) -> dict[str, list[Targets]]:
     """Targets of the tables of each slide.
 
@@ -70,9 +76,11 @@ def targets_of(
     genes
         Genes, in the order wanted.
     target_sum
-        As in `target_rows`.
+        As in `log_normalise`.
     cache
         Folder for compact counts.
+    objective
+        What targets are for: log-normalised expression with ``"mse_pcc"``, else raw counts and their sum.
 
     Returns
     -------
@@ -81,25 +89,36 @@ def targets_of(
     Raises
     ------
     DataError
-        A gene is not there; a count is NaN, infinite or negative; a table has no counts.
+        A gene is not there; a count is NaN, infinite or negative; a table has no counts, or, where counts are what is
+        learnt, holds something else.
     StoreError
         Compact counts cannot be written.
     """
     wanted = pd.Index(genes)
     for table in _tables(slides):
-        check_genes(wanted, table.var_names, f"table {table.table_key!r}")
+        check_genes(wanted, table.var_names, f"table {table.table_key!r}", table.others)
     n_bytes = sum(len(table) for table in _tables(slides)) * len(wanted) * np.dtype(np.float32).itemsize
+    learnt = _Learnt(wanted, target_sum if objective == "mse_pcc" else None, objective)
     if n_bytes <= _DENSE_BYTES:
-        return {name: [_dense(table, wanted, target_sum) for table in tables] for name, tables in slides.items()}
-    return {name: _stored(tables, wanted, target_sum, cache) for name, tables in slides.items()}
+        return {name: [_dense(table, learnt) for table in tables] for name, tables in slides.items()}
+    return {name: _stored(tables, learnt, cache) for name, tables in slides.items()}
 
 
-def _dense(measured: Measured, genes: pd.Index, target_sum: float | None) -> Targets:
+class _Learnt(NamedTuple):
+    """Genes, and what of them: log-normalised expression, or with `target_sum` None counts."""
+
+    genes: pd.Index
+    target_sum: float | None
+    objective: str
+
+
+def _dense(measured: Measured, learnt: _Learnt) -> Targets:
+    genes, target_sum, objective = learnt
     columns, look = measured.var_names.get_indexer(genes), Look()
     total, values = np.zeros(len(measured)), np.zeros((len(measured), len(genes) + (target_sum is None)), np.float32)
     for place, block, sums in checked_blocks(measured.counts, measured.var_names, measured.what, look):
         total[place], values[place] = sums, target_rows(_picked(block, columns), sums, target_sum).toarray()
-    warn_if_logged(look.is_logged, measured.what)
+    check_kind(look.kind, look.largest, measured.what, objective)
     if measured.place is not None:
         total, values = total[measured.place], values[measured.place]
     usable = _usable(total, target_sum, measured.what)
@@ -112,8 +131,9 @@ def _picked(block: sparse.csr_matrix, columns: NDArray[np.intp]) -> sparse.csr_m
     return block[:, columns].astype(np.float32)  # as compact counts are
 
 
-def _stored(tables: Sequence[Measured], genes: pd.Index, target_sum: float | None, cache: Path) -> list[Targets]:
+def _stored(tables: Sequence[Measured], learnt: _Learnt, cache: Path) -> list[Targets]:
     """Targets of one slide's tables, the finest first, so that others can be pooled from it."""
+    genes, target_sum, objective = learnt
     files: dict[int, CountFile] = {}
     own: list[int] = []
     for k in sorted(range(len(tables)), key=lambda k: median_area(tables[k].regions)):
@@ -121,7 +141,7 @@ def _stored(tables: Sequence[Measured], genes: pd.Index, target_sum: float | Non
         if pooled is None:
             own.append(k)
         files[k] = own_counts(tables[k], genes, cache) if pooled is None else pooled
-        warn_if_logged(files[k].is_logged, tables[k].what)
+        check_kind(files[k].kind, files[k].largest, tables[k].what, objective)
     return [_with_counts(table, StoredTargets(files[k], None, target_sum)) for k, table in enumerate(tables)]
 
 
@@ -156,8 +176,10 @@ def _usable(total: NDArray[np.float64], target_sum: float | None, what: str) -> 
     return np.asarray(has_counts)
 
 
-def check_genes(genes: Iterable[str], available: Iterable[str], what: str) -> None:
-    """Refuse genes that are not there, naming them and what comes close.
+def check_genes(
+    genes: Iterable[str], available: Iterable[str], what: str, others: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Refuse genes that are not there, naming them and what comes close, and what is there but no gene.
 
     Parameters
     ----------
@@ -167,6 +189,8 @@ def check_genes(genes: Iterable[str], available: Iterable[str], what: str) -> No
         Genes there.
     what
         Where, for the message.
+    others
+        Features there that are no genes, and what each is.
 
     Raises
     ------
@@ -175,6 +199,12 @@ def check_genes(genes: Iterable[str], available: Iterable[str], what: str) -> No
     """
     there = pd.Index(list(available))
     wanted = pd.Index(list(genes))
+    no_gene = [f"{name!r} ({others[name]!r})" for name in wanted if name in others and name not in there]
+    if no_gene:
+        raise DataError(
+            f"{len(no_gene)} of {len(wanted)} genes= are no genes in {what}, by var['feature_types']: "
+            f"{', '.join(no_gene[:_FIRST])}. Only gene expression is learnt and scored: leave them out of genes=."
+        )
     missing = wanted[~wanted.isin(there)]
     if len(missing):
         more = f" and {len(missing) - _FIRST} more" if len(missing) > _FIRST else ""
@@ -267,7 +297,7 @@ def _named_genes(
         raise DataError(f"genes= must name each gene once and at least one; named twice: {list(twice[:_FIRST])}.")
     for name, tables in {**slides, **held_out}.items():
         for table in tables:
-            check_genes(wanted, table.var_names, f"table {table.table_key!r} of slide {name!r}")
+            check_genes(wanted, table.var_names, f"table {table.table_key!r} of slide {name!r}", table.others)
     mean = _mean_over_slides(slides, wanted, 1.0)
     silent = [repr(gene) for gene in mean.index[mean == 0]]
     if silent:

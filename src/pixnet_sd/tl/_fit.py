@@ -16,6 +16,7 @@ from spatialdata import SpatialData
 from pixnet_sd._errors import CheckpointError, PixNetError, StoreError
 from pixnet_sd._fingerprint import as_json, differing_parts, fingerprint
 from pixnet_sd._logging import logger
+from pixnet_sd._warn import warn
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.settings import TrainSettings
 from pixnet_sd.engine.state import RunState
@@ -31,6 +32,7 @@ from pixnet_sd.store import record as note
 
 from ._depends import training_parts
 from ._pixels import pixels_of
+from ._quality import quality_of, why_poor
 from ._recipe import check_choices, decoder_config, default_aggregation, train_settings
 from ._training_data import TrainingData, check_validation, data_parts, describe, open_sources, training_data
 from ._training_lock import alone_in, alone_in_checkpoint_dir
@@ -174,7 +176,11 @@ def fit(
     ResolutionError
         Micrometres per pixel are unknown or absurd, or regions do not lie on the image.
     DataError
-        Counts, genes or pixels cannot be used, or an image was changed during the training.
+        Counts, genes or pixels cannot be used, a likelihood of counts is to be learnt from other values, or an image
+        was changed during the training.
+    DivergenceError
+        The loss, or the scores, left any sane range: `lr` is too high. No model is saved. When an epoch before was the
+        best on held-out regions, the run ends with it and a warning instead.
     CheckpointError
         Encoder weights cannot be had; or `checkpoint_dir` holds another run, is in use by one, or cannot be written.
     StoreError
@@ -220,7 +226,7 @@ def fit(
         genes=genes,
         n_genes=n_genes,
         target_sum=target_sum,
-        raw_counts=objective != "mse_pcc",
+        objective=objective,
         validation=validation,
         seed=seed,
         cache=_models_folder(checkpoint_dir, slides) / "pixnet_sd_cache",
@@ -372,8 +378,11 @@ def _trained(
     model.network.cpu()
     model.record.history = result.history
     model.record.held_out_pcc = [None if math.isnan(v) else v for v in result.pcc_per_gene]
-    model.record.training["best_epoch"] = result.best_epoch
+    model.record.training |= {"best_epoch": result.best_epoch, **quality_of(result.quality)}
     model.save(directory)
     RunState.remove(directory / "training")
     logger.info("model of epoch %d saved to %s", result.best_epoch, directory)
+    poor = why_poor(model.record)
+    if poor:
+        warn(f"The model is worse than none: {poor}. Lower lr= (now {settings.lr:g}), or train longer.")
     return model

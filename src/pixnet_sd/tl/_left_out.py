@@ -157,6 +157,7 @@ class LeftOut:
             tile_px=self.scoring.tile_px,
             n_symmetries=self.scoring.n_symmetries,
             device=self.scoring.device,
+            allow_poor_model=True,  # its scores say it
             show_progress_bar=self.scoring.show_progress_bar,
         )
         key = f"pixnet_{link.element_key}"

@@ -20,6 +20,8 @@ from pixnet_sd.slide import (
     TableLink,
     check_genes,
     checked_totals,
+    counts_of,
+    genes_of,
     log_normalise,
     obs_column,
     table_link,
@@ -97,11 +99,13 @@ def matched_values(
     ids = pd.Index(obs_column(predicted, predicted.uns["spatialdata_attrs"]["instance_key"]))
     rows = ids.get_indexer(link.instances)
     n_common = int((rows >= 0).sum())
-    shared = predicted.var_names[predicted.var_names.isin(measured.var_names)]
+    what = f"Table {table_key!r}"
+    measured_genes = genes_of(measured, what)
+    shared = predicted.var_names[predicted.var_names.isin(measured_genes.names)]
     if not n_common or not len(shared):
         raise DataError(
             f"Tables {table_key!r} and {predicted_key!r} have {n_common} regions and {len(shared)} genes in common. "
-            f"Regions are called {_first(link.instances)} and {_first(ids)}, genes {_first(measured.var_names)} and "
+            f"Regions are called {_first(link.instances)} and {_first(ids)}, genes {_first(measured_genes.names)} and "
             f"{_first(predicted.var_names)}."
         )
     if genes is not None:
@@ -109,9 +113,8 @@ def matched_values(
         shared = pd.Index(genes)
     if is_stored:
         check_current(sdata, predicted_key, predicted)
-    what = f"Table {table_key!r}"
-    counts = Counts.of(measured.X, link.rows, what)
-    total = checked_totals(counts, measured.var_names, what)
+    counts = counts_of(measured, link.rows, measured_genes, what)
+    total = checked_totals(counts, measured_genes.names, what)
     keep = (rows >= 0) & (total > 0)
     if not keep.any():
         raise DataError(f"Table {table_key!r}: none of the regions that {predicted_key!r} predicts has a count.")
@@ -121,7 +124,7 @@ def matched_values(
         rows=rows[keep],
         columns=predicted.var_names.get_indexer(shared),
         counts=counts.take(keep),
-        positions=measured.var_names.get_indexer(shared),
+        positions=measured_genes.names.get_indexer(shared),
         total=total[keep],
         target_sum=float(predicted.uns["pixnet_sd"]["target_sum"]),
     )
@@ -152,12 +155,6 @@ def _measured(sdata: SpatialData, table_key: str, predicted_key: str, predicted:
     measured = _table(sdata, table_key)
     if "pixnet_sd" in measured.uns:
         raise ElementError(f"Table {table_key!r} holds predictions: give table_key= of a table with raw counts.")
-    if not measured.var_names.is_unique:
-        twice = measured.var_names[measured.var_names.duplicated()][0]
-        raise DataError(
-            f"Table {table_key!r}: gene {twice!r} occurs more than once, and genes are matched by name. Call "
-            "table.var_names_make_unique() first."
-        )
     element = predicted.uns["spatialdata_attrs"]["region"]
     system = predicted.uns["pixnet_sd"].get("coordinate_system")
     link = table_link(sdata, table_key=table_key, coordinate_system=system)

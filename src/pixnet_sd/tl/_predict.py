@@ -24,6 +24,7 @@ from ._depends import map_parts
 from ._map_request import MapInfo, map_factor
 from ._pixels import pixels_of
 from ._predict_job import PredictJob
+from ._quality import why_poor
 from ._region_request import request_regions
 
 __all__ = ["predict"]
@@ -54,6 +55,7 @@ def predict(
     device: str | torch.device | None = None,
     key_added: str = "pixnet",
     overwrite: bool = False,
+    allow_poor_model: bool = False,
     show_progress_bar: bool = True,
 ) -> None:
     """Predict gene expression over a slide.
@@ -102,6 +104,10 @@ def predict(
         First part of all names.
     overwrite
         Replace results of the same names.
+    allow_poor_model
+        Predict with a model whose record says that it is worse than predicting the mean of each gene: its mean squared
+        error (``model.record.training["mse"]``) is more than twice that of the means (``"gene_mean_mse"``) with a PCC
+        of at most 0.1, or more than ten times it.
     show_progress_bar
         Show a bar over tiles; where nobody watches, lines in the log.
 
@@ -136,7 +142,7 @@ def predict(
         Genes that the model does not know, an image that is not RGB uint8 or shows no tissue, or one that was changed
         while it was read.
     CheckpointError
-        No model, or a damaged one.
+        No model, a damaged one, or one that is worse than none.
     StoreError
         A name is taken, the store cannot be written, or the disk is too small.
     """
@@ -146,6 +152,7 @@ def predict(
         )
     fabric = make_fabric(device)
     found = _model(sdata, model)
+    _check_quality(found, allow_poor_model)
     index, names = _genes(found, genes)
     slide = open_slide(
         sdata,
@@ -187,6 +194,15 @@ def _model(sdata: SpatialData, model: PixNet | str | Path | None) -> PixNet:
     if not isinstance(model, str | Path):
         raise PixNetError(f"model= needs a PixNet or a checkpoint folder; got a {type(model).__name__}.")
     return PixNet.load(model)
+
+
+def _check_quality(model: PixNet, allow_poor_model: bool) -> None:
+    poor = why_poor(model.record)
+    if poor and not allow_poor_model:
+        raise CheckpointError(
+            f"The model is worse than none: {poor}. Train it again, with a lower lr= (it was "
+            f"{model.record.training.get('lr')}) or for longer; allow_poor_model=True predicts all the same."
+        )
 
 
 def _recorded_folder(sdata: SpatialData) -> Path:

@@ -17,6 +17,7 @@ from pixnet_sd._fingerprint import content_sha256
 from pixnet_sd._warn import warn
 from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
 from pixnet_sd.engine.split import hold_out_blocks
+from pixnet_sd.nn.objectives import ObjectiveName
 from pixnet_sd.nn.regions import Regions
 from pixnet_sd.slide import (
     Measured,
@@ -140,7 +141,7 @@ def training_data(
     genes: Sequence[str] | None,
     n_genes: int | None,
     target_sum: float,
-    raw_counts: bool,
+    objective: ObjectiveName,
     validation: Validation,
     seed: int,
     cache: Path,
@@ -151,10 +152,8 @@ def training_data(
     ----------
     sources
         Slides by name.
-    genes, n_genes, target_sum, validation, seed
+    genes, n_genes, target_sum, objective, validation, seed
         As of :func:`pixnet_sd.tl.fit`.
-    raw_counts
-        Learn counts, and not log-normalised expression.
     cache
         Folder for compact counts, where there are too many for memory.
 
@@ -176,9 +175,9 @@ def training_data(
     unseen = {name: sources[name].tables for name in held_names}
     chosen = choose_genes(tables, held_out=unseen, n_genes=n_genes, genes=genes, target_sum=target_sum)
     every = {name: source.tables for name, source in sources.items()}
-    targets = targets_of(every, chosen, None if raw_counts else target_sum, cache)
+    targets = targets_of(every, chosen, target_sum, cache, objective)
     slides = {name: _as_training_slide(source, targets[name]) for name, source in sources.items()}
-    if raw_counts:
+    if objective != "mse_pcc":
         slides |= {slide.name: slide for slide in _with_depth([slides[name] for name in tables])}
     data = TrainingData(chosen, *split_slides(slides, validation, seed))
     n_regions = sum(len(table.regions) for slide in data.training for table in slide.measured)
