@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._commit import check_target, commit
+from ._commit import check_target, commit, recover
 from ._disk import size_text
 from ._factors import FactorHead, factor_names, factors_key, head_key, read_head
 from ._gene_map import GeneMapReader, GeneMapWriter, estimate_bytes, open_map
@@ -17,6 +17,7 @@ from ._shapes import circles_element, squares_element
 from ._shapes_writer import MakeShapes
 from ._table import region_table
 from ._thumbnail import thumbnail
+from ._written import attach_written, written_by
 
 if TYPE_CHECKING:
     from ._pixnet import PixNet
@@ -36,6 +37,7 @@ __all__ = [
     "RegionWriter",
     "RowInfo",
     "Rows",
+    "attach_written",
     "check_target",
     "circles_element",
     "commit",
@@ -55,11 +57,13 @@ __all__ = [
     "read_head",
     "record",
     "recorded",
+    "recover",
     "region_table",
     "size_text",
     "squares_element",
     "thumbnail",
     "tissue_labels",
+    "written_by",
 ]
 
 _WITH_TORCH = {

@@ -69,6 +69,7 @@ class GeneMapWriter:
         self._sdata, self._key, self._genes, self._transforms = sdata, key, list(genes), dict(transforms)
         self._sink, self._overwrite, self._lock = sink, overwrite, lock
         self._known = frozenset(self.blocks)
+        self._handed_over = False
 
     @classmethod
     def open(
@@ -178,11 +179,12 @@ class GeneMapWriter:
         if not (np.isfinite(values.min()) and np.isfinite(values.max())):
             raise DataError(f"The prediction in block {block} is not finite (NaN or infinity): the model is broken.")
         image = _padded(np.asarray(values, dtype=np.float32), block, self.layout)
-        for k, level in enumerate(self._sink.levels):
-            image = image if k == 0 else _halved(image)
-            row, col = row0 >> k, col0 >> k
-            level[:, row : row + image.shape[1], col : col + image.shape[2]] = image
-        self._sink.mark_done(block)
+        with self._sink.writing():
+            for k, level in enumerate(self._sink.levels):
+                image = image if k == 0 else _halved(image)
+                row, col = row0 >> k, col0 >> k
+                level[:, row : row + image.shape[1], col : col + image.shape[2]] = image
+            self._sink.mark_done(block)
 
     def _done(self) -> str:
         """How many blocks are there, in words; nothing when there are none."""
@@ -224,12 +226,13 @@ class GeneMapWriter:
         """
         regions = regions or RegionResults()
         others = {**(elements or {}), **regions.elements}
-        staged, cleanup = regions.staged, regions.cleanup
+        staged = regions.staged
         if isinstance(self._sink, MemorySink):
             others[self._key] = self._sink.element(self._genes, self._transforms)
         else:
-            staged, cleanup = (*staged, self._sink.staged), (*cleanup, self._sink.folder)
-        commit(self._sdata, others, overwrite=self._overwrite, staged=staged, provenance=provenance, cleanup=cleanup)
+            staged = (*staged, self._sink.staged)
+        self._handed_over = True  # a commit that fails half-way still needs it
+        commit(self._sdata, others, overwrite=self._overwrite, staged=staged, provenance=provenance)
         self.close()
 
     def abort(self) -> None:
@@ -247,10 +250,11 @@ class GeneMapWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and isinstance(self._sink, DiskSink) and self._sink.folder.exists():
-            done = self._done()
-            if done:
-                logger.info("%s are kept in %s; the same call goes on from there.", done, self._sink.folder)
+        if kind is not None and isinstance(self._sink, DiskSink) and not self._handed_over:
+            if self._sink.n_logged:
+                logger.info("Blocks that are done are kept in %s; the same call goes on from there.", self._sink.folder)
+            else:
+                self._sink.discard()
         self.close()
 
 
@@ -271,7 +275,7 @@ def _check_room(sdata: SpatialData, key: str, overwrite: bool, layout: MapLayout
     needed = int(layout.nbytes * missing / len(blocks))
     try:
         check_target(sdata, {key: "images"}, overwrite=overwrite, needed_bytes=needed)
-    except StoreError:
+    except BaseException:
         if not sink.resumed:
             sink.discard()
         raise

@@ -17,7 +17,7 @@ from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.tiling import check_tile_px
 from pixnet_sd.engine.window_pass import InferSettings
 from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
-from pixnet_sd.store import PixNet, recorded
+from pixnet_sd.store import PixNet, recorded, recover
 
 from ._map_request import map_factor, map_info
 from ._predict_job import PredictJob
@@ -140,6 +140,7 @@ def predict(
         raise PixNetError(
             f"predict needs a SpatialData object, got {type(sdata).__name__}: spatialdata.read_zarr(path)."
         )
+    recover(sdata)
     fabric = make_fabric(device)
     found = _model(sdata, model)
     index, names = _genes(found, genes)

@@ -31,6 +31,7 @@ from pixnet_sd.store import (
     PixNet,
     RegionResults,
     RegionWriter,
+    attach_written,
     check_target,
     commit,
     factor_names,
@@ -42,6 +43,7 @@ from pixnet_sd.store import (
     region_table,
     thumbnail,
     tissue_labels,
+    written_by,
 )
 
 from ._announce import announce
@@ -72,10 +74,18 @@ class PredictJob:
 
     def run(self, settings: InferSettings, fabric: Fabric, *, write_map: bool, show_progress_bar: bool) -> None:
         """Check that results can be written, predict, and write them all at once."""
+        attach_written(self.sdata, self._names(write_map))
         there = self._there()
         write_map = write_map and not (self.map_key in there and self.info.factor == 1)
+        write_map = write_map and not self._is_written("maps", self.map_key, self._map_identity, self._map_names())
+        request = self.request
+        if request is not None and not write_map:
+            names = self._region_names(request)
+            if self._is_written("tables", request.table_key, self._table_identity(request), names):
+                self.request = None
         if self.request is None and not write_map:
-            logger.info("%r of this model and slide is there already", self.map_key)
+            key = self.map_key if request is None else request.table_key
+            logger.info("%r of this model and slide is there already", key)
             return
         check_target(self.sdata, self._names(write_map), overwrite=self.overwrite)
         reused = next(iter(there.values()), None)
@@ -140,14 +150,30 @@ class PredictJob:
         return head.select(index, scale=self.model.record.working_mpp**-2)
 
     def _names(self, write_map: bool) -> dict[str, str]:
-        names = {self.map_key: "images", f"{self.map_key}_tissue": "labels"} if write_map else {}
-        if write_map and self.store == "factors":
-            names[head_key(self.map_key)] = "tables"
-        if self.request is not None:
-            names[self.request.table_key] = "tables"
-            if self.request.make_shapes is not None:
-                names[self.request.element_key] = "shapes"
-        return names
+        names = self._map_names() if write_map else {}
+        return names if self.request is None else names | self._region_names(self.request)
+
+    def _map_names(self) -> dict[str, str]:
+        names = {self.map_key: "images", f"{self.map_key}_tissue": "labels"}
+        return names | {head_key(self.map_key): "tables"} if self.store == "factors" else names
+
+    def _region_names(self, request: RegionRequest) -> dict[str, str]:
+        names = {request.table_key: "tables"}
+        return names if request.make_shapes is None else names | {request.element_key: "shapes"}
+
+    def _is_written(self, section: str, key: str, identity: str, names: dict[str, str]) -> bool:
+        """Whether this very call has left its results, as when it was cut off while they were moved in."""
+        return written_by(self.sdata, section, key, identity, names)
+
+    @property
+    def _map_identity(self) -> str:
+        """Equal for two calls that write the same map."""
+        return _hash(self.info.fingerprint, self.info.factor, self.store, self.outputs)
+
+    def _table_identity(self, request: RegionRequest) -> str:
+        """Equal for two calls that write the same table."""
+        ids = [str(name) for name in request.ids]
+        return _hash(self.info.fingerprint, request.hash(), ids, request.diameter_um, self.genes)
 
     def _plan(self, side: int) -> RegionPlan:
         height, width = self.slide.map_shape
@@ -177,7 +203,6 @@ class PredictJob:
     def _region_writer(
         self, request: RegionRequest, n_columns: int, side: int, blocks: GeneMapWriter | None
     ) -> RegionWriter:
-        parts = [self.info.fingerprint, request.hash(), side]
         return RegionWriter.open(
             self.sdata,
             table_key=request.table_key,
@@ -186,7 +211,7 @@ class PredictJob:
             genes=self.genes,
             n_columns=n_columns,
             n_layers=len(self.units.layers),
-            fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+            fingerprint=_hash(self.info.fingerprint, request.hash(), side),
             overwrite=self.overwrite,
             also_needed=0 if blocks is None else blocks.missing_bytes,
         )
@@ -207,7 +232,8 @@ class PredictJob:
         notes: dict[str, dict[str, Any]] = {}
         if rows is not None and self.request is not None:
             results = self._region_results(self.request, rows, on_glass)
-            notes["tables"] = {self.request.table_key: self._provenance() | self.units.table}
+            note = self._provenance() | self.units.table | {"identity": self._table_identity(self.request)}
+            notes["tables"] = {self.request.table_key: note}
         if blocks is None:
             commit(
                 self.sdata,
@@ -215,7 +241,6 @@ class PredictJob:
                 overwrite=self.overwrite,
                 staged=results.staged,
                 provenance=notes,
-                cleanup=results.cleanup,
             )
             return
         pitch = MAP_STRIDE * self.slide.working_scale
@@ -223,7 +248,8 @@ class PredictJob:
         elements: dict[str, Any] = {f"{self.map_key}_tissue": tissue_labels(self.tissue, pitch, transforms)}
         if self.store == "factors":
             elements[head_key(self.map_key)] = self._head_table()
-        notes["maps"] = {self.map_key: self._provenance() | {"units": self.units.map} | asdict(self.info)}
+        about = {"units": self.units.map, "identity": self._map_identity}
+        notes["maps"] = {self.map_key: self._provenance() | about | asdict(self.info)}
         blocks.commit(elements, results, provenance=notes)
 
     def _head_table(self) -> AnnData:
@@ -266,6 +292,10 @@ class PredictJob:
             "target_sum": record.target_sum,
             "log_base": record.log_base,
         }
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _power_of_two(value: float) -> int:

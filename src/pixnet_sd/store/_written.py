@@ -1,0 +1,98 @@
+"""Whether an element in a store is, file by file, what this package wrote: so a call can know its own results again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._disk import local_store, read_json, work_folder
+from ._planted import plain_files
+from ._provenance import ATTRS_KEY
+from ._read_back import read_back
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+__all__ = ["WRITTEN", "attach_written", "element_stamp", "written_by"]
+
+WRITTEN = "written"
+"""Section of the notes: element name → stamp."""
+
+
+def element_stamp(element: Path) -> str:
+    """Names, sizes and times of all files of an element, as a number: it changes with anything that is written there.
+
+    Raises
+    ------
+    StoreError
+        When there is a link or the like in the element.
+    """
+    total = 0
+    for entry in plain_files(element):
+        found = entry.stat(follow_symlinks=False)
+        about = f"{os.path.relpath(entry.path, element)}\0{found.st_size}\0{found.st_mtime_ns}"
+        total += int.from_bytes(hashlib.blake2b(about.encode(), digest_size=8).digest())
+    return f"{total % 2**64:016x}"
+
+
+def written_by(sdata: SpatialData, section: str, key: str, identity: str, names: Mapping[str, str]) -> bool:
+    """Whether the store holds the results of a call with this identity, untouched since.
+
+    Parameters
+    ----------
+    sdata
+        The object; False for one in memory.
+    section, key
+        Where the call notes itself (``"tables"``, name of the table).
+    identity
+        Of the call, as noted there under ``"identity"``.
+    names
+        Element name → element type of its results.
+    """
+    store = local_store(sdata)
+    if store is None:
+        return False
+    notes = _notes(store)
+    note = _mapping(_mapping(notes.get(section)).get(key))
+    return note.get("identity") == identity and len(_untouched(store, notes, names)) == len(names)
+
+
+def attach_written(sdata: SpatialData, names: Mapping[str, str]) -> None:
+    """Read what this package wrote and the object lacks, as after Ctrl-C between the store and the object.
+
+    Parameters
+    ----------
+    sdata
+        The object; one in memory has no store to lack anything of.
+    names
+        Element name → element type of those that are wanted; images and labels come lazily.
+    """
+    store = local_store(sdata)
+    if store is None:
+        return
+    lacking = {name: kind for name, kind in names.items() if name not in getattr(sdata, kind)}
+    notes = _notes(store) if lacking else {}
+    untouched = _untouched(store, notes, lacking)
+    if untouched:
+        read_back(sdata, store, untouched, scratch=work_folder(store))
+        sdata.attrs[ATTRS_KEY] = notes
+
+
+def _untouched(store: Path, notes: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+    stamps = _mapping(notes.get(WRITTEN))
+    return {
+        name: kind
+        for name, kind in names.items()
+        if name in stamps and (store / kind / name).is_dir() and element_stamp(store / kind / name) == stamps[name]
+    }
+
+
+def _notes(store: Path) -> Mapping[str, Any]:
+    return _mapping(_mapping(read_json(store / "zarr.json").get("attributes")).get(ATTRS_KEY))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
