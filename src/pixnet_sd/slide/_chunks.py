@@ -64,9 +64,10 @@ class ChunkGuard:
         StoreError
             When the folder is not there.
         """
-        if not isinstance(array.store, LocalStore) or not array.ndim:
+        root = _local_root(array.store)
+        if root is None or not array.ndim:
             return None
-        folder = Path(array.store.root, *array.path.split("/"))
+        folder = Path(root, *array.path.split("/"))
         chunk = array.shards or array.chunks
         origin = array.metadata.encode_chunk_key((0,) * array.ndim)
         prefix = origin[: len(origin) - 2 * array.ndim + 1]
@@ -189,6 +190,15 @@ def guards_of(data: Any) -> tuple[ChunkGuard, ...]:
     stored = [value for layer in layers.values() if len(layer) == 1 for value in layer.values()]
     found = [ChunkGuard.of(value) for value in stored if isinstance(value, zarr.Array)]
     return tuple(guard for guard in found if guard is not None)
+
+
+def _local_root(store: Any) -> str | Path | None:
+    """Local folder of a Zarr store; `dask.array.from_zarr` reaches one through fsspec."""
+    if isinstance(store, LocalStore):
+        return store.root
+    fs = getattr(store, "fs", None)
+    protocol = getattr(getattr(fs, "sync_fs", fs), "protocol", ())
+    return str(store.path) if "file" in (protocol if isinstance(protocol, tuple) else (protocol,)) else None
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -60,7 +60,7 @@ def written_by(sdata: SpatialData, section: str, key: str, identity: str, names:
     return note.get("identity") == identity and len(_untouched(store, notes, names)) == len(names)
 
 
-def attach_written(sdata: SpatialData, names: Mapping[str, str]) -> None:
+def attach_written(sdata: SpatialData, names: Mapping[str, str], *, again: bool = False) -> None:
     """Read what this package wrote and the object lacks, as after Ctrl-C between the store and the object.
 
     Parameters
@@ -69,11 +69,13 @@ def attach_written(sdata: SpatialData, names: Mapping[str, str]) -> None:
         The object; one in memory has no store to lack anything of.
     names
         Element name → element type of those that are wanted; images and labels come lazily.
+    again
+        Whether those that the object has are read again, too.
     """
     store = local_store(sdata)
     if store is None:
         return
-    lacking = {name: kind for name, kind in names.items() if name not in getattr(sdata, kind)}
+    lacking = {name: kind for name, kind in names.items() if again or name not in getattr(sdata, kind)}
     notes = _notes(store) if lacking else {}
     untouched = _untouched(store, notes, lacking)
     if untouched:

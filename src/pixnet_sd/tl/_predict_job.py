@@ -78,13 +78,8 @@ class PredictJob:
         there = self._there()
         write_map = write_map and not (self.map_key in there and self.info.factor == 1)
         write_map = write_map and not self._is_written("maps", self.map_key, self._map_identity, self._map_names())
-        request = self.request
-        if request is not None and not write_map:
-            names = self._region_names(request)
-            if self._is_written("tables", request.table_key, self._table_identity(request), names):
-                self.request = None
-        if self.request is None and not write_map:
-            key = self.map_key if request is None else request.table_key
+        if not write_map and self._has_regions():
+            key = self.map_key if self.request is None else self.request.table_key
             logger.info("%r of this model and slide is there already", key)
             return
         check_target(self.sdata, self._names(write_map), overwrite=self.overwrite)
@@ -161,19 +156,34 @@ class PredictJob:
         names = {request.table_key: "tables"}
         return names if request.make_shapes is None else names | {request.element_key: "shapes"}
 
+    def _has_regions(self) -> bool:
+        """Whether the regions that are asked for, if any, are there."""
+        if self.request is None:
+            return True
+        key, identity = self.request.table_key, self._table_identity(self.request)
+        return self._is_written("tables", key, identity, self._region_names(self.request))
+
     def _is_written(self, section: str, key: str, identity: str, names: dict[str, str]) -> bool:
         """Whether this very call has left its results, as when it was cut off while they were moved in."""
-        return written_by(self.sdata, section, key, identity, names)
+        found = written_by(self.sdata, section, key, identity, names)
+        if found and self.overwrite:  # they replace what is in memory
+            attach_written(self.sdata, names, again=True)
+        return found
 
     @property
     def _map_identity(self) -> str:
         """Equal for two calls that write the same map."""
-        return _hash(self.info.fingerprint, self.info.factor, self.store, self.outputs)
+        return _hash(self.info.fingerprint, self._place(), self.info.factor, self.store, self.outputs)
 
     def _table_identity(self, request: RegionRequest) -> str:
         """Equal for two calls that write the same table."""
         ids = [str(name) for name in request.ids]
-        return _hash(self.info.fingerprint, request.hash(), ids, request.diameter_um, self.genes)
+        return _hash(self.info.fingerprint, self._place(), request.hash(), ids, request.diameter_um, self.genes)
+
+    def _place(self) -> dict[str, Any]:
+        """Where the image lies, and with it the results."""
+        transforms = image_transforms(self.sdata, self.slide.image_key)
+        return {name: each.to_affine_matrix(("x", "y"), ("x", "y")).tolist() for name, each in transforms.items()}
 
     def _plan(self, side: int) -> RegionPlan:
         height, width = self.slide.map_shape
