@@ -63,7 +63,8 @@ def test_round_trip(slide, user_files):
     again = sd.read_zarr(slide.path)
     for sdata in (slide, again):
         assert_holds(sdata, expected)
-        assert sdata.attrs["pixnet_sd"] == {"tables": {"pixnet_spots": {"radius_um": 8}}}
+        assert sdata.attrs["pixnet_sd"]["tables"] == {"pixnet_spots": {"radius_um": 8}}
+        assert sdata.attrs["pixnet_sd"].keys() == {"tables", "written"}
     assert user_files(slide.path) == before
     assert not work_folder(slide.path).exists()
     assert json.loads((slide.path / "labels/zarr.json").read_text())["attributes"]["ome"]["labels"] == ["mask"]
@@ -162,6 +163,7 @@ def test_recovery_leaves_alone_what_the_user_wrote_meanwhile(slide, in_memory, m
 
 def test_leftovers_of_a_run_killed_before_its_journal_are_swept(slide):
     work = work_folder(slide.path)
+    (work / "commit").mkdir(parents=True)
     write_scratch_store(work / "commit" / "new.zarr", results(slide))
     (work / "old" / "images").mkdir(parents=True)
     write_json(work / "draft.json", {}, scratch=work)

@@ -21,6 +21,7 @@ def test_memory_has_no_store(in_memory):
 
 def test_archives_and_remote_stores_are_refused(slide, tmp_path):
     slide.path = tmp_path / "elsewhere.zarr.zip"
+    slide.path.touch()
     with pytest.raises(StoreError, match="not a local folder"):
         local_store(slide)
 

@@ -107,7 +107,6 @@ def run(sdata, ids="numbers", kind="circles", aggregation="mean", **options):
             sdata,
             made.elements,
             staged=made.staged,
-            cleanup=made.cleanup,
             provenance={"tables": {"pixnet_t": {}}},
             overwrite=options.get("overwrite", False),
         )
@@ -276,7 +275,7 @@ def test_a_killed_run_is_taken_up(slide, in_memory):
         assert [writer.is_done(window) for window in WINDOWS] == [True, True, False, False]
         put_all(writer)
         made = results(slide, writer)
-        commit(slide, {}, staged=made.staged, cleanup=made.cleanup)
+        commit(slide, {}, staged=made.staged)
     np.testing.assert_array_equal(slide.tables["pixnet_t"].X, in_memory.tables["pixnet_t"].X)
     assert not work_folder(slide.path).exists()
 

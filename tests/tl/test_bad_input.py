@@ -338,6 +338,7 @@ class TestStore:
 
     def test_not_a_folder(self, fitted, refused, tmp_path):
         store, fitted.path = fitted.path, tmp_path / "s.zarr.zip"
+        fitted.path.touch()
         refused(StoreError, "not a local folder", only="predict")
         fitted.path = store
 

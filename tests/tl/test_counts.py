@@ -85,9 +85,11 @@ def test_the_map_has_densities_per_um2(counted, predict) -> None:
 def test_the_map_is_reused(counted, predict, forward_passes) -> None:
     predict(counted, shapes_key=BINS, write_map=False)
     direct = counts(counted.tables[f"pixnet_{BINS}"])
+    del counted.tables[f"pixnet_{BINS}"]
+    counted.delete_element_from_disk(f"pixnet_{BINS}")
     predict(counted)
     del forward_passes[:]
-    predict(counted, shapes_key=BINS, overwrite=True)
+    predict(counted, shapes_key=BINS)
     assert not forward_passes
     np.testing.assert_allclose(counts(counted.tables[f"pixnet_{BINS}"]), direct, rtol=1e-4, atol=1e-5 * direct.max())
 

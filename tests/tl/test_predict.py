@@ -261,13 +261,32 @@ class TestReuse:
             predict(fitted)
 
 
-def test_existing_table(fitted, predict):
+def test_existing_table(fitted, predict, model):
     predict(fitted, bin_um=16, write_map=False)
+    first = fitted.tables["pixnet_bins_16um"].X.copy()
     with pytest.raises(StoreError, match=r"tables\['pixnet_bins_16um'\] exists already. Pass `overwrite=True`"):
-        predict(fitted, bin_um=16, write_map=False)
+        predict(fitted, bin_um=16, write_map=False, genes=model.genes[:2])
     fitted.tables["pixnet_bins_16um"].X[:] = -1
     predict(fitted, bin_um=16, write_map=False, overwrite=True)
-    assert (sd.read_zarr(fitted.path).tables["pixnet_bins_16um"].X > -1).all()
+    for sdata in (fitted, sd.read_zarr(fitted.path)):
+        np.testing.assert_array_equal(sdata.tables["pixnet_bins_16um"].X, first)
+
+
+@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"store": "factors", "radius_um": 16}, {"bin_um": 16}])
+def test_the_same_call_finds_its_results(fitted, predict, forward_passes, arguments):
+    predict(fitted, **arguments)
+    del forward_passes[:]
+    again = sd.read_zarr(fitted.path)
+    for sdata in (fitted, again):
+        predict(sdata, **arguments)
+    assert forward_passes == []
+    table = next((key for key in again.tables if key.startswith("pixnet_") and "um" in key), None)
+    if table:  # nor is it taken for its own when someone else wrote it
+        again.tables[table].X[:] = 0
+        again.delete_element_from_disk(table)
+        again.write_element(table)
+        with pytest.raises(StoreError, match="exists already"):
+            predict(again, **arguments)
 
 
 def test_overwrite_with_other_genes(fitted, predict, model):

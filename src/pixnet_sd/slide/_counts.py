@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
 from pixnet_sd._errors import DataError
 from pixnet_sd._logging import logger
+
+from ._chunks import StoredRows
 
 __all__ = ["Counts"]
 
@@ -30,7 +33,7 @@ class _CompressedRows:
     """
 
     def __init__(self, group: Any, shape: tuple[int, int]) -> None:
-        self.indptr, self._indices, self._data = group["indptr"], group["indices"], group["data"]
+        self.indptr, self._indices, self._data = (StoredRows(group[name]) for name in ("indptr", "indices", "data"))
         self.shape, self.dtype = shape, self._data.dtype
 
     def __getitem__(self, rows: slice) -> sparse.csr_matrix:
@@ -93,6 +96,8 @@ class Counts:
             matrix = _as_rows(_widened(matrix.to_memory()) if backed else matrix, what)
         elif kind == "csr" and backed:
             matrix = _CompressedRows(matrix.group, matrix.shape)
+        elif isinstance(matrix, zarr.Array):
+            matrix = StoredRows(matrix)
         return cls(matrix, np.asarray(rows), files, genes, is_half)
 
     def __len__(self) -> int:

@@ -13,6 +13,8 @@ from xarray import DataArray, DataTree
 
 from pixnet_sd._errors import DataError
 
+from ._chunks import ChunkGuard, check_sources, guards_of
+from ._holes import check_holes
 from ._pixels import check_uint8, rgb_channels
 
 __all__ = ["ImageLevel", "ImagePyramid", "largest_block_px", "stored_array"]
@@ -39,12 +41,15 @@ class ImageLevel:
         Where pixel (0, 0) of this level begins, in scale-0 pixels, (y, x).
     channels
         Positions of red, green and blue.
+    guards
+        Of the files that the pixels are read from; none for those in memory.
     """
 
     pixels: Pixels
     scale: tuple[float, float]
     origin: tuple[float, float]
     channels: tuple[int, int, int]
+    guards: tuple[ChunkGuard, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,19 +62,36 @@ class ImageLevel:
         return isinstance(self.pixels, zarr.Array)
 
     def read(self, row0: int, row1: int, col0: int, col1: int) -> np.ndarray:
-        """Pixels of a box, clipped to the level: (h, w, 3) uint8."""
+        """Pixels of a box, clipped to the level: (h, w, 3) uint8.
+
+        Raises
+        ------
+        StoreError
+            When files that were there when the level was opened are not there any more.
+        """
         height, width = self.shape
         row0, row1 = np.clip((row0, row1), 0, height).tolist()
         col0, col1 = np.clip((col0, col1), 0, width).tolist()
         if row0 >= row1 or col0 >= col1:
             return np.empty((max(row1 - row0, 0), max(col1 - col0, 0), 3), np.uint8)
-        block: Any = self.pixels[:, row0:row1, col0:col1]
-        if isinstance(block, DaskArray):
-            block = block.compute(scheduler="threads")  # never a distributed client that is open by chance
-        block = np.asarray(block)
+        block = self._block((slice(0, self.pixels.shape[0]), slice(row0, row1), slice(col0, col1)))
         if self.channels != (0, 1, 2):
             block = block[list(self.channels)]
         return np.moveaxis(block[:3], 0, -1)
+
+    def pixels_of(self, channels: slice, row0: int, row1: int, col0: int, col1: int) -> np.ndarray:
+        """Values of some channels in a box inside the level, (channels, h, w), as they are stored."""
+        channels = slice(channels.start, min(channels.stop, self.pixels.shape[0]))
+        return self._block((channels, slice(row0, row1), slice(col0, col1)))
+
+    def _block(self, key: tuple[slice, slice, slice]) -> np.ndarray:
+        if self.is_backed and self.guards:
+            return self.guards[0].read(self.pixels, key)
+        block: Any = self.pixels[key]
+        if isinstance(block, DaskArray):
+            block = block.compute(scheduler="threads")  # never a distributed client that is open by chance
+        check_sources(self.guards)
+        return np.asarray(block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +119,14 @@ class ImagePyramid:
 
         Returns
         -------
-        The pyramid. No pixels are read for uint8.
+        The pyramid. No pixels are read for uint8, but where files are missing that may have to be there.
 
         Raises
         ------
         DataError
             Not a flat (c, y, x) image, not RGB or RGBA, or not uint8.
+        StoreError
+            Its files are away, or some of them are missing.
         """
         found = [element] if isinstance(element, DataArray) else list(get_pyramid_levels(element))
         found.sort(key=lambda level: -level.sizes["y"] * level.sizes["x"])
@@ -114,7 +138,10 @@ class ImagePyramid:
         for level in found:
             row_scale, row_origin = _placed(height, level.sizes["y"])
             col_scale, col_origin = _placed(width, level.sizes["x"])
-            levels.append(ImageLevel(_source(level), (row_scale, col_scale), (row_origin, col_origin), channels))
+            guards = guards_of(level.data)
+            scale, origin = (row_scale, col_scale), (row_origin, col_origin)
+            levels.append(ImageLevel(_source(level), scale, origin, channels, guards))
+        check_holes(levels, image_key)
         return cls(tuple(levels))
 
     @property

@@ -13,7 +13,9 @@ from pixnet_sd._errors import DataError
 from pixnet_sd._logging import logger
 from pixnet_sd.nn.regions import LabelGrid
 
+from ._chunks import check_sources, guards_of
 from ._elements import coordinate_systems, scale0
+from ._image import stored_array
 from ._shapes import edge_length
 from ._stored_shapes import sample_positions, sample_shapes, shapes_of
 from ._transform import affine_matrix
@@ -38,7 +40,8 @@ class LazyLabels:
     """
 
     def __init__(self, array: Any) -> None:
-        self._array = array
+        self._array, self._guards = array, guards_of(array)
+        self._stored = stored_array(array)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -52,9 +55,18 @@ class LazyLabels:
         return int(rows), int(columns)
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
+        slices = key if isinstance(key, tuple) else (key,)
+        if self._stored is not None and self._guards and all(isinstance(part, slice) for part in slices):
+            slices = (*slices, slice(None))[:2]
+            spans = [range(size)[part] for part, size in zip(slices, self.shape, strict=True)]
+            if all(span.step == 1 for span in spans):
+                box = (slice(spans[0].start, spans[0].stop), slice(spans[1].start, spans[1].stop))
+                return self._guards[0].read(self._stored, box)
         part = self._array[key]
         # One thread: windows are small, and several workers read at once.
-        return np.asarray(part.compute(scheduler="synchronous") if hasattr(part, "compute") else part)
+        found = np.asarray(part.compute(scheduler="synchronous") if hasattr(part, "compute") else part)
+        check_sources(self._guards)
+        return found
 
 
 def regions_from_labels(sdata: SpatialData, key: str, ids: pd.Index, coordinate_system: str) -> LabelGrid:

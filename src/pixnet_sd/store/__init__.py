@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._commit import check_target, commit
+from ._commit import check_target, commit, recover
 from ._disk import hold_lock, size_text
 from ._factors import FactorHead, factor_names, factors_key, head_key, read_head
-from ._gene_map import GeneMapReader, GeneMapWriter, check_not_rewritten, estimate_bytes, open_map, written_as
+from ._gene_map import GeneMapReader, GeneMapWriter, check_not_rewritten, estimate_bytes, is_as_written, open_map
 from ._provenance import record, recorded, stored_note
 from ._raster import image_pyramid, image_transforms, map_key, tissue_labels
 from ._region_writer import RegionResults, RegionWriter, estimate_table_bytes
@@ -17,6 +17,7 @@ from ._shapes import circles_element, squares_element
 from ._shapes_writer import MakeShapes
 from ._table import region_table
 from ._thumbnail import thumbnail
+from ._written import attach_written, written_by
 
 if TYPE_CHECKING:
     from ._checksums import CHECKSUMS
@@ -38,6 +39,7 @@ __all__ = [
     "RegionWriter",
     "RowInfo",
     "Rows",
+    "attach_written",
     "check_not_rewritten",
     "check_target",
     "circles_element",
@@ -51,6 +53,7 @@ __all__ = [
     "hold_lock",
     "image_pyramid",
     "image_transforms",
+    "is_as_written",
     "library_versions",
     "link_of",
     "map_key",
@@ -60,13 +63,14 @@ __all__ = [
     "read_record",
     "record",
     "recorded",
+    "recover",
     "region_table",
     "size_text",
     "squares_element",
     "stored_note",
     "thumbnail",
     "tissue_labels",
-    "written_as",
+    "written_by",
 ]
 
 _LATER = {

@@ -9,8 +9,8 @@ lock and with a journal:
    one rename makes all of them visible together;
 4. the scratch is renamed away, the journal goes, then the old elements and the scratch.
 
-A run killed before the journal is there has changed nothing; one killed after it is finished by the next run. In every
-state in between the store opens.
+A run killed before the journal is there has changed nothing; one killed after it is finished by the next run, which
+then knows the results as its own when it is the same call (`written_by`). In every state in between the store opens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import contextlib
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,23 @@ from spatialdata.models import (
 from pixnet_sd._errors import StoreError
 from pixnet_sd._logging import logger
 
-from ._disk import check_free_disk, check_writable, hold_lock, local_store, read_json, work_folder, write_json
+from ._disk import (
+    check_free_disk,
+    check_writable,
+    explain_disk_errors,
+    hold_lock,
+    local_store,
+    read_json,
+    work_folder,
+    write_json,
+)
+from ._journal import COMMIT, JOURNAL, Journal, Move, read_journal, remove_journal, write_journal
 from ._names import check_names, existing_names
+from ._planted import check_plain
 from ._provenance import ATTRS_KEY, json_safe, merged_notes
 from ._read_back import read_back
+from ._secret import secret
+from ._written import WRITTEN, element_stamp
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -82,17 +95,6 @@ class Staged:
     scratch_store: Path
 
 
-@dataclass
-class _Journal:
-    """All that is needed to finish a commit; paths are relative to the work folder."""
-
-    moves: list[dict[str, Any]] = field(default_factory=list)
-    nodes: dict[str, Any] = field(default_factory=dict)
-    groups: dict[str, Any] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-    cleanup: list[str] = field(default_factory=list)
-
-
 def check_target(
     sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool = False, needed_bytes: int = 0
 ) -> None:
@@ -112,11 +114,12 @@ def check_target(
     Raises
     ------
     StoreError
-        Name taken or not allowed, store read-only, old or not local, disk too small.
+        Name taken or not allowed, store read-only, old, away or not local, disk too small.
     """
     store = local_store(sdata)
     if store is not None:
         check_writable(store)
+        secret()  # the journal will need it
         recover(sdata)
     check_names(sdata, names, overwrite=overwrite)
     if store is not None:
@@ -130,7 +133,6 @@ def commit(
     overwrite: bool = False,
     staged: tuple[Staged, ...] = (),
     provenance: Mapping[str, Any] | None = None,
-    cleanup: tuple[Path, ...] = (),
 ) -> None:
     """Add elements to ``sdata``, and to its store when it is backed, all at once.
 
@@ -145,16 +147,17 @@ def commit(
     overwrite
         Whether elements of the same name and type are replaced.
     staged
-        Elements already written completely into a scratch store inside the work folder.
+        Elements already written completely into a scratch store inside the work folder; the folder of that store goes
+        afterwards, with all that is in it.
     provenance
         Section → key → info, noted in ``sdata.attrs["pixnet_sd"]`` together with the elements.
-    cleanup
-        Folders inside the work folder to delete afterwards.
 
     Raises
     ------
     StoreError
-        As `check_target`.
+        As `check_target`, and when writing fails.
+    KeyboardInterrupt
+        Once it is too late to stop, when everything is in the store and in the object.
     """
     names = {name: element_type(element) for name, element in elements.items()}
     names.update({item.name: item.kind for item in staged})
@@ -169,26 +172,62 @@ def commit(
     with _commit_lock(store):
         _settle(store, work, sdata)  # again: another run may have been killed, or have taken a name, while we waited
         check_names(sdata, names, overwrite=overwrite)
-        fresh = _write_elements(work / "commit", elements)
-        journal = _plan(store, work, (*fresh, *staged), json_safe(provenance or {}), (*cleanup, work / "commit"))
-        write_json(work / "journal.json", vars(journal), scratch=work)
-        _finish(store, work, journal, sdata)
-        given = {name for name in elements if names[name] not in ("images", "labels")}
-        read_back(sdata, store, {name: kind for name, kind in names.items() if name not in given}, scratch=work)
-    _set(sdata, {name: elements[name] for name in given})
+        journal = _write_down(store, work, elements, staged, provenance or {})
+        given = {name: element for name, element in elements.items() if names[name] not in ("images", "labels")}
+        try:
+            _bring_in(store, work, journal, sdata, given)
+        except KeyboardInterrupt:
+            _bring_in(store, work, journal, sdata, given)
+            raise
+
+
+def _write_down(
+    store: Path,
+    work: Path,
+    elements: Mapping[str, Any],
+    staged: tuple[Staged, ...],
+    provenance: Mapping[str, Any],
+) -> Journal:
+    """Write all that is still missing beside the store, the journal last; on failure nothing of it remains."""
+    try:
+        with explain_disk_errors("Preparing the results", work):
+            fresh = write_scratch_store(work / COMMIT / "new.zarr", elements) if elements else ()
+            journal = _plan(store, work, (*fresh, *staged), json_safe(provenance))
+            write_journal(work, store, journal)
+        return journal
+    except BaseException:
+        if not (work / JOURNAL).exists():  # else it is too late, and the next run finishes
+            shutil.rmtree(work / COMMIT, ignore_errors=True)
+        raise
+
+
+def _bring_in(store: Path, work: Path, journal: Journal, sdata: SpatialData, given: Mapping[str, Any]) -> None:
+    """Move the elements into the store and attach them to the object; may be repeated from where it stopped."""
+    _finish(store, work, journal, sdata)
+    names = {move.name: move.kind for move in journal.moves if move.name not in given}
+    read_back(sdata, store, names, scratch=work)
+    _set(sdata, given)
     _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
 
 
 def recover(sdata: SpatialData) -> None:
-    """Finish a commit that was killed half-way and remove what it left; attach what it brought in."""
+    """Finish a commit that was killed half-way and remove what it left; attach what it brought in.
+
+    Raises
+    ------
+    StoreError
+        When what lies there was not left by a run of this user on this store.
+    """
     store = local_store(sdata)
     if store is None or not work_folder(store).is_dir():
         return
+    work = work_folder(store)
+    check_plain(work, depth=2)
     before = existing_names(sdata)
     with _commit_lock(store):
-        names = _settle(store, work_folder(store), sdata)
+        names = _settle(store, work, sdata)
         names = {name: kind for name, kind in names.items() if kind == before.get(name, kind)}
-        read_back(sdata, store, names, scratch=work_folder(store))
+        read_back(sdata, store, names, scratch=work)
     if names:
         _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
 
@@ -196,15 +235,16 @@ def recover(sdata: SpatialData) -> None:
 def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
     """Finish or forget an interrupted commit; name → type of what a finished one brought in."""
     names = {}
-    if (work / "journal.json").is_file():
-        journal = _Journal(**read_json(work / "journal.json"))
-        names = {move["name"]: move["kind"] for move in journal.moves}
+    journal = read_journal(work, store)
+    if journal is not None:
+        names = {move.name: move.kind for move in journal.moves}
         logger.warning("Finishing the write of %s into %s, which was interrupted.", ", ".join(names), store)
         _finish(store, work, journal, sdata)
-    for leftover in (work / "commit", work / "old", *work.glob("view-*")):
+    for leftover in (work / COMMIT, work / "old", *work.glob("view-*")):
         shutil.rmtree(leftover, ignore_errors=True)
     for draft in work.glob("*.json.tmp"):
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
     for name in {path.name.removesuffix(".lock") for kind in ("map", "table") for path in work.glob(f"{kind}-*")}:
         _sweep(work / name)
     return names
@@ -218,20 +258,6 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_elements(scratch: Path, elements: Mapping[str, Any]) -> tuple[Staged, ...]:
-    """Write elements beside the store; on failure nothing remains."""
-    if not elements:
-        return ()
-    try:
-        return write_scratch_store(scratch / "new.zarr", elements)
-    except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise StoreError(f"Preparing the results in {scratch} failed: {error}. The store is unchanged.") from error
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
 def element_type(element: Any) -> str:
     """``"images"``, ``"labels"``, ``"points"``, ``"shapes"`` or ``"tables"``."""
     return _TYPES[get_model(element)]
@@ -243,7 +269,7 @@ def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged
         # a table of ours may annotate an element that is already in the user's store
         warnings.filterwarnings("ignore", message="The table is annotating")
         holder = sd.SpatialData.init_from_elements(dict(elements))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         holder.write(path, update_sdata_path=False, consolidate_metadata=False)
     consolidate(path)
     return tuple(Staged(name, element_type(element), path) for name, element in elements.items())
@@ -263,52 +289,67 @@ def _commit_lock(store: Path) -> AbstractContextManager[None]:
     )
 
 
-def _plan(
-    store: Path, work: Path, staged: tuple[Staged, ...], notes: dict[str, Any], cleanup: tuple[Path, ...]
-) -> _Journal:
+def _plan(store: Path, work: Path, staged: tuple[Staged, ...], notes: dict[str, Any]) -> Journal:
     """Collect what has to be moved and the metadata that the root will show."""
-    journal = _Journal(notes=notes, cleanup=[str(path.relative_to(work)) for path in cleanup])
+    journal = Journal(notes=notes)
+    stamps = journal.notes.setdefault(WRITTEN, {})
     for item in staged:
         path = f"{item.kind}/{item.name}"
+        stamps[item.name] = element_stamp(item.scratch_store / path)
         metadata = read_json(item.scratch_store / "zarr.json")["consolidated_metadata"]["metadata"]
         journal.nodes.update({key: node for key, node in metadata.items() if _is_under(key, path)})
         journal.groups.setdefault(item.kind, read_json(item.scratch_store / item.kind / "zarr.json"))
-        journal.moves.append(
-            {
-                "name": item.name,
-                "kind": item.kind,
-                "source": str((item.scratch_store / path).relative_to(work)),
-                "replaces": (store / path).exists(),
-            }
-        )
+        place = item.scratch_store.relative_to(work).as_posix()
+        journal.moves.append(Move(item.name, item.kind, place, (store / path).exists()))
     return journal
 
 
-def _finish(store: Path, work: Path, journal: _Journal, sdata: SpatialData) -> None:
-    """Steps 1 to 4 of the module's docstring; may be repeated from any point at which it stopped."""
+def _finish(store: Path, work: Path, journal: Journal, sdata: SpatialData) -> None:
+    """Steps 1 to 4 of the module's docstring; may be repeated from any point at which it stopped, or after the last."""
+    _check_folders(store, work, journal)
     try:
-        _hide(store, work, [f"{move['kind']}/{move['name']}" for move in journal.moves if move["replaces"]])
-        for kind, group in journal.groups.items():
-            _require_group(store / kind, group, work)
-        placed = [f"{move['kind']}/{move['name']}" for move in journal.moves if _place(store, work, move)]
-        _list_labels(store, work, [path.partition("/")[2] for path in placed if path.startswith("labels/")])
-        _publish(store, work, journal, placed, sdata.attrs.get(ATTRS_KEY))
+        if (work / JOURNAL).exists():
+            _hide(store, work, [move.path for move in journal.moves if move.replaces])
+            for kind, group in journal.groups.items():
+                _require_group(store / kind, group, work)
+            placed = [move.path for move in journal.moves if _place(store, work, move)]
+            _list_labels(store, work, [path.partition("/")[2] for path in placed if path.startswith("labels/")])
+            _publish(store, work, journal, placed, sdata.attrs.get(ATTRS_KEY))
+            _put_away(work, journal.folders)
+            remove_journal(work)
     except OSError as error:
         raise StoreError(
             f"Writing into {store} failed: {error}. The store still opens; the results wait in {work} and are moved in "
             "by the next run that writes to this store."
         ) from error
-    _put_away(work, journal.cleanup)
-    (work / "journal.json").unlink(missing_ok=True)
     shutil.rmtree(work / "old", ignore_errors=True)
 
 
-def _put_away(work: Path, folders: list[str]) -> None:
+def _check_folders(store: Path, work: Path, journal: Journal) -> None:
+    """Raise when a folder that something is moved from or to is a link."""
+    places = [path for move in journal.moves for path in _up_to(work, f"{move.place}/{move.path}")]
+    olds = [path for move in journal.moves for path in _up_to(work, f"old/{move.path}")]
+    for path in (store, work, *(store / move.kind for move in journal.moves), *places, *olds):
+        if path.is_symlink():
+            raise StoreError(
+                f"{path} is a link, and nothing is moved through one. Look at it, and delete {work} if you miss no "
+                "results that are in it."
+            )
+
+
+def _up_to(folder: Path, relative: str) -> Iterator[Path]:
+    """All of the folders on the way, the last included."""
+    for part in relative.split("/"):
+        folder = folder / part
+        yield folder
+
+
+def _put_away(work: Path, folders: Iterable[str]) -> None:
     """Rename folders to where a kill cannot leave a half-deleted one that looks like unfinished work."""
-    for number, relative in enumerate(folders):
-        if (work / relative).exists():
+    for name in folders:
+        if (work / name).exists():
             (work / "old").mkdir(exist_ok=True)
-            (work / relative).rename(work / "old" / f"{number}-{uuid.uuid4().hex}")
+            (work / name).rename(work / "old" / f"{name}-{uuid.uuid4().hex}")
 
 
 def _is_under(key: str, path: str) -> bool:
@@ -333,14 +374,13 @@ def _require_group(folder: Path, group: dict[str, Any], work: Path) -> None:
         write_json(folder / "zarr.json", group, scratch=work)
 
 
-def _place(store: Path, work: Path, move: dict[str, Any]) -> bool:
+def _place(store: Path, work: Path, move: Move) -> bool:
     """Rename one element in, the old one away before; False when the user has put another there meanwhile."""
-    source, target = work / move["source"], store / move["kind"] / move["name"]
-    old = work / "old" / move["kind"] / move["name"]
+    source, target, old = work / move.place / move.path, store / move.path, work / "old" / move.path
     if not source.exists():
         return bool(target.exists())  # moved before the interruption
     if target.exists():
-        if not move["replaces"] or old.exists():
+        if not move.replaces or old.exists():
             logger.warning("%s holds another element by now and is left alone; our result is dropped.", target)
             return False
         old.parent.mkdir(parents=True, exist_ok=True)
@@ -362,7 +402,7 @@ def _list_labels(store: Path, work: Path, names: list[str]) -> None:
         write_json(path, group, scratch=work)
 
 
-def _publish(store: Path, work: Path, journal: _Journal, placed: list[str], notes_in_memory: Any) -> None:
+def _publish(store: Path, work: Path, journal: Journal, placed: list[str], notes_in_memory: Any) -> None:
     """Replace the root ``zarr.json``: consolidated metadata, where the store has it, and provenance."""
     root = read_json(store / "zarr.json")
     attributes = root.setdefault("attributes", {})

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from pixnet_sd._errors import StoreError
 from pixnet_sd._logging import logger
 
+from ._planted import NO_FOLLOW, check_ours, open_regular
+
 if sys.platform != "win32":
     import fcntl
 
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_free_disk",
+    "check_same_folder",
     "check_writable",
+    "delete_folder",
     "explain_disk_errors",
+    "folder_id",
     "hold_lock",
     "local_store",
     "read_json",
@@ -55,6 +60,8 @@ def local_store(sdata: SpatialData) -> Path | None:
     if sdata.path is None:
         return None
     store = Path(sdata.path).resolve()
+    if isinstance(sdata.path, Path) and not store.exists():
+        raise StoreError(_away(store))
     if not store.is_dir():
         raise StoreError(
             f"The object is backed by {str(sdata.path)!r}, which is not a local folder. pixnet_sd writes into local "
@@ -67,6 +74,8 @@ def local_store(sdata: SpatialData) -> Path | None:
 def _check_format(store: Path) -> None:
     """Refuse Zarr v2 stores and folders that are no SpatialData store."""
     root = store / "zarr.json"
+    if not (root.is_file() or (store / ".zgroup").is_file()):
+        raise StoreError(_away(root))
     attributes = read_json(root).get("attributes", {}) if root.is_file() else {}
     if attributes.get("spatialdata_attrs", {}).get("version", "0.1") == "0.1":
         raise StoreError(
@@ -75,9 +84,59 @@ def _check_format(store: Path) -> None:
         )
 
 
+def _away(path: Path) -> str:
+    return (
+        f"{path} is not there any more: it, or a folder that holds it, was moved, renamed or deleted, or its disk is not "
+        "mounted. Bring it back, or open the store where it is now, and make the same call."
+    )
+
+
 def work_folder(store: Path) -> Path:
-    """The scratch folder beside ``store``; not created here."""
-    return store.parent / f".{store.name}.pixnet_sd"
+    """The scratch folder beside ``store``; not created here.
+
+    Raises
+    ------
+    StoreError
+        When something else has its name: a link, a file, a folder of another user.
+    """
+    folder = store.parent / f".{store.name}.pixnet_sd"
+    check_ours(folder)
+    return folder
+
+
+def folder_id(folder: Path) -> tuple[int, int]:
+    """What tells a folder from another that is put in its place: device and inode."""
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def check_same_folder(folder: Path, known: tuple[int, int]) -> None:
+    """Raise unless ``folder`` is still the one that `folder_id` told.
+
+    Raises
+    ------
+    StoreError
+        When it is away, or another one is there.
+    """
+    try:
+        same = folder_id(folder) == known
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise StoreError(_away(folder))
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder that may be absent: first what makes a run go on from it, so that a kill leaves no half of it.
+
+    Raises
+    ------
+    OSError
+        When something of it cannot be deleted.
+    """
+    (folder / "partial.json").unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
 
 
 def check_writable(store: Path) -> None:
@@ -94,6 +153,8 @@ def check_writable(store: Path) -> None:
     remedy = "Give yourself write access, or work on a copy: `sdata.write('/some/folder.zarr')`."
     inside = [store, *(store / kind for kind in ELEMENT_TYPES if (store / kind).is_dir())]
     for folder in inside:
+        if folder.is_symlink():
+            raise StoreError(f"{folder} is a link, through which pixnet_sd does not write. {remedy}")
         _probe(folder, f"The store {store} is read-only ({folder} cannot be written). {remedy}")
     _probe(
         store.parent,
@@ -142,22 +203,41 @@ def check_free_disk(path: Path, needed_bytes: int) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object from ``path``."""
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Parse a JSON object from ``path``.
+
+    Raises
+    ------
+    OSError
+        When it cannot be read.
+    StoreError
+        When it is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged: it is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise StoreError(f"{path} is damaged: it holds a JSON {type(value).__name__} where an object is needed.")
     return value
 
 
 def write_json(path: Path, value: dict[str, Any], *, scratch: Path) -> None:
     """Replace ``path`` by ``value`` in one step; ``scratch`` is a folder on the same file system."""
-    scratch.mkdir(parents=True, exist_ok=True)
+    scratch.mkdir(exist_ok=True)
     draft = scratch / f"{uuid.uuid4().hex}.json.tmp"
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        shutil.copymode(path, draft)
-    draft.replace(path)
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, draft)
+        draft.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
 
 
 @contextlib.contextmanager
@@ -167,7 +247,7 @@ def hold_lock(path: Path, *, wait_s: float, busy: str) -> Iterator[None]:
     Parameters
     ----------
     path
-        Lock file; created with its folder, removed at the end.
+        Lock file; created with its folder, not with folders above, and removed at the end.
     wait_s
         Seconds to wait for another holder.
     busy
@@ -176,13 +256,14 @@ def hold_lock(path: Path, *, wait_s: float, busy: str) -> Iterator[None]:
     Raises
     ------
     StoreError
-        When another process holds it for longer than ``wait_s``.
+        When another process holds it for longer than ``wait_s``, or it cannot be made.
     """
     handle = _acquire(path, time.monotonic() + wait_s, busy)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the lock goes: who waited for this file sees that it is gone and retries
+        with contextlib.suppress(OSError):
+            path.unlink()  # before the lock goes: who waited for this file sees that it is gone and retries
         os.close(handle)
         with contextlib.suppress(OSError):
             path.parent.rmdir()  # only when nothing is left in it
@@ -192,10 +273,12 @@ def _acquire(path: Path, deadline: float, busy: str) -> int:
     """Open and lock ``path``, again when its last holder removed it meanwhile."""
     while True:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the folder went between the two calls
-            continue
+            path.parent.mkdir(exist_ok=True)
+            handle = open_regular(path, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:  # the folder went between the two calls, or never was
+            if path.parent.parent.is_dir():
+                continue
+            raise StoreError(_away(path.parent.parent)) from None
         except OSError as error:
             raise StoreError(f"{path.parent} cannot be written: {error.strerror or error}.") from error
         if _try_lock(handle) and _same_file(handle, path):
@@ -222,8 +305,8 @@ def _try_lock(handle: int) -> bool:
 def _same_file(handle: int, path: Path) -> bool:
     """Whether ``path`` still names the open file."""
     try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
+        return os.path.samestat(os.fstat(handle), path.lstat())
+    except OSError:
         return False
 
 
@@ -246,8 +329,15 @@ def explain_disk_errors(doing: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        present = next(path for path in (folder, *folder.parents) if path.exists())
         raise StoreError(
-            f"{doing} in {folder} failed: {error.strerror or error}; {size_text(shutil.disk_usage(present).free)} are "
-            "free there. The store is unchanged. Mend that, and the same call goes on from what is done."
+            f"{doing} in {folder} failed: {error.strerror or error}; {_free_text(folder)} are free there. The store is "
+            "unchanged. Mend that, and the same call goes on from what is done."
         ) from error
+
+
+def _free_text(folder: Path) -> str:
+    try:
+        present = next(path for path in (folder, *folder.parents) if path.exists())
+        return size_text(shutil.disk_usage(present).free)
+    except OSError:
+        return "unknown bytes"

@@ -30,6 +30,13 @@ class DoneLog:
         self._path, self._stored_bytes = path, stored_bytes
         self._bytes = _read(path)
 
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def broken(self) -> int:
+        """How many blocks were logged and are not whole any more."""
+        return sum(size != self._stored_bytes((row, row, col, col)) for (row, col), size in self._bytes.items())
+
     def holds(self, block: Block) -> bool:
         """Whether the block was logged and is still whole."""
         logged = self._bytes.get((block[0], block[2]))

@@ -14,15 +14,16 @@ import zarr
 from spatialdata import get_dask_backing_files
 
 from pixnet_sd._errors import DataError, ElementError, StoreError
-from pixnet_sd._fingerprint import content_sha256, files_sha256
 from pixnet_sd._logging import logger
 
 from ._commit import check_target, commit
 from ._disk import hold_lock, local_store, read_json, size_text, work_folder
 from ._map_layout import Block, MapLayout, estimate_bytes, map_layout
 from ._map_sink import DiskSink, MemorySink
+from ._provenance import stored_note
 from ._raster import image_transforms, map_transforms
 from ._region_writer import RegionResults
+from ._written import WRITTEN, element_stamp, image_stamp
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,9 +35,9 @@ __all__ = [
     "GeneMapWriter",
     "check_not_rewritten",
     "estimate_bytes",
+    "is_as_written",
     "open_map",
     "read_block",
-    "written_as",
 ]
 
 LOCK_WAIT_S = 15.0
@@ -78,6 +79,7 @@ class GeneMapWriter:
         self._sdata, self._key, self._genes, self._transforms = sdata, key, list(genes), dict(transforms)
         self._sink, self._overwrite, self._lock = sink, overwrite, lock
         self._known = frozenset(self.blocks)
+        self._handed_over = False
 
     @classmethod
     def open(
@@ -187,11 +189,12 @@ class GeneMapWriter:
         if not (np.isfinite(values.min()) and np.isfinite(values.max())):
             raise DataError(f"The prediction in block {block} is not finite (NaN or infinity): the model is broken.")
         image = _padded(np.asarray(values, dtype=np.float32), block, self.layout)
-        for k, level in enumerate(self._sink.levels):
-            image = image if k == 0 else _halved(image)
-            row, col = row0 >> k, col0 >> k
-            level[:, row : row + image.shape[1], col : col + image.shape[2]] = image
-        self._sink.mark_done(block)
+        with self._sink.writing():
+            for k, level in enumerate(self._sink.levels):
+                image = image if k == 0 else _halved(image)
+                row, col = row0 >> k, col0 >> k
+                level[:, row : row + image.shape[1], col : col + image.shape[2]] = image
+            self._sink.mark_done(block)
 
     def _done(self) -> str:
         """How many blocks are there, in words; nothing when there are none."""
@@ -233,15 +236,14 @@ class GeneMapWriter:
         """
         regions = regions or RegionResults()
         others = {**(elements or {}), **regions.elements}
-        staged, cleanup = regions.staged, regions.cleanup
+        staged = regions.staged
         if isinstance(self._sink, MemorySink):
             others[self._key] = self._sink.element(self._genes, self._transforms)
-            written = _in_memory_as(others[self._key])
+            provenance = {**(provenance or {}), WRITTEN: {self._key: image_stamp(others[self._key])}}
         else:
-            staged, cleanup = (*staged, self._sink.staged), (*cleanup, self._sink.folder)
-            written = files_sha256(staged[-1].scratch_store / "images" / self._key)[0]
-        provenance = _with_entry(provenance or {}, self._key, {"written": written})
-        commit(self._sdata, others, overwrite=self._overwrite, staged=staged, provenance=provenance, cleanup=cleanup)
+            staged = (*staged, self._sink.staged)
+        self._handed_over = True  # a commit that fails half-way still needs it
+        commit(self._sdata, others, overwrite=self._overwrite, staged=staged, provenance=provenance)
         self.close()
 
     def abort(self) -> None:
@@ -259,10 +261,11 @@ class GeneMapWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and isinstance(self._sink, DiskSink) and self._sink.folder.exists():
-            done = self._done()
-            if done:
-                logger.info("%s are kept in %s; the same call goes on from there.", done, self._sink.folder)
+        if kind is not None and isinstance(self._sink, DiskSink) and not self._handed_over:
+            if self._sink.n_logged:
+                logger.info("Blocks that are done are kept in %s; the same call goes on from there.", self._sink.folder)
+            else:
+                self._sink.discard()
         self.close()
 
 
@@ -283,7 +286,7 @@ def _check_room(sdata: SpatialData, key: str, overwrite: bool, layout: MapLayout
     needed = int(layout.nbytes * missing / len(blocks))
     try:
         check_target(sdata, {key: "images"}, overwrite=overwrite, needed_bytes=needed)
-    except StoreError:
+    except BaseException:
         if not sink.resumed:
             sink.discard()
         raise
@@ -393,22 +396,11 @@ def _folder(sdata: SpatialData, key: str) -> Path | None:
     return folder if folder is not None and _is_backed_by(sdata.images[key], folder) else None
 
 
-def written_as(sdata: SpatialData, key: str) -> str:
-    """Describe a gene map as it is now: equal to ``written`` in its note while nobody else wrote it."""
+def is_as_written(sdata: SpatialData, key: str) -> bool:
+    """Whether a gene map is what this package wrote, and nobody else since."""
+    noted = stored_note(sdata, WRITTEN, key)
     folder = _folder(sdata, key)
-    return _in_memory_as(sdata.images[key]) if folder is None else files_sha256(folder)[0]
-
-
-def _in_memory_as(element: Any) -> str:
-    """Hash the values of the finest level, channel by channel."""
-    pixels = element["scale0"]["image"].data
-    return content_sha256(*(np.asarray(pixels[k]) for k in range(pixels.shape[0])))
-
-
-def _with_entry(provenance: Mapping[str, Any], key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Notes with more in the entry of a map."""
-    maps = provenance.get("maps", {})
-    return {**provenance, "maps": {**maps, key: {**maps.get(key, {}), **entry}}}
+    return noted is not None and noted == (image_stamp(sdata.images[key]) if folder is None else element_stamp(folder))
 
 
 def read_block(

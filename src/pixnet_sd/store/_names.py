@@ -12,7 +12,7 @@ from ._disk import local_store
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["ELEMENT_TYPES", "check_names", "existing_names"]
+__all__ = ["ELEMENT_TYPES", "check_names", "existing_names", "is_name"]
 
 ELEMENT_TYPES = ("images", "labels", "points", "shapes", "tables")
 
@@ -64,10 +64,15 @@ def check_names(sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool
         spelled[name.lower()] = name
 
 
+def is_name(name: str) -> bool:
+    """Whether SpatialData allows an element to be called so."""
+    allowed = bool(name) and all(c.isalnum() or c in "_-." for c in name)
+    return allowed and name not in (".", "..") and not name.startswith("__")
+
+
 def _check_characters(name: str) -> None:
     """SpatialData's own rule, with a message that names the remedy."""
-    allowed = bool(name) and all(c.isalnum() or c in "_-." for c in name)
-    if not allowed or name in (".", "..") or name.startswith("__"):
+    if not is_name(name):
         raise StoreError(
             f"{name!r} cannot be the name of an element: use letters, digits, '_', '-' and '.' only, and do not start "
             "with '__'."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import warnings
@@ -93,7 +94,9 @@ def _alone(store: Path, kind: str, name: str, scratch: Path) -> Any:
         (view / kind / name).symlink_to((store / kind / name).resolve(), target_is_directory=True)
         return getattr(sd.read_zarr(view, selection=(kind,)), kind)[name]
     finally:
-        shutil.rmtree(view)
+        shutil.rmtree(view, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            scratch.rmdir()  # only when nothing is left in it
 
 
 def _memory_bytes(element: Path, kind: str) -> int:

@@ -6,11 +6,10 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from pixnet_sd._errors import DataError, StoreError
+from pixnet_sd._errors import DataError
 from pixnet_sd._logging import logger
 
 from ._commit import Staged, check_target
@@ -45,13 +44,10 @@ class RegionResults:
         For objects in memory.
     staged
         For backed objects.
-    cleanup
-        Folders that are not needed once the elements are in the store.
     """
 
     elements: dict[str, Any] = field(default_factory=dict)
     staged: tuple[Staged, ...] = ()
-    cleanup: tuple[Path, ...] = ()
 
 
 class RegionWriter:
@@ -220,7 +216,7 @@ class RegionWriter:
             shutil.rmtree(folder / store, ignore_errors=True)  # of a run that was killed while it wrote them
         staged = [write_shapes(folder / "shapes.zarr", key, describe, keep, make) for key, make in shapes.items()]
         staged.append(write_table(folder / "table.zarr", self._key, self.rows, describe, keep, make_table, express))
-        return RegionResults(staged=tuple(staged), cleanup=(folder,))
+        return RegionResults(staged=tuple(staged))
 
     def abort(self) -> None:
         """Delete what was put."""
@@ -238,8 +234,11 @@ class RegionWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and isinstance(self.rows, RowFile) and self.rows.n_done:
-            logger.info("Regions that are done are kept in %s; the same call goes on from there.", self.rows.folder)
+        if kind is not None and isinstance(self.rows, RowFile):
+            if self.rows.n_done:
+                logger.info("Regions that are done are kept in %s; the same call goes on from there.", self.rows.folder)
+            else:
+                self.rows.discard()
         self.close()
 
 
@@ -257,7 +256,7 @@ def _check_room(sdata: SpatialData, names: dict[str, str], overwrite: bool, rows
     """Disk for what is still to come."""
     try:
         check_target(sdata, names, overwrite=overwrite, needed_bytes=needed)
-    except StoreError:
+    except BaseException:
         if not rows.n_done:
             rows.discard()
         raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,9 @@ import numpy as np
 from pixnet_sd._errors import StoreError
 from pixnet_sd._logging import logger
 
-from ._disk import explain_disk_errors, read_json, write_json
+from ._disk import check_same_folder, delete_folder, explain_disk_errors, folder_id, read_json, write_json
 from ._file_io import read_at, read_records, write_at, write_records
+from ._planted import open_regular
 from ._rows import add_in_order, check_put
 from ._window_log import ShareRange, WindowLog
 
@@ -74,19 +74,29 @@ class RowFile:
             raise StoreError(f"{n_rows} regions are more than a table can take; predict a part of them at a time.")
         self.folder, self.n_rows, self.n_columns = folder, n_rows, n_columns
         self._order: NDArray[np.uint64] | None = None
+        self._handles: list[int] = []
         with self._explained():
             made_for, boot = {**identity, "n_rows": n_rows, "n_columns": n_columns}, _boot_id()
             found = _partial(folder)
             self.resumed = found.get("identity") == made_for and self._whole()
             if not self.resumed:
-                self._create()
-            self._handles = [os.open(folder / name, os.O_RDWR) for name in _FILES]
+                self._start()
+            self._home = folder_id(folder)
+            self._handles = [open_regular(folder / name, os.O_RDWR) for name in _FILES]
             same_boot = bool(boot) and found.get("boot") == boot
             self._log = WindowLog(folder / "done.log", believe_all=self.resumed and same_boot)
             # last, because from here on the rows may be taken up, and lines of the log be believed
-            write_json(folder / "partial.json", {"identity": made_for, "boot": boot}, scratch=folder)
+            self._note({"identity": made_for, "boot": boot})
         self._next_share = self._log.n_shares
         self._synced_at = time.monotonic()
+
+    def _note(self, partial: dict[str, Any]) -> None:
+        try:
+            write_json(self.folder / "partial.json", partial, scratch=self.folder)
+        except BaseException:
+            if not self.resumed:
+                self.discard()
+            raise
 
     @property
     def n_done(self) -> int:
@@ -112,6 +122,7 @@ class RowFile:
         check_put(self, window, index, sums, weight, complete)
         weight = weight.astype("<f8", copy=False)
         with self._explained():
+            check_same_folder(self.folder, self._home)
             chosen = np.flatnonzero(complete)
             for handle, values in zip(self._handles, (sums.astype("<f4", copy=False), weight), strict=False):
                 write_records(handle, index, values, chosen)
@@ -139,6 +150,7 @@ class RowFile:
         found = np.zeros(self.n_rows, bool)
         step = PIECE_BYTES // 8
         with self._explained("Reading"):
+            check_same_folder(self.folder, self._home)
             for start in range(0, self.n_rows, step):
                 weight = np.empty(min(step, self.n_rows - start), "<f8")
                 read_at(self._handles[1], weight, start * 8)
@@ -166,7 +178,8 @@ class RowFile:
     def discard(self) -> None:
         """Delete the rows."""
         self._release()
-        _delete(self.folder)
+        with contextlib.suppress(OSError):
+            delete_folder(self.folder)
 
     def _release(self) -> None:
         for handle in self._handles:
@@ -184,17 +197,26 @@ class RowFile:
     def _whole(self) -> bool:
         """Whether the files of a partial table are there."""
         try:
-            sizes = [(self.folder / name).stat().st_size for name in _FILES]
+            found = [(self.folder / name).lstat() for name in _FILES]
         except FileNotFoundError:
             return False
-        return sizes[:2] == self._sizes()
+        # a second name of a file may be a file of the user's
+        return [each.st_size for each in found[:2]] == self._sizes() and all(each.st_nlink == 1 for each in found)
+
+    def _start(self) -> None:
+        """Empty rows in place of what is there; on failure nothing remains."""
+        if self.folder.exists():
+            logger.info("The partial table in %s was made with other settings and is deleted.", self.folder)
+        delete_folder(self.folder)
+        try:
+            self._create()
+        except BaseException:
+            self.discard()
+            raise
 
     def _create(self) -> None:
         """Files of the full size that take no room yet."""
-        if self.folder.exists():
-            logger.info("The partial table in %s was made with other settings and is deleted.", self.folder)
-        _delete(self.folder)
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir()
         for name, size in zip(_FILES, (*self._sizes(), 0, 0), strict=True):
             with (self.folder / name).open("wb") as file:
                 file.truncate(size)
@@ -274,11 +296,6 @@ def _partial(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(FileNotFoundError, ValueError):
         return read_json(folder / "partial.json")
     return {}
-
-
-def _delete(folder: Path) -> None:
-    (folder / "partial.json").unlink(missing_ok=True)  # first: from here on the rest is not taken up
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _boot_id() -> str:

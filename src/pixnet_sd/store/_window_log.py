@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ._planted import open_regular
+
 if TYPE_CHECKING:
     from pixnet_sd.nn.grid import Window
 
@@ -48,7 +50,7 @@ class WindowLog:
             if line != _SYNCED:
                 row0, row1, col0, col1, first, n = map(int, line.split()[:-1])
                 self.windows[row0, row1, col0, col1] = ShareRange(first, n)
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._handle = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if not believe_all:
             os.ftruncate(self._handle, 0)
             self._append("\n".join(lines))

@@ -17,7 +17,7 @@ from pixnet_sd.engine.sinks import BlockSink
 from pixnet_sd.nn.grid import Window
 from pixnet_sd.nn.model import MAP_STRIDE
 from pixnet_sd.slide import Slide, affine_matrix
-from pixnet_sd.store import GeneMapReader, GeneMapWriter, open_map, stored_note, written_as
+from pixnet_sd.store import GeneMapReader, GeneMapWriter, is_as_written, open_map, stored_note
 
 __all__ = ["CoarseSink", "MapInfo", "ReusedMap", "find_factors", "find_map", "map_factor", "sink_of"]
 
@@ -127,7 +127,7 @@ def _why_not(sdata: SpatialData, key: str, note: Mapping[str, Any], info: MapInf
         return "it is coarser than the native pitch"
     if not _lies_on(sdata, key, slide):
         return "the image was aligned anew since"
-    if note.get("written") != written_as(sdata, key):
+    if not is_as_written(sdata, key):
         return "it is not as it was written"
     return ""
 

@@ -18,7 +18,7 @@ from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.tiling import check_tile_px
 from pixnet_sd.engine.window_pass import InferSettings
 from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
-from pixnet_sd.store import PixNet, recorded, stored_note
+from pixnet_sd.store import PixNet, recorded, recover, stored_note
 
 from ._depends import map_parts
 from ._map_request import MapInfo, map_factor
@@ -150,6 +150,7 @@ def predict(
         raise PixNetError(
             f"predict needs a SpatialData object, got {type(sdata).__name__}: spatialdata.read_zarr(path)."
         )
+    recover(sdata)
     fabric = make_fabric(device)
     found = _model(sdata, model)
     _check_quality(found, allow_poor_model)

@@ -30,6 +30,7 @@ from pixnet_sd.store import (
     PixNet,
     RegionResults,
     RegionWriter,
+    attach_written,
     check_target,
     commit,
     factor_names,
@@ -41,6 +42,7 @@ from pixnet_sd.store import (
     region_table,
     thumbnail,
     tissue_labels,
+    written_by,
 )
 
 from ._announce import announce
@@ -72,10 +74,13 @@ class PredictJob:
 
     def run(self, settings: InferSettings, fabric: Fabric, *, write_map: bool, show_progress_bar: bool) -> None:
         """Check that results can be written, predict, and write them all at once."""
+        attach_written(self.sdata, self._names(write_map))
         there = self._there()
         write_map = write_map and not (self.map_key in there and self.info.factor == 1)
-        if self.request is None and not write_map:
-            logger.info("%r of this model and slide is there already", self.map_key)
+        write_map = write_map and not self._is_written("maps", self.map_key, self._map_identity, self._map_names())
+        if not write_map and self._has_regions():
+            key = self.map_key if self.request is None else self.request.table_key
+            logger.info("%r of this model and slide is there already", key)
             return
         check_target(self.sdata, self._names(write_map), overwrite=self.overwrite)
         reused = next(iter(there.values()), None)
@@ -140,14 +145,46 @@ class PredictJob:
         return head.select(index, scale=self.model.record.working_mpp**-2)
 
     def _names(self, write_map: bool) -> dict[str, str]:
-        names = {self.map_key: "images", f"{self.map_key}_tissue": "labels"} if write_map else {}
-        if write_map and self.store == "factors":
-            names[head_key(self.map_key)] = "tables"
-        if self.request is not None:
-            names[self.request.table_key] = "tables"
-            if self.request.make_shapes is not None:
-                names[self.request.element_key] = "shapes"
-        return names
+        names = self._map_names() if write_map else {}
+        return names if self.request is None else names | self._region_names(self.request)
+
+    def _map_names(self) -> dict[str, str]:
+        names = {self.map_key: "images", f"{self.map_key}_tissue": "labels"}
+        return names | {head_key(self.map_key): "tables"} if self.store == "factors" else names
+
+    def _region_names(self, request: RegionRequest) -> dict[str, str]:
+        names = {request.table_key: "tables"}
+        return names if request.make_shapes is None else names | {request.element_key: "shapes"}
+
+    def _has_regions(self) -> bool:
+        """Whether the regions that are asked for, if any, are there."""
+        if self.request is None:
+            return True
+        key, identity = self.request.table_key, self._table_identity(self.request)
+        return self._is_written("tables", key, identity, self._region_names(self.request))
+
+    def _is_written(self, section: str, key: str, identity: str, names: dict[str, str]) -> bool:
+        """Whether this very call has left its results, as when it was cut off while they were moved in."""
+        found = written_by(self.sdata, section, key, identity, names)
+        if found and self.overwrite:  # they replace what is in memory
+            attach_written(self.sdata, names, again=True)
+        return found
+
+    @property
+    def _map_identity(self) -> str:
+        """Equal for two calls that write the same map."""
+        parts = {"map": self.info.fingerprint, "factor": self.info.factor, "store": self.store, "outputs": self.outputs}
+        return fingerprint(parts | {"place": self._place()})
+
+    def _table_identity(self, request: RegionRequest) -> str:
+        """Equal for two calls that write the same table."""
+        parts = {"map": self.info.fingerprint, "diameter_um": request.diameter_um, "genes": self.genes}
+        return fingerprint(parts | request.parts() | {"place": self._place()})
+
+    def _place(self) -> dict[str, Any]:
+        """Where the image lies, and with it the results."""
+        transforms = image_transforms(self.sdata, self.slide.image_key)
+        return {name: each.to_affine_matrix(("x", "y"), ("x", "y")).tolist() for name, each in transforms.items()}
 
     def _plan(self, side: int) -> RegionPlan:
         height, width = self.slide.map_shape
@@ -207,7 +244,8 @@ class PredictJob:
         notes: dict[str, dict[str, Any]] = {}
         if rows is not None and self.request is not None:
             results = self._region_results(self.request, rows, on_glass)
-            notes["tables"] = {self.request.table_key: self._provenance() | self.units.table}
+            note = self._provenance() | self.units.table | {"identity": self._table_identity(self.request)}
+            notes["tables"] = {self.request.table_key: note}
         if self.pixels.is_settled:
             notes["content"] = {self.slide.image_key: self.pixels.note()}
         if blocks is None:
@@ -217,7 +255,6 @@ class PredictJob:
                 overwrite=self.overwrite,
                 staged=results.staged,
                 provenance=notes,
-                cleanup=results.cleanup,
             )
             return
         pitch = MAP_STRIDE * self.slide.working_scale
@@ -225,7 +262,8 @@ class PredictJob:
         elements: dict[str, Any] = {f"{self.map_key}_tissue": tissue_labels(self.tissue, pitch, transforms)}
         if self.store == "factors":
             elements[head_key(self.map_key)] = self._head_table()
-        notes["maps"] = {self.map_key: self._provenance() | {"units": self.units.map} | asdict(self.info)}
+        about = {"units": self.units.map, "identity": self._map_identity}
+        notes["maps"] = {self.map_key: self._provenance() | about | asdict(self.info)}
         blocks.commit(elements, results, provenance=notes)
 
     def _head_table(self) -> AnnData:
