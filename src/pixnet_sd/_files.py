@@ -16,7 +16,16 @@ from typing import BinaryIO
 
 from ._errors import CheckpointError
 
-__all__ = ["file_hash", "folder_for", "hash_regular", "open_regular", "read_regular", "replace_file", "replace_files"]
+__all__ = [
+    "file_hash",
+    "folder_for",
+    "hash_regular",
+    "home_expanded",
+    "open_regular",
+    "read_regular",
+    "replace_file",
+    "replace_files",
+]
 
 _PREFIX, _SUFFIX = ".pixnet_sd-", ".partial"
 _PIECE = 1 << 20
@@ -75,7 +84,7 @@ def replace_files(
     """
     with folder_for(directory):
         home = directory if aside is None else aside
-        _clear_left_over(home)
+        clear_left_over(home)
         folder, handle = _private_folder(home)
         try:
             mode = _usual_mode(folder)
@@ -133,7 +142,7 @@ def open_regular(path: Path, *, most_bytes: int | None = None) -> BinaryIO:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         raise
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter: a name that no file can have
         raise CheckpointError(_cannot_open(path, error)) from error
     try:
         about = os.fstat(handle)
@@ -148,6 +157,20 @@ def open_regular(path: Path, *, most_bytes: int | None = None) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+def home_expanded(path: str | Path) -> Path:
+    """A path with ``~`` replaced.
+
+    Raises
+    ------
+    CheckpointError
+        There is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be found: {error}") from error
 
 
 def read_regular(path: Path, *, most_bytes: int) -> bytes:
@@ -180,7 +203,9 @@ def _said(path: Path) -> Iterator[None]:
         raise CheckpointError(_cannot_open(path, error)) from error
 
 
-def _cannot_open(path: Path, error: OSError) -> str:
+def _cannot_open(path: Path, error: OSError | ValueError) -> str:
+    if not isinstance(error, OSError):
+        return f"{str(path)!r} is no name of a file ({error}). Check the path."
     if error.errno == errno.ENXIO:  # nobody is at the other end
         return _no_regular_file(path, "a socket or a device")
     if error.errno in (errno.EACCES, errno.EPERM):
@@ -213,8 +238,14 @@ def _private_folder(home: Path) -> tuple[Path, int]:
         os.close(handle)
 
 
-def _clear_left_over(home: Path) -> None:
-    """Delete what processes that were killed have left: nobody holds its lock any more."""
+def clear_left_over(home: Path) -> None:
+    """Delete what processes that were killed have left aside: nobody holds its lock any more.
+
+    Parameters
+    ----------
+    home
+        Folder that they wrote in.
+    """
     for folder in home.glob(f"{_PREFIX}*{_SUFFIX}"):
         handle = _open_folder(folder)
         if handle is None:

@@ -59,7 +59,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-Micrometres = Annotated[float, Field(gt=0, le=100)]
+Micrometres = Annotated[float, Field(ge=1e-3, le=100)]
+Counts = Annotated[float, Field(ge=1e-6, le=1e15)]
 Side = Annotated[int, Field(ge=0, le=MAX_SIDE_PX, multiple_of=_ALIGN_PX)]
 Pcc = Annotated[float, Field(ge=-1.001, le=1.001)]  # 1 with the rounding of 32 bits
 Row = dict[Name, float | None]
@@ -100,7 +101,7 @@ class RecordSchema(_Strict):
     """``config.json``; fields of later versions are passed over."""
 
     genes: Annotated[list[Name], Field(max_length=MAX_GENES), FailFast()]
-    target_sum: Positive
+    target_sum: Counts
     log_base: Literal["e"]
     objective: Literal["mse_pcc", "poisson", "nb"]
     aggregation: Literal["mean", "sum"]

@@ -72,14 +72,17 @@ def test_a_refused_run_leaves_no_folders(slide, fit, tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) == before
 
 
-def test_killed_while_the_model_was_saved(slide, fit, tmp_path: Path, monkeypatch) -> None:
-    """The same call finishes."""
+@pytest.mark.parametrize("last", ["checksums.json", None], ids=["while it was saved", "after it was saved"])
+def test_killed_when_the_model_was_trained(slide, fit, tmp_path: Path, monkeypatch, last: str | None) -> None:
+    """The same call finishes, and tidies up."""
     folder = tmp_path / "model"
-    remove = _fit.RunState.remove
-    monkeypatch.setattr(_fit.RunState, "remove", lambda directory: None)
-    first = fit(slide, checkpoint_dir=folder, max_epochs=1)
-    (folder / "checksums.json").unlink()  # the last of the files
-    monkeypatch.setattr(_fit.RunState, "remove", remove)
+    with monkeypatch.context() as patched:
+        patched.setattr(_fit.RunState, "remove", lambda directory: None)
+        first = fit(slide, checkpoint_dir=folder, max_epochs=1)
+    (folder / ".training.lock").touch()
+    (folder / "training" / ".pixnet_sd-a.partial").mkdir()
+    if last is not None:
+        (folder / last).unlink()
     again = fit(slide, checkpoint_dir=folder, max_epochs=1)
     assert again.record == first.record
     assert {path.name for path in folder.rglob("*")} == {"checksums.json", "config.json", "model.safetensors"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pixnet_sd._errors import CheckpointError
-from pixnet_sd._files import replace_file
+from pixnet_sd._files import clear_left_over, replace_file
 from pixnet_sd._schemas import StateSchema, validated, what_is_wrong
 
 from .sealed import open_sealed, seal
@@ -144,6 +144,7 @@ class RunState:
     def remove(directory: Path) -> None:
         """Delete the state of a finished run, and its folder when nothing else is in it."""
         (directory / _FILE).unlink(missing_ok=True)
+        clear_left_over(directory)
         with contextlib.suppress(OSError):
             directory.rmdir()
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pixnet_sd._errors import CheckpointError
-from pixnet_sd._files import open_regular
+from pixnet_sd._files import home_expanded, open_regular
 from pixnet_sd._logging import logger
 
 __all__ = ["MatchReport", "hash_weights", "load_encoder_weights", "read_weights"]
@@ -52,7 +52,7 @@ def read_weights(path: str | Path, *, most_bytes: int | None = None) -> dict[str
     CheckpointError
         No such file, or nothing in it that is a set of tensors.
     """
-    path = Path(path).expanduser()
+    path = home_expanded(path)
     _check_file(path, most_bytes)
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)

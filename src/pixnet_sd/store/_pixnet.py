@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pixnet_sd._errors import CheckpointError
-from pixnet_sd._files import read_regular, replace_file, replace_files
+from pixnet_sd._files import home_expanded, read_regular, replace_file, replace_files
 from pixnet_sd._logging import logger
 from pixnet_sd.nn.model import Network
 from pixnet_sd.nn.weights import hash_weights
@@ -112,7 +112,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         CheckpointError
             No checkpoint, a damaged one, or one of another kind.
         """
-        directory = Path(directory).expanduser()
+        directory = home_expanded(directory)
         record = read_record(directory)
         return cls(read_network(directory, record), record)
 

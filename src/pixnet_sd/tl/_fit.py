@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -333,6 +333,8 @@ def _finished(directory: Path, record: ModelRecord) -> PixNet | None:
             f"{str(directory)!r} already holds a model of another run, which differs in {_listed(differing)}. Give "
             "another checkpoint_dir, or delete it."
         )
+    with suppress(OSError):  # a kill may have come before it, and now the folder may be one that is only read
+        RunState.remove(directory / "training")
     logger.info("the same run has finished before: its model is taken from %s", directory)
     return found
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from pixnet_sd._errors import CheckpointError, StoreError
-from pixnet_sd._files import folder_for
+from pixnet_sd._files import folder_for, home_expanded
 from pixnet_sd.store import CHECKSUMS, hold_lock
 
 __all__ = ["alone_in", "alone_in_checkpoint_dir"]
@@ -29,7 +30,7 @@ def alone_in_checkpoint_dir(verb: Callable[P, R]) -> Callable[P, R]:
         directory = options.get("checkpoint_dir")
         if not isinstance(directory, str | Path) or not str(directory):
             return verb(*args, **options)  # a default that is only known later, or an argument that is refused
-        with alone_in(Path(directory).expanduser()):
+        with alone_in(home_expanded(directory)):
             return verb(*args, **options)
 
     return alone
@@ -49,7 +50,8 @@ def alone_in(directory: Path) -> Iterator[None]:
     CheckpointError
         It cannot be written, or another run is in it.
     """
-    if (directory / CHECKSUMS).exists():
+    if os.path.exists(directory / CHECKSUMS):  # unlike that of a path it raises for no name
+        _unlock_left_over(directory)
         yield
         return
     with contextlib.ExitStack() as held:
@@ -57,10 +59,10 @@ def alone_in(directory: Path) -> Iterator[None]:
             held.enter_context(folder_for(directory))
             with tempfile.TemporaryFile(dir=directory):  # `os.access` is wrong for network mounts and the superuser
                 pass
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter: a name that no folder can have
+            why = error.strerror if isinstance(error, OSError) else None
             raise CheckpointError(
-                f"{str(directory)!r} cannot be written ({error.strerror or error}). Give checkpoint_dir= a folder that "
-                "can be."
+                f"{str(directory)!r} cannot be written ({why or error}). Give checkpoint_dir= a folder that can be."
             ) from error
         busy = (
             f"Another run is training in {str(directory)!r}. Give another checkpoint_dir, or wait: the same call takes "
@@ -71,3 +73,10 @@ def alone_in(directory: Path) -> Iterator[None]:
         except StoreError as error:
             raise CheckpointError(str(error)) from error
         yield
+
+
+def _unlock_left_over(directory: Path) -> None:
+    """Remove the lock file of a run that was killed when its model was there."""
+    if (directory / _LOCK).exists():
+        with contextlib.suppress(StoreError), hold_lock(directory / _LOCK, wait_s=0, busy=""):
+            pass
