@@ -17,6 +17,7 @@ from typing import BinaryIO
 from ._errors import CheckpointError
 
 __all__ = [
+    "clear_left_over",
     "file_hash",
     "folder_for",
     "hash_regular",

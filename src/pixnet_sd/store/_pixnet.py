@@ -315,7 +315,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
 def _writing(directory: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:  # the last: a name that no folder can have
         raise CheckpointError(
             f"The model cannot be written to {str(directory)!r} ({error}). Free some disk, or save it elsewhere."
         ) from error

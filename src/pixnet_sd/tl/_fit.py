@@ -322,10 +322,9 @@ def _models_folder(chosen: str | Path | None, slides: Mapping[str, SpatialData])
 
 def _finished(directory: Path, record: ModelRecord) -> PixNet | None:
     """The model, if the same run is already there."""
-    if not (directory / "config.json").exists():
-        return None
-    if not (directory / CHECKSUMS).exists() and RunState.is_there(directory / "training"):
-        return None  # killed while its model was saved: the state goes when all of that is there
+    whole = (directory / CHECKSUMS).exists()  # the last that is written
+    if not whole and (RunState.is_there(directory / "training") or not (directory / "config.json").exists()):
+        return None  # of a run that was killed while its model was saved the state is still there
     found = PixNet.load(directory)
     if found.record.training.get("fingerprint") != record.training["fingerprint"]:
         differing = differing_parts(found.record.depends_on, record.depends_on)

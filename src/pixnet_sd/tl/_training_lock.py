@@ -78,5 +78,5 @@ def alone_in(directory: Path) -> Iterator[None]:
 def _unlock_left_over(directory: Path) -> None:
     """Remove the lock file of a run that was killed when its model was there."""
     if (directory / _LOCK).exists():
-        with contextlib.suppress(StoreError), hold_lock(directory / _LOCK, wait_s=0, busy=""):
+        with contextlib.suppress(OSError, StoreError), hold_lock(directory / _LOCK, wait_s=0, busy=""):
             pass
