@@ -47,9 +47,7 @@ def typed(name="feature_types", values=TYPES, kind=None):
         typed("Feature_Types", kind="category"),
         typed(values=[t.lower().replace(" ", "_") for t in TYPES]),
         typed(values=["Gene Expression", None, "Gene Expression", "Gene Expression", "Negative Control Codeword"]),
-        lambda table: table.var.rename(
-            index={"GENE1": "NegControlProbe_00042", "GENE4": "BLANK_0100"}, inplace=True
-        ),
+        lambda table: table.var.rename(index={"GENE1": "NegControlProbe_00042", "GENE4": "BLANK_0100"}, inplace=True),
     ],
     ids=["10x", "singular", "capitals", "underscores", "missing", "by name"],
 )
@@ -93,6 +91,8 @@ def test_an_antibody_may_be_called_like_a_gene(opened) -> None:
     assert list(opened(change).var_names) == GENES
 
 
-@pytest.mark.parametrize("names", [["NEGR1", "BLNK", "FALSE1X", "SYS1", "NEGATIVE"], ["A1", "B2", "Blank", "Neg", "x-1"]])
+@pytest.mark.parametrize(
+    "names", [["NEGR1", "BLNK", "FALSE1X", "SYS1", "NEGATIVE"], ["A1", "B2", "Blank", "Neg", "x-1"]]
+)
 def test_names_that_only_resemble_controls_are_genes(opened, names) -> None:
     assert list(opened(lambda table: setattr(table, "var_names", names)).var_names) == names
