@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
-from ._errors import CheckpointError, DataError, ElementError, PixNetError, ResolutionError, StoreError
+from ._errors import (
+    CheckpointError,
+    DataError,
+    DivergenceError,
+    ElementError,
+    PixNetError,
+    ResolutionError,
+    StoreError,
+)
 
-__all__ = ["CheckpointError", "DataError", "ElementError", "PixNetError", "ResolutionError", "StoreError"]
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DivergenceError",
+    "ElementError",
+    "PixNetError",
+    "ResolutionError",
+    "StoreError",
+]

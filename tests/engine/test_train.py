@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pixnet_sd._errors import CheckpointError, PixNetError
+from pixnet_sd._errors import CheckpointError, DivergenceError, PixNetError
 from pixnet_sd.engine import train as module
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.settings import TrainSettings
@@ -346,6 +346,77 @@ def test_a_loss_that_is_not_finite(make_network, run, learnable) -> None:
     slide.measured[0].values[5, 1] = np.inf
     with pytest.raises(PixNetError, match=r"loss became .* on slide 'slide'.*Lower lr"):
         run(make_network(), [slide])
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("lr", [3, 30])
+@pytest.mark.parametrize("objective", ["mse_pcc", "poisson", "nb"])
+@pytest.mark.parametrize("steps", [{"max_epochs": 1, "max_steps": 1}, {"max_epochs": 3}], ids=["one step", "epochs"])
+def test_divergence_is_an_error(make_network, run, learnable, counted, tmp_path, objective, lr, held, steps) -> None:
+    """Of the last step too, which no loss has seen; NaN has an error of its own."""
+    logs = objective == "mse_pcc"
+    slide = learnable() if logs else counted()
+    network = make_network(n_genes=3) if logs else make_network(n_genes=4, link="softplus")
+    with pytest.raises(PixNetError, match=r"Lower lr") as caught:
+        run(network, [slide], [slide] if held else [], objective=objective, lr=lr, **steps)
+    if "became nan" not in str(caught.value):
+        assert isinstance(caught.value, DivergenceError)
+        assert f"for instance to {lr / 10:g}" in str(caught.value)
+    assert "max_steps" not in steps or not (tmp_path / "run" / "training_state.pt").exists()
+
+
+def test_the_state_before_a_divergence_stays(make_network, run, learnable, tmp_path) -> None:
+    """The same call diverges again, from there."""
+    state = tmp_path / "run" / "training_state.pt"
+    run(make_network(), [learnable()], max_epochs=2, folder="other")
+    (tmp_path / "run").mkdir()
+    before = (tmp_path / "other" / "training_state.pt").rename(state).read_bytes()
+    for _ in range(2):
+        with pytest.raises(DivergenceError, match="Epoch 2 is still in"):
+            run(make_network(), [learnable()], max_epochs=4, lr=3.0)
+        assert state.read_bytes() == before
+
+
+def exploding(monkeypatch: pytest.MonkeyPatch, *mse: float) -> None:
+    """Let validation find these errors, where the gene means have 1, and ever better correlations."""
+    scores = iter(Scores(k / 10, value, [k / 10], 1.0, 1.0) for k, value in enumerate(mse))
+    monkeypatch.setattr(module, "validate", lambda *_: next(scores))
+
+
+def test_a_good_epoch_before_a_divergence_is_the_model(make_network, run, learnable, monkeypatch) -> None:
+    """Correlations do not see a scale: the epoch that exploded is not the best one."""
+    exploding(monkeypatch, 0.8, 0.7, 1e16)
+    network, two_epochs = make_network(), make_network()
+    with pytest.warns(UserWarning, match=r"diverged: .*1e\+16.* the model is that of 2"):
+        result = run(network, [learnable()], [learnable()], max_epochs=5)
+    assert result.best_epoch == 2
+    assert len(result.history) == 2
+    assert result.quality == {"mse": 0.7, "gene_mean_mse": 1.0, "pcc": 0.1, "scored_on": "held_out"}
+    run(two_epochs, [learnable()], folder="two", max_epochs=2)
+    assert same(weights(network), weights(two_epochs))
+
+
+@pytest.mark.parametrize("value", [1e16, float("nan")])
+def test_without_a_good_epoch_to_keep_a_divergence_is_an_error(
+    make_network, run, learnable, monkeypatch, value
+) -> None:
+    exploding(monkeypatch, value)
+    with pytest.raises(DivergenceError):
+        run(make_network(), [learnable()], [learnable()], folder="first")
+    exploding(monkeypatch, 0.8, value)
+    with pytest.raises(DivergenceError):
+        run(make_network(), [learnable()], [learnable()], keep_best=False)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_what_a_model_is_worth(make_network, run, learnable, held) -> None:
+    slide = learnable()
+    quality = run(make_network(), [slide], [slide] if held else [], max_epochs=6, stain_jitter=0.0).quality
+    assert quality["scored_on"] == ("held_out" if held else "training")
+    values = slide.measured[0].values
+    assert quality["gene_mean_mse"] == pytest.approx(values.var(axis=0).mean(), rel=1e-4 if held else 0.3)
+    assert quality["mse"] < quality["gene_mean_mse"]
+    assert quality["pcc"] > 0.3
 
 
 def test_an_error_while_reading_surfaces(make_network, run, learnable) -> None:

@@ -17,6 +17,7 @@ from tests.io.compare import assert_same
 
 from pixnet_sd._errors import DataError, StoreError
 from pixnet_sd.io import _build, _scratch, convert_visium_hd
+from pixnet_sd.slide import measured, open_slide
 from pixnet_sd.store._disk import hold_lock
 
 CHUNK_PX = 64
@@ -212,3 +213,20 @@ def test_an_interrupted_run_leaves_no_store_and_the_next_one_works(
             convert(drawn, tmp_path / "out.zarr", bin_um=16)
     assert not list(tmp_path.iterdir())
     assert "square_016um" in convert(drawn, tmp_path / "out.zarr", bin_um=16).tables
+
+
+def test_antibodies_stay_in_the_store_and_out_of_the_training(folder: Path, tmp_path: Path) -> None:
+    import h5py
+
+    for path in folder.rglob("filtered_feature*.h5"):
+        with h5py.File(path, "r+") as file:
+            kinds = file["matrix/features/feature_type"]
+            antibody = np.array([*kinds[:-2], b"Antibody Capture", b"Antibody Capture"], dtype="S")
+            del file["matrix/features/feature_type"]
+            file["matrix/features/feature_type"] = antibody
+    store = convert(folder, tmp_path / "ours.zarr")
+    assert_same(store, read(folder, tmp_path / "reader.zarr"))
+    opened = open_slide(store, image_key="s_full_image", mpp=0.5)
+    for table in measured(store, opened, table_key=["square_008um"]):
+        assert store.tables[table.table_key].n_vars == 8
+        assert table.counts.n_genes == len(table.var_names) == 6

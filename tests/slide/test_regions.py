@@ -158,3 +158,28 @@ def test_missing_element_or_system_or_stretched(circles) -> None:
     set_transformation(sdata.shapes["cells"], {"sample": Scale([1.0, 2.0], axes=("x", "y"))}, set_all=True)
     with pytest.raises(ResolutionError, match="element 'cells'"):
         regions_of(sdata, "cells", **SAMPLE)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.int64])
+@pytest.mark.parametrize("negative", [-1, -7])
+def test_negative_labels_are_background(kind, negative) -> None:
+    values = np.full((20, 30), negative, kind)
+    values[2:5, 3:9], values[7:9, 1:3], values[12:20, 20:30] = 7, 3, 0
+    labels = Labels2DModel.parse(values, dims=("y", "x"), transformations={"sample": Identity()})
+    regions, ids = regions_of(SpatialData(labels={"cells": labels}), "cells", **SAMPLE)
+    assert list(ids) == [3, 7]
+    np.testing.assert_array_equal(regions.area, [4, 18])
+
+
+@pytest.mark.parametrize("values", [np.full((4, 4), -1), np.zeros((4, 4), int)])
+def test_nothing_but_background(values) -> None:
+    labels = Labels2DModel.parse(values, dims=("y", "x"), transformations={"sample": Identity()})
+    with pytest.raises(DataError, match="'cells'"):
+        regions_of(SpatialData(labels={"cells": labels}), "cells", **SAMPLE)
+
+
+@pytest.mark.parametrize("kind", ["f4", "f8", "c8"])
+def test_labels_that_are_not_whole_numbers(kind) -> None:
+    labels = Labels2DModel.parse(np.ones((4, 4), kind), dims=("y", "x"), transformations={"sample": Identity()})
+    with pytest.raises(DataError, match=f"'cells' are of dtype {np.dtype(kind)}"):
+        regions_of(SpatialData(labels={"cells": labels}), "cells", **SAMPLE)

@@ -99,6 +99,20 @@ def test_order_does_not_matter(sdata):
     pd.testing.assert_frame_equal(again.loc[first.index], first, rtol=1e-6)
 
 
+def test_only_genes_are_scored_and_counted(sdata, counts):
+    """Antibodies have no part in the totals, nor a score."""
+    names = [*GENES, "X"]
+    without = sdata.tables["counts"][:, [n for n in names if n not in ("B", "X")]].copy()
+    sdata.tables["without"] = TableModel.parse(without)
+    expected = evaluate(sdata, table_key="without", predicted_key="predicted")
+    kinds = ["Antibody Capture" if name in ("B", "X") else "Gene Expression" for name in names]
+    sdata.tables["counts"].var["feature_types"] = kinds
+    found = evaluate(sdata, table_key="counts", predicted_key="predicted")
+    assert set(found.index) == set(GENES) - {"B"}
+    pd.testing.assert_frame_equal(found, expected)
+    assert found.attrs == pytest.approx(expected.attrs)
+
+
 @pytest.mark.parametrize("block_values", [1, 17, 60])
 def test_blocks_do_not_matter(sdata, monkeypatch, block_values):
     """Neither of regions that are predicted, nor of counts."""
@@ -196,7 +210,7 @@ def test_counts_that_are_none(sdata, counts):
 
 def test_genes_named_twice(sdata):
     sdata.tables["counts"].var_names = ["A", "A", "C", "D", "E", "X"]
-    with pytest.raises(DataError, match="gene 'A' occurs more than once"):
+    with pytest.raises(DataError, match="'counts': 1 gene names occur more than once .*'A'"):
         evaluate(sdata, table_key="counts", predicted_key="predicted")
 
 

@@ -341,9 +341,36 @@ def test_gene_without_counts(slide, fit, predict, tmp_path):
 
 def test_logged_counts_are_warned_of(slide, fit, tmp_path):
     slide.tables[TABLE].X = slide.tables[TABLE].X.log1p()
-    with pytest.warns(UserWarning, match=r"X looks log-normalised already .* Put raw counts there") as caught:
+    with pytest.warns(
+        UserWarning, match=r"'square_008um': X holds logarithms already.* Put raw counts there"
+    ) as caught:
         fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1)
-    assert len([w for w in caught if "log-normalised" in str(w.message)]) == 1
+    assert len([w for w in caught if "logarithms" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("factor", [500.3, 1.3])
+def test_values_that_are_not_counts(slide, fit, tmp_path, factor):
+    """A likelihood of counts refuses them whatever their size; logarithms of shares do not depend on it."""
+    plain = fit(slide, checkpoint_dir=tmp_path / "plain", max_epochs=1)
+    slide.tables[TABLE].X = slide.tables[TABLE].X * factor
+    for objective in ("poisson", "nb"):
+        with pytest.raises(DataError, match=f"'{TABLE}'.*objective='{objective}'"):
+            fit(slide, checkpoint_dir=tmp_path / objective, objective=objective)
+        assert not (tmp_path / objective).exists()
+    assert fit(slide, checkpoint_dir=tmp_path / "scaled", max_epochs=1).genes == plain.genes
+
+
+def test_antibodies_are_no_genes(slide, fit, tmp_path, caplog):
+    table = slide.tables[TABLE]
+    top = fit(slide, checkpoint_dir=tmp_path / "all", max_epochs=1).genes
+    table.var["feature_types"] = [
+        "Antibody Capture" if name in top[:3] else "Gene Expression" for name in table.var_names
+    ]
+    model = fit(slide, checkpoint_dir=tmp_path / "genes", max_epochs=1)
+    assert not set(model.genes) & set(top[:3])
+    assert "3 'Antibody Capture'" in caplog.text
+    with pytest.raises(DataError, match=top[0]):
+        fit(slide, checkpoint_dir=tmp_path / "named", genes=top[:1])
 
 
 def test_store_that_cannot_be_written(slide, fit, predict, tmp_path, monkeypatch, caplog):

@@ -234,7 +234,7 @@ class _Run:
     def training_scores(self, n_steps: int) -> Scores:
         """Scores on some of the training regions, in a small share of the time that so many steps took."""
         n_batches = min(max(1, n_steps // _STEPS_A_SCORE), _MOST_SCORED)
-        options = (self.slides, self.fixed_tiles, self.settings, self.means, n_batches)
+        options = (self.slides, self.settings, self.means, n_batches)
         return score_training(self.network, self.objective, self.features, *options)
 
 

@@ -275,17 +275,17 @@ def score_training(
     objective: Objective,
     features: FeatureMaps,
     slides: Sequence[TrainingSlide],
-    tiles: Sequence[TrainingTiles],
     settings: TrainSettings,
     means: GeneMeans,
     n_batches: int,
 ) -> Scores:
     """Score a network on a few batches of its training regions, as it predicts and not as it trains.
 
-    Parameters are those of `validate`, with the tiles of each slide and how many batches to take, evenly spread.
+    Parameters are those of `validate`, and how many batches to take, evenly spread.
     """
     network.eval()
-    plans = plan_batches(list(tiles), settings.batch_size, rng=None)
+    tiles = [training_tiles(slide, settings.tile_px, once=True) for slide in slides]
+    plans = plan_batches(tiles, settings.batch_size, rng=None)
     picked = np.unique(np.linspace(0, len(plans) - 1, min(n_batches, len(plans))).astype(np.intp))
     found = []
     for k, (slide, own) in enumerate(zip(slides, tiles, strict=True)):

@@ -199,7 +199,9 @@ def _model(sdata: SpatialData, model: PixNet | str | Path | None) -> PixNet:
 
 def _check_quality(model: PixNet, allow_poor_model: bool) -> None:
     poor = why_poor(model.record)
-    if poor and not allow_poor_model:
+    if poor and allow_poor_model:
+        logger.warning("the model is worse than none: %s", poor)
+    elif poor:
         raise CheckpointError(
             f"The model is worse than none: {poor}. Train it again, with a lower lr= (it was "
             f"{model.record.training.get('lr')}) or for longer; allow_poor_model=True predicts all the same."
