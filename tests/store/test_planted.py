@@ -146,7 +146,17 @@ def link(path: Path, target: Path) -> None:
     path.symlink_to(target)
 
 
-INSIDE = ["lock", "journal.json", "commit", "old", "map-x", "table-x", "map-x/map.zarr", "table-x/sums.f32", "a.json.tmp"]
+INSIDE = [
+    "lock",
+    "journal.json",
+    "commit",
+    "old",
+    "map-x",
+    "table-x",
+    "map-x/map.zarr",
+    "table-x/sums.f32",
+    "a.json.tmp",
+]
 
 
 @pytest.mark.parametrize("name", INSIDE)

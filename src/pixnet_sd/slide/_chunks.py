@@ -216,8 +216,8 @@ def _identity(folder: Path) -> tuple[int, int]:
 def _away(path: Path) -> str:
     return (
         f"{path} is not there any more, though the store had it when it was opened: was the store moved, deleted or "
-        "unmounted, or is the network drive away? Nothing was read in its place. Bring it back, or open the store where "
-        "it is now, and make the same call."
+        "unmounted, or is the network drive away? Nothing was read in its place. Bring it back, or open the store "
+        "where it is now, and make the same call."
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from pixnet_sd._errors import DataError, StoreError
+from pixnet_sd._errors import DataError
 from pixnet_sd._logging import logger
 
 from ._commit import Staged, check_target

@@ -16,6 +16,7 @@ from lightning_fabric import Fabric
 from spatialdata import SpatialData
 
 from pixnet_sd._errors import CheckpointError, PixNetError, StoreError
+from pixnet_sd._folders import no_empty_folders_left
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.settings import TrainSettings
@@ -342,17 +343,18 @@ def _trained(
     show_progress_bar: bool,
 ) -> PixNet:
     """Train, and save into the directory."""
-    _check_writable(directory)
-    result = train(
-        model.network,
-        data.training,
-        data.held_out,
-        settings,
-        fabric=fabric,
-        directory=directory / "training",
-        fingerprint=model.record.training["fingerprint"],
-        show_progress_bar=show_progress_bar,
-    )
+    with no_empty_folders_left(directory / "training"):
+        _check_writable(directory)
+        result = train(
+            model.network,
+            data.training,
+            data.held_out,
+            settings,
+            fabric=fabric,
+            directory=directory / "training",
+            fingerprint=model.record.training["fingerprint"],
+            show_progress_bar=show_progress_bar,
+        )
     model.network.cpu()
     model.record.history = result.history
     model.record.held_out_pcc = [None if math.isnan(v) else v for v in result.pcc_per_gene]
