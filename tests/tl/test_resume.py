@@ -1,4 +1,4 @@
-"""Runs that are cut off by an exception: the store is as it was, and the same call goes on; for kills see test_disturbed."""
+"""Runs that are cut off by an exception: the store is as it was, and the same call goes on."""
 
 from __future__ import annotations
 
