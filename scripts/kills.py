@@ -74,6 +74,7 @@ def predict(store: Path, kind: str) -> None:
 
 
 def fit(store: Path, checkpoint: Path) -> None:
+    """A small training."""
     tl.fit(sd.read_zarr(store), checkpoint_dir=checkpoint, **SMALL)
 
 
@@ -125,6 +126,7 @@ def finish(child: int) -> int:
 
 
 def check(condition: bool, what: str) -> None:
+    """End with a message unless a condition holds."""
     if not condition:
         raise SystemExit(what)
 
@@ -138,6 +140,7 @@ class Killer:
         self.has_journal = False
 
     def __call__(self, event: str, args: tuple[object, ...]) -> None:
+        """Count an operation, or kill."""
         if event not in NAMES:
             return
         self.seen += 1
@@ -148,6 +151,7 @@ class Killer:
 
 
 def watched(killer: Killer, counts: Path | None, function: Callable[..., None], *arguments: object) -> None:
+    """Run with an audit hook, and note how many operations there were."""
     sys.addaudithook(killer)
     function(*arguments)
     if counts is not None:
@@ -206,6 +210,7 @@ def values(store: Path) -> dict[str, str]:
 
 
 def write_values(store: Path, target: Path) -> None:
+    """What `values` returns, into a file."""
     found = {}
     for name in sorted(elements(store)):
         for path in sorted((store / name).rglob("shapes.parquet")):
@@ -299,6 +304,7 @@ def small_disk(folder: Path, n_bytes: int) -> Iterator[None]:
 
 
 def resize_disk(folder: Path, n_bytes: int) -> None:
+    """Give a file system another size."""
     subprocess.run(["mount", "-o", f"remount,size={n_bytes}", str(folder)], check=True)
 
 
@@ -309,6 +315,7 @@ def unaware(function: Callable[..., None], *arguments: object) -> None:
 
 
 def bytes_in(folder: Path) -> int:
+    """Bytes that a folder takes, about."""
     return sum(path.stat().st_size + 4096 for path in folder.rglob("*"))
 
 

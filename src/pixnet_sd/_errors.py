@@ -38,4 +38,4 @@ class CheckpointError(PixNetError):
 
 
 class StoreError(PixNetError):
-    """A result that cannot be written: name taken, read-only store, too little disk."""
+    """A store that cannot be read or written: files away, name taken, read-only, too little disk."""

@@ -1,13 +1,8 @@
-"""Runs that are cut off, by an exception or by a kill: the store is as it was, and the same call goes on."""
+"""Runs that are cut off by an exception: the store is as it was, and the same call goes on."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +10,8 @@ import pytest
 import spatialdata as sd
 import torch
 
+from pixnet_sd.errors import StoreError
 from pixnet_sd.nn.model import Network
-
-KILLED = Path(__file__).with_name("killed.py")
 
 
 @pytest.fixture
@@ -110,31 +104,97 @@ def assert_same_model(one, other) -> None:
     assert one.history.drop(columns="seconds").equals(other.history.drop(columns="seconds"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_killed(fitted, slide, uninterrupted, predict, fit, fast, forward_passes, map_values, user_files, tmp_path):
-    before = {sdata.path: user_files(sdata.path) for sdata in (fitted, slide)}
-    there = names(fitted)
-    arguments = json.dumps(fast | {"validation": 0.25})
-    command = [sys.executable, str(KILLED), str(fitted.path), str(slide.path), str(tmp_path / "killed"), arguments]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout.endswith("2 killed\n"), done.stderr
-    assert {path: user_files(path) for path in before} == before
-    assert names(sd.read_zarr(fitted.path)) == there
-    assert "pixnet_sd" not in sd.read_zarr(slide.path).attrs
+@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"radius_um": 16, "write_map": False}, {"store": "factors"}])
+@pytest.mark.parametrize("when", ["moving", "attaching"])
+def test_interrupted_while_results_are_moved_in(fitted, predict, forward_passes, monkeypatch, arguments, when):
+    """Ctrl-C waits until store and object agree; the same call then has nothing to do."""
+    rename, read, interrupted = Path.rename, sd.read_zarr, []
 
-    again = sd.read_zarr(fitted.path)
+    def interrupt(due: bool) -> None:
+        if due and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+
+    def renaming(self, target):
+        interrupt(when == "moving" and Path(target).parent.parent == fitted.path)
+        return rename(self, target)
+
+    def reading(*args, **kwargs):
+        interrupt(when == "attaching" and len(forward_passes) > 0)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    monkeypatch.setattr(sd, "read_zarr", reading)
+    with pytest.raises(KeyboardInterrupt):
+        predict(fitted, **arguments)
+    monkeypatch.undo()
+    stored, attached = names(sd.read_zarr(fitted.path)), names(fitted)
+    assert interrupted
+    assert stored == attached
+    assert any(name.startswith("pixnet_") for name in stored)
     del forward_passes[:]
-    predict(again, radius_um=8, tile_px=128)
-    assert 1 <= len(forward_passes) <= 3
-    again = sd.read_zarr(fitted.path)
-    np.testing.assert_array_equal(map_values(again), map_values(uninterrupted))
-    np.testing.assert_allclose(
-        again.tables["pixnet_circles_8um"].X, uninterrupted.tables["pixnet_circles_8um"].X, atol=1e-5
-    )
+    predict(fitted, **arguments)
+    assert names(fitted) == stored
+    assert not list(Path(fitted.path).parent.glob(".*.pixnet_sd"))
 
-    resumed = fit(slide, checkpoint_dir=tmp_path / "killed", validation=0.25)
-    whole = fit(slide, checkpoint_dir=tmp_path / "whole", validation=0.25)
-    assert_same_model(resumed, whole)
-    assert {path: user_files(path) for path in before} == before
+
+@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"radius_um": 16, "write_map": False}, {"store": "factors"}])
+def test_disk_full_while_results_are_moved_in(fitted, predict, forward_passes, monkeypatch, arguments):
+    """The same call finishes what is there, and returns; another one is still told that the name is taken."""
+    rename = Path.rename
+
+    def failing(self, target):
+        if Path(target).parent.parent == fitted.path:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(StoreError, match="No space left"):
+            predict(fitted, **arguments)
+    del forward_passes[:]
+    again = sd.read_zarr(fitted.path)
+    predict(again, **arguments)
+    assert forward_passes == []
+    assert names(again) == names(sd.read_zarr(fitted.path)) > names(fitted)
+    assert not list(Path(fitted.path).parent.glob(".*.pixnet_sd"))
+    with pytest.raises(StoreError, match="exists already"):
+        predict(again, n_symmetries=4, **arguments)
+
+
+@pytest.mark.parametrize("what", ["store", "work folder"])
+def test_moved_away_during_the_run(fitted, predict, monkeypatch, user_files, tmp_path, what):
+    """Nothing is written in its place, and what was done is gone on from once it is back."""
+    store = fitted.path
+    work = store.parent / f".{store.name}.pixnet_sd"
+    moved, before, forward = tmp_path / "moved", user_files(store), Network.forward
+    thing = store if what == "store" else work
+
+    def moving(self, image):
+        if not moved.exists():
+            thing.rename(moved)
+        return forward(self, image)
+
+    monkeypatch.setattr(Network, "forward", moving)
+    with pytest.raises(StoreError, match=thing.name):
+        predict(fitted, radius_um=8)
+    monkeypatch.undo()
+    assert not list(store.rglob("*")) if what == "store" else not list(work.rglob("c"))
+    shutil.rmtree(thing, ignore_errors=True)
+    moved.rename(thing)
+    assert user_files(store) == before
+    predict(sd.read_zarr(store), radius_um=8)
+    assert {"pixnet_map", "pixnet_circles_8um"} <= names(sd.read_zarr(store))
+
+
+@pytest.mark.parametrize("error", [MemoryError, TypeError])
+def test_nothing_is_left_of_a_run_that_did_nothing(fitted, predict, fit, monkeypatch, error):
+    def failing(self, image):
+        raise error
+
+    monkeypatch.setattr(Network, "forward", failing)
+    with pytest.raises(error):
+        predict(fitted, radius_um=8)
+    with pytest.raises(error):
+        fit(fitted, n_genes=5)
+    assert [path.name for path in fitted.path.parent.iterdir()] == ["fitted.zarr"]

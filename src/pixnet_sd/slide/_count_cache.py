@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from pixnet_sd._errors import StoreError
+from pixnet_sd._folders import no_empty_folders_left
 from pixnet_sd._logging import logger
 
 from ._count_checks import checked_blocks
@@ -106,7 +107,18 @@ def cached(folder: Path, key: str, build: Callable[[Path], None], what: str) -> 
     if found is not None:
         logger.info("%s: counts taken from the cache %s", what, home)
         return found
-    scratch = None
+    with no_empty_folders_left(folder):
+        _build(folder, key, build, what)
+    found = open_counts(home, key=key)
+    if found is None:
+        raise StoreError(f"{what}: the counts in {str(home)!r} were changed while they were written. Try again.")
+    logger.info("%s: counts of %d genes in %d regions cached in %s", what, found.n_genes, found.n, home)
+    return found
+
+
+def _build(folder: Path, key: str, build: Callable[[Path], None], what: str) -> None:
+    """Build a cache aside and rename it."""
+    home, scratch = folder / key[:16], None
     try:
         scratch = _scratch(folder, key)
         build(scratch)
@@ -117,11 +129,6 @@ def cached(folder: Path, key: str, build: Callable[[Path], None], what: str) -> 
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-    found = open_counts(home, key=key)
-    if found is None:
-        raise StoreError(f"{what}: the counts in {str(home)!r} were changed while they were written. Try again.")
-    logger.info("%s: counts of %d genes in %d regions cached in %s", what, found.n_genes, found.n, home)
-    return found
 
 
 def _scratch(folder: Path, key: str) -> Path:

@@ -1,4 +1,4 @@
-"""Chunks of an image that have no file when it is opened: left out because they are black, or lost?"""
+"""Tell chunks of an image that were left out because they are black from those that were lost."""
 
 from __future__ import annotations
 

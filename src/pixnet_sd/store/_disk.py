@@ -86,8 +86,8 @@ def _check_format(store: Path) -> None:
 
 def _away(path: Path) -> str:
     return (
-        f"{path} is not there any more: it, or a folder that holds it, was moved, renamed or deleted, or its disk is not "
-        "mounted. Bring it back, or open the store where it is now, and make the same call."
+        f"{path} is not there any more: it, or a folder that holds it, was moved, renamed or deleted, or its disk is "
+        "not mounted. Bring it back, or open the store where it is now, and make the same call."
     )
 
 

@@ -39,8 +39,8 @@ def check_ours(folder: Path) -> None:
         )
     if not is_ours(found.st_uid, folder.parent):
         raise StoreError(
-            f"{folder} holds unfinished work of another user (number {found.st_uid}). When no run of theirs is at work, "
-            "let them make their call again or delete the folder, or use a copy of the store."
+            f"{folder} holds unfinished work of another user (number {found.st_uid}). When no run of theirs is at "
+            "work, let them make their call again or delete the folder, or use a copy of the store."
         )
 
 

@@ -15,6 +15,7 @@ from spatialdata import SpatialData
 
 from pixnet_sd._errors import CheckpointError, PixNetError, StoreError
 from pixnet_sd._fingerprint import as_json, differing_parts, fingerprint
+from pixnet_sd._folders import no_empty_folders_left
 from pixnet_sd._logging import logger
 from pixnet_sd._warn import warn
 from pixnet_sd.engine.device import make_fabric
@@ -364,16 +365,17 @@ def _trained(
     show_progress_bar: bool,
 ) -> PixNet:
     """Train, and save into the directory."""
-    result = train(
-        model.network,
-        data.training,
-        data.held_out,
-        settings,
-        fabric=fabric,
-        directory=directory / "training",
-        fingerprint=model.record.training["fingerprint"],
-        show_progress_bar=show_progress_bar,
-    )
+    with no_empty_folders_left(directory / "training"):
+        result = train(
+            model.network,
+            data.training,
+            data.held_out,
+            settings,
+            fabric=fabric,
+            directory=directory / "training",
+            fingerprint=model.record.training["fingerprint"],
+            show_progress_bar=show_progress_bar,
+        )
     for slide, pixels in images.values():
         check_same_pixels(slide, pixels)
     model.network.cpu()
