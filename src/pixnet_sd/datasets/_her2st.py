@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import DataError
 from pixnet_sd._logging import logger
 
@@ -33,6 +34,7 @@ _TABLE = "counts"
 _DECODING = Lock()
 
 
+@checked(DataError)
 def her2st(path: str | Path, *, sections: Sequence[str] | None = None) -> dict[str, SpatialData]:
     """HER2-positive breast tumour sections: H&E with counts of 100 µm spots on a 200 µm pitch.
 

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from pixnet_sd._arguments import checked
+from pixnet_sd._errors import DataError
+
 from ._elements import CELLS, ElementNames, bin_elements, cell_elements, image_elements
 from ._lattice import BASE_UM
 from ._slide import DrawnSlide, checked_bins
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["sample", "sample_truth", "sample_truth_bins"]
 
 
+@checked(DataError)
 def sample(
     *,
     size_um: float = 1000.0,
@@ -86,6 +90,7 @@ def sample(
     return SpatialData(images=image_elements(slide, names), shapes=shapes, tables=tables)
 
 
+@checked(DataError)
 def sample_truth(
     *,
     size_um: float = 1000.0,
@@ -123,6 +128,7 @@ def sample_truth(
     return truth.expected(pitch_um, *truth.pixels(pitch_um, None))
 
 
+@checked(DataError)
 def sample_truth_bins(
     bin_um: int = 8,
     *,

@@ -11,6 +11,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import DataError
 
 from ._density import DENSITY_WINDOW, density_shape, fill_density
@@ -27,6 +28,7 @@ TRUTH = "truth.zarr"
 """Name of the store in the folder of a slide."""
 
 
+@checked(DataError)
 def visium_hd_truth(
     path: str | Path,
     *,

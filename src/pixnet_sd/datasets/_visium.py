@@ -9,6 +9,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pixnet_sd._arguments import checked
+from pixnet_sd._errors import DataError
+
 from ._barcodes import spot_barcodes
 from ._counts import draw_counts, library_size
 from ._expression import DENSITY_PITCH_UM
@@ -23,6 +26,7 @@ __all__ = ["write_visium"]
 _SPOT_UM, _PITCH_UM = 55.0, 100.0
 
 
+@checked(DataError)
 def write_visium(
     path: str | Path,
     *,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import DataError
 
 from ._barcodes import bin_barcodes
@@ -24,6 +25,7 @@ from ._truth import TRUTH, write_truth
 __all__ = ["write_visium_hd"]
 
 
+@checked(DataError)
 def write_visium_hd(
     path: str | Path,
     *,

@@ -10,6 +10,7 @@ import dask.array as da
 import numpy as np
 from spatialdata.transformations import get_transformation
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import DataError, ElementError
 from pixnet_sd.slide import check_genes
 from pixnet_sd.store import factors_key, image_pyramid, map_key, read_head
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["gene_map", "stored_key"]
 
 
+@checked()
 def gene_map(sdata: SpatialData, genes: Sequence[str] | str | None = None, *, key_added: str = "pixnet") -> DataTree:
     """Some genes of a predicted map, as a lazy multiscale image.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import DataError, StoreError
 from pixnet_sd._logging import logger
 from pixnet_sd.store import size_text
@@ -30,6 +31,7 @@ PREVIEW_TOLERANCE = 0.05
 """Fraction by which the image may differ from what the previews say it should be."""
 
 
+@checked(DataError)
 def convert_visium_hd(
     folder: str | Path,
     store: str | Path,

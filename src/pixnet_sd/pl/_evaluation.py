@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import PixNetError
 from pixnet_sd.tl._matched import matched_values
 
@@ -23,6 +24,7 @@ _PANEL_IN = (4.2, 3.6)
 _MANY = 2000  # regions; more are counted in hexagons
 
 
+@checked()
 def evaluation(
     evaluation: pd.DataFrame | Mapping[str, pd.DataFrame],
     *,

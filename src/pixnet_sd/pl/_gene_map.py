@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from pixnet_sd import get
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import ElementError, PixNetError
 from pixnet_sd.get._gene_map import stored_key
 from pixnet_sd.slide import ImagePyramid, Slide, affine_matrix, open_slide
@@ -37,6 +38,7 @@ _BAR_IN = 0.3
 _TARGET_SUM = 1e4
 
 
+@checked()
 def gene_map(
     sdata: SpatialData,
     genes: str | Sequence[str],

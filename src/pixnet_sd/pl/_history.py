@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import PixNetError
 
 from ._output import AxesLike, Drawn, axes_grid, finish
@@ -30,6 +31,7 @@ _DEFAULT = ("loss", "val_pcc", "val_mse")
 _PANEL_IN = (3.8, 3.0)
 
 
+@checked()
 def history(
     model: PixNet | str | Path,
     *,

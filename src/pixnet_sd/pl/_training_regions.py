@@ -16,6 +16,7 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import DataError
 from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
 from pixnet_sd.engine.tiling import Tile, check_tile_px, training_tiles
@@ -36,6 +37,7 @@ _TISSUE = "#009e73"
 _PALE = 0.45
 
 
+@checked()
 def training_regions(
     sdata: SpatialData | Mapping[str, SpatialData],
     *,

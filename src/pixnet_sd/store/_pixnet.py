@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import CheckpointError, PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.nn.encoder import build_encoder
@@ -63,6 +64,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         frame = pd.DataFrame(self.record.history)
         return frame.astype({"epoch": int}).set_index("epoch") if len(frame) else frame
 
+    @checked(CheckpointError)
     def save(self, directory: str | Path) -> Path:
         """Write ``model.safetensors`` and ``config.json`` into a directory.
 
@@ -99,6 +101,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         return directory
 
     @classmethod
+    @checked(CheckpointError)
     def load(cls, directory: str | Path) -> PixNet:
         """Read a model from a directory.
 
@@ -135,6 +138,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         return cls(network, record)
 
     @classmethod
+    @checked(CheckpointError)
     def from_pretrained(  # type: ignore[override]  # no **kwargs: a slip in an option is an error
         cls,
         pretrained_model_name_or_path: str | Path,
@@ -197,6 +201,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
             folder = snapshot(model_id, [_CONFIG, _WEIGHTS], **options)
         return cls.load(folder)
 
+    @checked(CheckpointError, options_of=ModelHubMixin.push_to_hub)
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -247,6 +252,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         elif self.record.weights_sha256 not in path.read_text(encoding="utf-8"):
             logger.warning("%s was not written for this model, and stays as it is; delete it for a new one", path)
 
+    @checked(CheckpointError, options_of=ModelHubMixin.push_to_hub)
     def push_to_hub(
         self,
         repo_id: str,
@@ -284,6 +290,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         with hub_errors(f"The model cannot be written to {repo_id!r} on the hub"):
             return str(super().push_to_hub(repo_id, model_card_kwargs=card, **options))
 
+    @checked(CheckpointError)
     def generate_model_card(
         self,
         *,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pandas as pd
 from spatialdata import SpatialData
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.store import PixNet
@@ -57,6 +58,7 @@ class CrossValidation:
     folders: dict[str, Path]
 
 
+@checked(options_of=fit)
 def cross_validate(
     sdatas: Mapping[str, SpatialData],
     *,

@@ -15,6 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from spatialdata import SpatialData
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import CheckpointError, PixNetError, StoreError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
@@ -37,6 +38,7 @@ __all__ = ["fit"]
 _BATCH_SIZE = {"cuda": 8, "mps": 4, "cpu": 2}
 
 
+@checked()
 def fit(
     sdata: SpatialData | Mapping[str, SpatialData],
     *,

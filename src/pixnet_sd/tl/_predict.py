@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import CheckpointError, DataError, PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
@@ -29,6 +30,7 @@ _TILE_PX = 1024
 _BATCH_SIZE = {"cuda": 4}
 
 
+@checked()
 def predict(
     sdata: SpatialData,
     model: PixNet | str | Path | None = None,
