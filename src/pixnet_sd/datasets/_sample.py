@@ -11,7 +11,7 @@ from pixnet_sd._errors import DataError
 
 from ._elements import CELLS, ElementNames, bin_elements, cell_elements, image_elements
 from ._lattice import BASE_UM
-from ._slide import DrawnSlide, checked_bins
+from ._slide import DrawnSlide
 from ._truth import Truth
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def sample(
     """
     from spatialdata import SpatialData
 
-    slide = DrawnSlide.checked(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
-    sizes = checked_bins(bin_um)
+    slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
+    sizes = sorted(set(bin_um))
     names = ElementNames(dataset_id, slide)
     bands = list(slide.bands(slide.density))
     shapes, tables = bin_elements(slide, bands, sizes, names)
@@ -124,7 +124,7 @@ def sample_truth(
     DataError
         If an argument is out of range.
     """
-    truth = Truth.of(DrawnSlide.checked(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed))
+    truth = Truth.of(DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed))
     return truth.expected(pitch_um, *truth.pixels(pitch_um, None))
 
 
@@ -160,10 +160,9 @@ def sample_truth_bins(
     DataError
         If an argument is out of range.
     """
-    (size,) = checked_bins((bin_um,))
-    slide = DrawnSlide.checked(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
+    slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     expected = slide.expected()
-    base, bins = (slide.lattice.bins_on(um, expected.on_tissue) for um in (BASE_UM, size))
+    base, bins = (slide.lattice.bins_on(um, expected.on_tissue) for um in (BASE_UM, bin_um))
     caught = expected.sources * expected.library[:, None] if library_size else expected.sources
     means = (bins.gather(base) @ caught) @ slide.panel.profile
     return pd.DataFrame(means, index=bins.names, columns=slide.panel.names)

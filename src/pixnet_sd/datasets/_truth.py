@@ -87,8 +87,8 @@ class Truth:
 
     def pixels(self, pitch_um: float, window_um: tuple[float, float, float, float] | None) -> tuple[range, range]:
         """Rows and columns of the pixels that a window meets; DataError if there are none."""
-        if not 0 < pitch_um <= self.size_um:
-            raise DataError(f"pitch_um={pitch_um} is outside (0, size_um={self.size_um:g}].")
+        if pitch_um > self.size_um:
+            raise DataError(f"pitch_um={pitch_um:g}: give at most the slide's side, {self.size_um:g} µm.")
         side = int(np.ceil(self.size_um / pitch_um - 1e-6))
         left, top, right, bottom = window_um or (0.0, 0.0, self.size_um, self.size_um)
         rows, cols = (
@@ -149,8 +149,6 @@ def _open(path: Path) -> Truth:
 
 
 def _columns(genes: Sequence[str], names: NDArray[np.str_]) -> NDArray[np.int64]:
-    if isinstance(genes, str):
-        raise DataError(f"genes={genes!r} is a string. Give a list of names: genes=[{genes!r}].")
     number = {name: k for k, name in enumerate(names.tolist())}
     unknown = [gene for gene in genes if gene not in number]
     if unknown:

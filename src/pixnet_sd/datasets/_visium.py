@@ -67,7 +67,7 @@ def write_visium(
     StoreError
         If there is something at ``path`` already.
     """
-    slide = DrawnSlide.checked(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
+    slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     spots = _Spots.on(slide)
     prefix = f"{dataset_id}_" if dataset_id else ""
     with new_folder(Path(path)) as folder:

@@ -11,7 +11,7 @@ import numpy as np
 from spatialdata.transformations import get_transformation
 
 from pixnet_sd._arguments import checked
-from pixnet_sd._errors import DataError, ElementError
+from pixnet_sd._errors import ElementError
 from pixnet_sd.slide import check_genes
 from pixnet_sd.store import factors_key, image_pyramid, map_key, read_head
 
@@ -53,8 +53,6 @@ def gene_map(sdata: SpatialData, genes: Sequence[str] | str | None = None, *, ke
         Genes that the map does not have.
     """
     wanted = [genes] if isinstance(genes, str) else None if genes is None else list(dict.fromkeys(genes))
-    if wanted is not None and not wanted:
-        raise DataError("genes= names no gene. Leave it out for all of the map's.")
     key = stored_key(sdata, wanted, key_added)
     return _of_map(sdata.images[key], wanted, key) if key == map_key(key_added) else _of_factors(sdata, wanted, key)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._checks import check_regions_on_image
 from ._count_checks import checked_blocks, checked_totals
 from ._counts import Counts
+from ._ids import check_instances
 from ._image import ImageLevel, ImagePyramid
 from ._measured import Measured, measured
 from ._mpp import find_mpp
@@ -36,6 +37,7 @@ __all__ = [
     "affine_matrix",
     "bin_size_um",
     "check_genes",
+    "check_instances",
     "check_regions_on_image",
     "checked_blocks",
     "checked_totals",

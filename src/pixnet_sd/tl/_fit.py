@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from spatialdata import SpatialData
 
 from pixnet_sd._arguments import checked
-from pixnet_sd._errors import CheckpointError, PixNetError, StoreError
+from pixnet_sd._errors import CheckpointError, StoreError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.settings import TrainSettings
@@ -180,8 +180,8 @@ def fit(
     ----------
     Zhang et al., arXiv 2503.01347, Eq. 1-6.
     """
-    slides = _named(sdata)
-    check_choices(preset, objective, aggregation, target_sum)
+    slides = {"slide": sdata} if isinstance(sdata, SpatialData) else dict(sdata)
+    check_choices(preset, objective, aggregation)
     check_validation(validation, list(slides))
     fabric = make_fabric(device)
     settings = train_settings(
@@ -252,17 +252,6 @@ def fit(
         for slide in slides.values():
             _note(slide, str(directory.resolve()))
     return model
-
-
-def _named(sdata: SpatialData | Mapping[str, SpatialData]) -> dict[str, SpatialData]:
-    if isinstance(sdata, SpatialData):
-        return {"slide": sdata}
-    if not isinstance(sdata, Mapping) or not sdata:
-        raise PixNetError(f"fit needs a SpatialData object, or a mapping of names to some; got {type(sdata).__name__}.")
-    wrong = {name: type(s).__name__ for name, s in sdata.items() if not isinstance(s, SpatialData)}
-    if wrong:
-        raise PixNetError(f"These slides are not SpatialData objects: {wrong}.")
-    return {str(name): slide for name, slide in sdata.items()}
 
 
 def _record(

@@ -12,9 +12,7 @@ from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.models import TableModel
 
-from pixnet_sd._errors import PixNetError
 from pixnet_sd._logging import logger
-from pixnet_sd.engine.tiling import check_tile_px
 from pixnet_sd.slide import Slide, TableLink, open_slide, select_tables, table_link, tables_of
 from pixnet_sd.slide._stored_shapes import StoredShapes, shapes_of
 from pixnet_sd.slide._stored_table import obs_column, obs_names
@@ -84,10 +82,6 @@ class Scoring:
         PixNetError
             Saying what is missing.
         """
-        if self.tile_px is not None:
-            check_tile_px(self.tile_px)
-        if self.n_symmetries not in (1, 4, 8):
-            raise PixNetError(f"n_symmetries={self.n_symmetries} must be 1, 4 or 8.")
         for name, sdata in slides.items():
             self.find(name, sdata, 1.0)  # any resolution: nothing is read
 

@@ -19,6 +19,7 @@ from pixnet_sd.slide import (
     Table,
     TableLink,
     check_genes,
+    check_instances,
     checked_totals,
     log_normalise,
     obs_column,
@@ -92,6 +93,7 @@ def matched_values(
     predicted = _predicted(sdata, predicted_key) if predicted is None else predicted
     measured, link = _measured(sdata, table_key, predicted_key, predicted)
     ids = pd.Index(obs_column(predicted, predicted.uns["spatialdata_attrs"]["instance_key"]))
+    check_instances(ids, predicted_key)
     rows = ids.get_indexer(link.instances)
     n_common = int((rows >= 0).sum())
     shared = predicted.var_names[predicted.var_names.isin(measured.var_names)]

@@ -15,7 +15,6 @@ from pixnet_sd._arguments import checked
 from pixnet_sd._errors import CheckpointError, DataError, PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
-from pixnet_sd.engine.tiling import check_tile_px
 from pixnet_sd.engine.window_pass import InferSettings
 from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
 from pixnet_sd.store import PixNet, recorded
@@ -138,10 +137,6 @@ def predict(
     StoreError
         A name is taken, the store cannot be written, or the disk is too small.
     """
-    if not isinstance(sdata, SpatialData):
-        raise PixNetError(
-            f"predict needs a SpatialData object, got {type(sdata).__name__}: spatialdata.read_zarr(path)."
-        )
     fabric = make_fabric(device)
     found = _model(sdata, model)
     index, names = _genes(found, genes)
@@ -187,8 +182,6 @@ def _model(sdata: SpatialData, model: PixNet | str | Path | None) -> PixNet:
         return model
     if model is None:
         return PixNet.load(_recorded_folder(sdata))
-    if not isinstance(model, str | Path):
-        raise PixNetError(f"model= needs a PixNet or a checkpoint folder; got a {type(model).__name__}.")
     return PixNet.load(model)
 
 
@@ -209,8 +202,6 @@ def _recorded_folder(sdata: SpatialData) -> Path:
 
 def _factor(store: str, map_um: float | None, slide: Slide) -> int:
     """Native map pixels per pixel of what is stored."""
-    if store not in ("map", "factors"):
-        raise PixNetError(f"store={store!r}: known are 'map' and 'factors'.")
     factor = map_factor(map_um, slide)
     if store == "factors" and factor != 1:
         raise PixNetError(f"Factors are kept at the native pitch only: leave out map_um={map_um:g} or store.")
@@ -220,8 +211,6 @@ def _factor(store: str, map_um: float | None, slide: Slide) -> int:
 def _genes(model: PixNet, genes: Sequence[str] | None) -> tuple[NDArray[np.intp], list[str]]:
     """Indices into the head, and names, of the genes to predict."""
     names = model.genes if genes is None else [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
-    if not names:
-        raise DataError("genes= names no gene. Leave it out for all of the model's.")
     check_genes(names, model.genes, "the model")
     return np.array([model.genes.index(gene) for gene in names], dtype=np.intp), names
 
@@ -245,7 +234,4 @@ def _settings(model: PixNet, tile_px: int | None, batch_size: int, n_symmetries:
             "encoder %r looks at whole tiles, so the result depends on tile_px: %d, trained with %d",
             *(record.encoder, tile_px, record.tile_px),
         )
-    check_tile_px(tile_px)
-    if n_symmetries not in (1, 4, 8) or batch_size < 1:
-        raise PixNetError(f"n_symmetries={n_symmetries} must be 1, 4 or 8, and batch_size={batch_size} at least 1.")
     return InferSettings(tile_px, record.halo_px, batch_size, n_symmetries)

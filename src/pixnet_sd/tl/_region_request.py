@@ -121,9 +121,6 @@ def request_regions(
 def _check_arguments(
     radius_um: float | None, spacing_um: float | None, bin_um: float | None, shapes_key: str | None
 ) -> None:
-    for name, value in (("radius_um", radius_um), ("spacing_um", spacing_um), ("bin_um", bin_um)):
-        if value is not None and not (np.isfinite(value) and value > 0):
-            raise PixNetError(f"{name}={value}: a positive number of micrometres is needed.")
     if bin_um is not None and (radius_um is not None or shapes_key is not None):
         raise PixNetError("bin_um asks for bins over the tissue: leave out radius_um and shapes_key, or call twice.")
     if spacing_um is not None and (radius_um is None or shapes_key is not None):

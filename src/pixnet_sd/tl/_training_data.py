@@ -89,9 +89,8 @@ def open_sources(
 
 
 def check_validation(validation: Validation, names: Sequence[str]) -> None:
-    """Refuse what fits neither the slides nor a share, before any of them is read."""
+    """Refuse names that do not fit the slides, before any of them is read."""
     _held_out_names(validation, names)
-    _block_share(validation)
 
 
 def _held_out_names(validation: Validation, names: Sequence[str]) -> list[str]:
@@ -109,11 +108,7 @@ def _held_out_names(validation: Validation, names: Sequence[str]) -> list[str]:
 
 
 def _block_share(validation: Validation) -> float | None:
-    if not isinstance(validation, int | float):
-        return None
-    if not 0 < validation < 1:
-        raise PixNetError(f"validation={validation}: a share between 0 and 1, names of slides, or None is needed.")
-    return float(validation)
+    return float(validation) if isinstance(validation, int | float) else None
 
 
 def _as_training_slide(source: Source, targets: Sequence[Targets]) -> TrainingSlide:
