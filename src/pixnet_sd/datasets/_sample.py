@@ -11,6 +11,7 @@ from pixnet_sd._errors import DataError
 
 from ._elements import CELLS, ElementNames, bin_elements, cell_elements, image_elements
 from ._lattice import BASE_UM
+from ._room import check_memory, density_bytes, image_bytes
 from ._slide import DrawnSlide
 from ._truth import Truth
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from xarray import DataArray
 
 __all__ = ["sample", "sample_truth", "sample_truth_bins"]
+
+_BIN_BYTES = 100  # of a bin's polygon and counts, at the least
+_ON_TISSUE = 0.5  # of the bins, at the least
 
 
 @checked(DataError)
@@ -80,8 +84,10 @@ def sample(
     """
     from spatialdata import SpatialData
 
+    sizes = tuple(sorted(set(bin_um)))
+    bins_bytes = sum(_BIN_BYTES * (size_um / um) ** 2 for um in sizes)
+    check_memory(density_bytes(size_um) + image_bytes(size_um, mpp) + bins_bytes, size_um=size_um, mpp=mpp)
     slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
-    sizes = sorted(set(bin_um))
     names = ElementNames(dataset_id, slide)
     bands = list(slide.bands(slide.density))
     shapes, tables = bin_elements(slide, bands, sizes, names)
@@ -124,6 +130,8 @@ def sample_truth(
     DataError
         If an argument is out of range.
     """
+    values = 4 * n_genes * (size_um / pitch_um) ** 2
+    check_memory(density_bytes(size_um) + values, size_um=size_um, pitch_um=pitch_um, n_genes=n_genes)
     truth = Truth.of(DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed))
     return truth.expected(pitch_um, *truth.pixels(pitch_um, None))
 
@@ -160,6 +168,8 @@ def sample_truth_bins(
     DataError
         If an argument is out of range.
     """
+    values = 8 * n_genes * (size_um / bin_um) ** 2
+    check_memory(density_bytes(size_um) + _ON_TISSUE * values, size_um=size_um, n_genes=n_genes)
     slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     expected = slide.expected()
     base, bins = (slide.lattice.bins_on(um, expected.on_tissue) for um in (BASE_UM, bin_um))

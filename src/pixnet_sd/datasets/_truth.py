@@ -16,6 +16,7 @@ from pixnet_sd._errors import DataError
 
 from ._density import DENSITY_WINDOW, density_shape, fill_density
 from ._integrals import integrate_on_grid
+from ._room import check_memory
 from ._slide import DrawnSlide
 from ._tissue import Source
 
@@ -66,6 +67,8 @@ def visium_hd_truth(
     truth = _open(Path(path))
     columns = slice(None) if genes is None else _columns(genes, truth.names)
     rows, cols = truth.pixels(pitch_um, window_um)
+    n_genes = len(truth.names[columns])
+    check_memory(4.0 * n_genes * len(rows) * len(cols), pitch_um=pitch_um, n_genes=n_genes)
     return truth.expected(pitch_um, rows, cols, columns)
 
 

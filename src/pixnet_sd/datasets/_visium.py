@@ -19,6 +19,7 @@ from ._folder import new_folder, write_image, write_scalefactors
 from ._integrals import integrate_disks
 from ._matrix_file import MatrixFile
 from ._noise import Grid
+from ._room import check_disk, check_memory, density_bytes, image_bytes
 from ._slide import DrawnSlide
 
 __all__ = ["write_visium"]
@@ -67,6 +68,8 @@ def write_visium(
     StoreError
         If there is something at ``path`` already.
     """
+    check_memory(density_bytes(size_um), size_um=size_um)
+    check_disk(image_bytes(size_um, mpp), Path(path), size_um=size_um, mpp=mpp)
     slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     spots = _Spots.on(slide)
     prefix = f"{dataset_id}_" if dataset_id else ""

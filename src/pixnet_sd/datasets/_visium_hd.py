@@ -19,6 +19,7 @@ from ._folder import new_folder, write_feature_slice, write_image, write_scalefa
 from ._lattice import BASE_UM
 from ._matrix_file import MatrixFile
 from ._parquet import ParquetFile, text_column
+from ._room import check_disk, image_bytes
 from ._slide import Band, DrawnSlide
 from ._truth import TRUTH, write_truth
 
@@ -80,8 +81,9 @@ def write_visium_hd(
     StoreError
         If there is something at ``path`` already.
     """
+    check_disk(image_bytes(size_um, mpp), Path(path), size_um=size_um, mpp=mpp)
     slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
-    sizes = sorted(set(bin_um))
+    sizes = tuple(sorted(set(bin_um)))
     prefix = f"{dataset_id}_" if dataset_id else ""
     with new_folder(Path(path)) as folder:
         write_feature_slice(folder / f"{prefix}feature_slice.h5", slide)

@@ -72,7 +72,7 @@ def history(
     unknown = [key for key in wanted if key not in rows]
     if unknown or not wanted:
         raise PixNetError(
-            f"The model's history has no {', '.join(map(repr, unknown)) or 'epochs'}. It has {len(rows)} epochs, and "
+            f"keys={wanted}: the model's history has no {', '.join(map(repr, unknown)) or 'epochs'}. It has {len(rows)} epochs, and "
             f"of each {', '.join(map(repr, rows.columns)) or 'nothing'}."
         )
     axes = axes_grid(ax, (1, len(wanted)), figsize=figsize, panel_in=_PANEL_IN, dpi=dpi)

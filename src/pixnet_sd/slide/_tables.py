@@ -129,7 +129,7 @@ def _named_tables(sdata: SpatialData, keys: list[str]) -> list[str]:
     tables = tables_of(sdata)
     missing = [key for key in keys if key not in tables]
     if missing or not keys:
-        raise ElementError(f"There is no table {names(missing)}. Tables: {names(tables)}.")
+        raise ElementError(f"There is no table {names(missing)}. Tables: {names(tables)}. Check table_key=.")
     return keys
 
 

@@ -9,6 +9,7 @@ from ._commit import check_target, commit
 from ._disk import size_text
 from ._factors import FactorHead, factor_names, factors_key, head_key, read_head
 from ._gene_map import GeneMapReader, GeneMapWriter, estimate_bytes, open_map
+from ._memory import available_memory
 from ._provenance import record, recorded
 from ._raster import image_pyramid, image_transforms, map_key, tissue_labels
 from ._region_writer import RegionResults, RegionWriter, estimate_table_bytes
@@ -36,6 +37,7 @@ __all__ = [
     "RegionWriter",
     "RowInfo",
     "Rows",
+    "available_memory",
     "check_target",
     "circles_element",
     "commit",

@@ -21,16 +21,19 @@ from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.settings import TrainSettings
 from pixnet_sd.engine.state import RunState
+from pixnet_sd.engine.tiling import MARGIN_SHARE
 from pixnet_sd.engine.train import train
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.model import Aggregation, Network
 from pixnet_sd.nn.objectives import ObjectiveName
 from pixnet_sd.nn.receptive_field import receptive_radius_px, sees_whole_tile
 from pixnet_sd.nn.weights import hash_weights
+from pixnet_sd.slide import Slide
 from pixnet_sd.store import ModelRecord, PixNet, library_versions, link_of, outputs_of
 from pixnet_sd.store import record as note
 
 from ._recipe import check_choices, decoder_config, default_aggregation, train_settings
+from ._room import check_batch, check_decoder, values_per_px
 from ._training_data import TrainingData, check_validation, data_hash, describe, open_sources, training_data
 
 __all__ = ["fit"]
@@ -202,6 +205,8 @@ def fit(
     )
     torch.manual_seed(seed)
     backbone = build_encoder(encoder, encoder_weights, frozen=freeze_encoder)
+    shape = decoder_config(decoder_width, preset)
+    check_decoder(backbone.channels, shape, decoder_width, fabric.device)
     sources = open_sources(
         slides,
         image_key=image_key,
@@ -211,6 +216,8 @@ def fit(
         allow_any_mpp=allow_any_mpp,
         working_mpp=working_mpp,
     )
+    tiles = [_tile(source.slide, tile_px) for source in sources.values()]
+    check_batch(tiles, settings.batch_size, tile_px, values_per_px(backbone.channels, shape), fabric.device)
     data = training_data(
         sources,
         genes=genes,
@@ -226,7 +233,7 @@ def fit(
     genes_learnt = [str(gene) for gene in data.genes]
     network = Network(
         backbone,
-        decoder_config(decoder_width, preset),
+        shape,
         len(outputs_of(genes_learnt, objective)),
         aggregation or default_aggregation(preset, objective),
         link_of(objective),
@@ -252,6 +259,12 @@ def fit(
         for slide in slides.values():
             _note(slide, str(directory.resolve()))
     return model
+
+
+def _tile(slide: Slide, tile_px: int) -> tuple[int, int]:
+    """Rows and columns of a tile: no larger than the slide and the margins that regions keep."""
+    rows, cols = (min(tile_px, size + 2 * (tile_px // MARGIN_SHARE)) for size in slide.working_shape)
+    return rows, cols
 
 
 def _record(

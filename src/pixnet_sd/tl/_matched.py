@@ -130,23 +130,23 @@ def _first(names: pd.Index) -> list[Any]:
 
 
 def _predicted(sdata: SpatialData, key: str) -> Table:
-    table = _table(sdata, key)
+    table = _table(sdata, key, "predicted_key")
     if "pixnet_sd" not in table.uns:
         raise ElementError(f"Table {key!r} was not written by pixnet_sd's predict. Did you swap the two keys?")
     return table
 
 
-def _table(sdata: SpatialData, key: str) -> Table:
+def _table(sdata: SpatialData, key: str, argument: str) -> Table:
     tables = tables_of(sdata)
     if key not in tables:
         there = ", ".join(map(repr, tables)) or "none"
-        raise ElementError(f"There is no table {key!r}. Tables: {there}.")
+        raise ElementError(f"There is no table {key!r}. Tables: {there}. Check {argument}=.")
     return tables[key]
 
 
 def _measured(sdata: SpatialData, table_key: str, predicted_key: str, predicted: Table) -> tuple[Table, TableLink]:
     """The measured table, and its rows that annotate the predicted table's element."""
-    measured = _table(sdata, table_key)
+    measured = _table(sdata, table_key, "table_key")
     if "pixnet_sd" in measured.uns:
         raise ElementError(f"Table {table_key!r} holds predictions: give table_key= of a table with raw counts.")
     if not measured.var_names.is_unique:

@@ -21,7 +21,8 @@ from pixnet_sd.store import PixNet, recorded
 
 from ._map_request import map_factor, map_info
 from ._predict_job import PredictJob
-from ._region_request import request_regions
+from ._region_request import check_together, request_regions
+from ._room import check_batch, check_working_size, values_per_px
 
 __all__ = ["predict"]
 
@@ -137,6 +138,9 @@ def predict(
     StoreError
         A name is taken, the store cannot be written, or the disk is too small.
     """
+    check_together(radius_um, spacing_um, bin_um, shapes_key)
+    if not write_map and radius_um is None and bin_um is None and shapes_key is None:
+        raise PixNetError("Nothing to predict: write_map=False and no radius_um, bin_um or shapes_key.")
     fabric = make_fabric(device)
     found = _model(sdata, model)
     index, names = _genes(found, genes)
@@ -149,6 +153,13 @@ def predict(
         working_mpp=found.record.working_mpp,
         element_key=shapes_key,
     )
+    check_working_size(slide)
+    batch_size = _BATCH_SIZE.get(fabric.device.type, 1) if batch_size is None else batch_size
+    settings = _settings(found, tile_px, batch_size, n_symmetries)
+    side = settings.tile_px + 2 * settings.halo_px
+    values = values_per_px(found.network.encoder.channels, found.record.decoder)
+    check_batch([(side, side)], batch_size, settings.tile_px, values, fabric.device)
+    factor = _factor(store, map_um, slide, found.network.head.in_features + len(names))
     tissue = _tissue(slide)
     request = request_regions(
         sdata,
@@ -160,11 +171,6 @@ def predict(
         shapes_key=shapes_key,
         key_added=key_added,
     )
-    if request is None and not write_map:
-        raise PixNetError("Nothing to predict: write_map=False and no radius_um, bin_um or shapes_key.")
-    factor = _factor(store, map_um, slide)
-    batch_size = _BATCH_SIZE.get(fabric.device.type, 1) if batch_size is None else batch_size
-    settings = _settings(found, tile_px, batch_size, n_symmetries)
     info = map_info(
         found.record,
         slide,
@@ -200,9 +206,9 @@ def _recorded_folder(sdata: SpatialData) -> Path:
     return Path(folder)
 
 
-def _factor(store: str, map_um: float | None, slide: Slide) -> int:
+def _factor(store: str, map_um: float | None, slide: Slide, n_values: int) -> int:
     """Native map pixels per pixel of what is stored."""
-    factor = map_factor(map_um, slide)
+    factor = map_factor(map_um, slide, n_values)
     if store == "factors" and factor != 1:
         raise PixNetError(f"Factors are kept at the native pitch only: leave out map_um={map_um:g} or store.")
     return factor

@@ -20,6 +20,8 @@ from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.regions import Regions
 from pixnet_sd.slide import Measured, Slide, StoredTargets, Targets, choose_genes, measured, open_slide, targets_of
 
+from ._room import check_working_size
+
 __all__ = ["Source", "TrainingData", "Validation", "check_validation", "open_sources", "split_slides", "training_data"]
 
 Validation = float | Sequence[str] | None
@@ -84,6 +86,7 @@ def open_sources(
             working_mpp=working_mpp,
             name=name,
         )
+        check_working_size(slide)
         sources[name] = Source(slide, measured(sdata, slide, table_key=table_key))
     return sources
 
