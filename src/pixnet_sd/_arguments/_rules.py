@@ -325,7 +325,7 @@ def path(what: str = "a path", *, exists: bool = False) -> Rule:
         found = os.fspath(value)
         _check_path(found)
         if exists and not Path(found).expanduser().is_dir():
-            raise Unfit("there is no such folder")
+            raise Unfit("it is a file" if Path(found).expanduser().exists() else "there is no such folder")
         return str(value) if isinstance(value, str) else Path(value)
 
     return Rule(what, read)

@@ -45,7 +45,7 @@ _KEY = text("the name of an element")
 _TILE = whole(2 * STRIDES[-1], 2**20, multiple=STRIDES[-1])
 _SHARE = number(above=0, below=1)
 _SDATA = instance("spatialdata.SpatialData", "a SpatialData object, as pixnet_sd.io.open_store(path) gives it")
-_MODEL = either(instance("pixnet_sd.store._pixnet.PixNet", "a PixNet"), path("the folder of one"))
+_MODEL = either(instance("pixnet_sd.store._pixnet.PixNet", "a PixNet"), path("the folder that fit left", exists=True))
 _DRAWN_BIN = choice(2, 4, 8, 16)
 _PANEL = choice("image", "measured", "predicted")
 _BOX_UM = each(number(), "(x0, y0, x1, y1) in µm, with x0 < x1 and y0 < y1", n=4, ordered=True)
@@ -69,7 +69,7 @@ _RULES: dict[str, Rule] = {
     "genes": raising(DataError, names("names of genes")),
     "gene": text("the name of a gene"),
     # the model and its training
-    "model": _MODEL,
+    "model": raising(CheckpointError, _MODEL),
     "n_genes": raising(DataError, whole(1, _MOST_GENES)),
     "target_sum": number(above=0),
     "encoder": text("the name of a timm model", empty=False),
@@ -139,6 +139,9 @@ _RULES: dict[str, Rule] = {
     "return_fig": _FLAG,
     # stores and Space Ranger's folders
     "path": _FOLDER,
+    "open_store.path": path("the folder that sdata.write(...) made", exists=True),
+    "her2st.path": path("the folder that holds the sections", exists=True),
+    "visium_hd_truth.path": path("a folder that datasets.write_visium_hd wrote", exists=True),
     "folder": _FOLDER,
     "store": _FOLDER,
     "image": path("the path of an image"),
@@ -158,6 +161,7 @@ _RULES: dict[str, Rule] = {
     "sample_truth_bins.bin_um": _DRAWN_BIN,
     # models in folders and on the hub
     "directory": _FOLDER,
+    "load.directory": path("the folder that fit left", exists=True),
     "save_directory": _FOLDER,
     "pretrained_model_name_or_path": path("a folder, or 'owner/name' on the hub"),
     "cache_dir": _FOLDER,
