@@ -178,6 +178,7 @@ def slide():
 def required(slide, tmp_path, monkeypatch) -> Callable[[str], dict[str, Any]]:
     """What each verb has to be given, all of it right."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
     known: dict[str, Any] = {
         **{
             "sdata": slide,
@@ -185,7 +186,7 @@ def required(slide, tmp_path, monkeypatch) -> Callable[[str], dict[str, Any]]:
             "table_key": "square_016um",
             "predicted_key": "pixnet_a",
         },
-        **{"genes": "ACTB", "model": tmp_path / "model", "evaluation": pd.DataFrame({"pcc": [0.5]}), "repo_id": "a/b"},
+        **{"genes": "ACTB", "model": tmp_path / "in", "evaluation": pd.DataFrame({"pcc": [0.5]}), "repo_id": "a/b"},
         **{
             "path": tmp_path / "in",
             "folder": tmp_path / "in",

@@ -233,7 +233,7 @@ def test_a_failure_leaves_nothing(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("verb", [datasets.write_visium_hd, datasets.write_visium])
 def test_what_the_disk_does_not_hold_is_refused_at_once(tmp_path, monkeypatch, verb):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(DataError, match="size_um=.*mpp=.*disk"):
         verb(tmp_path / "new" / "out", **{name: SMALL[name] for name in ("size_um", "mpp")})
     assert list(tmp_path.iterdir()) == []

@@ -30,6 +30,7 @@ __all__ = [
     "flag",
     "folder",
     "frames",
+    "hub_name",
     "instance",
     "keywords",
     "loaded",
@@ -327,6 +328,18 @@ def path(what: str = "a path", *, exists: bool = False) -> Rule:
         if exists and not Path(found).expanduser().is_dir():
             raise Unfit("it is a file" if Path(found).expanduser().exists() else "there is no such folder")
         return str(value) if isinstance(value, str) else Path(value)
+
+    return Rule(what, read)
+
+
+def hub_name(what: str) -> Rule:
+    """A name on the hub, or a folder: what is there, and what could not be a name, has to be one."""
+    anywhere, here = path(what), path(what, exists=True)
+
+    def read(value: Any) -> str | Path:
+        found = anywhere.read(value)
+        is_local = str(found).startswith(("~", "/", "./", "../")) or Path(found).exists()
+        return here.read(found) if is_local else found
 
     return Rule(what, read)
 
