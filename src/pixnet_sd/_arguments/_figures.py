@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ._rules import Rule, Unfit, each, either, instance, number, optional, path
+from ._objects import instance
+from ._paths import path
+from ._rules import Rule, Unfit, each, either, number, optional
 
 __all__ = ["axes", "colour_limit", "colour_map", "figure_file"]
 

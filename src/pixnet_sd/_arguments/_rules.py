@@ -1,7 +1,6 @@
 """What an argument may be: a rule says it in words, and reads a value as what the code behind the door works with.
 
-NumPy's scalars become Python's, any list of names a list of ``str``. Nothing here imports what is large: a value can
-only be of a class that is loaded already.
+NumPy's scalars become Python's, any list of names a list of ``str``.
 """
 
 from __future__ import annotations
@@ -9,11 +8,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pixnet_sd._errors import PixNetError
@@ -21,34 +17,25 @@ from pixnet_sd._errors import PixNetError
 from ._shown import shown
 
 __all__ = [
+    "LONGEST_NAME",
     "Rule",
     "Unfit",
+    "check_text",
     "choice",
     "each",
     "either",
     "element_name",
     "flag",
-    "folder",
-    "frames",
-    "hub_name",
-    "instance",
-    "keywords",
-    "loaded",
     "names",
     "number",
     "optional",
-    "path",
     "raising",
-    "slides",
     "text",
-    "texts_by_name",
     "whole",
 ]
 
-_LONGEST_NAME = 255
+LONGEST_NAME = 255
 _LONGEST_PREFIX = 100
-_LONGEST_PATH = 4096
-_NAMES_SHOWN = 5
 
 
 class Unfit(Exception):
@@ -213,7 +200,7 @@ def text(what: str = "a name", *, empty: bool = True) -> Rule:
         if not isinstance(value, str):
             raise Unfit
         found = str(value)
-        _check_text(found, _LONGEST_NAME)
+        check_text(found, LONGEST_NAME)
         if not (found or empty):
             raise Unfit("it is empty")
         return found
@@ -221,7 +208,8 @@ def text(what: str = "a name", *, empty: bool = True) -> Rule:
     return Rule(f"{what} as text", read)
 
 
-def _check_text(found: str, longest: int) -> None:
+def check_text(found: str, longest: int) -> None:
+    """Refuse what no file can be called, nor any store hold."""
     try:
         n_bytes = len(found.encode())
     except UnicodeEncodeError as error:
@@ -239,7 +227,7 @@ def element_name(what: str, *, empty: bool = False) -> Rule:
         if not isinstance(value, str):
             raise Unfit
         found = str(value)
-        _check_text(found, _LONGEST_PREFIX)
+        check_text(found, _LONGEST_PREFIX)
         if not found and not empty:
             raise Unfit("it is empty")
         # what starts with a dot is written, and never found again: readers take it for a hidden file
@@ -311,150 +299,5 @@ def each(rule: Rule, what: str, *, n: int | None = None, one: bool = False, orde
         if ordered and not (found[0] < found[2] and found[1] < found[3]):
             raise Unfit
         return tuple(found)
-
-    return Rule(what, read)
-
-
-def path(what: str = "a path", *, exists: bool = False) -> Rule:
-    """Text or a path object that can name a file; not looked for unless it has to be a folder that `exists`."""
-
-    def read(value: Any) -> str | Path:
-        if not isinstance(value, str | Path) and not (
-            isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)
-        ):
-            raise Unfit
-        found = os.fspath(value)
-        _check_path(found)
-        if exists and not Path(found).expanduser().is_dir():
-            raise Unfit("it is a file" if Path(found).expanduser().exists() else "there is no such folder")
-        return str(value) if isinstance(value, str) else Path(value)
-
-    return Rule(what, read)
-
-
-def hub_name(what: str) -> Rule:
-    """A name on the hub, or a folder: what is there, and what could not be a name, has to be one."""
-    anywhere, here = path(what), path(what, exists=True)
-
-    def read(value: Any) -> str | Path:
-        found = anywhere.read(value)
-        is_local = str(found).startswith(("~", "/", "./", "../")) or Path(found).exists()
-        return here.read(found) if is_local else found
-
-    return Rule(what, read)
-
-
-def _check_path(found: str) -> None:
-    if not found:
-        raise Unfit("it is empty")
-    _check_text(found, _LONGEST_PATH)
-    for part in Path(found).parts:
-        _check_text(part, _LONGEST_NAME)
-    try:
-        Path(found).expanduser()
-    except RuntimeError as error:
-        raise Unfit("there is no such user") from error
-
-
-def folder(what: str, error: type[PixNetError]) -> Rule:
-    """A folder that is there or can be made."""
-    where = path(what)
-
-    def read(value: Any) -> str | Path:
-        found = where.read(value)
-        place = Path(found).expanduser()
-        for above in (place, *place.parents):
-            if above.is_dir():
-                break
-            if above.exists() or above.is_symlink():
-                raise Unfit(f"{shown(above)} is no folder")
-        return found
-
-    return Rule(what, read, error)
-
-
-def loaded(name: str) -> type | None:
-    """A class, if it was imported: nothing can be an instance of it otherwise."""
-    module, _, attribute = name.rpartition(".")
-    found = getattr(sys.modules.get(module), attribute, None)
-    return found if isinstance(found, type) else None
-
-
-def instance(name: str, what: str) -> Rule:
-    """An object of a class, named by its module and name; the class is not imported for it."""
-
-    def read(value: Any) -> Any:
-        kind = loaded(name)
-        if kind is None or not isinstance(value, kind):
-            raise Unfit
-        return value
-
-    return Rule(what, read)
-
-
-def slides(one: Rule) -> Rule:
-    """A slide, or several by name."""
-
-    def read(value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return one.read(value)
-        if not value:
-            raise Unfit("there is none in it")
-        name = text()
-        for key, slide in value.items():
-            name.read(key)
-            try:
-                one.read(slide)
-            except Unfit as error:
-                raise Unfit(f"{shown(key)} is a {type(slide).__name__}") from error
-        return {str(key): slide for key, slide in value.items()}
-
-    return Rule(f"{one.needed}, or several by name, {{name: sdata}}", read)
-
-
-def texts_by_name(what: str) -> Rule:
-    """A mapping from text to text."""
-    word = text()
-
-    def read(value: Any) -> dict[str, str]:
-        if not isinstance(value, Mapping) or not value:
-            raise Unfit
-        return {word.read(key): word.read(item) for key, item in value.items()}
-
-    return Rule(what, read)
-
-
-def keywords(*known: str) -> Rule:
-    """Keyword arguments of another call, by name."""
-
-    def read(value: Any) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
-            raise Unfit
-        unknown = [key for key in value if key not in known]
-        if unknown:
-            raise Unfit(f"{shown(unknown[0])} is none")
-        return dict(value)
-
-    return Rule(f"a dictionary with some of {', '.join(map(repr, known))}", read)
-
-
-def frames(column: str, what: str) -> Rule:
-    """A data frame with a column of numbers, or several by name."""
-
-    def fits(value: Any) -> bool:
-        kind = loaded("pandas.DataFrame")
-        if kind is None or not isinstance(value, kind) or column not in getattr(value, "columns", ()):
-            return False
-        return getattr(value[column].dtype, "kind", "O") in "fiu"  # type: ignore[index]
-
-    def read(value: Any) -> Any:
-        if fits(value):
-            return value
-        if not isinstance(value, Mapping) or not value:
-            raise Unfit("an empty mapping was given" if isinstance(value, Mapping) else "")
-        wrong = [key for key, frame in value.items() if not fits(frame)]
-        if wrong:
-            raise Unfit(f"not so: {', '.join(map(shown, wrong[:_NAMES_SHOWN]))}")
-        return {str(key): frame for key, frame in value.items()}
 
     return Rule(what, read)

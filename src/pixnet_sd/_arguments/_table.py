@@ -10,6 +10,8 @@ from pixnet_sd._errors import CheckpointError, DataError, ResolutionError, Store
 from pixnet_sd.nn.grid import STRIDES
 
 from ._figures import axes, colour_limit, colour_map, figure_file
+from ._objects import frames, instance, keywords, slides, texts_by_name
+from ._paths import folder, hub_name, path
 from ._rules import (
     Rule,
     choice,
@@ -17,19 +19,11 @@ from ._rules import (
     either,
     element_name,
     flag,
-    folder,
-    frames,
-    hub_name,
-    instance,
-    keywords,
     names,
     number,
     optional,
-    path,
     raising,
-    slides,
     text,
-    texts_by_name,
     whole,
 )
 

@@ -49,8 +49,9 @@ def um_per_unit(sdata: SpatialData, coordinate_system: str) -> tuple[float, str]
     The size and a phrase that says how it was had; None if nothing of known size is there.
     """
     for key, size in _bins(sdata, coordinate_system):
-        if key in sdata.shapes:
-            check_unique(sdata.shapes[key].index, f"Shapes {key!r}")
+        if key not in sdata.labels:
+            shapes = shapes_of(sdata)[key]
+            check_unique((shapes.sample if isinstance(shapes, StoredShapes) else shapes).index, f"Shapes {key!r}")
         try:
             return _from_bins(sdata, key, size, coordinate_system)
         except ValueError as error:  # ours, and what squidpy raises
