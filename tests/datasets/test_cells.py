@@ -15,7 +15,7 @@ MPP = 0.5
 
 @pytest.fixture(scope="module")
 def slide() -> DrawnSlide:
-    return DrawnSlide.checked(size_um=250, mpp=MPP, n_genes=20, seed=1)
+    return DrawnSlide.of(size_um=250, mpp=MPP, n_genes=20, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -112,9 +112,7 @@ def test_missing_file(folder, name):
 def test_missing_section(folder, tmp_path):
     with pytest.raises(DataError, match=r"No section Q9 in .*there are Z1"):
         datasets.her2st(folder.parent, sections=["Q9"])
-    with pytest.raises(DataError, match="is a string"):
-        datasets.her2st(folder.parent, sections="Z1")
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match="path="):
         datasets.her2st(tmp_path / "nowhere")
     with pytest.raises(DataError, match="No section in"):
         datasets.her2st(tmp_path)

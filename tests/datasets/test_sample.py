@@ -265,15 +265,17 @@ def test_other_names_bins_and_resolution():
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"bin_um": (3,)}, {"bin_um": ()}, {"size_um": 20}, {"mpp": 20}, {"n_genes": 0}, {"seed": -1}],
+    ("verb", "wrong"),
+    [
+        (datasets.sample, {"size_um": 1e5}),
+        (datasets.sample_truth, {"size_um": 1e5}),
+        (datasets.sample_truth, {"pitch_um": 1e-4}),
+        (datasets.sample_truth, {"pitch_um": 1e4}),
+        (datasets.sample_truth_bins, {"size_um": 1e5}),
+        (datasets.sample_truth_bins, {"n_genes": 10**6, "bin_um": 2}),
+    ],
 )
-def test_arguments_out_of_range_are_refused(wrong):
-    (name,) = wrong
-    with pytest.raises(DataError, match=name):
-        datasets.sample(**wrong)
-
-
-def test_truth_refuses_a_pitch_out_of_range():
-    with pytest.raises(DataError, match="pitch_um"):
-        datasets.sample_truth(**SMALL, pitch_um=0)
+def test_what_memory_does_not_hold_is_refused_at_once(verb, wrong, monkeypatch):
+    monkeypatch.setattr("pixnet_sd.store._memory.available_memory", lambda: 2**36)
+    with pytest.raises(DataError, match=next(iter(wrong))):
+        verb(**wrong)

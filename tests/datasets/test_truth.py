@@ -44,9 +44,9 @@ def test_a_window_is_part_of_the_whole(folder):
     ("wrong", "found"),
     [
         ({"genes": ["VIM", "NOPE"]}, "NOPE"),
-        ({"genes": "VIM"}, "is a string"),
         ({"window_um": (200, 0, 300, 50)}, "does not meet the slide"),
-        ({"pitch_um": 0}, "pitch_um"),
+        ({"pitch_um": 1e6}, "pitch_um"),
+        ({"pitch_um": 1e-4}, "pitch_um"),
     ],
 )
 def test_what_is_not_there_is_refused(folder, wrong, found):

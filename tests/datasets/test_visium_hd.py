@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -229,9 +231,9 @@ def test_a_failure_leaves_nothing(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("wrong", [{"bin_um": (3,)}, {"size_um": 20}, {"mpp": 20}, {"n_genes": 0}, {"n_workers": 0}])
-def test_arguments_out_of_range_are_refused(tmp_path, wrong):
-    (name,) = wrong
-    with pytest.raises(DataError, match=name):
-        datasets.write_visium_hd(tmp_path / "out", **wrong)
+@pytest.mark.parametrize("verb", [datasets.write_visium_hd, datasets.write_visium])
+def test_what_the_disk_does_not_hold_is_refused_at_once(tmp_path, monkeypatch, verb):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(DataError, match="size_um=.*mpp=.*disk"):
+        verb(tmp_path / "new" / "out", **{name: SMALL[name] for name in ("size_um", "mpp")})
     assert list(tmp_path.iterdir()) == []

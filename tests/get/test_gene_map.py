@@ -130,8 +130,6 @@ def test_refusals() -> None:
     sdata, _ = with_factors("identity")
     with pytest.raises(ElementError, match="no gene map 'other_map', nor factors 'other_factors'"):
         ps.get.gene_map(sdata, "A", key_added="other")
-    with pytest.raises(DataError, match="names no gene"):
-        ps.get.gene_map(sdata, [])
     with pytest.raises(DataError, match="Z"):
         ps.get.gene_map(sdata, "Z")
     table = sdata.tables["pixnet_factors_head"]

@@ -193,11 +193,6 @@ def test_two_runs_at_once_are_refused(drawn: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_small_chunks_are_refused(drawn: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="chunk_px is 32"):
-        convert_visium_hd(drawn, tmp_path / "out.zarr", chunk_px=32)
-
-
 def test_an_interrupted_run_leaves_no_store_and_the_next_one_works(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,9 +75,5 @@ def test_bad_input(sdata):
         ps.pl.evaluation(scores(0.1), gene="GENE1")
     with pytest.raises(DataError, match="GENE9"):
         ps.pl.evaluation(scores(0.1), gene="GENE9", sdata=sdata, **KEYS)
-    with pytest.raises(PixNetError, match="not so: 'a'"):
-        ps.pl.evaluation({"a": pd.DataFrame({"mse": [1]})})
-    with pytest.raises(PixNetError, match="empty mapping"):
-        ps.pl.evaluation({})
     with pytest.raises(PixNetError, match="do not vary"):
         ps.pl.evaluation(scores(np.nan))

@@ -112,8 +112,6 @@ def test_slides_are_rows(tmp_path):
 
 def test_bad_input():
     slide = make_visium_hd(bins=(16,))
-    with pytest.raises(PixNetError, match="tile_px=100"):
-        ps.pl.training_regions(slide, tile_px=100)
     with pytest.raises(PixNetError, match="none would fit"):
         ps.pl.training_regions(slide, working_mpp=0.5, tile_px=64, show=False)
     slide.tables["square_016um"].X[:] = 0

@@ -4,6 +4,7 @@ import pickle
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 import pytest
 import shapely
 from hypothesis import given
@@ -147,6 +148,77 @@ def test_index_must_be_unique(circles) -> None:
     sdata = SpatialData(shapes={"cells": circles([[1, 2], [3, 4], [5, 6]], index=[0, 4, 4])})
     with pytest.raises(DataError, match=r"1 of 3 ids occurred before \(first 4\)"):
         regions_of(sdata, "cells", **SAMPLE)
+
+
+N = 4
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (np.arange(N, dtype=np.int8), "int64"),
+        (np.arange(N, dtype=np.uint64) + 2**63, "uint64"),
+        (pd.array(range(N), dtype="Int64"), "int64"),
+        (pd.CategoricalIndex(range(N)), "int64"),
+        (list("abcd"), None),
+        (pd.array(list("abcd"), dtype="string"), None),
+        (pd.CategoricalIndex(["", "1", "a/b", "x" * 5000]), None),
+    ],
+)
+@pytest.mark.parametrize("name", [None, "radius", "region", "instance_id", 5, ("a", 1)])
+def test_ids_that_a_table_can_hold(circles, ids, expected, name) -> None:
+    sdata = SpatialData(shapes={"cells": circles(np.arange(2.0 * N).reshape(N, 2))})
+    sdata.shapes["cells"].index = pd.Index(ids).rename(name)
+    found = regions_of(sdata, "cells", **SAMPLE)[1]
+    assert found.tolist() == list(ids)
+    assert found.name is None  # a table has columns of its own, which may be called alike
+    assert expected is None or found.dtype == expected
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.arange(N) * 1.0,
+        np.arange(N) + 0.5,
+        [np.nan, 1, 2, 3],
+        [None, "b", "c", "d"],
+        pd.array([None, 1, 2, 3], dtype="Int64"),
+        [1, "1", 2, 3],
+        pd.date_range("2020", periods=N),
+        pd.to_timedelta(range(N), unit="s"),
+        pd.period_range("2020", periods=N),
+        pd.interval_range(0, N),
+        pd.CategoricalIndex(np.arange(N) * 1.0),
+        pd.MultiIndex.from_product([range(2), range(2)]),
+        pd.Index([(k, k) for k in range(N)], tupleize_cols=False),
+        pd.Index([[k] for k in range(N)]),
+        [b"a", b"b", b"c", b"d"],
+        np.arange(N) * 1j,
+        [True, False, None, 3],
+        ["\ud800", "b", "c", "d"],
+    ],
+    ids=str,
+)
+def test_ids_that_no_table_can_hold(circles, ids) -> None:
+    sdata = SpatialData(shapes={"cells": circles(np.arange(2.0 * N).reshape(N, 2))})
+    sdata.shapes["cells"].index = ids
+    with pytest.raises(DataError, match=r"(?s)Shapes 'cells'.*sdata\['cells'\].index = "):
+        regions_of(sdata, "cells", **SAMPLE)
+
+
+def test_remedy_for_ids_works(circles) -> None:
+    sdata = SpatialData(shapes={"cells": circles(np.arange(2.0 * N).reshape(N, 2))})
+    for ids in (
+        np.arange(N) * 1.0,
+        pd.MultiIndex.from_product([range(2), range(2)]),
+        ["\ud800", *"bcd"],
+        [1, "a", 2, 3],
+    ):
+        sdata.shapes["cells"].index = ids
+        with pytest.raises(DataError) as caught:
+            regions_of(sdata, "cells", **SAMPLE)
+        exec(str(caught.value).partition("its own: ")[2].partition(", and the ids")[0], {"sdata": sdata})
+        assert len(regions_of(sdata, "cells", **SAMPLE)[1]) == N
 
 
 def test_missing_element_or_system_or_stretched(circles) -> None:

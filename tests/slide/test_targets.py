@@ -179,11 +179,6 @@ def test_slides_without_a_common_gene() -> None:
         choose_genes({"a": [of([[1]], "A")], "b": [of([[1]], "B")]}, n_genes=1)
 
 
-def test_at_least_one_gene() -> None:
-    with pytest.raises(DataError, match="n_genes = 0"):
-        choose_genes({"": [of(X, "ABC")]}, n_genes=0)
-
-
 @pytest.mark.filterwarnings("error")
 def test_named_genes_in_their_order() -> None:
     slides = {"a": [of(X, "ABC")], "b": [of(X, "CBA")]}

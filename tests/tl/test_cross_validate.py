@@ -137,10 +137,8 @@ def test_folder_of_other_options(finished, stores, fast):
         ({"folds": ["three"]}, r"folds=\['three'\]: folds are called after what they leave out, \['one', 'two'\]"),
         ({"n_gene": 3}, "'n_gene' is no option .* Did you mean 'n_genes'?"),
         ({"record_model": True}, "'record_model' is no option"),
-        ({"validation": ["C"]}, "Give a share such as 0.1"),
-        ({"score_table_key": "cells"}, "There is no table 'cells'"),
-        ({"predict_tile_px": 100}, "a multiple of 32"),
-        ({"n_symmetries": 2}, "must be 1, 4 or 8"),
+        ({"validation": ["C"]}, "validation="),
+        ({"score_table_key": "cells"}, "score_table_key=.*'cells'"),
     ],
 )
 def test_refused(stores, fast, tmp_path, arguments, message):

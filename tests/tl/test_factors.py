@@ -91,8 +91,6 @@ def test_is_there_already(fitted, predict, forward_passes) -> None:
 
 
 def test_refusals(fitted, predict) -> None:
-    with pytest.raises(PixNetError, match="known are 'map' and 'factors'"):
-        predict(fitted, store="factor")
     with pytest.raises(PixNetError, match=r"native pitch only: leave out map_um=8 or store"):
         predict(fitted, store="factors", map_um=8)
     fitted.tables["pixnet_factors_head"] = fitted.tables["square_008um"]

@@ -281,32 +281,28 @@ def test_it_learns(slide, fit, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"validation": 1.5}, "validation=1.5: a share between 0 and 1, names of slides, or None"),
         ({"validation": ["b"]}, r"\['b'\].*slide"),
         ({"validation": ["slide"]}, "slide"),
-        ({"tile_px": 100}, "tile_px=100: a multiple of 32 from 64 on is needed, such as 96"),
-        ({"max_epochs": 0}, "max_epochs=0"),
-        ({"encoder": "resnet19"}, "timm knows no model named 'resnet19'"),
+        ({"tile_px": 2**20}, "tile_px=1048576"),
+        ({"batch_size": 2**16}, "batch_size=65536"),
+        ({"decoder_width": 2**16}, "decoder_width=65536"),
+        ({"working_mpp": 1e-6}, "working_mpp=1e-06"),
+        ({"working_mpp": 50.0}, "working_mpp=50"),
+        ({"working_mpp": 1e-300}, "working_mpp=1e-300"),
+        ({"encoder": "resnet19"}, "timm knows no model named 'resnet19'.*encoder="),
         ({"encoder_weights": "/no/such.pt"}, "no weights file at '/no/such.pt'"),
         ({"genes": ["actb", "CD68"]}, r"1 of 2 genes are not in table .*'actb' \(there is 'ACTB'\)"),
-        ({"genes": []}, "at least one"),
-        ({"n_genes": 0}, "n_genes = 0"),
-        ({"working_mpp": 0}, "working_mpp=0"),
-        ({"table_key": "counts"}, "There is no table 'counts'. Tables: 'square_008um'"),
+        ({"table_key": "counts"}, "There is no table 'counts'. Tables: 'square_008um'.*table_key="),
+        ({"image_key": "he"}, "image_key="),
+        ({"coordinate_system": "microns"}, "coordinate_system="),
         ({"device": "cuda:7"}, "cuda"),
         ({"device": "gpu"}, "gpu"),
-        ({"aggregation": "median"}, "aggregation='median': give 'mean' or 'sum'"),
-        ({"preset": "papr"}, "preset='papr': give 'paper' or None"),
-        ({"objective": "zinb"}, "objective='zinb': give 'mse_pcc', 'poisson' or 'nb'"),
         ({"objective": "poisson", "aggregation": "mean"}, "objective='poisson' sums densities: leave out aggregation="),
         ({"objective": "nb", "preset": "paper"}, "objective='nb' sums densities"),
-        ({"patience": 0}, "patience=0: give 1 or more epochs, or None"),
-        ({"target_sum": 0}, "target_sum=0: a positive number"),
-        ({"lr": -1}, "lr=-1 must be above 0"),
-        ({"pcc_weight": float("nan")}, "pcc_weight=nan"),
     ],
 )
-def test_arguments_that_do_not_fit(slide, fit, tmp_path, arguments, message):
+def test_arguments_that_do_not_fit(slide, fit, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr("pixnet_sd.tl._room.available_memory", lambda: 2**32)
     with pytest.raises(PixNetError, match=message):
         fit(slide, checkpoint_dir=tmp_path / "model", **arguments)
     assert not (tmp_path / "model").exists()
@@ -393,16 +389,8 @@ def test_store_that_cannot_be_written(slide, fit, predict, tmp_path, monkeypatch
 def test_checkpoint_dir_that_cannot_be_made(slide, fit, tmp_path, monkeypatch, folder):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("pixnet_sd.tl._fit.train", None)  # it does not come to that
-    with pytest.raises(
-        CheckpointError, match=rf"{folder}' cannot be written .*Give checkpoint_dir= a folder that can be"
-    ):
+    with pytest.raises(CheckpointError, match="checkpoint_dir=.*file' is no folder"):
         fit(slide, checkpoint_dir=tmp_path / folder)
-
-
-@pytest.mark.parametrize("wrong", [{}, "slide.zarr", {"a": "slide.zarr"}])
-def test_no_slides(fit, wrong):
-    with pytest.raises(PixNetError, match="SpatialData"):
-        fit(wrong)
 
 
 def test_all_slides_held_out(pair, fit, tmp_path):

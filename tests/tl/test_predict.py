@@ -137,7 +137,7 @@ def test_coarser_map(fitted, predict, map_values):
     np.testing.assert_allclose(to_coarse, to_native @ np.diag([3, 3, 1]))
 
 
-@pytest.mark.parametrize(("map_um", "advice"), [(10, "map_um=8"), (2, "map_um=4"), (float("nan"), "map_um=4")])
+@pytest.mark.parametrize(("map_um", "advice"), [(10, "map_um=8"), (2, "map_um=4")])
 def test_map_that_would_have_to_be_interpolated(fitted, predict, map_um, advice):
     with pytest.raises(PixNetError, match=f"whole multiples of the native 4 µm. Give {advice}"):
         predict(fitted, map_um=map_um)
@@ -156,19 +156,31 @@ def test_without_map(fitted, predict):
         ({"write_map": False}, "Nothing to predict: write_map=False and no radius_um, bin_um or shapes_key"),
         ({"radius_um": 8, "bin_um": 8}, "leave out radius_um and shapes_key, or call twice"),
         ({"spacing_um": 8}, "give it with radius_um"),
-        ({"radius_um": -1}, "radius_um=-1: a positive number of micrometres"),
-        ({"bin_um": float("inf")}, "bin_um=inf: a positive number"),
+        ({"radius_um": 1e-9}, r"radius_um=1e-09: these are about \d"),
+        ({"radius_um": 8, "spacing_um": 1e-6}, "spacing_um=1e-06"),
+        ({"bin_um": 1e-300}, "bin_um=1e-300"),
+        ({"bin_um": 0.2}, "bin_um=0.2.* Give bin_um=0.5"),
+        ({"radius_um": 1e-3, "shapes_key": BINS}, "radius_um=0.001"),
+        ({"radius_um": 1e9, "shapes_key": BINS}, r"radius_um=1e\+09"),
+        ({"map_um": 1e9}, "Give map_um=200 at most"),
+        ({"map_um": 400}, "Give map_um=200 at most"),
+        ({"tile_px": 2**20}, "tile_px=1048576"),
+        ({"batch_size": 2**16}, "batch_size=65536"),
+        ({"mpp": 1e9, "allow_any_mpp": True}, "mpp=1e"),
+        ({"mpp": 1e-9, "allow_any_mpp": True}, "mpp=1e-09"),
+        ({"image_key": "he"}, "image_key="),
+        ({"coordinate_system": "microns"}, "coordinate_system="),
         ({"radius_um": 4000}, "radius_um=4000, spacing_um=8000 gives no region: the slide is 200 x 200 µm"),
-        ({"shapes_key": "cells"}, "There is no shapes or labels element 'cells'"),
-        ({"tile_px": 100}, r"tile_px=100: a multiple of 32 .* such as 96"),
-        ({"n_symmetries": 2}, "n_symmetries=2 must be 1, 4 or 8"),
-        ({"batch_size": 0}, "batch_size=0 at least 1"),
-        ({"key_added": "my result"}, "'my result_map' cannot be the name of an element"),
+        ({"shapes_key": "cells"}, "There is no shapes or labels element 'cells'.*shapes_key="),
     ],
 )
-def test_arguments_that_do_not_fit(fitted, predict, arguments, message):
+@pytest.mark.filterwarnings("ignore:mpp = ")
+def test_arguments_that_do_not_fit(fitted, predict, forward_passes, monkeypatch, arguments, message):
+    monkeypatch.setattr("pixnet_sd.tl._room.available_memory", lambda: 2**32)
     with pytest.raises(PixNetError, match=message):
         predict(fitted, **arguments)
+    assert forward_passes == []
+    assert not fitted.labels
 
 
 class TestReuse:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import DataError
 from pixnet_sd._logging import logger
 
@@ -33,6 +34,7 @@ _TABLE = "counts"
 _DECODING = Lock()
 
 
+@checked(DataError)
 def her2st(path: str | Path, *, sections: Sequence[str] | None = None) -> dict[str, SpatialData]:
     """HER2-positive breast tumour sections: H&E with counts of 100 µm spots on a 200 µm pitch.
 
@@ -66,8 +68,6 @@ def her2st(path: str | Path, *, sections: Sequence[str] | None = None) -> dict[s
 def _section_folders(path: Path, sections: Sequence[str] | None) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"{path} is not a folder. Give the folder that holds the sections.")
-    if isinstance(sections, str):
-        raise DataError(f"sections={sections!r} is a string. Give a list of names: sections=[{sections!r}].")
     if (path / "meta.json").is_file():
         path, sections = path.parent, [path.resolve().name] if sections is None else sections
     found = sorted(folder.name for folder in path.iterdir() if (folder / "meta.json").is_file())

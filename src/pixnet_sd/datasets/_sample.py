@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from pixnet_sd._arguments import checked
+from pixnet_sd._errors import DataError
+
 from ._elements import CELLS, ElementNames, bin_elements, cell_elements, image_elements
 from ._lattice import BASE_UM
-from ._slide import DrawnSlide, checked_bins
+from ._room import check_memory, density_bytes, image_bytes
+from ._slide import DrawnSlide
 from ._truth import Truth
 
 if TYPE_CHECKING:
@@ -19,7 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["sample", "sample_truth", "sample_truth_bins"]
 
+_BIN_BYTES = 100  # of a bin's polygon and counts, at the least
+_ON_TISSUE = 0.5  # of the bins, at the least
 
+
+@checked(DataError)
 def sample(
     *,
     size_um: float = 1000.0,
@@ -76,8 +84,10 @@ def sample(
     """
     from spatialdata import SpatialData
 
-    slide = DrawnSlide.checked(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
-    sizes = checked_bins(bin_um)
+    sizes = tuple(sorted(set(bin_um)))
+    bins_bytes = sum(_BIN_BYTES * (size_um / um) ** 2 for um in sizes)
+    check_memory(density_bytes(size_um) + image_bytes(size_um, mpp) + bins_bytes, size_um=size_um, mpp=mpp)
+    slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     names = ElementNames(dataset_id, slide)
     bands = list(slide.bands(slide.density))
     shapes, tables = bin_elements(slide, bands, sizes, names)
@@ -86,6 +96,7 @@ def sample(
     return SpatialData(images=image_elements(slide, names), shapes=shapes, tables=tables)
 
 
+@checked(DataError)
 def sample_truth(
     *,
     size_um: float = 1000.0,
@@ -119,10 +130,13 @@ def sample_truth(
     DataError
         If an argument is out of range.
     """
-    truth = Truth.of(DrawnSlide.checked(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed))
+    values = 4 * n_genes * (size_um / pitch_um) ** 2
+    check_memory(density_bytes(size_um) + values, size_um=size_um, pitch_um=pitch_um, n_genes=n_genes)
+    truth = Truth.of(DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed))
     return truth.expected(pitch_um, *truth.pixels(pitch_um, None))
 
 
+@checked(DataError)
 def sample_truth_bins(
     bin_um: int = 8,
     *,
@@ -154,10 +168,11 @@ def sample_truth_bins(
     DataError
         If an argument is out of range.
     """
-    (size,) = checked_bins((bin_um,))
-    slide = DrawnSlide.checked(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
+    values = 8 * n_genes * (size_um / bin_um) ** 2
+    check_memory(density_bytes(size_um) + _ON_TISSUE * values, size_um=size_um, n_genes=n_genes)
+    slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     expected = slide.expected()
-    base, bins = (slide.lattice.bins_on(um, expected.on_tissue) for um in (BASE_UM, size))
+    base, bins = (slide.lattice.bins_on(um, expected.on_tissue) for um in (BASE_UM, bin_um))
     caught = expected.sources * expected.library[:, None] if library_size else expected.sources
     means = (bins.gather(base) @ caught) @ slide.panel.profile
     return pd.DataFrame(means, index=bins.names, columns=slide.panel.names)

@@ -11,18 +11,16 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from pixnet_sd._errors import DataError
-
 from ._counts import draw_counts, library_size
 from ._density import density_shape, fill_density, read_box
 from ._expression import DENSITY_PITCH_UM, Panel, gene_panel
 from ._integrals import integrate_squares
-from ._lattice import BASE_UM, BINS_UM, Lattice
+from ._lattice import BASE_UM, Lattice
 from ._noise import Grid
 from ._parallel import in_order
 from ._tissue import Tissue
 
-__all__ = ["BLOCK", "Band", "DrawnSlide", "Expected", "checked_bins"]
+__all__ = ["BLOCK", "Band", "DrawnSlide", "Expected"]
 
 Result = TypeVar("Result")
 
@@ -60,16 +58,8 @@ class DrawnSlide:
     mpp: float
 
     @classmethod
-    def checked(cls, *, size_um: float, mpp: float, n_genes: int, seed: int) -> DrawnSlide:
-        """Slide of the arguments that the public functions share; DataError if one is out of range."""
-        if size_um < 100:
-            raise DataError(f"size_um={size_um} is too small to hold any tissue; give at least 100.")
-        if not 0.1 <= mpp <= 2:
-            raise DataError(f"mpp={mpp} is outside 0.1 to 2 µm per pixel.")
-        if n_genes < 1:
-            raise DataError(f"n_genes={n_genes}: give at least 1.")
-        if seed < 0:
-            raise DataError(f"seed={seed}: give 0 or more.")
+    def of(cls, *, size_um: float, mpp: float, n_genes: int, seed: int) -> DrawnSlide:
+        """Slide of the arguments that the public functions share."""
         size_px = round(size_um / mpp)
         return cls(Tissue(size_px * mpp, seed), gene_panel(n_genes), size_px, mpp)
 
@@ -149,11 +139,3 @@ def _row_by_row(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64]:
     """Order that turns bins of blocks side by side, one block after the other, into bins row by row."""
     rows = np.concatenate([np.nonzero(mask)[0] for mask in masks])
     return np.argsort(rows, kind="stable")
-
-
-def checked_bins(bin_um: Sequence[int]) -> tuple[int, ...]:
-    """Bin sizes in ascending order; DataError if one is unknown."""
-    unknown = [size for size in bin_um if size not in BINS_UM]
-    if unknown or not len(bin_um):
-        raise DataError(f"bin_um={tuple(bin_um)}: give one or more of {BINS_UM}.")
-    return tuple(sorted({int(size) for size in bin_um}))

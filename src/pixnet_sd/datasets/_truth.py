@@ -11,10 +11,12 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import DataError
 
 from ._density import DENSITY_WINDOW, density_shape, fill_density
 from ._integrals import integrate_on_grid
+from ._room import check_memory
 from ._slide import DrawnSlide
 from ._tissue import Source
 
@@ -27,6 +29,7 @@ TRUTH = "truth.zarr"
 """Name of the store in the folder of a slide."""
 
 
+@checked(DataError)
 def visium_hd_truth(
     path: str | Path,
     *,
@@ -64,6 +67,8 @@ def visium_hd_truth(
     truth = _open(Path(path))
     columns = slice(None) if genes is None else _columns(genes, truth.names)
     rows, cols = truth.pixels(pitch_um, window_um)
+    n_genes = len(truth.names[columns])
+    check_memory(4.0 * n_genes * len(rows) * len(cols), pitch_um=pitch_um, n_genes=n_genes)
     return truth.expected(pitch_um, rows, cols, columns)
 
 
@@ -85,8 +90,8 @@ class Truth:
 
     def pixels(self, pitch_um: float, window_um: tuple[float, float, float, float] | None) -> tuple[range, range]:
         """Rows and columns of the pixels that a window meets; DataError if there are none."""
-        if not 0 < pitch_um <= self.size_um:
-            raise DataError(f"pitch_um={pitch_um} is outside (0, size_um={self.size_um:g}].")
+        if pitch_um > self.size_um:
+            raise DataError(f"pitch_um={pitch_um:g}: give at most the slide's side, {self.size_um:g} µm.")
         side = int(np.ceil(self.size_um / pitch_um - 1e-6))
         left, top, right, bottom = window_um or (0.0, 0.0, self.size_um, self.size_um)
         rows, cols = (
@@ -147,8 +152,6 @@ def _open(path: Path) -> Truth:
 
 
 def _columns(genes: Sequence[str], names: NDArray[np.str_]) -> NDArray[np.int64]:
-    if isinstance(genes, str):
-        raise DataError(f"genes={genes!r} is a string. Give a list of names: genes=[{genes!r}].")
     number = {name: k for k, name in enumerate(names.tolist())}
     unknown = [gene for gene in genes if gene not in number]
     if unknown:

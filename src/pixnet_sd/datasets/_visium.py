@@ -9,6 +9,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pixnet_sd._arguments import checked
+from pixnet_sd._errors import DataError
+
 from ._barcodes import spot_barcodes
 from ._counts import draw_counts, library_size
 from ._expression import DENSITY_PITCH_UM
@@ -16,6 +19,7 @@ from ._folder import new_folder, write_image, write_scalefactors
 from ._integrals import integrate_disks
 from ._matrix_file import MatrixFile
 from ._noise import Grid
+from ._room import check_disk, check_memory, density_bytes, image_bytes
 from ._slide import DrawnSlide
 
 __all__ = ["write_visium"]
@@ -23,6 +27,7 @@ __all__ = ["write_visium"]
 _SPOT_UM, _PITCH_UM = 55.0, 100.0
 
 
+@checked(DataError)
 def write_visium(
     path: str | Path,
     *,
@@ -63,7 +68,9 @@ def write_visium(
     StoreError
         If there is something at ``path`` already.
     """
-    slide = DrawnSlide.checked(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
+    check_memory(density_bytes(size_um), size_um=size_um)
+    check_disk(image_bytes(size_um, mpp), Path(path), size_um=size_um, mpp=mpp)
+    slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     spots = _Spots.on(slide)
     prefix = f"{dataset_id}_" if dataset_id else ""
     with new_folder(Path(path)) as folder:

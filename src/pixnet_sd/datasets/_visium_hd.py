@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import DataError
 
 from ._barcodes import bin_barcodes
@@ -18,12 +19,14 @@ from ._folder import new_folder, write_feature_slice, write_image, write_scalefa
 from ._lattice import BASE_UM
 from ._matrix_file import MatrixFile
 from ._parquet import ParquetFile, text_column
-from ._slide import Band, DrawnSlide, checked_bins
+from ._room import check_disk, image_bytes
+from ._slide import Band, DrawnSlide
 from ._truth import TRUTH, write_truth
 
 __all__ = ["write_visium_hd"]
 
 
+@checked(DataError)
 def write_visium_hd(
     path: str | Path,
     *,
@@ -78,10 +81,9 @@ def write_visium_hd(
     StoreError
         If there is something at ``path`` already.
     """
-    slide = DrawnSlide.checked(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
-    sizes = checked_bins(bin_um)
-    if n_workers is not None and n_workers < 1:
-        raise DataError(f"n_workers={n_workers}: give at least 1, or None for one per processor.")
+    check_disk(image_bytes(size_um, mpp), Path(path), size_um=size_um, mpp=mpp)
+    slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
+    sizes = tuple(sorted(set(bin_um)))
     prefix = f"{dataset_id}_" if dataset_id else ""
     with new_folder(Path(path)) as folder:
         write_feature_slice(folder / f"{prefix}feature_slice.h5", slide)

@@ -14,22 +14,13 @@ from pixnet_sd.nn.regions import Regions
 
 from .slides import TrainingSlide
 
-__all__ = ["ALIGN_PX", "Tile", "TrainingTiles", "check_tile_px", "training_tiles"]
+__all__ = ["ALIGN_PX", "Tile", "TrainingTiles", "training_tiles"]
 
 ALIGN_PX = STRIDES[-1]
 """Sides of tiles are multiples of the coarsest stride."""
 
 MARGIN_SHARE = 16
 """A region keeps this share of a tile's side from the border, where padding stands in for tissue."""
-
-
-def check_tile_px(tile_px: int) -> None:
-    """Tiles have sides that the coarsest stride divides."""
-    if tile_px < 2 * ALIGN_PX or tile_px % ALIGN_PX:
-        raise PixNetError(
-            f"tile_px={tile_px}: a multiple of {ALIGN_PX} from {2 * ALIGN_PX} on is needed, such as "
-            f"{max(round(tile_px / ALIGN_PX), 2) * ALIGN_PX}."
-        )
 
 
 class Tile(NamedTuple):

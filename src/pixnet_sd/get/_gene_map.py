@@ -10,7 +10,8 @@ import dask.array as da
 import numpy as np
 from spatialdata.transformations import get_transformation
 
-from pixnet_sd._errors import DataError, ElementError
+from pixnet_sd._arguments import checked
+from pixnet_sd._errors import ElementError
 from pixnet_sd.slide import check_genes
 from pixnet_sd.store import check_not_rewritten, factors_key, image_pyramid, map_key, read_head
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["gene_map", "stored_key"]
 
 
+@checked()
 def gene_map(sdata: SpatialData, genes: Sequence[str] | str | None = None, *, key_added: str = "pixnet") -> DataTree:
     """Some genes of a predicted map, as a lazy multiscale image.
 
@@ -53,8 +55,6 @@ def gene_map(sdata: SpatialData, genes: Sequence[str] | str | None = None, *, ke
         The map was replaced in the store since the object was opened.
     """
     wanted = [genes] if isinstance(genes, str) else None if genes is None else list(dict.fromkeys(genes))
-    if wanted is not None and not wanted:
-        raise DataError("genes= names no gene. Leave it out for all of the map's.")
     key = stored_key(sdata, wanted, key_added)
     check_not_rewritten(sdata, key)
     return _of_map(sdata.images[key], wanted, key) if key == map_key(key_added) else _of_factors(sdata, wanted, key)

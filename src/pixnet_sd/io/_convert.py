@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pixnet_sd._errors import DataError, StoreError
+from pixnet_sd._arguments import checked
+from pixnet_sd._errors import DataError
 from pixnet_sd._logging import logger
 from pixnet_sd.store import size_text
 
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["convert_visium_hd"]
 
-MIN_CHUNK_PX = 64
 ENTRY_BYTES, BIN_BYTES = 5, 160  # on disk at most, as compressed
 PREVIEW_TOLERANCE = 0.05
 """Fraction by which the image may differ from what the previews say it should be."""
 
 
+@checked(DataError)
 def convert_visium_hd(
     folder: str | Path,
     store: str | Path,
@@ -76,8 +77,6 @@ def convert_visium_hd(
         Without spatialdata-io.
     """
     source, target = Path(folder).expanduser(), Path(store).expanduser().resolve()
-    if chunk_px < MIN_CHUNK_PX:
-        raise StoreError(f"chunk_px is {chunk_px}; it has to be at least {MIN_CHUNK_PX}.")
     check_absent(target)
     files = find_files(source, dataset_id, bin_um, image)
     for bins in files.bins:

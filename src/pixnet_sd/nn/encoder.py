@@ -175,7 +175,7 @@ def _probe(name: str, **options: Any) -> nn.Module:
     """The model without its weights in memory, to ask it what it has."""
     if not timm.is_model(name):
         close = ", ".join(get_close_matches(name, timm.list_models(), n=5)) or "see timm.list_models()"
-        raise PixNetError(f"timm knows no model named {name!r}. Some that it knows: {close}.")
+        raise PixNetError(f"timm knows no model named {name!r}. Some that it knows: {close}. Check encoder=.")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
         return _create(name, pretrained=False, **options)

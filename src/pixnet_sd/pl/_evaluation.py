@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import PixNetError
 from pixnet_sd.tl._matched import matched_values
 
@@ -23,6 +24,7 @@ _PANEL_IN = (4.2, 3.6)
 _MANY = 2000  # regions; more are counted in hexagons
 
 
+@checked()
 def evaluation(
     evaluation: pd.DataFrame | Mapping[str, pd.DataFrame],
     *,
@@ -85,15 +87,11 @@ def evaluation(
 
 def _named(evaluation: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
     """Correlations by gene, the highest first, of each evaluation."""
-    frames: dict[str, Any] = {"": evaluation} if isinstance(evaluation, pd.DataFrame) else dict(evaluation)
-    wrong = [name for name, frame in frames.items() if "pcc" not in getattr(frame, "columns", ())]
-    if wrong or not frames:
-        found = f"not so: {', '.join(map(repr, wrong))}" if frames else "an empty mapping was given"
-        raise PixNetError(f"What tl.evaluate returns is needed, or several of these by name; {found}.")
+    frames = {"": evaluation} if isinstance(evaluation, pd.DataFrame) else evaluation
     each = {name: frame["pcc"].dropna().sort_values(ascending=False) for name, frame in frames.items()}
     empty = [name for name, pcc in each.items() if pcc.empty]
     if empty:
-        raise PixNetError(f"No gene of evaluation {empty} has a correlation: its measured values do not vary.")
+        raise PixNetError(f"No gene of evaluation= {empty} has a correlation: its measured values do not vary.")
     return {str(name): pcc for name, pcc in each.items()}
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from pixnet_sd import get
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import ElementError, PixNetError
 from pixnet_sd.get._gene_map import stored_key
 from pixnet_sd.slide import ImagePyramid, Slide, affine_matrix, open_slide
@@ -37,6 +38,7 @@ _BAR_IN = 0.3
 _TARGET_SUM = 1e4
 
 
+@checked()
 def gene_map(
     sdata: SpatialData,
     genes: str | Sequence[str],
@@ -122,8 +124,6 @@ def gene_map(
         The crop misses the image, or an argument cannot be understood.
     """
     names = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
-    if not names or not 0 < alpha <= 1:
-        raise PixNetError(f"genes={genes!r}, alpha={alpha}: give one gene or more, and an opacity above 0, at most 1.")
     tree, key = get.gene_map(sdata, names, key_added=key_added), stored_key(sdata, names, key_added)
     note: dict[str, Any] = recorded(sdata, "maps", key) or {}
     slide = _slide(sdata, note, key)
@@ -244,9 +244,6 @@ def _panels(panels: Sequence[Panel] | None, table: str | None) -> list[Panel]:
     if panels is None:
         return [panel for panel in _PANELS if panel != "measured" or table is not None]
     wanted: list[Panel] = [panels] if isinstance(panels, str) else list(panels)  # type: ignore[list-item]
-    unknown = [panel for panel in wanted if panel not in _PANELS]
-    if unknown or not wanted:
-        raise PixNetError(f"panels={panels!r}: give some of {', '.join(map(repr, _PANELS))}.")
     if "measured" in wanted and table is None:
         raise ElementError("There is no table with measured expression: leave 'measured' out of panels=.")
     return wanted

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import PixNetError
 
 from ._output import AxesLike, Drawn, axes_grid, finish
@@ -30,6 +31,7 @@ _DEFAULT = ("loss", "val_pcc", "val_mse")
 _PANEL_IN = (3.8, 3.0)
 
 
+@checked()
 def history(
     model: PixNet | str | Path,
     *,
@@ -69,9 +71,10 @@ def history(
     wanted = [keys] if isinstance(keys, str) else list(keys or [key for key in _DEFAULT if key in rows])
     unknown = [key for key in wanted if key not in rows]
     if unknown or not wanted:
+        missing = ", ".join(map(repr, unknown)) or "epochs"
         raise PixNetError(
-            f"The model's history has no {', '.join(map(repr, unknown)) or 'epochs'}. It has {len(rows)} epochs, and "
-            f"of each {', '.join(map(repr, rows.columns)) or 'nothing'}."
+            f"keys={wanted}: the model's history has no {missing}. It has {len(rows)} epochs, and of each "
+            f"{', '.join(map(repr, rows.columns)) or 'nothing'}."
         )
     axes = axes_grid(ax, (1, len(wanted)), figsize=figsize, panel_in=_PANEL_IN, dpi=dpi)
     for panel, key in zip(axes.flat, wanted, strict=True):

@@ -8,8 +8,6 @@ import numpy as np
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
-from pixnet_sd._errors import PixNetError
-
 __all__ = ["Bound", "colour_norm"]
 
 Bound = float | str | None
@@ -25,11 +23,6 @@ def colour_norm(panels: Sequence[NDArray[np.floating]], vmin: Bound, vmax: Bound
         Values; those that are not finite do not count.
     vmin, vmax
         Limits; None is ``"p1"`` and ``"p99"``.
-
-    Raises
-    ------
-    PixNetError
-        A limit is no number and no percentile.
     """
     finite = [values for panel in panels if len(values := panel[np.isfinite(panel)])]
     low = min((_limit(values, vmin, "p1") for values in finite), default=0.0)
@@ -43,10 +36,4 @@ def _limit(values: NDArray[np.floating], bound: Bound, default: str) -> float:
     bound = default if bound is None else bound
     if not isinstance(bound, str):
         return float(bound)
-    try:
-        percentile = float(bound.removeprefix("p"))
-    except ValueError:
-        percentile = -1.0
-    if not bound.startswith("p") or not 0 <= percentile <= 100:
-        raise PixNetError(f"vmin or vmax is {bound!r}: give a number, or a percentile from 'p0' to 'p100'.")
-    return float(np.percentile(values, percentile))
+    return float(np.percentile(values, float(bound.removeprefix("p"))))

@@ -15,6 +15,8 @@ from pixnet_sd._errors import PixNetError
 
 __all__ = ["AxesLike", "Drawn", "Panels", "axes_grid", "figure_of", "finish", "resolution", "shown_px"]
 
+_MOST_PX = 2**16  # of the raster that matplotlib draws on
+
 Panels = np.ndarray[Any, Any]
 """Axes, in rows and columns."""
 
@@ -53,6 +55,7 @@ def axes_grid(
     """
     if ax is None:
         size = figsize or (shape[1] * panel_in[0], shape[0] * panel_in[1])
+        _check_px(size, dpi)
         figure = plt.figure(figsize=size, dpi=dpi, layout="constrained")
         return np.asarray(figure.subplots(*shape, squeeze=False), dtype=object)
     given = [ax] if isinstance(ax, Axes) else list(np.asarray(ax, dtype=object).ravel())
@@ -64,6 +67,16 @@ def axes_grid(
     grid = np.empty(len(given), dtype=object)
     grid[:] = given
     return grid.reshape(shape)
+
+
+def _check_px(size_in: tuple[float, float], dpi: float | None) -> None:
+    """Refuse a picture with more pixels a side than any backend draws."""
+    given = float(plt.rcParams["figure.dpi"]) if dpi is None else dpi
+    if max(size_in) * given >= _MOST_PX:
+        raise PixNetError(
+            f"figsize=({size_in[0]:g}, {size_in[1]:g}) at dpi={given:g}: a side would have {max(size_in) * given:,.0f} "
+            f"pixels, and {_MOST_PX:,} is the most. Give a smaller one, or fewer panels."
+        )
 
 
 def figure_of(ax: Axes) -> Figure:

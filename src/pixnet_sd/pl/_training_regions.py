@@ -16,9 +16,10 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import DataError
 from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
-from pixnet_sd.engine.tiling import Tile, check_tile_px, training_tiles
+from pixnet_sd.engine.tiling import Tile, training_tiles
 from pixnet_sd.slide import MAP_STRIDE, Measured, Slide, checked_totals, tissue_mask
 from pixnet_sd.tl._training_data import Source, Validation, open_sources, split_slides
 
@@ -36,6 +37,7 @@ _TISSUE = "#009e73"
 _PALE = 0.45
 
 
+@checked()
 def training_regions(
     sdata: SpatialData | Mapping[str, SpatialData],
     *,
@@ -87,7 +89,6 @@ def training_regions(
         What :func:`pixnet_sd.tl.fit` would raise.
     """
     slides = {"slide": sdata} if isinstance(sdata, SpatialData) else dict(sdata)
-    check_tile_px(tile_px)
     sources = open_sources(
         slides,
         image_key=image_key,

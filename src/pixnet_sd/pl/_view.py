@@ -84,23 +84,16 @@ def view_of(slide: Slide, crop_um: Sequence[float] | None, shown_px: float, *, w
     Raises
     ------
     PixNetError
-        The crop is no box, or misses the image.
+        The crop misses the image.
     """
     width, height = slide.width_px * slide.mpp, slide.height_px * slide.mpp
-    x0, y0, x1, y1 = (0.0, 0.0, width, height) if crop_um is None else _box(crop_um)
+    x0, y0, x1, y1 = (0.0, 0.0, width, height) if crop_um is None else crop_um
     left, top, right, bottom = max(x0, 0.0), max(y0, 0.0), min(x1, width), min(y1, height)
     if left >= right or top >= bottom:
         raise PixNetError(
             f"crop_um={tuple(crop_um or ())} misses {what}, which spans x 0 to {width:g} and y 0 to {height:g} µm."
         )
     return View(left, top, right, bottom, max(right - left, bottom - top) / shown_px)
-
-
-def _box(crop_um: Sequence[float]) -> tuple[float, float, float, float]:
-    values = [float(v) for v in crop_um]
-    if len(values) != 4 or not np.isfinite(values).all() or values[0] >= values[2] or values[1] >= values[3]:
-        raise PixNetError(f"crop_um={tuple(crop_um)}: give (x0, y0, x1, y1) in µm, with x0 < x1 and y0 < y1.")
-    return values[0], values[1], values[2], values[3]
 
 
 def coarsest_level(pitches_um: Sequence[float], um_per_px: float) -> int:

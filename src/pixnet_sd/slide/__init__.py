@@ -8,6 +8,7 @@ from ._count_cache import content_key
 from ._count_checks import checked_blocks, checked_totals
 from ._counts import Counts
 from ._genes import Genes, genes_of
+from ._ids import check_instances
 from ._image import ImageLevel, ImagePyramid
 from ._measured import Measured, counts_of, measured
 from ._mpp import find_mpp
@@ -41,6 +42,7 @@ __all__ = [
     "affine_matrix",
     "bin_size_um",
     "check_genes",
+    "check_instances",
     "check_regions_on_image",
     "check_same_pixels",
     "checked_blocks",

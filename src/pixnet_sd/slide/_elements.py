@@ -65,7 +65,9 @@ def region_element(sdata: SpatialData, key: str) -> Any:
     if key in sdata.labels:
         return sdata.labels[key]
     found = f"Shapes: {names(shapes)}. Labels: {names(sdata.labels)}."
-    raise ElementError(f"There is no shapes or labels element {key!r} in this SpatialData object. {found}")
+    raise ElementError(
+        f"There is no shapes or labels element {key!r} in this SpatialData object. {found} Check shapes_key=."
+    )
 
 
 def written_by_pixnet(sdata: SpatialData) -> set[str]:

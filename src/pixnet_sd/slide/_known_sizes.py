@@ -12,6 +12,7 @@ from pixnet_sd._errors import ResolutionError
 from pixnet_sd._logging import logger
 
 from ._elements import coordinate_systems, written_by_pixnet
+from ._ids import check_unique
 from ._lattice import pitch_of_element
 from ._shapes import edge_length
 from ._stored_shapes import StoredShapes, sample_positions, shapes_of
@@ -48,6 +49,9 @@ def um_per_unit(sdata: SpatialData, coordinate_system: str) -> tuple[float, str]
     The size and a phrase that says how it was had; None if nothing of known size is there.
     """
     for key, size in _bins(sdata, coordinate_system):
+        if key not in sdata.labels:
+            shapes = shapes_of(sdata)[key]
+            check_unique((shapes.sample if isinstance(shapes, StoredShapes) else shapes).index, f"Shapes {key!r}")
         try:
             return _from_bins(sdata, key, size, coordinate_system)
         except ValueError as error:  # ours, and what squidpy raises

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from pixnet_sd._errors import DataError, ElementError
 from pixnet_sd.nn.lattice import Lattice
 
+from ._ids import check_unique
 from ._labels import label_matrix, sample_labels
 from ._shapes import edge_length
 from ._stored_shapes import sample_shapes, shapes_of
@@ -203,6 +204,7 @@ def _sample(sdata: SpatialData, element_key: str) -> tuple[pd.Index, NDArray[np.
         ids, xy = sample_labels(sdata.labels[element_key])
         return pd.Index(ids), xy, 1.0
     shapes = sample_shapes(shapes_of(sdata)[element_key])
+    check_unique(shapes.index, f"Shapes {element_key!r}")
     xy = shapely.get_coordinates(shapely.centroid(shapes.geometry.to_numpy()))
     return shapes.index, xy, edge_length(shapes)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import StoreError
 from pixnet_sd._logging import logger
 
@@ -21,6 +22,7 @@ __all__ = ["open_store"]
 _SMALL_BYTES = 2**25
 
 
+@checked(StoreError)
 def open_store(path: str | Path) -> SpatialData:
     """Open a written store without loading what is big in it.
 

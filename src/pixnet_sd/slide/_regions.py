@@ -8,17 +8,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from pixnet_sd._errors import DataError
 from pixnet_sd._logging import logger
 from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons
 
 from ._elements import region_element
+from ._ids import plain_ids
 from ._labels import label_ids, regions_from_labels
 from ._lattice import bins_of_element
 from ._shapes import regions_from_shapes
 from ._stored_shapes import StoredShapes
-from ._tables import are_ascending
 from ._transform import affine_matrix, similarity_scale
 
 if TYPE_CHECKING:
@@ -66,8 +65,8 @@ def regions_of(
     to_system = affine_matrix(element, coordinate_system)
     similarity_scale(to_system, f"element {element_key!r}")
     is_labels = element_key in sdata.labels
-    ids = label_ids(sdata, element_key) if is_labels else pd.Index(element.index)
-    _check_unique(ids, element_key)
+    drawn = label_ids(sdata, element_key) if is_labels else element.index
+    ids = plain_ids(drawn, "Labels" if is_labels else "Shapes", element_key)
     bins = bins_of_element(sdata, element_key, ids, coordinate_system=coordinate_system, from_system=from_system)
     if bins is not None:
         return bins.lattice, bins.instances
@@ -82,14 +81,3 @@ def regions_of(
     shapes = element.load() if isinstance(element, StoredShapes) else element
     regions = regions_from_shapes(shapes, f"Shapes {element_key!r}")
     return regions.transform(np.asarray(from_system, dtype=np.float64) @ to_system), ids
-
-
-def _check_unique(ids: pd.Index, element_key: str) -> None:
-    if are_ascending(ids):
-        return
-    twice = ids.duplicated()
-    if twice.any():
-        raise DataError(
-            f"Shapes {element_key!r}: {int(twice.sum())} of {len(ids)} ids occurred before (first "
-            f"{ids[twice].tolist()[0]!r}), so rows of a table cannot be matched. Make the index unique."
-        )

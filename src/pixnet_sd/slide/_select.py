@@ -64,11 +64,14 @@ def select_image(sdata: SpatialData, *, image_key: str | None = None, coordinate
 def _check_image(sdata: SpatialData, image_key: str, coordinate_system: str | None) -> None:
     if image_key not in sdata.images:
         is_other = f" ({image_key!r} is another kind of element)" if image_key in sdata else ""
-        raise ElementError(f"There is no image {image_key!r}{is_other}. Images: {names(sdata.images)}.")
+        raise ElementError(
+            f"There is no image {image_key!r}{is_other}. Images: {names(sdata.images)}. Check image_key=."
+        )
     systems = coordinate_systems(sdata.images[image_key])
     if coordinate_system is not None and coordinate_system not in systems:
         raise ElementError(
-            f"Image {image_key!r} is not in coordinate system {coordinate_system!r}, but in {names(systems)}."
+            f"Image {image_key!r} is not in coordinate system {coordinate_system!r}, but in {names(systems)}. Check "
+            "coordinate_system=."
         )
 
 
@@ -82,7 +85,8 @@ def _image_candidates(sdata: SpatialData, coordinate_system: str | None) -> list
         placed = [key for key in there if coordinate_system in coordinate_systems(sdata.images[key])]
         if not placed:
             raise ElementError(
-                f"No image is in coordinate system {coordinate_system!r}: {describe_images(sdata, there)}."
+                f"No image is in coordinate system {coordinate_system!r}: {describe_images(sdata, there)}. Check "
+                "coordinate_system=."
             )
         there = placed
     return [key for key in there if _looks_rgb(sdata.images[key])] or there
@@ -146,7 +150,9 @@ def select_coordinate_system(
         found += f", element {element_key!r} in {names(element_systems)}"
     if coordinate_system is not None:
         if coordinate_system not in shared:
-            raise ElementError(f"Coordinate system {coordinate_system!r} is not shared. {found}.")
+            raise ElementError(
+                f"Coordinate system {coordinate_system!r} is not shared. {found}. Check coordinate_system=."
+            )
         return coordinate_system
     if not shared:
         raise ElementError(

@@ -15,6 +15,7 @@ from pixnet_sd._errors import DataError, ElementError
 from pixnet_sd._logging import logger
 
 from ._elements import coordinate_systems, names, region_element
+from ._ids import check_instances, check_unique
 from ._stored_shapes import shapes_of
 from ._stored_table import obs_column, tables_of
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from ._stored_table import Table
 
-__all__ = ["TableLink", "are_ascending", "bin_size_um", "measured_tables", "select_tables", "table_link"]
+__all__ = ["TableLink", "bin_size_um", "measured_tables", "select_tables", "table_link"]
 
 _BIN_NAME = re.compile(r"_(\d{3})um(?:_labels)?$")
 
@@ -128,7 +129,7 @@ def _named_tables(sdata: SpatialData, keys: list[str]) -> list[str]:
     tables = tables_of(sdata)
     missing = [key for key in keys if key not in tables]
     if missing or not keys:
-        raise ElementError(f"There is no table {names(missing)}. Tables: {names(tables)}.")
+        raise ElementError(f"There is no table {names(missing)}. Tables: {names(tables)}. Check table_key=.")
     return keys
 
 
@@ -172,7 +173,7 @@ def table_link(sdata: SpatialData, *, table_key: str, coordinate_system: str | N
     ElementError
         If the table has no region, the region is not there, or several are.
     DataError
-        If the table has no rows for it, or an instance id is missing or occurs twice.
+        If the table has no rows for it, or an id of the table or of the shapes is missing or occurs twice.
     """
     table = tables_of(sdata)[table_key]
     if table.n_obs == 0 or table.n_vars == 0:
@@ -184,7 +185,9 @@ def table_link(sdata: SpatialData, *, table_key: str, coordinate_system: str | N
         raise DataError(f"Table {table_key!r} has no row for its region {element_key!r}.")
     instances = obs_column(table, attrs["instance_key"])
     instances = pd.Index(instances if len(rows) == table.n_obs else instances[rows])
-    _check_instances(instances, table_key)
+    check_instances(instances, table_key)
+    if element_key in sdata.shapes:  # of what only the store has no id is read for this
+        check_unique(sdata.shapes[element_key].index, f"Shapes {element_key!r}")
     return TableLink(table_key, element_key, rows, instances)
 
 
@@ -218,22 +221,3 @@ def _region_of(sdata: SpatialData, table_key: str, regions: list[str], coordinat
         f"Table {table_key!r} annotates {names(regions)}, but nothing in the slide's coordinate system "
         f"{coordinate_system!r}."
     )
-
-
-def _check_instances(instances: pd.Index, table_key: str) -> None:
-    if are_ascending(instances):
-        return
-    missing, twice = int(np.count_nonzero(instances.isna())), instances.duplicated()
-    if missing:
-        raise DataError(f"Table {table_key!r} has {missing} rows without an instance id.")
-    if twice.any():
-        raise DataError(
-            f"Table {table_key!r} has {int(twice.sum())} rows whose instance id occurred before "
-            f"(first {instances[twice].tolist()[0]!r}): one row a region is needed."
-        )
-
-
-def are_ascending(ids: pd.Index) -> bool:
-    """Whether these are ascending integers: so bins are numbered, and looking for doublets costs more than they do."""
-    values = ids.to_numpy()
-    return bool(np.issubdtype(values.dtype, np.integer) and (values[1:] > values[:-1]).all())

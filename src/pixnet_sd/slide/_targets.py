@@ -255,8 +255,6 @@ def choose_genes(
     """
     if genes is not None:
         return _named_genes(slides, held_out, [genes] if isinstance(genes, str) else list(genes))
-    if n_genes is not None and n_genes < 1:
-        raise DataError(f"n_genes = {n_genes}: at least one gene is needed.")
     every = {**slides, **held_out}
     shared = _shared_genes(every)
     mean = _mean_over_slides(slides, shared, target_sum)

@@ -9,6 +9,7 @@ from ._commit import check_target, commit, recover
 from ._disk import hold_lock, size_text
 from ._factors import FactorHead, factor_names, factors_key, head_key, read_head
 from ._gene_map import GeneMapReader, GeneMapWriter, check_not_rewritten, estimate_bytes, is_as_written, open_map
+from ._memory import available_memory
 from ._provenance import record, recorded, stored_note
 from ._raster import image_pyramid, image_transforms, map_key, tissue_labels
 from ._region_writer import RegionResults, RegionWriter, estimate_table_bytes
@@ -40,6 +41,7 @@ __all__ = [
     "RowInfo",
     "Rows",
     "attach_written",
+    "available_memory",
     "check_not_rewritten",
     "check_target",
     "circles_element",

@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 from spatialdata import get_dask_backing_files
 
-from pixnet_sd._errors import DataError, ElementError
+from pixnet_sd._errors import DataError, ElementError, StoreError
 from pixnet_sd._logging import logger
 
 from ._commit import check_target, commit

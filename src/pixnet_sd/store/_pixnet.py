@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import CheckpointError
 from pixnet_sd._files import home_expanded, read_regular, replace_file, replace_files
 from pixnet_sd._logging import logger
@@ -65,6 +66,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         frame = pd.DataFrame(self.record.history)
         return frame.astype({"epoch": int}).set_index("epoch") if len(frame) else frame
 
+    @checked(CheckpointError)
     def save(self, directory: str | Path) -> Path:
         """Write ``model.safetensors``, ``config.json``, and the hashes of both in ``checksums.json``.
 
@@ -95,6 +97,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         return directory
 
     @classmethod
+    @checked(CheckpointError)
     def load(cls, directory: str | Path) -> PixNet:
         """Read a model from a directory.
 
@@ -117,6 +120,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         return cls(read_network(directory, record), record)
 
     @classmethod
+    @checked(CheckpointError)
     def from_pretrained(  # type: ignore[override]  # no **kwargs: a slip in an option is an error
         cls,
         pretrained_model_name_or_path: str | Path,
@@ -179,6 +183,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
             folder = snapshot(model_id, [CONFIG, CHECKSUMS, WEIGHTS], **options)
         return cls.load(folder)
 
+    @checked(CheckpointError, options_of=ModelHubMixin.push_to_hub)
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -234,6 +239,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         if self.record.weights_sha256.encode() not in there:
             logger.warning("%s was not written for this model, and stays as it is; delete it for a new one", path)
 
+    @checked(CheckpointError, options_of=ModelHubMixin.push_to_hub)
     def push_to_hub(
         self,
         repo_id: str,
@@ -271,6 +277,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         with hub_errors(f"The model cannot be written to {repo_id!r} on the hub"):
             return str(super().push_to_hub(repo_id, model_card_kwargs=card, **options))
 
+    @checked(CheckpointError)
     def generate_model_card(
         self,
         *,

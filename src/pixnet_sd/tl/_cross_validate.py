@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pandas as pd
 from spatialdata import SpatialData
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import CheckpointError, PixNetError
 from pixnet_sd._files import replace_file
 from pixnet_sd._fingerprint import fingerprint
@@ -60,6 +61,7 @@ class CrossValidation:
     folders: dict[str, Path]
 
 
+@checked(options_of=fit)
 def cross_validate(
     sdatas: Mapping[str, SpatialData],
     *,
@@ -117,7 +119,7 @@ def cross_validate(
     ElementError, ResolutionError, DataError, StoreError
         As :func:`fit` and :func:`predict`.
     """
-    slides = _checked(sdatas)
+    slides = _several(sdatas)
     members = _folds(slides, groups)
     chosen = _chosen(folds, members)
     _check_options(fit_options)
@@ -138,21 +140,18 @@ def cross_validate(
     return result
 
 
-def _checked(sdatas: Mapping[str, SpatialData]) -> dict[str, SpatialData]:
-    given: Any = sdatas
-    if isinstance(given, SpatialData) or (isinstance(given, Mapping) and len(given) == 1):
+def _several(sdatas: Mapping[str, SpatialData] | SpatialData) -> dict[str, SpatialData]:
+    if isinstance(sdatas, SpatialData) or len(sdatas) == 1:
         raise PixNetError(
-            "cross_validate leaves whole slides out, and was given one. Give it two or more, {name: sdata, ...}; with "
-            "one slide, fit(sdata, validation=0.2) holds out blocks of it and reports their PCC."
+            "cross_validate leaves whole slides out, and sdatas= has one. Give it two or more, {name: sdata, ...}; "
+            "with one slide, fit(sdata, validation=0.2) holds out blocks of it and reports their PCC."
         )
-    if not isinstance(given, Mapping) or not given:
-        raise PixNetError(f"cross_validate needs a mapping of names to SpatialData; got {type(given).__name__}.")
-    return {str(name): sdata for name, sdata in sdatas.items()}
+    return dict(sdatas)
 
 
 def _folds(slides: Mapping[str, SpatialData], groups: Mapping[str, str] | None) -> dict[str, list[str]]:
     """Slides that each fold leaves out."""
-    group_of = {name: name for name in slides} if groups is None else {str(k): str(v) for k, v in groups.items()}
+    group_of = {name: name for name in slides} if groups is None else groups
     missing, unknown = set(slides) - set(group_of), set(group_of) - set(slides)
     if missing or unknown:
         raise PixNetError(
@@ -178,7 +177,7 @@ def _chosen(folds: Sequence[str] | None, members: Mapping[str, list[str]]) -> li
         return list(members)
     wanted = [folds] if isinstance(folds, str) else list(dict.fromkeys(folds))
     unknown = [fold for fold in wanted if fold not in members]
-    if unknown or not wanted:
+    if unknown:
         raise PixNetError(f"folds={wanted}: folds are called after what they leave out, {list(members)}.")
     return wanted
 
@@ -190,12 +189,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise PixNetError(f"{name!r} is no option of cross_validate, nor one of fit that it passes on.{hint}")
-    validation = options.get("validation")
-    if not (validation is None or isinstance(validation, int | float)):
-        raise PixNetError(
-            f"validation={validation!r} names slides, and here each slide is left out in turn. Give a share such as "
-            "0.1, of which blocks are held out on the training slides to decide when to stop, or None."
-        )
 
 
 def _directory(

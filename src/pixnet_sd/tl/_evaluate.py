@@ -5,12 +5,15 @@ from __future__ import annotations
 import pandas as pd
 from spatialdata import SpatialData
 
+from pixnet_sd._arguments import checked
+
 from ._matched import matched_values
 from ._scores import merged, moments, scores_of, summary
 
 __all__ = ["evaluate"]
 
 
+@checked()
 def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.DataFrame:
     """Score a prediction against measured expression of the same regions.
 

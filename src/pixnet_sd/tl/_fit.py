@@ -13,7 +13,8 @@ import torch
 from lightning_fabric import Fabric
 from spatialdata import SpatialData
 
-from pixnet_sd._errors import CheckpointError, PixNetError, StoreError
+from pixnet_sd._arguments import checked
+from pixnet_sd._errors import CheckpointError, StoreError
 from pixnet_sd._fingerprint import as_json, differing_parts, fingerprint
 from pixnet_sd._folders import no_empty_folders_left
 from pixnet_sd._logging import logger
@@ -21,6 +22,7 @@ from pixnet_sd._warn import warn
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.settings import TrainSettings
 from pixnet_sd.engine.state import RunState
+from pixnet_sd.engine.tiling import MARGIN_SHARE
 from pixnet_sd.engine.train import train
 from pixnet_sd.nn.encoder import build_encoder
 from pixnet_sd.nn.model import Aggregation, Network
@@ -35,6 +37,7 @@ from ._depends import training_parts
 from ._pixels import pixels_of
 from ._quality import quality_of, why_poor
 from ._recipe import check_choices, decoder_config, default_aggregation, train_settings
+from ._room import check_batch, check_decoder, values_per_px
 from ._training_data import TrainingData, check_validation, data_parts, describe, open_sources, training_data
 from ._training_lock import alone_in, alone_in_checkpoint_dir
 
@@ -45,6 +48,7 @@ _FIRST = 5  # differences that are named
 _BATCH_SIZE = {"cuda": 8, "mps": 4, "cpu": 2}
 
 
+@checked()
 @alone_in_checkpoint_dir
 def fit(
     sdata: SpatialData | Mapping[str, SpatialData],
@@ -191,8 +195,8 @@ def fit(
     ----------
     Zhang et al., arXiv 2503.01347, Eq. 1-6.
     """
-    slides = _named(sdata)
-    check_choices(preset, objective, aggregation, target_sum)
+    slides = {"slide": sdata} if isinstance(sdata, SpatialData) else dict(sdata)
+    check_choices(preset, objective, aggregation)
     check_validation(validation, list(slides))
     fabric = make_fabric(device)
     settings = train_settings(
@@ -213,6 +217,8 @@ def fit(
     )
     torch.manual_seed(seed)
     backbone = build_encoder(encoder, encoder_weights, frozen=freeze_encoder)
+    shape = decoder_config(decoder_width, preset)
+    check_decoder(backbone.channels, shape, decoder_width, fabric.device)
     sources = open_sources(
         slides,
         image_key=image_key,
@@ -222,6 +228,8 @@ def fit(
         allow_any_mpp=allow_any_mpp,
         working_mpp=working_mpp,
     )
+    tiles = [_tile(source.slide, tile_px) for source in sources.values()]
+    check_batch(tiles, settings.batch_size, tile_px, values_per_px(backbone.channels, shape), fabric.device)
     data = training_data(
         sources,
         genes=genes,
@@ -238,7 +246,7 @@ def fit(
     genes_learnt = [str(gene) for gene in data.genes]
     network = Network(
         backbone,
-        decoder_config(decoder_width, preset),
+        shape,
         len(outputs_of(genes_learnt, objective)),
         aggregation or default_aggregation(preset, objective),
         link_of(objective),
@@ -270,15 +278,10 @@ def fit(
     return model
 
 
-def _named(sdata: SpatialData | Mapping[str, SpatialData]) -> dict[str, SpatialData]:
-    if isinstance(sdata, SpatialData):
-        return {"slide": sdata}
-    if not isinstance(sdata, Mapping) or not sdata:
-        raise PixNetError(f"fit needs a SpatialData object, or a mapping of names to some; got {type(sdata).__name__}.")
-    wrong = {name: type(s).__name__ for name, s in sdata.items() if not isinstance(s, SpatialData)}
-    if wrong:
-        raise PixNetError(f"These slides are not SpatialData objects: {wrong}.")
-    return {str(name): slide for name, slide in sdata.items()}
+def _tile(slide: Slide, tile_px: int) -> tuple[int, int]:
+    """Rows and columns of a tile: no larger than the slide and the margins that regions keep."""
+    rows, cols = (min(tile_px, size + 2 * (tile_px // MARGIN_SHARE)) for size in slide.working_shape)
+    return rows, cols
 
 
 def _record(

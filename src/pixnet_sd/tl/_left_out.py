@@ -12,9 +12,8 @@ from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.models import TableModel
 
-from pixnet_sd._errors import PixNetError
+from pixnet_sd._errors import ElementError
 from pixnet_sd._logging import logger
-from pixnet_sd.engine.tiling import check_tile_px
 from pixnet_sd.slide import Slide, TableLink, content_key, measured, open_slide, select_tables, table_link, tables_of
 from pixnet_sd.slide._stored_shapes import StoredShapes, shapes_of
 from pixnet_sd.slide._stored_table import obs_column, obs_names
@@ -86,11 +85,12 @@ class Scoring:
         PixNetError
             Saying what is missing.
         """
-        if self.tile_px is not None:
-            check_tile_px(self.tile_px)
-        if self.n_symmetries not in (1, 4, 8):
-            raise PixNetError(f"n_symmetries={self.n_symmetries} must be 1, 4 or 8.")
+        wanted = self.score_table_key or []
         for name, sdata in slides.items():
+            missing = [key for key in ([wanted] if isinstance(wanted, str) else wanted) if key not in tables_of(sdata)]
+            if missing:
+                there = ", ".join(map(repr, tables_of(sdata))) or "none"
+                raise ElementError(f"score_table_key={missing}: slide {name!r} has no such table. Tables: {there}.")
             self.find(name, sdata, 1.0)  # any resolution: nothing is read
 
     def identity(self) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from pixnet_sd.nn.model import MAP_STRIDE
 from pixnet_sd.slide import Slide, affine_matrix
 from pixnet_sd.store import GeneMapReader, GeneMapWriter, is_as_written, open_map, stored_note
 
+from ._room import check_map_um
+
 __all__ = ["CoarseSink", "MapInfo", "ReusedMap", "find_factors", "find_map", "map_factor", "sink_of"]
 
 
@@ -41,21 +43,23 @@ class MapInfo:
     depends_on: dict[str, Any]
 
 
-def map_factor(map_um: float | None, slide: Slide) -> int:
-    """Native map pixels per pixel of the map that is asked for.
+def map_factor(map_um: float | None, slide: Slide, n_values: int) -> int:
+    """Native map pixels per pixel of the map that is asked for; `n_values` is what a native one holds.
 
     Raises
     ------
     PixNetError
-        `map_um` is not a whole multiple of the native pitch, so the map would have to be interpolated.
+        `map_um` is not a whole multiple of the native pitch, so the map would have to be interpolated, or too large.
     """
     native = MAP_STRIDE * slide.working_mpp
     factor = 1.0 if map_um is None else map_um / native
-    if not np.isfinite(factor) or factor < 1 or abs(factor - round(factor)) > 1e-6:
-        near = max(round(factor) if np.isfinite(factor) else 1, 1) * native
+    if factor < 1 - 1e-6 or abs(factor - round(factor)) > 1e-6:
+        near = max(round(factor), 1) * native
         raise PixNetError(
             f"map_um={map_um}: map pixels are whole multiples of the native {native:g} µm. Give map_um={near:g}."
         )
+    if map_um is not None:
+        check_map_um(map_um, round(factor), slide, n_values)
     return round(factor)
 
 

@@ -19,6 +19,7 @@ from pixnet_sd.slide import (
     Table,
     TableLink,
     check_genes,
+    check_instances,
     checked_totals,
     counts_of,
     genes_of,
@@ -97,6 +98,7 @@ def matched_values(
     predicted = _predicted(sdata, predicted_key) if predicted is None else predicted
     measured, link = _measured(sdata, table_key, predicted_key, predicted)
     ids = pd.Index(obs_column(predicted, predicted.uns["spatialdata_attrs"]["instance_key"]))
+    check_instances(ids, predicted_key)
     rows = ids.get_indexer(link.instances)
     n_common = int((rows >= 0).sum())
     what = f"Table {table_key!r}"
@@ -136,23 +138,23 @@ def _first(names: pd.Index) -> list[Any]:
 
 
 def _predicted(sdata: SpatialData, key: str) -> Table:
-    table = _table(sdata, key)
+    table = _table(sdata, key, "predicted_key")
     if "pixnet_sd" not in table.uns:
         raise ElementError(f"Table {key!r} was not written by pixnet_sd's predict. Did you swap the two keys?")
     return table
 
 
-def _table(sdata: SpatialData, key: str) -> Table:
+def _table(sdata: SpatialData, key: str, argument: str) -> Table:
     tables = tables_of(sdata)
     if key not in tables:
         there = ", ".join(map(repr, tables)) or "none"
-        raise ElementError(f"There is no table {key!r}. Tables: {there}.")
+        raise ElementError(f"There is no table {key!r}. Tables: {there}. Check {argument}=.")
     return tables[key]
 
 
 def _measured(sdata: SpatialData, table_key: str, predicted_key: str, predicted: Table) -> tuple[Table, TableLink]:
     """The measured table, and its rows that annotate the predicted table's element."""
-    measured = _table(sdata, table_key)
+    measured = _table(sdata, table_key, "table_key")
     if "pixnet_sd" in measured.uns:
         raise ElementError(f"Table {table_key!r} holds predictions: give table_key= of a table with raw counts.")
     element = predicted.uns["spatialdata_attrs"]["region"]

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
+from pixnet_sd._arguments import checked
 from pixnet_sd._errors import CheckpointError, DataError, PixNetError
 from pixnet_sd._fingerprint import fingerprint
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
-from pixnet_sd.engine.tiling import check_tile_px
 from pixnet_sd.engine.window_pass import InferSettings
 from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
 from pixnet_sd.store import PixNet, recorded, recover, stored_note
@@ -25,7 +25,8 @@ from ._map_request import MapInfo, map_factor
 from ._pixels import pixels_of
 from ._predict_job import PredictJob
 from ._quality import why_poor
-from ._region_request import request_regions
+from ._region_request import check_together, request_regions
+from ._room import check_batch, check_working_size, values_per_px
 
 __all__ = ["predict"]
 
@@ -33,6 +34,7 @@ _TILE_PX = 1024
 _BATCH_SIZE = {"cuda": 4}
 
 
+@checked()
 def predict(
     sdata: SpatialData,
     model: PixNet | str | Path | None = None,
@@ -148,10 +150,9 @@ def predict(
     StoreError
         A name is taken, the store cannot be written, or the disk is too small.
     """
-    if not isinstance(sdata, SpatialData):
-        raise PixNetError(
-            f"predict needs a SpatialData object, got {type(sdata).__name__}: spatialdata.read_zarr(path)."
-        )
+    check_together(radius_um, spacing_um, bin_um, shapes_key)
+    if not write_map and radius_um is None and bin_um is None and shapes_key is None:
+        raise PixNetError("Nothing to predict: write_map=False and no radius_um, bin_um or shapes_key.")
     recover(sdata)
     fabric = make_fabric(device)
     found = _model(sdata, model)
@@ -166,6 +167,13 @@ def predict(
         working_mpp=found.record.working_mpp,
         element_key=shapes_key,
     )
+    check_working_size(slide)
+    batch_size = _BATCH_SIZE.get(fabric.device.type, 1) if batch_size is None else batch_size
+    settings = _settings(found, tile_px, batch_size, n_symmetries)
+    side = settings.tile_px + 2 * settings.halo_px
+    values = values_per_px(found.network.encoder.channels, found.record.decoder)
+    check_batch([(side, side)], batch_size, settings.tile_px, values, fabric.device)
+    factor = _factor(store, map_um, slide, found.network.head.in_features + len(names))
     tissue = _tissue(slide)
     request = request_regions(
         sdata,
@@ -177,11 +185,6 @@ def predict(
         shapes_key=shapes_key,
         key_added=key_added,
     )
-    if request is None and not write_map:
-        raise PixNetError("Nothing to predict: write_map=False and no radius_um, bin_um or shapes_key.")
-    factor = _factor(store, map_um, slide)
-    batch_size = _BATCH_SIZE.get(fabric.device.type, 1) if batch_size is None else batch_size
-    settings = _settings(found, tile_px, batch_size, n_symmetries)
     pixels = pixels_of(sdata, slide)
     parts = map_parts(found, slide, pixels, tissue, n_symmetries=n_symmetries, tile_px=settings.tile_px)
     info = MapInfo(fingerprint(parts), factor, parts)
@@ -194,8 +197,6 @@ def _model(sdata: SpatialData, model: PixNet | str | Path | None) -> PixNet:
         return model
     if model is None:
         return PixNet.load(_recorded_folder(sdata))
-    if not isinstance(model, str | Path):
-        raise PixNetError(f"model= needs a PixNet or a checkpoint folder; got a {type(model).__name__}.")
     return PixNet.load(model)
 
 
@@ -230,11 +231,9 @@ def _recorded_folder(sdata: SpatialData) -> Path:
     return Path(folder)
 
 
-def _factor(store: str, map_um: float | None, slide: Slide) -> int:
+def _factor(store: str, map_um: float | None, slide: Slide, n_values: int) -> int:
     """Native map pixels per pixel of what is stored."""
-    if store not in ("map", "factors"):
-        raise PixNetError(f"store={store!r}: known are 'map' and 'factors'.")
-    factor = map_factor(map_um, slide)
+    factor = map_factor(map_um, slide, n_values)
     if store == "factors" and factor != 1:
         raise PixNetError(f"Factors are kept at the native pitch only: leave out map_um={map_um:g} or store.")
     return factor
@@ -243,8 +242,6 @@ def _factor(store: str, map_um: float | None, slide: Slide) -> int:
 def _genes(model: PixNet, genes: Sequence[str] | None) -> tuple[NDArray[np.intp], list[str]]:
     """Indices into the head, and names, of the genes to predict."""
     names = model.genes if genes is None else [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
-    if not names:
-        raise DataError("genes= names no gene. Leave it out for all of the model's.")
     check_genes(names, model.genes, "the model")
     return np.array([model.genes.index(gene) for gene in names], dtype=np.intp), names
 
@@ -268,7 +265,4 @@ def _settings(model: PixNet, tile_px: int | None, batch_size: int, n_symmetries:
             "encoder %r looks at whole tiles, so the result depends on tile_px: %d, trained with %d",
             *(record.encoder, tile_px, record.tile_px),
         )
-    check_tile_px(tile_px)
-    if n_symmetries not in (1, 4, 8) or batch_size < 1:
-        raise PixNetError(f"n_symmetries={n_symmetries} must be 1, 4 or 8, and batch_size={batch_size} at least 1.")
     return InferSettings(tile_px, record.halo_px, batch_size, n_symmetries)

@@ -16,7 +16,9 @@ from pixnet_sd.nn.regions import Circles, Regions
 from pixnet_sd.slide import MAP_STRIDE, Slide, check_regions_on_image, ids_sha256, regions_of, regions_sha256
 from pixnet_sd.store import MakeShapes, RowInfo, circles_element, image_transforms, squares_element
 
-__all__ = ["RegionRequest", "placed_regions", "region_parts", "request_regions"]
+from ._room import check_regions
+
+__all__ = ["RegionRequest", "check_together", "placed_regions", "region_parts", "request_regions"]
 
 _SAMPLE = 5000  # regions whose median area is taken
 
@@ -97,32 +99,44 @@ def request_regions(
     Raises
     ------
     PixNetError
-        Arguments that do not go together, or that give no region.
+        Arguments that give no region, or more than the machine holds.
     """
-    _check_arguments(radius_um, spacing_um, bin_um, shapes_key)
     if shapes_key is not None:
         return _at_shapes(sdata, slide, shapes_key, radius_um, key_added)
     if radius_um is not None:
         spacing = spacing_um if spacing_um is not None else 2 * radius_um
+        pitch = f"radius_um={radius_um:g}" if spacing_um is None else f"spacing_um={spacing:g}"
+        check_regions(pitch, spacing, slide, tissue)
+        _check_size("radius_um", radius_um, 2 * radius_um, slide)
         grid = _grid_on_tissue(slide, tissue, spacing, f"radius_um={radius_um:g}, spacing_um={spacing:g}")
         ids = pd.RangeIndex(len(grid))
         return _circles(sdata, slide, grid, radius_um, f"{key_added}_circles_{radius_um:g}um", ids)
     if bin_um is not None:
+        check_regions(f"bin_um={bin_um:g}", bin_um, slide, tissue)
+        _check_size("bin_um", bin_um, bin_um, slide)
         grid = _grid_on_tissue(slide, tissue, bin_um, f"bin_um={bin_um:g}")
         return _bins(sdata, slide, grid, bin_um, f"{key_added}_bins_{bin_um:g}um")
     return None
 
 
-def _check_arguments(
+def check_together(
     radius_um: float | None, spacing_um: float | None, bin_um: float | None, shapes_key: str | None
 ) -> None:
-    for name, value in (("radius_um", radius_um), ("spacing_um", spacing_um), ("bin_um", bin_um)):
-        if value is not None and not (np.isfinite(value) and value > 0):
-            raise PixNetError(f"{name}={value}: a positive number of micrometres is needed.")
+    """Refuse arguments of regions that do not go together."""
     if bin_um is not None and (radius_um is not None or shapes_key is not None):
         raise PixNetError("bin_um asks for bins over the tissue: leave out radius_um and shapes_key, or call twice.")
     if spacing_um is not None and (radius_um is None or shapes_key is not None):
         raise PixNetError("spacing_um is the pitch of a grid of circles: give it with radius_um, without shapes_key.")
+
+
+def _check_size(name: str, value: float, width_um: float, slide: Slide) -> None:
+    """Refuse regions of which most hold no pixel that the network sees."""
+    if width_um < slide.working_mpp / 2:
+        least = slide.working_mpp / 2 * value / width_um
+        raise PixNetError(
+            f"{name}={value:g}: regions are smaller than the model's pixels, {slide.working_mpp:g} µm, and most would "
+            f"hold none. Give {name}={least:g} or more."
+        )
 
 
 def _grid_on_tissue(slide: Slide, tissue: NDArray[np.bool_], pitch_um: float, what: str) -> Lattice:
@@ -137,6 +151,13 @@ def _grid_on_tissue(slide: Slide, tissue: NDArray[np.bool_], pitch_um: float, wh
             f"µm, of which {100 * tissue.mean():.1f} % was found to be tissue."
         )
     return Lattice(row, col, np.diag([pitch, pitch, 1.0]))
+
+
+def _check_not_larger(radius_um: float, slide: Slide) -> None:
+    """Refuse circles about given centres each of which would take in the whole slide."""
+    most = float(np.hypot(*slide.working_shape)) * slide.working_mpp
+    if radius_um > most:
+        raise PixNetError(f"radius_um={radius_um:g}: the slide is {most:.0f} µm from corner to corner. Give less.")
 
 
 def _circles(
@@ -165,6 +186,8 @@ def _at_shapes(
     regions, ids = placed_regions(sdata, slide, shapes_key)
     key = f"{key_added}_{shapes_key}"
     if radius_um is not None:
+        _check_size("radius_um", radius_um, 2 * radius_um, slide)
+        _check_not_larger(radius_um, slide)
         return _circles(sdata, slide, regions, radius_um, f"{key}_circles_{radius_um:g}um", ids)
     area = regions.subset(np.unique(np.linspace(0, len(regions) - 1, _SAMPLE).astype(np.int64))).area
     diameter_um = 2 * float(np.sqrt(np.median(area) / np.pi)) * slide.working_mpp

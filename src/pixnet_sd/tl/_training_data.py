@@ -31,6 +31,8 @@ from pixnet_sd.slide import (
     targets_of,
 )
 
+from ._room import check_working_size
+
 __all__ = ["Source", "TrainingData", "Validation", "check_validation", "open_sources", "split_slides", "training_data"]
 
 Validation = float | Sequence[str] | None
@@ -95,14 +97,14 @@ def open_sources(
             working_mpp=working_mpp,
             name=name,
         )
+        check_working_size(slide)
         sources[name] = Source(slide, measured(sdata, slide, table_key=table_key))
     return sources
 
 
 def check_validation(validation: Validation, names: Sequence[str]) -> None:
-    """Refuse what fits neither the slides nor a share, before any of them is read."""
+    """Refuse names that do not fit the slides, before any of them is read."""
     _held_out_names(validation, names)
-    _block_share(validation)
 
 
 def _held_out_names(validation: Validation, names: Sequence[str]) -> list[str]:
@@ -120,11 +122,7 @@ def _held_out_names(validation: Validation, names: Sequence[str]) -> list[str]:
 
 
 def _block_share(validation: Validation) -> float | None:
-    if not isinstance(validation, int | float):
-        return None
-    if not 0 < validation < 1:
-        raise PixNetError(f"validation={validation}: a share between 0 and 1, names of slides, or None is needed.")
-    return float(validation)
+    return float(validation) if isinstance(validation, int | float) else None
 
 
 def _as_training_slide(source: Source, targets: Sequence[Targets]) -> TrainingSlide:

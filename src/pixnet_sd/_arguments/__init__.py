@@ -1,0 +1,7 @@
+"""Type and range of every argument of every public verb, checked before a verb does anything."""
+
+from __future__ import annotations
+
+from ._door import checked
+
+__all__ = ["checked"]

@@ -1,0 +1,328 @@
+"""Every argument of every public verb: wrong values are refused by name before anything is done, right ones are taken.
+
+The table here is made of the signatures: an argument that is not in it fails the test.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import math
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pixnet_sd as ps
+from pixnet_sd import PixNet
+from pixnet_sd._arguments import checked
+from pixnet_sd.errors import PixNetError
+
+mpl.use("Agg")
+
+VERBS: dict[str, Callable[..., Any]] = {
+    **{f"tl.{name}": getattr(ps.tl, name) for name in ("fit", "predict", "evaluate", "cross_validate")},
+    **{
+        f"{room}.{n}": getattr(getattr(ps, room), n)
+        for room in ("pl", "get", "io", "datasets")
+        for n in getattr(ps, room).__all__
+    },
+    **{
+        f"PixNet.{name}": getattr(PixNet, name)
+        for name in ("load", "save", "from_pretrained", "save_pretrained", "push_to_hub", "generate_model_card")
+    },
+}
+
+HUGE = 10**400  # no float
+ODD: list[Any] = [object(), 1j, {}, b"8", io.BytesIO(), Decimal("8")]
+NO_NUMBER = [*ODD, True, "8", [8], math.nan, math.inf, -math.inf, HUGE, np.array([8.0]), pd.NA]
+NO_SIZE = [*NO_NUMBER, 0, -1, -1e-9]
+NO_SHARE = [*NO_NUMBER, 0, 1, 1.5, -0.1]
+NO_WHOLE = [*NO_NUMBER, 1.5, 64.0, np.float64(64), -1]
+NO_TILE = [*NO_WHOLE, 0, 32, 100, np.int64(65)]
+NO_FLAG = [*ODD, 0, 1, "True", "no", [], math.nan, np.int64(1)]
+BAD_TEXT = ["a\0b", "x" * 300, "\ud800"]
+NO_TEXT = [*ODD, 5, 2.5, True, ["a"], ("a",), {"a"}, Path("a"), *BAD_TEXT]
+NO_NAMES = [
+    *ODD,
+    5,
+    2.5,
+    True,
+    [],
+    [5],
+    ["A", None],
+    ["A", math.nan],
+    {"A"},
+    {"A": 1},
+    iter("A"),
+    *BAD_TEXT,
+    [BAD_TEXT[0]],
+    [["A"]],
+]
+NO_NAMES += [(c for c in "AB"), bytearray(b"A"), np.array([["A"]]), pd.DataFrame({"A": ["B"]}), pd.Index([1, 2])]
+NO_PATH = [*ODD, 5, 2.5, True, ["a"], "", "a\0b", "x" * 300, Path("a/" * 3000), "~no_such_user_here/a", "\ud800"]
+NO_PREFIX = [*NO_TEXT, "..", ".", ".hidden", "__own", "a b", "a/b", "../up", "a\nb", "µ" * 60]
+NO_OBJECT = [*ODD, None, 5, "slide.zarr", Path("slide.zarr"), [], pd.DataFrame(), np.zeros(3)]
+NO_CHOICE = [*ODD, "nope", "", 5, True, 1.0, ["mean"], math.nan]
+NO_SLIDES = [*NO_OBJECT, {"a": 5}, {"a": "slide.zarr"}, {"a": None}]
+NO_BOX = [
+    *ODD,
+    5,
+    "0,0,1,1",
+    (0, 0, 1),
+    (0, 0, 1, 1, 1),
+    (0, 0, 0, 1),
+    (0, 0, 1, math.nan),
+    ("0", 0, 1, 1),
+    {0, 1, 2, 3},
+]
+NO_AXES = [*ODD, 5, "ax", [], [5], np.zeros(2), {"a": 1}, True]
+NO_FRAMES = [*ODD, None, 5, "x", [], pd.DataFrame(), pd.DataFrame({"pcc": ["a"]}), {"a": pd.DataFrame()}, {"a": 1}]
+NO_LIMIT = [*ODD, True, "99", "p101", "p-1", "px", math.nan, math.inf, [], [True], {"p1"}]
+NO_SIZES = [*ODD, 3, 2.0, True, "8", [3], [2.0], [True], [], {2, 8}, (8, None), iter([8])]
+NO_MAPPING = [*ODD[:2], 5, "a", [], ["a"], True, {"a": 1}, {1: "a"}, {"a": None}, {"a": "x" * 300}, b"a"]
+NO_OPTIONS = [*ODD[:2], 5, "a", ["license"], True, {"nope": 1}, {1: 2}, {"licence": "mit"}, b"a"]
+
+FOLDER_OF = Path(__file__)  # a file, in which no folder can be made
+
+
+def same(names: tuple[str, ...], values: list[Any]) -> dict[str, list[Any]]:
+    return {name: list(values) for name in names}
+
+
+WRONG: dict[str, list[Any]] = {
+    **same(("sdata", "evaluate.sdata"), NO_OBJECT),
+    **same(("fit.sdata", "training_regions.sdata", "sdatas"), NO_SLIDES),
+    **same(("image_key", "shapes_key", "predicted_key", "coordinate_system", "gene", "scale", "revision"), NO_TEXT),
+    **same(("evaluate.table_key", "gene_map.table_key", "evaluation.table_key", "encoder", "repo_id"), NO_TEXT),
+    **same(("license", "license_name", "license_link", "convert_visium_hd.dataset_id"), NO_TEXT),
+    **same(("table_key", "score_table_key", "genes", "folds", "keys", "datasets", "language"), NO_NAMES),
+    **same(("sections", "visium_hd_truth.genes"), [*NO_NAMES, "A"]),
+    "mpp": [*ODD, True, "0.5", "system", 0, -1, math.nan, math.inf, [0.5], HUGE],
+    **same(("sample.mpp", "sample_truth.mpp", "sample_truth_bins.mpp"), [*NO_SIZE, 20, 0.01]),
+    **same(("write_visium.mpp", "write_visium_hd.mpp"), [*NO_SIZE, 20, 0.01]),
+    **same(("working_mpp", "lr", "target_sum", "radius_um", "spacing_um", "bin_um", "map_um"), NO_SIZE),
+    **same(("pitch_um", "dpi"), NO_SIZE),
+    **same(("weight_decay", "pcc_weight"), [*NO_NUMBER, -1, -1e-300]),
+    "alpha": [*NO_SIZE, 1.1],
+    "size_um": [*NO_SIZE, 99, 1e9, 1e300],
+    "validation": [*ODD, True, 0, 1, -0.1, 1.5, math.nan, [], [5], {"a"}, iter("a"), HUGE],
+    "cross_validate.validation": [*NO_SHARE, ["a"]],
+    **same(("max_epochs", "max_steps", "patience", "batch_size", "n_workers"), [*NO_WHOLE, 0, 2**64]),
+    **same(("n_genes", "decoder_width"), [*NO_WHOLE, 0, 10**9]),
+    "batch_size": [*NO_WHOLE, 0, 10**9],
+    "seed": [*NO_WHOLE, -(2**63), 2**63],
+    "n_labels": [*NO_WHOLE, 10**9],
+    "chunk_px": [*NO_WHOLE, 0, 32, 10**6],
+    **same(("tile_px", "predict_tile_px"), NO_TILE),
+    **same(("allow_any_mpp", "freeze_encoder", "compile", "record_model", "show_progress_bar"), NO_FLAG),
+    **same(("write_map", "overwrite", "shared_limits", "scalebar", "show", "return_fig", "cells"), NO_FLAG),
+    **same(("library_size", "force_download", "local_files_only", "push_to_hub", "allow_poor_model"), NO_FLAG),
+    **same(("objective", "aggregation", "preset", "predict.store", "colorbar_loc"), NO_CHOICE),
+    "n_symmetries": [*ODD, 2, 0, -1, True, 1.0, "4", [4], HUGE],
+    "panels": [*NO_CHOICE, [], ["truth"], {"image"}, [None]],
+    "device": [*ODD, 3.5, 0, True, "", "a\0b", ["cpu"]],
+    "key_added": [*NO_PREFIX, ""],
+    "dataset_id": NO_PREFIX,
+    **same(("path", "folder", "store", "image", "directory", "save_directory", "cache_dir"), NO_PATH),
+    **same(("pretrained_model_name_or_path", "model", "encoder_weights"), NO_PATH),
+    "checkpoint_dir": [*NO_PATH, FOLDER_OF, FOLDER_OF / "a" / "b"],
+    "groups": NO_MAPPING,
+    "model_card_kwargs": NO_OPTIONS,
+    "token": [*ODD, 5, 2.5, "", "a\0b", ["hf"], np.int64(1)],
+    "evaluation": NO_FRAMES,
+    "crop_um": NO_BOX,
+    "window_um": NO_BOX,
+    "figsize": [*ODD, 5, "4,3", (4,), (4, 3, 2), (0, 3), (-1, 3), (math.nan, 3), (4, 1e9), {4, 3}],
+    "ax": NO_AXES,
+    "cmap": [*ODD, 5, "no such map", "", True, ["viridis"], None],
+    **same(("vmin", "vmax"), NO_LIMIT),
+    "save": [*NO_PATH, "figure.nope", "no/such/folder/a.png", Path(__file__).parent],
+    **same(("sample.bin_um", "write_visium_hd.bin_um"), NO_SIZES),
+    "sample_truth_bins.bin_um": [*ODD, 3, 2.0, True, "8", [8], 0, -2, None],
+    "convert_visium_hd.bin_um": [*ODD, 0, -2, 2.0, True, "8", [2.0], [], {2}],
+}
+"""Values that each argument refuses, by its name, or by verb and name where a verb has its own meaning of it."""
+
+
+def wrong_values(verb: str, parameter: inspect.Parameter) -> list[Any]:
+    name = verb.partition(".")[2]
+    values = WRONG.get(f"{name}.{parameter.name}", WRONG.get(parameter.name))
+    assert values is not None, f"{verb}: no wrong values are known of the new argument {parameter.name!r}"
+    takes_none = parameter.default is None or "None" in str(parameter.annotation) or parameter.name == "validation"
+    others = [value for value in values if value is not None]
+    return others if takes_none else [*others, None]
+
+
+def own_parameters(verb: Callable[..., Any]) -> list[inspect.Parameter]:
+    every = inspect.signature(verb).parameters.values()
+    return [p for p in every if p.name not in ("self", "cls") and p.kind is not p.VAR_KEYWORD]
+
+
+ARGUMENTS = [(verb, p.name) for verb, function in VERBS.items() for p in own_parameters(function)]
+
+
+@pytest.fixture(scope="module")
+def slide():
+    return ps.datasets.sample(size_um=100, mpp=1.0, bin_um=(16,), n_genes=5)
+
+
+@pytest.fixture
+def required(slide, tmp_path, monkeypatch) -> Callable[[str], dict[str, Any]]:
+    """What each verb has to be given, all of it right."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    known: dict[str, Any] = {
+        **{
+            "sdata": slide,
+            "sdatas": {"a": slide, "b": slide},
+            "table_key": "square_016um",
+            "predicted_key": "pixnet_a",
+        },
+        **{"genes": "ACTB", "model": tmp_path / "in", "evaluation": pd.DataFrame({"pcc": [0.5]}), "repo_id": "a/b"},
+        **{
+            "path": tmp_path / "in",
+            "folder": tmp_path / "in",
+            "store": tmp_path / "out",
+            "self": object.__new__(PixNet),
+        },
+        **{"directory": "in", "pretrained_model_name_or_path": "in", "save_directory": "in"},
+    }
+
+    def of(verb: str) -> dict[str, Any]:
+        every = inspect.signature(VERBS[verb]).parameters.values()
+        return {p.name: known[p.name] for p in every if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+
+    return of
+
+
+def test_every_argument_has_wrong_values():
+    for verb, function in VERBS.items():
+        for parameter in own_parameters(function):
+            assert len(wrong_values(verb, parameter)) >= 8
+
+
+def refused(verb: Callable[..., Any], name: str, value: Any, arguments: dict[str, Any]) -> bool:
+    given = {**arguments, name: value}
+    own = [given.pop("self")] if "self" in given else []
+    with pytest.raises(PixNetError) as caught:
+        verb(*own, **given)
+    return name in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(("verb", "name"), ARGUMENTS)
+def test_wrong_values_are_refused_by_name(verb, name, required, tmp_path):
+    parameter = inspect.signature(VERBS[verb]).parameters[name]
+    arguments, before = required(verb), sorted(tmp_path.rglob("*"))
+    for value in wrong_values(verb, parameter):
+        assert refused(VERBS[verb], name, value, arguments), value
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+FIT = {p.name: p for p in own_parameters(ps.tl.fit)}
+
+
+@pytest.mark.parametrize(
+    "name", sorted(FIT.keys() - inspect.signature(ps.tl.cross_validate).parameters.keys() - {"sdata"})
+)
+def test_options_that_are_passed_on(name, required):
+    for value in wrong_values("tl.cross_validate", FIT[name]):
+        assert refused(VERBS["tl.cross_validate"], name, value, required("tl.cross_validate")), value
+
+
+@pytest.mark.parametrize(("name", "value"), [("private", "yes"), ("create_pr", 1), ("branch", ""), ("token", 5)])
+def test_options_of_the_hub(name, value, required):
+    assert refused(PixNet.push_to_hub, name, value, required("PixNet.push_to_hub"))
+
+
+def test_none_is_taken_where_the_signature_says_so():
+    @checked()
+    def verb(*, seed: int | None = 0, patience: int = 1) -> Any:
+        return seed, patience
+
+    assert verb(seed=None, patience=np.int64(3)) == (None, 3)
+    with pytest.raises(PixNetError, match="patience=None"):
+        verb(patience=None)
+
+
+def test_an_argument_without_a_rule_is_noticed_at_once():
+    with pytest.raises(TypeError, match="brand_new"):
+
+        @checked()
+        def verb(*, brand_new: int = 0) -> None: ...
+
+
+def test_python_itself_says_what_is_missing_or_unknown():
+    with pytest.raises(TypeError, match="table_key"):
+        ps.tl.evaluate(None)
+    with pytest.raises(TypeError, match="sed"):
+        ps.datasets.sample(sed=1)
+
+
+@checked()
+def taken(
+    *,
+    lr: float = 1.0,
+    seed: int = 0,
+    tile_px: int = 64,
+    genes: Any = "A",
+    compile: bool = False,
+    mpp: Any = None,
+    validation: Any = None,
+    objective: str = "nb",
+    checkpoint_dir: Any = None,
+    n_symmetries: int = 1,
+) -> dict[str, Any]:
+    return dict(locals())
+
+
+SCALARS = st.sampled_from([float, np.float64, np.float32, np.float16])
+WHOLES = st.sampled_from([int, np.int64, np.int32, np.uint16])
+LISTS = st.sampled_from([list, tuple, pd.Index, pd.Series, lambda names: np.array(names, dtype=object), np.array])
+NAMES = st.lists(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20), min_size=1, max_size=5
+)
+
+
+@given(st.floats(2**-10, 100, width=16), SCALARS)
+def test_numbers_of_any_type_are_taken(value, kind):
+    for found in (taken(lr=kind(value))["lr"], taken(mpp=kind(value))["mpp"]):
+        assert (type(found), found) == (float, value)
+
+
+@given(st.integers(2, 1000), WHOLES)
+def test_whole_numbers_of_any_type_are_taken(value, kind):
+    found = taken(tile_px=kind(32 * value), seed=kind(value), lr=kind(value))
+    assert {name: (type(found[name]), found[name]) for name in ("tile_px", "seed", "lr")} == {
+        "tile_px": (int, 32 * value),
+        "seed": (int, value),
+        "lr": (float, value),
+    }
+
+
+@given(NAMES, LISTS)
+def test_names_in_any_list_are_taken(names, kind):
+    for found in (taken(genes=kind(names))["genes"], taken(validation=kind(names))["validation"]):
+        assert list(found) == names
+        assert {type(name) for name in found} == {str}
+
+
+@given(st.integers(1, 99), SCALARS)
+def test_shares_are_taken(percent, kind):
+    assert taken(validation=kind(percent / 100))["validation"] == pytest.approx(percent / 100, rel=1e-2)
+
+
+def test_other_right_values_are_taken(tmp_path):
+    assert taken(compile=np.True_)["compile"] is True
+    assert taken(mpp="coordinate_system", objective=np.str_("mse_pcc"))["objective"] == "mse_pcc"
+    assert taken(n_symmetries=np.int8(4))["n_symmetries"] == 4
+    for folder in (tmp_path, str(tmp_path / "new" / "deep"), "~/models", "relative"):
+        assert taken(checkpoint_dir=folder)["checkpoint_dir"] == folder
+    assert taken(genes="ACTB", validation="p3", checkpoint_dir=None)["genes"] == "ACTB"
