@@ -61,6 +61,7 @@ _RULES: dict[str, Rule] = {
     "coordinate_system": text("the name of a coordinate system"),
     "mpp": raising(ResolutionError, either(number(above=0, unit="µm per pixel"), choice("coordinate_system"))),
     "allow_any_mpp": _FLAG,
+    "allow_poor_model": _FLAG,
     "genes": raising(DataError, names("names of genes")),
     "gene": text("the name of a gene"),
     # the model and its training

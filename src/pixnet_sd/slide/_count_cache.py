@@ -18,7 +18,7 @@ from pixnet_sd._logging import logger
 
 from ._count_checks import checked_blocks
 from ._count_file import CountFile, Rows, open_counts, write_counts
-from ._look import Look
+from ._count_kind import Look
 from ._measured import Measured
 
 __all__ = ["cached", "content_key", "own_counts"]

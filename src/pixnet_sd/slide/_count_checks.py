@@ -13,8 +13,8 @@ from scipy import sparse
 from pixnet_sd._errors import DataError
 from pixnet_sd._warn import warn
 
+from ._count_kind import Kind, Look
 from ._counts import Counts
-from ._look import Kind, Look
 
 __all__ = ["check_kind", "checked_blocks", "checked_totals"]
 

@@ -20,7 +20,7 @@ from scipy import sparse
 
 from pixnet_sd._errors import StoreError
 
-from ._look import Kind
+from ._count_kind import Kind
 
 __all__ = ["CountFile", "Rows", "open_counts", "write_counts"]
 

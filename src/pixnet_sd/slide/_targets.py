@@ -22,7 +22,7 @@ from pixnet_sd.nn.regions import Regions
 from ._count_cache import own_counts
 from ._count_checks import check_kind, checked_blocks
 from ._count_file import CountFile
-from ._look import Look
+from ._count_kind import Look
 from ._measured import Measured
 from ._normalise import log_values, target_rows
 from ._pooling import find_pooling, pooled_counts
