@@ -16,7 +16,7 @@ from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.tiling import check_tile_px
 from pixnet_sd.engine.window_pass import InferSettings
-from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
+from pixnet_sd.slide import Slide, check_genes, check_on_disk, open_slide, tissue_mask
 from pixnet_sd.store import PixNet, recorded
 
 from ._map_request import map_factor, map_info
@@ -134,7 +134,8 @@ def predict(
     CheckpointError
         No model, or a damaged one.
     StoreError
-        A name is taken, the store cannot be written, or the disk is too small.
+        A name is taken, the store cannot be written, or the disk is too small; or image or regions are in memory
+        otherwise than in the store.
     """
     if not isinstance(sdata, SpatialData):
         raise PixNetError(
@@ -152,6 +153,7 @@ def predict(
         working_mpp=found.record.working_mpp,
         element_key=shapes_key,
     )
+    check_on_disk(sdata, slide.image_key, shapes_key)
     tissue = _tissue(slide)
     request = request_regions(
         sdata,

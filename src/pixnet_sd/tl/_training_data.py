@@ -18,7 +18,17 @@ from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
 from pixnet_sd.engine.split import hold_out_blocks
 from pixnet_sd.nn.lattice import Lattice
 from pixnet_sd.nn.regions import Regions
-from pixnet_sd.slide import Measured, Slide, StoredTargets, Targets, choose_genes, measured, open_slide, targets_of
+from pixnet_sd.slide import (
+    Measured,
+    Slide,
+    StoredTargets,
+    Targets,
+    choose_genes,
+    measured,
+    measured_regions,
+    open_slide,
+    targets_of,
+)
 
 __all__ = ["Source", "TrainingData", "Validation", "check_validation", "open_sources", "split_slides", "training_data"]
 
@@ -82,6 +92,7 @@ def open_sources(
             mpp=mpp,
             allow_any_mpp=allow_any_mpp,
             working_mpp=working_mpp,
+            region_keys=measured_regions(sdata, table_key),
             name=name,
         )
         sources[name] = Source(slide, measured(sdata, slide, table_key=table_key))
@@ -224,6 +235,8 @@ def describe(sources: Mapping[str, Source], data: TrainingData) -> dict[str, Any
     return {
         name: {
             "image": source.slide.image_key,
+            "image_px": [source.slide.height_px, source.slide.width_px],
+            "channels": list(source.slide.channels),
             "coordinate_system": source.slide.coordinate_system,
             "mpp": source.slide.mpp,
             "mpp_rule": source.slide.mpp_rule,
