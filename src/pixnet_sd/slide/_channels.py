@@ -40,8 +40,8 @@ def naming_of(channels: Sequence[object]) -> Naming:
     words = [str(name).strip().lower() for name in channels]
     if sorted(_COLOURS.get(word, -1) for word in words) == list(range(len(words))):
         return "rgb"
-    numbers = [found and int(found["number"]) for found in map(_NUMBERED.fullmatch, words)]
-    if None not in numbers and sorted(numbers) in (list(range(len(words))), list(range(1, len(words) + 1))):
+    numbers = sorted(int(found["number"]) for found in map(_NUMBERED.fullmatch, words) if found)
+    if numbers in (list(range(len(words))), list(range(1, len(words) + 1))):
         return "numbered"
     return "stains" if any(_STAINS.fullmatch(word) for word in words) else "unknown"
 

@@ -84,7 +84,7 @@ def moved_px(image: Any, element: Any, systems: Sequence[str]) -> dict[str, floa
     """
     corners = corners_px(image)
     maps = {system: np.linalg.pinv(affine_matrix(image, system)) @ affine_matrix(element, system) for system in systems}
-    places = moved(corners, np.linalg.pinv(maps[systems[0]]))
+    places = moved(corners, np.asarray(np.linalg.pinv(maps[systems[0]]), np.float64))
     return {system: float(np.hypot(*(moved(places, matrix) - corners).T).max()) for system, matrix in maps.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from pixnet_sd._warn import warn
 
 from ._elements import coordinate_systems, names
 from ._known_sizes import KnownSize, agreed, known_sizes
+from ._select import other_slides
 from ._transform import affine_matrix, similarity_scale
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def find_mpp(
     coordinate_system: str,
     mpp: float | Literal["coordinate_system"] | None = None,
     allow_any_mpp: bool = False,
-    region_keys: Iterable[str] = (),
+    region_keys: Collection[str] = (),
 ) -> tuple[float, str]:
     """Micrometres per pixel of an image at scale 0.
 
@@ -65,7 +66,7 @@ def find_mpp(
     scale = similarity_scale(affine_matrix(sdata.images[image_key], coordinate_system), f"image {image_key!r}")
     found = known_sizes(sdata, coordinate_system, image_key=image_key, region_keys=region_keys)
     sizes = [KnownSize(size.key, size.value * scale, size.how, size.tolerance) for size in found]
-    value, rule = _value(sdata, image_key, coordinate_system, mpp, scale, sizes)
+    value, rule = _value(sdata, image_key, coordinate_system, mpp, scale, sizes, region_keys)
     if not np.isfinite(value) or value <= 0:
         raise ResolutionError(f"mpp = {value} ({rule}) is not a positive number of µm per pixel. Give mpp=.")
     if not allow_any_mpp and not _PLAUSIBLE[0] <= value <= _PLAUSIBLE[1]:
@@ -80,6 +81,7 @@ def _value(
     mpp: float | Literal["coordinate_system"] | None,
     scale: float,
     sizes: list[KnownSize],
+    region_keys: Collection[str],
 ) -> tuple[float, str]:
     if mpp is not None:
         return _from_caller(system, mpp, scale, sizes)
@@ -90,8 +92,22 @@ def _value(
     measured = agreed(sizes)
     if measured is None:
         raise ResolutionError(_unknown(sdata, image_key, system))
+    if measured.key not in region_keys:
+        _check_only_slide(sdata, image_key, system, measured)
     # rounded, because the last digits of a fit differ between machines, and results are recognised by their mpp
     return float(f"{measured.value:.10g}"), measured.how
+
+
+def _check_only_slide(sdata: SpatialData, image_key: str, system: str, measured: KnownSize) -> None:
+    """Several slides in one coordinate system need not be to one scale: elements tell that of the slide they are on."""
+    others = other_slides(sdata, image_key=image_key, coordinate_system=system)
+    if others:
+        raise ResolutionError(
+            f"Images {names([image_key, *others])} meet in coordinate system {system!r}, and which of them "
+            f"{measured.key!r} belongs to cannot be told, so micrometres per pixel of {image_key!r} are not known: "
+            f"{measured.value:.4g} by the {measured.how}. Give mpp=, or name regions that belong to the image with "
+            "table_key= or shapes_key=."
+        )
 
 
 def _check_recorded(value: float, image_key: str, sizes: list[KnownSize]) -> None:

@@ -46,7 +46,7 @@ def check_on_disk(sdata: SpatialData, *keys: str | None) -> None:
     StoreError
         If an element is missing in the store, or lies elsewhere or has other pixels, ids or outlines there.
     """
-    if not isinstance(sdata.path, Path):
+    if not isinstance(sdata.path, Path) or not sdata.path.is_dir():
         return
     for key in keys:
         for kind in _KINDS:

@@ -44,7 +44,7 @@ def check_uint8(dtype: np.dtype, sample: Callable[[], NDArray[Any]], image_key: 
     span = _Span.of(sample())
     image = f"sdata[{image_key!r}]" + ("['scale0'].image" if is_multiscale else "")
     raise DataError(
-        f"image {image_key!r} has {dtype} pixels ({span.lowest:g} up to {span.highest:g} in a sample), 0-255 uint8 are "
+        f"image {image_key!r} has {dtype} pixels ({span.lowest:g} to {span.highest:g} in a sample), 0-255 uint8 are "
         f"needed. Convert it with these lines and give image_key={image_key + '_uint8'!r}:\n"
         + _conversion(span, image_key, image)
     )

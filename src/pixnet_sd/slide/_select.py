@@ -12,7 +12,7 @@ from pixnet_sd._errors import ElementError
 from pixnet_sd._logging import logger
 
 from ._channels import Naming, naming_of
-from ._copies import is_larger_copy
+from ._copies import is_copy
 from ._elements import coordinate_systems, describe_images, names, scale0, written_by_pixnet
 from ._image import is_cheap_to_look_at
 from ._look import is_bright_field, levels_of, pixel_sample
@@ -63,10 +63,10 @@ def select_image(sdata: SpatialData, *, image_key: str | None = None, coordinate
                 f"Several images could be the slide: {describe_images(sdata, why)}. Name one with image_key=."
             )
         copies = names(key for key in likely if key != full)
-        logger.info("Image %r taken as the slide; %s are smaller copies.", full, copies)
+        logger.info("Image %r taken as the slide; %s are copies of it.", full, copies)
         likely = [full]
-    beside = {key: look.describe() for key, look in looks.items() if key not in likely and look.rank < 3}
-    if beside and len(likely) == 1 and looks[likely[0]].rank == 0 and any(_is_rgb(looks[key]) for key in beside):
+    beside = {key: look.describe() for key, look in looks.items() if look.rank > looks[likely[0]].rank}
+    if any(_is_rgb(looks[key]) for key in beside):
         logger.info("Image %r taken as the slide; not H&E: %s.", likely[0], describe_images(sdata, beside))
     return likely[0]
 
@@ -78,9 +78,9 @@ def other_slides(sdata: SpatialData, *, image_key: str, coordinate_system: str) 
         for key in _placed_images(sdata, coordinate_system)
         if key != image_key and _Looks.of(sdata.images[key]).rank == 0
     ]
-    return [
-        key for key in others if not is_larger_copy(sdata, image_key, key) and not is_larger_copy(sdata, key, image_key)
-    ]
+    others = [key for key in others if not is_copy(sdata, image_key, key) and not is_copy(sdata, key, image_key)]
+    copies = {small for small in others for large in others if small != large and is_copy(sdata, large, small)}
+    return [key for key in others if key not in copies] or others[:1]
 
 
 def _check_image(sdata: SpatialData, image_key: str, coordinate_system: str | None) -> None:
@@ -159,7 +159,13 @@ def _likely(looks: dict[str, _Looks]) -> list[str]:
 
 
 def _full_image_of(sdata: SpatialData, candidates: Sequence[str]) -> str | None:
-    """The one image of which every other candidate is a smaller copy."""
-    largest = max(candidates, key=lambda key: int(np.prod(scale0(sdata.images[key]).shape[-2:])))
-    others = [key for key in candidates if key != largest]
-    return largest if all(is_larger_copy(sdata, largest, key) for key in others) else None
+    """The one image of which every other candidate is a copy; of as many pixels, one with more levels."""
+    by_size = sorted(candidates, key=lambda key: (-_n_pixels(sdata, key), -len(levels_of(sdata.images[key]))))
+    for largest in (key for key in by_size if _n_pixels(sdata, key) == _n_pixels(sdata, by_size[0])):
+        if all(is_copy(sdata, largest, key) for key in candidates if key != largest):
+            return largest
+    return None
+
+
+def _n_pixels(sdata: SpatialData, key: str) -> int:
+    return int(np.prod(scale0(sdata.images[key]).shape[-2:]))

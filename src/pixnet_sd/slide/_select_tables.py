@@ -12,7 +12,7 @@ from ._bins import bin_lattice
 from ._count_look import look_like_counts
 from ._elements import coordinate_systems, names, region_element
 from ._extent import on_image
-from ._known_sizes import KnownSize, known_sizes
+from ._known_sizes import known_sizes
 from ._select import other_slides
 from ._stored_table import tables_of
 from ._tables import placed_regions, regions_of_table, where_regions_are
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 __all__ = ["measured_regions", "measured_tables", "select_tables"]
+
+_APART = "give each sample its own coordinate system and choose with coordinate_system="
 
 
 def select_tables(
@@ -64,10 +66,10 @@ def select_tables(
     sizes = _bin_sizes(sdata, measured)
     bins = {key: measured[key] for key in sorted(sizes, key=lambda key: (sizes[key], key))}
     taken = _one_for_each_region(sdata, bins or measured)
-    if bins:
-        _check_one_sample(sdata, {key: sizes[key] for key in taken}, bins, coordinate_system, image_key)
-    elif len(taken) > 1:
+    if not bins and len(taken) > 1:
         raise ElementError(f"Several tables annotate regions: {_described(taken, measured)}. Name one with table_key=.")
+    _check_one_slide(sdata, taken, measured, coordinate_system, image_key)
+    _check_one_lattice(sdata, {key: sizes[key] for key in taken if key in sizes}, measured, coordinate_system)
     return taken
 
 
@@ -158,44 +160,53 @@ def _one_for_each_region(sdata: SpatialData, measured: Mapping[str, Sequence[str
     return taken
 
 
-def _check_one_sample(
+def _check_one_slide(
     sdata: SpatialData,
-    sizes: Mapping[str, int],
+    taken: Sequence[str],
     measured: Mapping[str, Sequence[str]],
     coordinate_system: str | None,
     image_key: str | None,
 ) -> None:
-    """Refuse bins of several samples that meet in one coordinate system: which of them the image shows cannot be told.
+    """Refuse to guess which of several slides in one coordinate system a table belongs to.
 
     Raises
     ------
     ElementError
-        If two lattices have bins of one size, or say different resolutions, or several images could be theirs.
+        If there are several.
+    """
+    if coordinate_system is None or image_key is None:
+        return
+    others = other_slides(sdata, image_key=image_key, coordinate_system=coordinate_system)
+    if others:
+        raise ElementError(
+            f"Images {names([image_key, *others])} meet in coordinate system {coordinate_system!r}, and which of them "
+            f"was measured cannot be told: {_described(taken, measured)}. Name the tables that belong to the image "
+            f"with table_key=, or {_APART}."
+        )
+
+
+def _check_one_lattice(
+    sdata: SpatialData, sizes: Mapping[str, int], measured: Mapping[str, Sequence[str]], coordinate_system: str | None
+) -> None:
+    """Refuse bins of several samples: of one size, or of different resolution.
+
+    Raises
+    ------
+    ElementError
+        If there are such.
     """
     if len(sizes) < 2:
         return
     regions = [element for key in sizes for element in measured[key]]
-    told: list[KnownSize] = []
-    if coordinate_system is not None:
-        told = [size for size in known_sizes(sdata, coordinate_system, region_keys=regions) if size.key in regions]
-    others: list[str] = []
-    if coordinate_system is not None and image_key is not None:
-        others = other_slides(sdata, image_key=image_key, coordinate_system=coordinate_system)
-    differ = any(not told[0].agrees(size.value) for size in told)
-    if len(set(sizes.values())) == len(sizes) and not differ and not others:
-        return
-    because = (
-        f", and images {names((image_key or '', *others))} are there"
-        if others
-        else ", which tell different resolutions"
-        if differ
-        else ", several of one size"
-    )
-    raise ElementError(
-        f"Bins of several samples may be meant{because}: {_described(list(sizes), measured)}. Name those that belong "
-        "to the image with table_key=, or give each sample its own coordinate system and choose with "
-        "coordinate_system=."
-    )
+    told = known_sizes(sdata, coordinate_system, region_keys=regions) if coordinate_system is not None else []
+    why = "have one size" if len(set(sizes.values())) < len(sizes) else ""
+    if any(not told[0].agrees(size.value) for size in told):
+        why = "tell different resolutions"
+    if why:
+        raise ElementError(
+            f"Bins of several samples {why}: {_described(sizes, measured)}. Name the tables that belong to the image "
+            f"with table_key=, or {_APART}."
+        )
 
 
 def _described(keys: Iterable[str], measured: Mapping[str, Sequence[str]]) -> str:
