@@ -167,9 +167,7 @@ def test_bins_of_two_samples_in_one_system(visium_hd, size: int) -> None:
     if size != 8:
         assert set(select_tables(sdata, **where)) == {"square_008um", "b_table"}  # as if they were of one
         sdata["b_he"] = make_image(400, 500, seed=1)
-    with pytest.raises(
-        ElementError, match="('square_008um'.*'b_table'|'b_table'.*'square_008um').*table_key="
-    ):
+    with pytest.raises(ElementError, match="('square_008um'.*'b_table'|'b_table'.*'square_008um').*table_key="):
         select_tables(sdata, **where)
     assert select_tables(sdata, table_key="b_table", **where) == ["b_table"]
     set_transformation(sdata[regions], Scale([0.5, 0.5], axes=("x", "y")), "sample")

@@ -353,6 +353,24 @@ class TestStore:
         fitted.path = store
 
 
+class TestOnlyInMemory:
+    """R11: results go into the store, and would lie beside what it has."""
+
+    def test_moved_image(self, fitted, refused):
+        set_transformation(fitted.images[FULL], Translation([40, 0], axes=("x", "y")), "again")
+        message = rf"'{FULL}' has another transformation.*'again'.*sdata.write_transformations\('{FULL}'\)"
+        refused(StoreError, message, only="predict", backed=True)
+
+    def test_other_pixels(self, fitted, refused):
+        replaced(fitted, pixels_of(fitted)[:, :, ::-1], ["r", "g", "b"], scale_factors=[2])
+        refused(StoreError, f"'{FULL}' has other pixels", only="predict", backed=True)
+
+    def test_moved_regions(self, fitted, refused, predict):
+        set_transformation(fitted.shapes[BINS], Translation([4, 0], axes=("x", "y")), "sample")
+        with pytest.raises(StoreError, match=f"'{BINS}' has another transformation.*'sample'"):
+            predict(fitted, shapes_key=BINS)
+
+
 def test_a_path_in_place_of_an_object() -> None:
     with pytest.raises(PixNetError, match="needs a SpatialData object, got str: spatialdata.read_zarr"):
         tl.predict("slide.zarr")

@@ -110,7 +110,7 @@ class ImagePyramid:
         _check_dims(found[0], image_key)
         names = found[0].coords["c"].values.tolist() if "c" in found[0].coords else range(found[0].sizes["c"])
         channels = rgb_channels(names, image_key, partial(_look, element))
-        sample = partial(pixel_sample, element)
+        sample = partial(pixel_sample, found[0] if is_cheap_to_look_at(found[0]) else element)
         check_uint8(found[0].dtype, sample, image_key, is_multiscale=isinstance(element, DataTree))
         height, width = found[0].shape[1:]
         levels = []

@@ -16,6 +16,7 @@ __all__ = ["check_uint8"]
 _WHITE_POINTS = (255, 1023, 4095, 16383, 65535)
 _LOW, _HIGH = 0.1, 99.9  # percentiles: what lies beyond is hot pixels
 _FEW = 0.02  # of the range: so little below 0 is noise around black
+_ROOM = 0.05  # above what was seen, for what was not
 _HOT = 1.25  # how far the highest value may lie above the percentile and still be the image's own
 
 
@@ -80,27 +81,28 @@ class _Span:
         high = finite.max() if finite.max() <= high * _HOT else high
         black = 0.0 if low >= -_FEW * (high - low) else max(finite.min(), low - (_HOT - 1) * (high - low))
         whole = bool(np.issubdtype(sample.dtype, np.integer))
-        white = high if black < 0 else _white_point(high, whole)
-        return cls(finite.min(), finite.max(), black, white if white > black else black + 1, len(finite) == len(values))
+        white = high + _ROOM * (high - black) if black < 0 else _white_point(high, whole)
+        white = white if white > black else black + 1
+        return cls(*map(float, (finite.min(), finite.max(), black, white)), is_finite=len(finite) == len(values))
 
 
 def _white_point(high: float, is_whole: bool) -> float:
     """The number that stands for white: that of a bit depth where values come near it, else the highest of them."""
     points = _WHITE_POINTS if is_whole else (1, *_WHITE_POINTS)
-    point = next((point for point in points if high <= point), high)
-    return float(point) if high > point / 2 else high
+    point = next((point for point in points if high <= point), np.inf)
+    return float(point) if high > point / 2 else high * (1 + _ROOM)
 
 
 def _conversion(span: _Span, image_key: str, image: str) -> str:
     """Lines of Python, ready to run where ``sdata`` is the user's object."""
     width = span.white - span.black
-    pixels = "image.data.astype('float32')"
-    if not span.is_finite:  # what was not scanned becomes white, as glass is
-        pixels = f"np.nan_to_num({pixels}, nan={span.white:.9g}, posinf={span.white:.9g}, neginf={span.black:.9g})"
+    # what was not scanned becomes white, as glass is
+    missing = "" if span.is_finite else f".fillna({span.white:.9g})"
+    pixels = f"image.astype('float32'){missing}.data"
     if span.black:
-        pixels = f"({pixels} - {span.black:.9g})" if span.black > 0 else f"({pixels} + {-span.black:.9g})"
+        pixels = f"({pixels} + {-span.black:.9g})"
     return (
-        ("import numpy as np\n" if not span.is_finite else "") + "import spatialdata as sd\n"
+        "import spatialdata as sd\n"
         f"image = {image}\n"
         f"sdata[{image_key + '_uint8'!r}] = sd.models.Image2DModel.parse(\n"
         f"    ({pixels}.clip(0, {width:.9g}) * {255 / width!r}).round().astype('uint8'),\n"
