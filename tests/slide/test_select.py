@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from spatialdata import SpatialData
-from spatialdata.models import Image2DModel
+from spatialdata.models import Image2DModel, Image3DModel
 from spatialdata.transformations import Affine, Identity, Scale, Translation, set_transformation
 from tests.slide.conftest import make_image
 
@@ -263,3 +263,10 @@ def test_system_with_the_measured_regions(image, circles, table) -> None:
     assert (source.slide.coordinate_system, source.tables[0].element_key) == ("um", "cells")
     with pytest.raises(ElementError, match=r"No table annotates.*'cells' is in 'um'.*coordinate_system='um'"):
         select_tables(sdata, coordinate_system="pixels", image_key="he")
+
+
+def test_volume_is_no_slide(image) -> None:
+    volume = Image3DModel.parse(np.zeros((3, 2, 8, 8), np.uint8), dims=("c", "z", "y", "x"))
+    assert select_image(SpatialData(images={"stack": volume, "he": image()})) == "he"
+    with pytest.raises(DataError, match="'stack' has axes"):
+        opened(SpatialData(images={"stack": volume}))

@@ -20,7 +20,7 @@ __all__ = ["is_copy"]
 
 _SAME_PLACE = 0.02  # of the extent: copies are cropped to whole pixels
 _PIXELS = 1.5  # of the smaller image
-_MOST_PX = 2**24
+_MOST_PX, _ENOUGH_PX = 2**24, 2**20  # of a level that is read, and that are compared
 _GRID, _FEWEST, _CELL_PX = 24, 4, 4  # cells along each side that are compared, and pixels of the smaller image in one
 _ALIKE, _CONTRAST = 0.9, 2.0  # correlation, and grey levels below which there is none
 
@@ -94,10 +94,12 @@ def _on_grid(level: Any, corners: NDArray[np.float64], n: int, element: Any, sys
     x, y = (part.ravel() for part in np.meshgrid(at, at))
     places = top_left + np.outer(x, top_right - top_left) + np.outer(y, bottom_left - top_left)
     xy = moved(places, np.asarray(np.linalg.pinv(affine_matrix(element, system)), np.float64))
-    full, (height, width) = scale0(element), level.shape[-2:]
+    every = int(np.ceil(np.sqrt(level.shape[-2] * level.shape[-1] / _ENOUGH_PX)))
+    pixels = computed(level.data[:, ::every, ::every]).astype(np.float64)
+    full, (height, width) = scale0(element), pixels.shape[-2:]
     xy = xy * [width / full.sizes["x"], height / full.sizes["y"]]
     half = max(0.5, min(height, width) / (2 * n))
-    sums = np.pad(computed(level.data).astype(np.float64), ((0, 0), (1, 0), (1, 0))).cumsum(axis=1).cumsum(axis=2)
+    sums = np.pad(pixels, ((0, 0), (1, 0), (1, 0))).cumsum(axis=1).cumsum(axis=2)
     col0, row0 = np.clip(np.rint(xy - half), 0, [width - 1, height - 1]).astype(int).T
     col1, row1 = np.clip(np.rint(xy + half), 1, [width, height]).astype(int).T
     col1, row1 = np.maximum(col1, col0 + 1), np.maximum(row1, row0 + 1)

@@ -18,6 +18,7 @@ __all__ = ["coarsest", "computed", "is_bright_field", "levels_of", "pixel_sample
 _WHOLE_PX = 2**20  # a level of so many pixels is read whole
 _WINDOW_PX, _WINDOWS = 128, 6  # of a larger one, windows spread over it, so many along each side
 _BRIGHT, _WHITE, _DARK = 90.0, 110.0, 80.0  # of 255
+_ENOUGH = 2**16  # pixels that tell
 _SEEN = 0.001  # share of pixels that are not black, below which nothing can be told
 
 
@@ -70,7 +71,7 @@ def is_bright_field(sample: NDArray[Any]) -> bool | None:
     -------
     False for a dark ground, as of fluorescence; None if it is neither, or black all over.
     """
-    pixels = _as_8_bits(sample[:3])
+    pixels = _as_8_bits(sample[:3, :: max(1, sample.shape[1] // _ENOUGH)])
     seen = pixels[:, pixels.max(axis=0) > 0]  # black is what was not scanned
     if not seen.shape[1] or seen.shape[1] < _SEEN * pixels.shape[1]:
         return None

@@ -83,7 +83,8 @@ class _Span:
         whole = bool(np.issubdtype(sample.dtype, np.integer))
         white = high + _ROOM * (high - black) if black < 0 else _white_point(high, whole)
         white = white if white > black else black + 1
-        return cls(*map(float, (finite.min(), finite.max(), black, white)), is_finite=len(finite) == len(values))
+        is_finite = len(finite) == len(values)
+        return cls(float(finite.min()), float(finite.max()), float(black), float(white), is_finite)
 
 
 def _white_point(high: float, is_whole: bool) -> float:

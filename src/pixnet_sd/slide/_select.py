@@ -130,6 +130,8 @@ class _Looks:
     @classmethod
     def of(cls, element: Any) -> _Looks:
         image = scale0(element)
+        if image.dims != ("c", "y", "x"):
+            return cls("other", None)
         naming = naming_of(image.coords["c"].values.tolist() if "c" in image.coords else range(image.sizes["c"]))
         looked_at = naming in ("rgb", "numbered", "unknown") and is_cheap_to_look_at(levels_of(element)[-1])
         return cls(naming, is_bright_field(pixel_sample(element)) if looked_at else None)
