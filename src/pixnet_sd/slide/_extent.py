@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["corners_px", "image_extent", "moved", "moved_px", "on_image", "shared_systems"]
 
-_GRID = 9
+_GRID, _ENOUGH = 9, 500  # points along each side of labels, and of shapes in all
 
 
 def corners_px(element: Any) -> NDArray[np.float64]:
@@ -46,6 +46,7 @@ def _points_of(sdata: SpatialData, key: str) -> NDArray[np.float64]:
         x, y = np.meshgrid(np.linspace(0, width, _GRID), np.linspace(0, height, _GRID))
         return np.stack([x.ravel(), y.ravel()], axis=1)
     geometry = sample_shapes(element).geometry.to_numpy()
+    geometry = geometry[:: max(1, len(geometry) // _ENOUGH)]
     known = geometry[~(shapely.is_missing(geometry) | shapely.is_empty(geometry))]
     return np.asarray(shapely.get_coordinates(shapely.centroid(known)))
 

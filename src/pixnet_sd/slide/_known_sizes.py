@@ -12,7 +12,7 @@ import shapely
 from pixnet_sd._errors import ResolutionError
 from pixnet_sd._logging import logger
 
-from ._bins import bin_lattice
+from ._bins import BinLattice, bin_lattice
 from ._elements import coordinate_systems, region_element, written_by_pixnet
 from ._extent import on_image
 from ._stored_shapes import StoredShapes, sample_positions, shapes_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-__all__ = ["KnownSize", "agreed", "known_sizes", "named_as_bins"]
+__all__ = ["KnownSize", "agreed", "known_sizes", "named_as_bins", "size_of_bins"]
 
 _SPOT_PITCH_UM = 100.0
 # A Visium spot is 55 µm wide; Space Ranger writes the diameter of a 65 µm one (89.5 px at a pitch of 138 px).
@@ -127,12 +127,22 @@ def _from_bins(sdata: SpatialData, keys: Sequence[str], coordinate_system: str) 
             logger.debug("%r is no lattice of touching squares and tells no size", key)
             continue
         try:
-            scale = _scale(sdata, key, coordinate_system)
+            found.append(size_of_bins(sdata, lattice, coordinate_system))
         except ResolutionError as error:
             logger.info("No pitch from bins %r: %s", key, error)
-            continue
-        found.append(KnownSize(key, lattice.size_um / (lattice.pitch * scale), lattice.how, _BIN_TOLERANCE))
     return found
+
+
+def size_of_bins(sdata: SpatialData, lattice: BinLattice, coordinate_system: str) -> KnownSize:
+    """What a lattice of bins tells of a coordinate system's unit.
+
+    Raises
+    ------
+    ResolutionError
+        If it gets there by anything but a similarity.
+    """
+    scale = _scale(sdata, lattice.key, coordinate_system)
+    return KnownSize(lattice.key, lattice.size_um / (lattice.pitch * scale), lattice.how, _BIN_TOLERANCE)
 
 
 def _scale(sdata: SpatialData, key: str, coordinate_system: str) -> float:

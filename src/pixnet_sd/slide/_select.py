@@ -73,12 +73,9 @@ def select_image(sdata: SpatialData, *, image_key: str | None = None, coordinate
 
 def other_slides(sdata: SpatialData, *, image_key: str, coordinate_system: str) -> list[str]:
     """Images in a coordinate system that look like H&E and are not copies of one."""
-    others = [
-        key
-        for key in _placed_images(sdata, coordinate_system)
-        if key != image_key and _Looks.of(sdata.images[key]).rank == 0
-    ]
+    others = [key for key in _placed_images(sdata, coordinate_system) if key != image_key]
     others = [key for key in others if not is_copy(sdata, image_key, key) and not is_copy(sdata, key, image_key)]
+    others = [key for key in others if _Looks.of(sdata.images[key]).rank == 0]
     copies = {small for small in others for large in others if small != large and is_copy(sdata, large, small)}
     return [key for key in others if key not in copies] or others[:1]
 

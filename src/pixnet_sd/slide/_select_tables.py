@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from pixnet_sd._errors import ElementError
 from pixnet_sd._logging import logger
 
-from ._bins import bin_lattice
+from ._bins import BinLattice, bin_lattice
 from ._count_look import look_like_counts
 from ._elements import coordinate_systems, names, region_element
 from ._extent import on_image
-from ._known_sizes import known_sizes
+from ._known_sizes import size_of_bins
 from ._select import other_slides
 from ._stored_table import tables_of
 from ._tables import placed_regions, regions_of_table, where_regions_are
@@ -63,13 +63,15 @@ def select_tables(
     measured = _measured(sdata, coordinate_system, image_key)
     if not measured:
         raise ElementError(_none(sdata, coordinate_system, image_key))
-    sizes = _bin_sizes(sdata, measured)
+    lattices = {key: _lattice(sdata, elements) for key, elements in measured.items()}
+    sizes = {key: lattice.size_um for key, lattice in lattices.items() if lattice is not None}
     bins = {key: measured[key] for key in sorted(sizes, key=lambda key: (sizes[key], key))}
     taken = _one_for_each_region(sdata, bins or measured)
     if not bins and len(taken) > 1:
         raise ElementError(f"Several tables annotate regions: {_described(taken, measured)}. Name one with table_key=.")
     _check_one_slide(sdata, taken, measured, coordinate_system, image_key)
-    _check_one_lattice(sdata, {key: sizes[key] for key in taken if key in sizes}, measured, coordinate_system)
+    told = {key: lattice for key in taken if (lattice := lattices[key]) is not None}
+    _check_one_sample(sdata, told, measured, coordinate_system)
     return taken
 
 
@@ -109,11 +111,10 @@ def _measured(sdata: SpatialData, coordinate_system: str | None, image_key: str 
     return {key: elements for key, elements in found.items() if elements}
 
 
-def _bin_sizes(sdata: SpatialData, measured: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Size in µm of the bins that tables annotate; other tables are left out."""
-    lattices = {element: bin_lattice(sdata, element) for element in {e for each in measured.values() for e in each}}
-    sizes = {key: [lattice.size_um for e in each if (lattice := lattices[e])] for key, each in measured.items()}
-    return {key: max(each) for key, each in sizes.items() if each}
+def _lattice(sdata: SpatialData, elements: Sequence[str]) -> BinLattice | None:
+    """Bins that a table annotates, the coarsest if there are several."""
+    found = [lattice for key in elements if (lattice := bin_lattice(sdata, key)) is not None]
+    return max(found, key=lambda lattice: lattice.size_um, default=None)
 
 
 def _named_tables(sdata: SpatialData, keys: list[str], coordinate_system: str | None) -> list[str]:
@@ -185,8 +186,11 @@ def _check_one_slide(
         )
 
 
-def _check_one_lattice(
-    sdata: SpatialData, sizes: Mapping[str, int], measured: Mapping[str, Sequence[str]], coordinate_system: str | None
+def _check_one_sample(
+    sdata: SpatialData,
+    lattices: Mapping[str, BinLattice],
+    measured: Mapping[str, Sequence[str]],
+    coordinate_system: str | None,
 ) -> None:
     """Refuse bins of several samples: of one size, or of different resolution.
 
@@ -195,17 +199,16 @@ def _check_one_lattice(
     ElementError
         If there are such.
     """
-    if len(sizes) < 2:
-        return
-    regions = [element for key in sizes for element in measured[key]]
-    told = known_sizes(sdata, coordinate_system, region_keys=regions) if coordinate_system is not None else []
-    why = "have one size" if len(set(sizes.values())) < len(sizes) else ""
-    if any(not told[0].agrees(size.value) for size in told):
-        why = "tell different resolutions"
+    sizes = [lattice.size_um for lattice in lattices.values()]
+    why = "have one size" if len(set(sizes)) < len(sizes) else ""
+    if coordinate_system is not None:
+        told = [size_of_bins(sdata, lattice, coordinate_system) for lattice in lattices.values()]
+        if any(not told[0].agrees(size.value) for size in told):
+            why = "tell different resolutions"
     if why:
         raise ElementError(
-            f"Bins of several samples {why}: {_described(sizes, measured)}. Name the tables that belong to the image "
-            f"with table_key=, or {_APART}."
+            f"Bins of several samples {why}: {_described(lattices, measured)}. Name the tables that belong to the "
+            f"image with table_key=, or {_APART}."
         )
 
 
