@@ -13,7 +13,7 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 from matplotlib_scalebar.scalebar import ScaleBar
 from spatialdata.models import ShapesModel
-from spatialdata.transformations import Identity, get_transformation
+from spatialdata.transformations import Affine, Identity, get_transformation, set_transformation
 from tests.slide.conftest import make_table
 from zarr.storage import LocalStore
 
@@ -320,4 +320,17 @@ def test_image_is_gone(hd):
     sdata, _ = hd()
     del sdata.images["sample_full_image"]
     with pytest.raises(ElementError, match="Image 'sample_full_image', from which 'pixnet_map' was predicted"):
+        draw(sdata)
+
+
+def test_coordinate_system_was_renamed_since(hd):
+    """G6: the panels are the same as long as it is plain how image and regions lie."""
+    sdata, _ = hd()
+    expected = [ax.get_images()[-1].get_array() for ax in draw(sdata)[0]]
+    sdata.rename_coordinate_systems({"sample": "a", "sample_downscaled_hires": "b", "sample_downscaled_lowres": "c"})
+    for ax, values in zip(draw(sdata)[0], expected, strict=True):
+        np.testing.assert_array_equal(ax.get_images()[-1].get_array(), values)
+    turned = Affine([[0, -1, 320], [1, 0, 0], [0, 0, 1]], ("x", "y"), ("x", "y"))
+    set_transformation(sdata["sample_full_image"], turned, "b")
+    with pytest.raises(ElementError, match=r"'sample'.*'pixnet_map'.*rename_coordinate_systems"):
         draw(sdata)

@@ -83,7 +83,10 @@ def test_tiles_and_regions_are_those_of_fit(tmp_path):
     coarse = [int(np.isfinite(np.ma.filled(i.get_array(), np.nan)).sum()) for i in axes[0, 1].get_images()[1:]]
     assert coarse == [total[1] - 3, n["training"][1], n["held_out"][1]]
     assert axes[0, 0].get_xlim() == (0, 160)
-    assert axes[0, 0].get_title() == "0.5 µm/px, seen at 1 µm/px"
+    titles = [" ".join(ax.get_title().split()) for ax in axes[0]]
+    assert titles[0].startswith("0.5 µm/px, seen at 1 µm/px")
+    assert all(word in titles[0] for word in ("'sample_full_image'", "r, g, b", "'sample'", "'sample_square_016um'"))
+    assert titles[1] == "regions 'sample_square_016um' of table 'square_016um'"
 
 
 def test_tissue_is_outlined():

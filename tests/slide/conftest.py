@@ -27,6 +27,7 @@ SPAN_UM = np.array([128, 96])  # of the bins, along x and y
 class StubFrame:
     """What `measured` needs of a slide."""
 
+    image_key: str | None = None
     coordinate_system: str = "sample"
     working_from_system: NDArray[np.float64] = field(default_factory=lambda: np.eye(3))
     working_shape: tuple[int, int] = (HEIGHT_PX, WIDTH_PX)
@@ -39,9 +40,10 @@ def make_image(
     channels: Sequence[str] = ("r", "g", "b"),
     scale_factors: Sequence[int] | None = None,
     transformations: dict[str, BaseTransformation] | None = None,
+    seed: int = 0,
 ) -> Any:
     """An image element of random uint8."""
-    pixels = np.random.default_rng(0).integers(0, 255, (len(channels), height, width), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 255, (len(channels), height, width), dtype=np.uint8)
     return Image2DModel.parse(
         pixels,
         dims=("c", "y", "x"),
@@ -105,8 +107,7 @@ def make_visium_hd(
     if small_images:
         for name, scale, factor in (("hires", hires, 0.25), ("lowres", lowres, 0.1)):
             placed = {f"{dataset_id}_downscaled_{name}": Identity(), dataset_id: scale.inverse()}
-            small = make_image(round(shape[0] * factor), round(shape[1] * factor), transformations=placed)
-            images[f"{dataset_id}_{name}_image"] = small
+            images[f"{dataset_id}_{name}_image"] = _smaller(images[f"{dataset_id}_full_image"], factor, placed)
     shapes, tables = {}, {}
     for size in bins:
         key = f"{dataset_id}_square_{size:03}um"
@@ -125,6 +126,16 @@ def make_visium_hd(
         for size in bins:
             _annotate_by_labels(sdata, f"{dataset_id}_square_{size:03}um", f"square_{size:03}um")
     return sdata
+
+
+def _smaller(full: Any, factor: float, transformations: dict[str, BaseTransformation]) -> Any:
+    """A copy of an image with fewer pixels."""
+    pixels = full["scale0"].image.values
+    row, col = (np.linspace(0, size, round(size * factor) + 1)[:-1].astype(int) for size in pixels.shape[1:])
+    means = np.add.reduceat(np.add.reduceat(pixels.astype(float), row, axis=1), col, axis=2)
+    area = np.outer(np.diff(row, append=pixels.shape[1]), np.diff(col, append=pixels.shape[2]))
+    small = (means / area).round().astype(np.uint8)
+    return Image2DModel.parse(small, dims=("c", "y", "x"), c_coords=["r", "g", "b"], transformations=transformations)
 
 
 def _annotate_by_labels(sdata: SpatialData, shapes_key: str, table_key: str) -> None:

@@ -1,11 +1,28 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import pytest
 from spatialdata import SpatialData
-from spatialdata.transformations import Identity, Scale, Translation, set_transformation
+from spatialdata.models import Image2DModel, Image3DModel
+from spatialdata.transformations import Affine, Identity, Scale, Translation, set_transformation
+from tests.slide.conftest import make_image
 
-from pixnet_sd._errors import ElementError
-from pixnet_sd.slide._select import select_coordinate_system, select_image
+from pixnet_sd._errors import DataError, ElementError
+from pixnet_sd.slide import Slide, open_slide, select_coordinate_system, select_image, select_tables
+from pixnet_sd.tl._training_data import open_sources
+
+GRID = [[20 * x, 20 * y] for x in (1, 4, 9) for y in (1, 4, 9)]
+OPEN: dict[str, Any] = {
+    "image_key": None,
+    "table_key": None,
+    "coordinate_system": None,
+    "mpp": None,
+    "allow_any_mpp": False,
+    "working_mpp": 1.0,
+}
 
 
 @pytest.mark.parametrize("dataset_id", ["sample", ""])
@@ -55,13 +72,16 @@ def test_the_only_image_is_taken_whatever_it_is(image) -> None:
 
 def test_several_images_are_listed(image) -> None:
     sdata = SpatialData(images={"a": image(10, 20), "b": image()})
-    with pytest.raises(ElementError, match=r"'a' \(3 c x 10 y x 20 x; coordinate systems: 'sample'\); 'b'.*image_key="):
+    with pytest.raises(
+        ElementError,
+        match=r"'a' \(3 c x 10 y x 20 x; channels r, g, b; .*coordinate systems: 'sample'\); 'b'.*image_key=",
+    ):
         select_image(sdata)
 
 
-def test_two_full_images_are_ambiguous(image) -> None:
-    with pytest.raises(ElementError, match="Several images"):
-        select_image(SpatialData(images={"a_full_image": image(), "b_full_image": image()}))
+def test_two_images_in_one_place_are_ambiguous(image) -> None:
+    with pytest.raises(ElementError, match=r"Several images.*'a_full_image'.*'b'"):
+        select_image(SpatialData(images={"a_full_image": image(), "b": image(seed=1)}))
 
 
 def test_full_image_beside_an_unrelated_one_is_ambiguous(image) -> None:
@@ -129,3 +149,124 @@ def test_no_shared_system_lists_both(image, circles) -> None:
 def test_no_such_element(image) -> None:
     with pytest.raises(ElementError, match="no shapes or labels element 'cells'"):
         select_coordinate_system(SpatialData(images={"he": image()}), image_key="he", element_key="cells")
+
+
+ODD = ("first", "second", "third")
+STAINS = [("DAPI", "CD45", "PanCK"), ("GFP", "RFP", "BFP"), ("red", "green", "DAPI")]
+
+
+def fluorescence(channels: Sequence[str], height: int = 60, width: int = 80, **options: Any) -> Any:
+    """A dark image with a bright spot."""
+    pixels = np.random.default_rng(1).exponential(8, (3, height, width)).clip(0, 255).astype(np.uint8)
+    pixels[0, 5:10, 5:10] = 240
+    return Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=list(channels), **options)
+
+
+def opened(sdata: SpatialData, **arguments: Any) -> Slide:
+    return open_slide(sdata, mpp=0.5, **arguments)
+
+
+@pytest.mark.parametrize("beside", [("r", "g", "b"), ("0", "1", "2"), ODD, *STAINS])
+@pytest.mark.parametrize("own", [("r", "g", "b"), ODD])
+@pytest.mark.filterwarnings("ignore:image 'he'")
+def test_bright_field_before_fluorescence_whatever_its_channels_are_called(image, own, beside) -> None:
+    sdata = SpatialData(images={"overview": fluorescence(beside, 400, 500), "he": image(channels=own)})
+    assert opened(sdata).image_key == "he"
+
+
+def test_bright_overview_beside_odd_channels_is_ambiguous(image) -> None:
+    images = {"he": image(channels=ODD), "overview": image(40, 90)}
+    with pytest.raises(ElementError, match=r"'he'.*first, second, third.*'overview'.*r, g, b.*image_key="):
+        opened(SpatialData(images=images))
+
+
+@pytest.mark.parametrize("channels", STAINS)
+@pytest.mark.parametrize("image_key", [None, "he"])
+def test_stains_are_no_colours_even_if_bright(image, channels, image_key) -> None:
+    for element in (image(channels=channels), fluorescence(channels)):
+        with pytest.raises(DataError, match=f"'he'.*{', '.join(channels)}.*c_coords="):
+            opened(SpatialData(images={"he": element}), image_key=image_key)
+
+
+@pytest.mark.parametrize("image_key", [None, "he"])
+def test_other_names_are_colours_only_on_a_bright_ground(image, image_key) -> None:
+    with pytest.warns(UserWarning, match=r"'he'.*first, second, third.*c_coords="):
+        assert opened(SpatialData(images={"he": image(channels=ODD)}), image_key=image_key).channels == ODD
+    with pytest.raises(DataError, match="'he'.*first, second, third"):
+        opened(SpatialData(images={"he": fluorescence(ODD)}), image_key=image_key)
+
+
+def test_dark_image_named_rgb_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="'he' is dark"):
+        assert opened(SpatialData(images={"he": fluorescence(("r", "g", "b"))})).image_key == "he"
+
+
+@pytest.mark.parametrize("channels", ["bgr", "BGR", "gRb", ("Blue", "green", "RED"), ("b", "g", "r", "a"), "012"])
+def test_colours_are_put_in_order_by_exact_names(image, channels) -> None:
+    element = image(channels=tuple(channels))
+    slide = opened(SpatialData(images={"he": element}))
+    wanted = [k for colour in "rgb" for k, name in enumerate(channels) if name[0].lower() == colour] or [0, 1, 2]
+    expected = element.values[wanted].transpose(1, 2, 0)
+    np.testing.assert_array_equal(slide.read(0, 240, 0, 320), expected)
+    assert slide.channels == tuple(channels[k] for k in wanted)
+
+
+def test_copies_are_told_by_place_and_pixels_and_not_by_name(visium_hd) -> None:
+    sdata = visium_hd()
+    for name, key in (("x", "sample_hires_image"), ("y_full_image", "sample_lowres_image"), ("z", "sample_full_image")):
+        sdata[name] = sdata[key]
+        del sdata[key]
+    assert select_image(sdata) == "z"
+    um = Scale([0.5, 0.5], axes=("x", "y"))
+    samples = {"a_full_image": (240, 320, um), "b": (480, 640, Scale([0.25, 0.25], axes=("x", "y")))}
+    for seeds in ((0, 1), (0, 0)):  # of one size, another sample or not even drawn alike
+        images = {
+            key: make_image(height, width, transformations={"um": scale}, seed=seed)
+            for (key, (height, width, scale)), seed in zip(samples.items(), seeds, strict=True)
+        }
+        with pytest.raises(ElementError, match="'a_full_image'.*'b'"):
+            select_image(SpatialData(images=images))
+
+
+TURNED = Affine([[0, -1, 320], [1, 0, 0], [0, 0, 1]], ("x", "y"), ("x", "y"))
+
+
+@pytest.mark.parametrize("other", [TURNED, Translation([3, 0], ("x", "y")), Scale([1.01, 1.01], ("x", "y"))])
+def test_two_systems_that_align_regions_differently(image, circles, table, other) -> None:
+    """R6: for every way in, and whatever is asked for by name is taken."""
+    he = image(transformations={"sample": Identity(), "aligned": other})
+    sdata = SpatialData(images={"he": he}, shapes={"cells": circles(GRID)}, tables={"t": table("cells", range(9))})
+    set_transformation(sdata["cells"], Identity(), "aligned")
+    for arguments in ({"element_key": "cells"}, {"region_keys": ["cells"]}):
+        with pytest.raises(ElementError, match=r"'he'.*'cells'.*'sample'.*px.*'aligned'.*coordinate_system="):
+            opened(sdata, **arguments)
+        assert opened(sdata, coordinate_system="aligned", **arguments).coordinate_system == "aligned"
+    with pytest.raises(ElementError, match="coordinate_system="):
+        open_sources({"s": sdata}, **(OPEN | {"mpp": 0.5}))
+    set_transformation(sdata["cells"], other, "aligned")
+    assert opened(sdata, element_key="cells").coordinate_system == "sample"
+
+
+def test_bins_that_tell_the_size_are_aligned_in_one_way(visium_hd) -> None:
+    sdata = visium_hd(bins=(8,))
+    set_transformation(sdata["sample_full_image"], TURNED, "again")
+    set_transformation(sdata["sample_square_008um"], Identity(), "again")
+    with pytest.raises(ElementError, match="'sample_square_008um'.*coordinate_system="):
+        open_slide(sdata)
+
+
+def test_system_with_the_measured_regions(image, circles, table) -> None:
+    he = image(transformations={"pixels": Identity(), "um": Scale([0.5, 0.5], axes=("x", "y"))})
+    shapes = {"cells": circles(GRID, system="um")}
+    sdata = SpatialData(images={"he": he}, shapes=shapes, tables={"t": table("cells", range(9))})
+    (source,) = open_sources({"s": sdata}, **(OPEN | {"mpp": 0.5})).values()
+    assert (source.slide.coordinate_system, source.tables[0].element_key) == ("um", "cells")
+    with pytest.raises(ElementError, match=r"No table annotates.*'cells' is in 'um'.*coordinate_system='um'"):
+        select_tables(sdata, coordinate_system="pixels", image_key="he")
+
+
+def test_volume_is_no_slide(image) -> None:
+    volume = Image3DModel.parse(np.zeros((3, 2, 8, 8), np.uint8), dims=("c", "z", "y", "x"))
+    assert select_image(SpatialData(images={"stack": volume, "he": image()})) == "he"
+    with pytest.raises(DataError, match="'stack' has axes"):
+        opened(SpatialData(images={"stack": volume}))

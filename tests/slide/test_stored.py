@@ -14,14 +14,12 @@ from spatialdata.models import ShapesModel
 from spatialdata.transformations import Affine, Identity, get_transformation
 
 from pixnet_sd._errors import ElementError, StoreError
-from pixnet_sd.slide import _open_store, _stored_shapes, open_store
-from pixnet_sd.slide._known_sizes import um_per_unit
+from pixnet_sd.slide import _open_store, _stored_shapes, find_mpp, open_store, select_tables, table_link
 from pixnet_sd.slide._measured import measured
 from pixnet_sd.slide._regions import regions_of
 from pixnet_sd.slide._slide import open_slide
 from pixnet_sd.slide._stored_shapes import StoredShapes, shapes_of
 from pixnet_sd.slide._stored_table import StoredTable, obs_column, obs_names, tables_of
-from pixnet_sd.slide._tables import select_tables, table_link
 
 VARIANTS = [{}, {"circles": True}, {"labels": True}, {"dataset_id": ""}]
 
@@ -88,7 +86,8 @@ def test_regions_for_prediction(visium_hd, written, arguments) -> None:
 
 def test_spots_are_loaded(visium, written) -> None:
     light = written(visium())
-    assert um_per_unit(light, "global") == um_per_unit(sd.read_zarr(light.path), "global")
+    where = {"image_key": "tissue_full_image", "coordinate_system": "global"}
+    assert find_mpp(light, **where) == find_mpp(sd.read_zarr(light.path), **where)
     (found,) = measured(light, open_slide(light))
     assert len(found) == 36
 

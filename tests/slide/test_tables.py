@@ -5,17 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from spatialdata import SpatialData
+from spatialdata.transformations import Identity, Scale, Translation, set_transformation
+from tests.slide.conftest import make_image
 
 from pixnet_sd._errors import DataError, ElementError
-from pixnet_sd.slide._tables import bin_size_um, select_tables, table_link
-
-
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [("_square_008um", 8), ("a_square_016um_labels", 16), ("spots", None), ("x_8um", None), ("x_008um_old", None)],
-)
-def test_bin_size_from_the_name(name: str, size: int | None) -> None:
-    assert bin_size_um(name) == size
+from pixnet_sd.slide import select_tables, table_link
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -124,3 +118,70 @@ def test_instance_missing(circles, table) -> None:
     sdata.tables["t"].obs["location_id"] = [0.0, np.nan]
     with pytest.raises(DataError, match="1 rows without an instance id"):
         table_link(sdata, table_key="t")
+
+
+def scaled(table: ad.AnnData, factor: float) -> ad.AnnData:
+    other = table.copy()
+    other.X = other.X * factor
+    return other
+
+
+@pytest.mark.parametrize("bins", [True, False])
+@pytest.mark.parametrize("change", [lambda x: x * 500.3, lambda x: x - 1, lambda x: x * 0, lambda x: x / 0])
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+def test_counts_before_a_normalised_copy(visium_hd, circles, table, bins: bool, change, caplog) -> None:
+    """R8: one table for the same regions, that with counts; it is said which was left out."""
+    caplog.set_level("INFO", "pixnet_sd")
+    sdata = visium_hd(bins=(8,)) if bins else SpatialData(shapes={"cells": circles([[1, 2], [3, 4]])})
+    key, region = ("square_008um", "sample_square_008um") if bins else ("table", "cells")
+    if not bins:
+        sdata["table"] = table("cells", [0, 1])
+    other = sdata[key].copy()
+    other.X = change(other.X.toarray())
+    sdata["a_copy"] = other
+    assert select_tables(sdata) == [key]
+    assert "'a_copy'" in caplog.text
+    assert select_tables(sdata, table_key="a_copy") == ["a_copy"]
+    sdata["second"] = sdata[key].copy()
+    with pytest.raises(ElementError, match=rf"'{region}'.*'second'.*table_key="):
+        select_tables(sdata)
+    with pytest.raises(ElementError, match=rf"'second' and '{key}'.*table_key=.*'{region}'"):
+        select_tables(sdata, table_key=["second", key])
+
+
+def test_no_copy_has_counts(circles, table) -> None:
+    tables = {key: scaled(table("spots", [0]), 0.3) for key in "ab"}
+    with pytest.raises(ElementError, match="'spots': 'a', 'b', none.*table_key="):
+        select_tables(SpatialData(shapes={"spots": circles([[1, 2]])}, tables=tables))
+
+
+@pytest.mark.parametrize("size", [8, 16, 2])
+def test_bins_of_two_samples_in_one_system(visium_hd, size: int) -> None:
+    """R7: of one size, or of two sizes with two images; by name they can be taken."""
+    one, other = visium_hd(bins=(8,)), visium_hd(dataset_id="b", bins=(size,))
+    sdata = SpatialData(images={"he": one["sample_full_image"]}, shapes=one.shapes, tables=one.tables)
+    regions = f"b_square_{size:03}um"
+    sdata[regions], sdata["b_table"] = other[regions], other[f"square_{size:03}um"]
+    set_transformation(sdata[regions], {"sample": Identity()}, set_all=True)
+    where = {"coordinate_system": "sample", "image_key": "he"}
+    if size != 8:
+        assert set(select_tables(sdata, **where)) == {"square_008um", "b_table"}  # as if they were of one
+        sdata["b_he"] = make_image(400, 500, seed=1)
+    with pytest.raises(ElementError, match="('square_008um'.*'b_table'|'b_table'.*'square_008um').*table_key="):
+        select_tables(sdata, **where)
+    assert select_tables(sdata, table_key="b_table", **where) == ["b_table"]
+    set_transformation(sdata[regions], Scale([0.5, 0.5], axes=("x", "y")), "sample")
+    sdata.images.pop("b_he", None)
+    with pytest.raises(ElementError, match="'b_table'.*table_key="):  # another resolution
+        select_tables(sdata, **where)
+    far = Translation([5000, 0], axes=("x", "y"))
+    set_transformation(sdata[regions], far, "sample")
+    assert select_tables(sdata, **where) == ["square_008um"]  # what lies beside the image is not of it
+
+
+def test_only_table_is_not_taken_for_either_of_two_slides(visium_hd, image) -> None:
+    sdata = visium_hd(bins=(8,))
+    sdata["other"] = image(500, 600, seed=1)
+    for key in ("other", "sample_full_image"):
+        with pytest.raises(ElementError, match=f"'{key}'.*'square_008um'.*table_key="):
+            select_tables(sdata, coordinate_system="sample", image_key=key)

@@ -46,16 +46,25 @@ def _store_stays_as_it_was(fitted, forward_passes):
 def refused(fit, predict, fitted, tmp_path):
     """Both verbs refuse the object with this message; `fit` makes no folder."""
 
-    def check(error: type[PixNetError], message: str, *, only: str | None = None, **arguments) -> None:
+    def check(
+        error: type[PixNetError], message: str, *, only: str | None = None, backed: bool = False, **arguments
+    ) -> None:
         if only != "predict":
             with pytest.raises(error, match=message):
                 fit(fitted, checkpoint_dir=tmp_path / "new", **arguments)
             assert not (tmp_path / "new").exists()
         if only != "fit":
+            # of a backed object, what was changed in memory is refused for that reason alone
+            there = fitted if backed else sd.SpatialData.init_from_elements(elements(fitted), attrs=fitted.attrs)
             with pytest.raises(error, match=message):
-                predict(fitted, radius_um=8, **arguments)
+                predict(there, radius_um=8, **arguments)
 
     return check
+
+
+def elements(sdata) -> dict:
+    """All elements by name."""
+    return {name: element for _, name, element in sdata.gen_elements()}
 
 
 def replaced(sdata, pixels, names, **options):
@@ -82,9 +91,9 @@ class TestImage:
         refused(ElementError, r"no slide image. Only images written by pixnet_sd were found: 'pixnet_map'")
 
     def test_several(self, fitted, refused):
-        fitted.images["one"] = fitted.images.pop(FULL)
-        message = r"Several images could be the slide: 'sample_hires_image' \(3 c x 200 y x 200 x; coordinate systems: "
-        refused(ElementError, message + r"'sample', .*'one' \(.*Name one with image_key=")
+        fitted.images["one"] = Image2DModel.parse(pixels_of(fitted)[:, ::-1], transformations={"sample": Identity()})
+        message = r"Several images could be the slide: 'sample_full_image' \(3 c x 200 y x 200 x; channels r, g, b; .*"
+        refused(ElementError, message + r"'one' \(.*Name one with image_key=")
 
     def test_wrong_name(self, refused):
         refused(ElementError, "There is no image 'full'. Images: 'sample_full_image', ", image_key="full")
@@ -105,8 +114,8 @@ class TestImage:
             (lambda p: p[:1], ["he"], r"found 1 channel\(s\) \(he\), an RGB H&E image is needed"),
             (lambda p: np.concatenate([p, p[:2]]), list("abcde"), r"found 5 channel\(s\)"),
             (lambda p: np.concatenate([p, p[:1]]), ["DAPI", "CD3", "CD20", "CK"], r"4 channel\(s\) \(DAPI, CD3"),
-            (lambda p: p.astype(np.uint16) * 257, ["r", "g", "b"], r"(?s)uint16 pixels \(up to 6.*clip\(0, 65535\)"),
-            (lambda p: p.astype(np.float32) / 255, ["r", "g", "b"], r"(?s)float32 pixels \(up to 0.*clip\(0, 1\)"),
+            (lambda p: p.astype(np.uint16) * 257, ["r", "g", "b"], r"(?s)uint16 pixels \(.* to 6.*clip\(0, 65535\)"),
+            (lambda p: p.astype(np.float32) / 255, ["r", "g", "b"], r"(?s)float32 pixels \(.* to 0.*clip\(0, 1\)"),
         ],
         ids=["1 channel", "5 channels", "4 stains", "uint16", "float"],
     )
@@ -150,7 +159,7 @@ class TestResolution:
     def test_shears(self, fitted, refused):
         sheared = sd.transformations.Affine([[1, 0.3, 0], [0, 1, 0], [0, 0, 1]], ("x", "y"), ("x", "y"))
         set_transformation(fitted.images[FULL], sheared, "sample")
-        refused(ResolutionError, r"scales its two axes differently or shears", coordinate_system="sample")
+        refused(ResolutionError, r"scales its two axes differently or shears", image_key=FULL)
 
     def test_another_coordinate_system(self, refused):
         refused(ElementError, "coordinate system 'global'", coordinate_system="global")
@@ -173,6 +182,7 @@ class TestRegions:
         wide = np.full((3, 200, 600), 240, np.uint8)
         wide[:, :, 400:] = pixels_of(fitted)
         replaced(fitted, wide, ["r", "g", "b"])
+        del fitted.images["sample_hires_image"], fitted.images["sample_lowres_image"]  # which are no longer of it
         swapped = [
             sd.transformations.Affine([[0, 1, 0], [1, 0, 0], [0, 0, 1]], ("x", "y"), ("x", "y")),
             Translation([0, 400], axes=("x", "y")),
@@ -246,7 +256,8 @@ class TestTable:
             fitted.tables[key] = TableModel.parse(
                 other, region="cells", region_key="region", instance_key="location_id"
             )
-        refused(ElementError, "Several tables annotate regions: 'one', 'two'. Name one with table_key=", only="fit")
+        message = "Several tables measure the same regions 'cells': 'one', 'two', .*Name one with table_key="
+        refused(ElementError, message, only="fit")
 
     @pytest.mark.parametrize("axis", ["rows", "genes"])
     def test_empty(self, fitted, refused, axis):
@@ -332,7 +343,7 @@ class TestStore:
 
         monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
         message = r"is read-only .*sdata.write\('/some/folder.zarr'\).*\(Read-only file system\)"
-        refused(StoreError, message, only="predict")
+        refused(StoreError, message, only="predict", backed=True)
 
     @pytest.mark.parametrize("request_", [{}, {"radius_um": 8}, {"map_um": 8}], ids=["map", "circles too", "coarse"])
     def test_disk_too_small(self, fitted, predict, monkeypatch, request_):
@@ -347,10 +358,28 @@ class TestStore:
         labels = Labels2DModel.parse(np.zeros((20, 20), np.int32), transformations={"sample": Identity()})
         fitted.labels["pixnet_map"] = labels
         message = "already an element 'pixnet_map' under labels, so it cannot be used for images"
-        refused(StoreError, message, only="predict", overwrite=True)
+        refused(StoreError, message, only="predict", backed=True, overwrite=True)
 
     def test_not_a_folder(self, fitted, refused, tmp_path):
         store, fitted.path = fitted.path, tmp_path / "s.zarr.zip"
         fitted.path.touch()
-        refused(StoreError, "not a local folder", only="predict")
+        refused(StoreError, "not a local folder", only="predict", backed=True)
         fitted.path = store
+
+
+class TestOnlyInMemory:
+    """R11: results go into the store, and would lie beside what it has."""
+
+    def test_moved_image(self, fitted, refused):
+        set_transformation(fitted.images[FULL], Translation([40, 0], axes=("x", "y")), "again")
+        message = rf"'{FULL}' has another transformation.*'again'.*sdata.write_transformations\('{FULL}'\)"
+        refused(StoreError, message, only="predict", backed=True)
+
+    def test_other_pixels(self, fitted, refused):
+        replaced(fitted, pixels_of(fitted)[:, :, ::-1], ["r", "g", "b"], scale_factors=[2])
+        refused(StoreError, f"'{FULL}' has other pixels", only="predict", backed=True)
+
+    def test_moved_regions(self, fitted, refused, predict):
+        set_transformation(fitted.shapes[BINS], Translation([4, 0], axes=("x", "y")), "sample")
+        with pytest.raises(StoreError, match=f"'{BINS}' has another transformation.*'sample'"):
+            predict(fitted, shapes_key=BINS)

@@ -219,3 +219,14 @@ def test_after_predict(fitted, predict):
     found = evaluate(sd.read_zarr(fitted.path), table_key="square_008um", predicted_key="pixnet_sample_square_008um")
     assert found.attrs["n_regions"] == 408
     assert np.isfinite(found.to_numpy()).all()
+
+
+@pytest.mark.parametrize("regions", ["spots", ["elsewhere", "spots"]])
+def test_coordinate_system_was_renamed_since(sdata, regions) -> None:
+    """G6: tables meet in the element that both annotate, whatever its coordinate system is called now."""
+    expected = evaluate(sdata, table_key="counts", predicted_key="predicted")
+    sdata.tables["predicted"].uns["pixnet_sd"]["coordinate_system"] = "global"
+    sdata["elsewhere"] = sdata["spots"]
+    sdata.tables["counts"].uns["spatialdata_attrs"]["region"] = regions
+    sdata.rename_coordinate_systems({"global": "slide"})
+    pd.testing.assert_frame_equal(evaluate(sdata, table_key="counts", predicted_key="predicted"), expected)

@@ -104,7 +104,6 @@ _RULES: dict[str, Rule] = {
     "n_symmetries": choice(1, 4, 8),
     "key_added": raising(StoreError, element_name("the first part of names")),
     "overwrite": _FLAG,
-    "allow_poor_model": _FLAG,
     "predict.store": choice("map", "factors"),
     # what a table or a plot of one means by it
     "fit.sdata": slides(_SDATA),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pixnet_sd._errors import PixNetError
 from pixnet_sd._logging import logger
 from pixnet_sd.io import open_store
-from pixnet_sd.slide import MAP_STRIDE, Slide, bin_size_um, open_slide, tables_of
+from pixnet_sd.slide import MAP_STRIDE, Slide, bin_lattice, open_slide, tables_of
 from pixnet_sd.slide._elements import coordinate_systems, names, scale0
 from pixnet_sd.slide._stored_shapes import shapes_of
 from pixnet_sd.store import estimate_bytes, recorded, size_text
@@ -79,24 +79,24 @@ def _raster(element: Any) -> str:
 
 
 def _regions(sdata: SpatialData) -> list[str]:
-    lines = [f"{key}: {len(element):,} shapes{_bins(key)}" for key, element in shapes_of(sdata).items()]
-    lines += [f"{key}: labels, {_raster(element)}{_bins(key)}" for key, element in sdata.labels.items()]
+    lines = [f"{key}: {len(element):,} shapes{_bins(sdata, key)}" for key, element in shapes_of(sdata).items()]
+    lines += [f"{key}: labels, {_raster(element)}{_bins(sdata, key)}" for key, element in sdata.labels.items()]
     return _section("shapes and labels:", lines)
 
 
-def _bins(key: str) -> str:
-    size = bin_size_um(key)
-    return f", bins of {size} µm" if size else ""
+def _bins(sdata: SpatialData, key: str) -> str:
+    bins = bin_lattice(sdata, key)
+    return f", bins of {bins.size_um} µm" if bins else ""
 
 
 def _tables(sdata: SpatialData) -> list[str]:
-    return _section("tables:", [f"{key}: {_table(table)}" for key, table in tables_of(sdata).items()])
+    return _section("tables:", [f"{key}: {_table(sdata, table)}" for key, table in tables_of(sdata).items()])
 
 
-def _table(table: Any) -> str:
+def _table(sdata: SpatialData, table: Any) -> str:
     region = table.uns.get("spatialdata_attrs", {}).get("region")
     regions = [region] if isinstance(region, str) else list(region if region is not None else [])
-    of = "annotates nothing" if not regions else f"annotates {names(map(str, regions))}{_bins(str(regions[0]))}"
+    of = "annotates nothing" if not regions else f"annotates {names(map(str, regions))}{_bins(sdata, str(regions[0]))}"
     what = "predicted by pixnet_sd" if "pixnet_sd" in table.uns else "measured"
     return f"{table.n_obs:,} rows x {table.n_vars:,} genes, {what}, {of}"
 

@@ -12,12 +12,20 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, Normalize
 from numpy.typing import NDArray
 from spatialdata import SpatialData
+from spatialdata.transformations import get_transformation
 
 from pixnet_sd import get
 from pixnet_sd._arguments import checked
 from pixnet_sd._errors import ElementError, PixNetError
 from pixnet_sd.get._gene_map import stored_key
-from pixnet_sd.slide import ImagePyramid, Slide, affine_matrix, open_slide
+from pixnet_sd.slide import (
+    ImagePyramid,
+    Slide,
+    affine_matrix,
+    measured_regions,
+    open_slide,
+    select_coordinate_system,
+)
 from pixnet_sd.store import recorded
 
 from ._draw import add_scale_bar, draw_raster, draw_regions, draw_slide, set_view
@@ -219,12 +227,13 @@ def _slide(sdata: SpatialData, note: dict[str, Any], map_key: str) -> Slide:
     if not note:
         slide = open_slide(sdata)
         return replace(slide, working_mpp=slide.mpp)
-    image_key, system = note["image"], note["coordinate_system"]
+    image_key = note["image"]
     if image_key not in sdata.images:
         raise ElementError(
             f"Image {image_key!r}, from which {map_key!r} was predicted, is not in this object. Add it, or predict "
             "again from the image that is there."
         )
+    system = _system(sdata, image_key, map_key, note["coordinate_system"])
     pyramid = ImagePyramid.of(sdata.images[image_key], image_key)
     return Slide(
         name="",
@@ -238,6 +247,26 @@ def _slide(sdata: SpatialData, note: dict[str, Any], map_key: str) -> Slide:
         to_system=affine_matrix(sdata.images[image_key], system),
         pyramid=pyramid,
     )
+
+
+def _system(sdata: SpatialData, image_key: str, map_key: str, noted: str) -> str:
+    """The coordinate system of a prediction, or, where it was renamed since, the one in which everything meets."""
+    shared = [
+        {*get_transformation(sdata.images[key], get_all=True)} for key in (image_key, map_key) if key in sdata.images
+    ]
+    there = set.intersection(*shared)
+    if noted in there:
+        return noted
+    try:
+        if not there:
+            raise ElementError(f"Image {image_key!r} and {map_key!r} share none.")
+        found = select_coordinate_system(sdata, image_key=image_key, region_keys=measured_regions(sdata))
+        return found if found in there else min(there)
+    except ElementError as error:
+        raise ElementError(
+            f"Coordinate system {noted!r}, in which {map_key!r} was predicted, is not there any more: {error} Rename "
+            "it back with sdata.rename_coordinate_systems, or predict again with overwrite=True and coordinate_system=."
+        ) from error
 
 
 def _panels(panels: Sequence[Panel] | None, table: str | None) -> list[Panel]:

@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from scipy import sparse
 from spatialdata import SpatialData
 
-from pixnet_sd._errors import ElementError
 from pixnet_sd.nn.regions import Regions
 from pixnet_sd.slide import (
     Measured,
     Slide,
-    bin_size_um,
+    bin_lattice,
     checked_blocks,
     log_normalise,
     measured,
     measured_tables,
+    select_tables,
 )
 
 from ._view import View
@@ -59,10 +59,8 @@ def table_to_draw(sdata: SpatialData, slide: Slide, table_key: str | None) -> st
     """
     if table_key is not None:
         return table_key
-    found = measured_tables(sdata, coordinate_system=slide.coordinate_system)
-    if len(found) > 1 and not any(found.values()):
-        raise ElementError(f"Several tables annotate regions: {', '.join(map(repr, found))}. Name one with table_key=.")
-    return list(found)[-1] if found else None
+    where = {"coordinate_system": slide.coordinate_system, "image_key": slide.image_key}
+    return select_tables(sdata, **where)[-1] if measured_tables(sdata, **where) else None
 
 
 def measured_view(
@@ -100,8 +98,8 @@ def measured_view(
     else:
         values = np.where(total > 0, log_normalise(counts, total, target_sum).T, np.nan)
     values[[gene not in found.var_names and gene != TOTAL for gene in genes]] = np.nan
-    size = bin_size_um(found.element_key)
-    what = f"{size} µm bins" if size else found.element_key
+    bins = bin_lattice(sdata, found.element_key)
+    what = f"{bins.size_um} µm bins" if bins else found.element_key
     return MeasuredView(found.regions, np.asarray(values, np.float32), what)
 
 

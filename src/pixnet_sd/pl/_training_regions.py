@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ _COLOURS = {"training": "#0072b2", "held out": "#d55e00", "in neither": "#7f7f7f
 _DASHES: dict[str, Literal["-", "--"]] = {"training": "-", "held out": "--"}
 _TISSUE = "#009e73"
 _PALE = 0.45
+_TITLE_CHARACTERS = 60
 
 
 @checked()
@@ -63,7 +65,8 @@ def training_regions(
 
     The left panel of each slide has the image, the outline of the tissue that :func:`pixnet_sd.tl.predict` would fill,
     and the tiles that the network would see; the right panel the regions of the coarsest table: those trained on, those
-    held out, and those in neither, because they reach into a held-out block. Nothing is trained.
+    held out, and those in neither, because they reach into a held-out block. Titles say what was taken: the image, its
+    resolution and where that is from, the coordinate system, and the table. Nothing is trained.
 
     Tiles for training are drawn as they are with a frozen encoder; otherwise they move at random every epoch.
 
@@ -103,6 +106,7 @@ def training_regions(
     plans = {
         name: _Plan(
             source.slide,
+            {table.table_key: table.element_key for table in source.tables},
             every[name],
             parts[name],
             _tiles(parts[name], tile_px),
@@ -130,6 +134,7 @@ class _Plan:
     """What is known of a slide before it is trained on."""
 
     slide: Slide
+    elements: dict[str, str]
     every: TrainingSlide
     parts: Part
     tiles: dict[str, list[Tile]]
@@ -182,8 +187,14 @@ def _draw_tiles(ax: Axes, plan: _Plan, title: str) -> None:
     for kind, tiles in plan.tiles.items():
         ax.add_collection(_rectangles(tiles, slide.working_mpp, kind), autolim=False)
         handles.append(_key(kind, f"{len(tiles)} tiles {kind}, {tiles[0].width} x {tiles[0].height} px"))
-    set_view(ax, plan.view, f"{title}{slide.mpp:.3g} µm/px, seen at {slide.working_mpp:.3g} µm/px")
+    taken = f"{title}{slide.mpp:.3g} µm/px, seen at {slide.working_mpp:.3g} µm/px"
+    set_view(ax, plan.view, f"{taken}\n{_folded(slide.taken())}")
+    ax.title.set_fontsize("small")
     _legend(ax, handles)
+
+
+def _folded(text: str) -> str:
+    return textwrap.fill(text, _TITLE_CHARACTERS)
 
 
 def _key(kind: str, label: str) -> Patch:
@@ -211,7 +222,9 @@ def _draw_regions(ax: Axes, plan: _Plan) -> None:
         for group in (m for m in part.measured if m.size_name == coarsest):
             style: dict[str, Any] = {"cmap": ListedColormap([_COLOURS[kind]]), "norm": NoNorm()}
             draw_regions(ax, group.regions, np.zeros(len(group.regions)), to_um, plan.view, **style)
-    set_view(ax, plan.view, f"regions of table {coarsest!r}")
+    element = plan.elements[coarsest]
+    set_view(ax, plan.view, _folded(f"regions {element!r} of table {coarsest!r}"))
+    ax.title.set_fontsize("small")
     _legend(ax, [Patch(color=_COLOURS[kind], label=text) for kind, text in _counts(plan.every, plan.parts).items()])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._bins import BinLattice, bin_lattice
 from ._checks import check_regions_on_image
 from ._content import PixelContent, check_same_pixels, ids_sha256, pixel_content, regions_sha256
 from ._count_cache import content_key
@@ -13,20 +14,24 @@ from ._image import ImageLevel, ImagePyramid
 from ._measured import Measured, counts_of, measured
 from ._mpp import find_mpp
 from ._normalise import log_normalise
+from ._on_disk import check_on_disk
 from ._open_store import open_store
 from ._picture import read_picture
 from ._regions import regions_of
-from ._select import select_coordinate_system, select_image
+from ._select import select_image
+from ._select_tables import measured_regions, measured_tables, select_tables
 from ._slide import MAP_STRIDE, Slide, open_slide, slide_at
 from ._stored_table import StoredTable, Table, obs_column, tables_of
 from ._stored_targets import StoredTargets
-from ._tables import TableLink, bin_size_um, measured_tables, select_tables, table_link
+from ._system import select_coordinate_system
+from ._tables import TableLink, table_link
 from ._targets import Targets, check_genes, choose_genes, targets_of
 from ._tissue import tissue_mask
 from ._transform import affine_matrix, similarity_scale
 
 __all__ = [
     "MAP_STRIDE",
+    "BinLattice",
     "Counts",
     "Genes",
     "ImageLevel",
@@ -40,9 +45,10 @@ __all__ = [
     "TableLink",
     "Targets",
     "affine_matrix",
-    "bin_size_um",
+    "bin_lattice",
     "check_genes",
     "check_instances",
+    "check_on_disk",
     "check_regions_on_image",
     "check_same_pixels",
     "checked_blocks",
@@ -55,6 +61,7 @@ __all__ = [
     "ids_sha256",
     "log_normalise",
     "measured",
+    "measured_regions",
     "measured_tables",
     "obs_column",
     "open_slide",

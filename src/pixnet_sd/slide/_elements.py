@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pixnet_sd._errors import ElementError
@@ -40,15 +40,18 @@ def names(keys: Iterable[str]) -> str:
     return ", ".join(repr(key) for key in keys) or "none"
 
 
-def describe_images(sdata: SpatialData, keys: Iterable[str]) -> str:
-    """One phrase an image: name, shape and coordinate systems."""
-    return "; ".join(_describe_image(key, sdata.images[key]) for key in keys)
+def describe_images(sdata: SpatialData, keys: Mapping[str, str]) -> str:
+    """One phrase an image: name, shape, channels, what else is said of it, and coordinate systems."""
+    return "; ".join(_describe_image(key, sdata.images[key], what) for key, what in keys.items())
 
 
-def _describe_image(key: str, element: Any) -> str:
-    sizes = scale0(element).sizes
-    shape = " x ".join(f"{sizes[axis]} {axis}" for axis in ("c", "y", "x"))
-    return f"{key!r} ({shape}; coordinate systems: {names(coordinate_systems(element))})"
+def _describe_image(key: str, element: Any, what: str) -> str:
+    image = scale0(element)
+    shape = " x ".join(f"{image.sizes[axis]} {axis}" for axis in ("c", "y", "x"))
+    channels = ", ".join(map(str, image.coords["c"].values[:6])) if "c" in image.coords else ""
+    parts = [shape, f"channels {channels}" if channels else "", what]
+    parts.append(f"coordinate systems: {names(coordinate_systems(element))}")
+    return f"{key!r} ({'; '.join(filter(None, parts))})"
 
 
 def region_element(sdata: SpatialData, key: str) -> Any:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
 from dask.array import Array as DaskArray
-from spatialdata import get_pyramid_levels
 from xarray import DataArray, DataTree
 
 from pixnet_sd._errors import DataError
 
+from ._channels import rgb_channels
 from ._chunks import ChunkGuard, check_sources, guards_of
 from ._holes import check_holes
-from ._pixels import check_uint8, rgb_channels
+from ._look import is_bright_field, levels_of, pixel_sample
+from ._pixels import check_uint8
 
-__all__ = ["ImageLevel", "ImagePyramid", "largest_block_px", "stored_array"]
+__all__ = ["ImageLevel", "ImagePyramid", "is_cheap_to_look_at", "largest_block_px", "stored_array"]
 
 if TYPE_CHECKING:
     Pixels = zarr.Array[Any] | DaskArray | np.ndarray
 
-_SAMPLE_PX = 512
+_HUGE_BLOCK_PX = 64e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +121,8 @@ class ImagePyramid:
 
         Returns
         -------
-        The pyramid. No pixels are read for uint8, but where files are missing that may have to be there.
+        The pyramid. Of uint8 pixels a few of the coarsest level are looked at, if that is cheap, and those around files
+        that are missing and may have to be there.
 
         Raises
         ------
@@ -128,11 +131,12 @@ class ImagePyramid:
         StoreError
             Its files are away, or some of them are missing.
         """
-        found = [element] if isinstance(element, DataArray) else list(get_pyramid_levels(element))
-        found.sort(key=lambda level: -level.sizes["y"] * level.sizes["x"])
+        found = levels_of(element)
         _check_dims(found[0], image_key)
-        channels = rgb_channels(found[0].coords["c"].values.tolist(), image_key)
-        check_uint8(found[0].dtype, _sample(found), image_key, is_multiscale=isinstance(element, DataTree))
+        names = found[0].coords["c"].values.tolist() if "c" in found[0].coords else range(found[0].sizes["c"])
+        channels = rgb_channels(names, image_key, partial(_look, element))
+        sample = partial(pixel_sample, found[0] if is_cheap_to_look_at(found[0]) else element)
+        check_uint8(found[0].dtype, sample, image_key, is_multiscale=isinstance(element, DataTree))
         height, width = found[0].shape[1:]
         levels = []
         for level in found:
@@ -181,13 +185,16 @@ def _placed(size: int, level_size: int) -> tuple[float, float]:
     return float(whole), float(max(0, size - whole * level_size))
 
 
-def _sample(levels: list[DataArray]) -> np.ndarray:
-    """Pixels from the middle of the coarsest level, none for uint8, which needs no look."""
-    if levels[0].dtype == np.uint8:
-        return np.empty(0, np.uint8)
-    middle = {axis: slice(max(0, levels[-1].sizes[axis] // 2 - _SAMPLE_PX), None) for axis in "yx"}
-    window = levels[-1].isel(middle).isel(y=slice(2 * _SAMPLE_PX), x=slice(2 * _SAMPLE_PX))
-    return np.asarray(window.data)
+def _look(element: DataArray | DataTree, at_any_cost: bool) -> bool | None:
+    """Whether an image is bright-field; None if it cannot be told, or only by loading all of it."""
+    if not at_any_cost and not is_cheap_to_look_at(levels_of(element)[-1]):
+        return None
+    return is_bright_field(pixel_sample(element))
+
+
+def is_cheap_to_look_at(level: DataArray) -> bool:
+    """Whether a few pixels of a level can be had without loading one huge block."""
+    return _block_px(_source(level)) <= _HUGE_BLOCK_PX
 
 
 def _source(level: DataArray) -> Pixels:
@@ -241,12 +248,16 @@ def largest_block_px(level: ImageLevel) -> float:
     -------
     Pixels (height x width) of the largest block on the way; 0 for pixels in memory.
     """
-    if isinstance(level.pixels, zarr.Array):
-        return float(np.prod(level.pixels.chunks[1:]))
-    if isinstance(level.pixels, np.ndarray):
+    return _block_px(level.pixels)
+
+
+def _block_px(pixels: Pixels) -> float:
+    if isinstance(pixels, zarr.Array):
+        return float(np.prod(pixels.chunks[1:]))
+    if isinstance(pixels, np.ndarray):
         return 0.0
-    fewest = min((len(layer) for layer in _layers(level.pixels).values() if not _holds_data(layer)), default=0)
-    return level.shape[0] * level.shape[1] / fewest if fewest else 0.0
+    fewest = min((len(layer) for layer in _layers(pixels).values() if not _holds_data(layer)), default=0)
+    return pixels.shape[1] * pixels.shape[2] / fewest if fewest else 0.0
 
 
 def _holds_data(layer: Any) -> bool:

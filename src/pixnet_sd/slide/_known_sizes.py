@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import shapely
@@ -11,10 +12,9 @@ import shapely
 from pixnet_sd._errors import ResolutionError
 from pixnet_sd._logging import logger
 
-from ._elements import coordinate_systems, written_by_pixnet
-from ._ids import check_unique
-from ._lattice import pitch_of_element
-from ._shapes import edge_length
+from ._bins import BinLattice, bin_lattice
+from ._elements import coordinate_systems, region_element, written_by_pixnet
+from ._extent import on_image
 from ._stored_shapes import StoredShapes, sample_positions, shapes_of
 from ._tables import bin_size_um
 from ._transform import affine_matrix, similarity_scale
@@ -23,19 +23,49 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-__all__ = ["um_per_unit"]
+__all__ = ["KnownSize", "agreed", "known_sizes", "named_as_bins", "size_of_bins"]
 
-_PITCH_TOLERANCE = 0.05
 _SPOT_PITCH_UM = 100.0
 # A Visium spot is 55 µm wide; Space Ranger writes the diameter of a 65 µm one (89.5 px at a pitch of 138 px).
 _SPOT_DIAMETERS_UM = (55.0, 65.0)
 _SPOT_RATIO_TOLERANCE = 0.04
 _MOST_SPOTS = 50_000  # a capture area of 11 mm has 14,336
 _HEX_NEIGHBOURS = 5  # at one distance on a hexagonal lattice, also along its straight edges; 4 on a square one
+# Bins are placed by the pitch of the array that they lie on, so that two lattices of one slide agree to some
+# thousandths; centres of spots are rounded to pixels, and their array is known less well.
+_BIN_TOLERANCE, _SPOT_TOLERANCE = 0.01, 0.05
 
 
-def um_per_unit(sdata: SpatialData, coordinate_system: str) -> tuple[float, str] | None:
-    """Micrometres per unit of a coordinate system, from Visium HD bins (the coarsest that will do) or Visium spots.
+@dataclass(frozen=True)
+class KnownSize:
+    """µm per unit of a coordinate system, as one element tells it.
+
+    Attributes
+    ----------
+    key
+        The element.
+    value
+        µm per unit.
+    how
+        A phrase that says how it was had.
+    tolerance
+        By what share another value may differ and still be the same.
+    """
+
+    key: str
+    value: float
+    how: str
+    tolerance: float
+
+    def agrees(self, value: float) -> bool:
+        """Whether this is another value of the same."""
+        return abs(value / self.value - 1) <= self.tolerance
+
+
+def known_sizes(
+    sdata: SpatialData, coordinate_system: str, *, image_key: str | None = None, region_keys: Iterable[str] = ()
+) -> list[KnownSize]:
+    """What elements in a coordinate system tell of its unit: all lattices of Visium HD bins, else Visium spots.
 
     Parameters
     ----------
@@ -43,83 +73,111 @@ def um_per_unit(sdata: SpatialData, coordinate_system: str) -> tuple[float, str]
         The object to look in.
     coordinate_system
         The coordinate system to measure.
+    image_key
+        Elements that miss this image do not count, unless all do.
+    region_keys
+        Elements that are meant: where some of them tell, no other is asked.
 
     Returns
     -------
-    The size and a phrase that says how it was had; None if nothing of known size is there.
+    One entry an element, the coarsest bins first; none if nothing of known size is there.
     """
-    for key, size in _bins(sdata, coordinate_system):
-        if key not in sdata.labels:
-            shapes = shapes_of(sdata)[key]
-            check_unique((shapes.sample if isinstance(shapes, StoredShapes) else shapes).index, f"Shapes {key!r}")
-        try:
-            return _from_bins(sdata, key, size, coordinate_system)
-        except ValueError as error:  # ours, and what squidpy raises
-            logger.info("No pitch from bins %r: %s", key, error)
-    for key, shapes in shapes_of(sdata).items():
-        if coordinate_system in coordinate_systems(shapes) and _is_visium(shapes):
-            value = _neighbour_pitch_um(sdata, key, _SPOT_PITCH_UM, coordinate_system)
-            return value, f"100 µm pitch of Visium spots {key!r}"
-    return None
+    wanted = set(region_keys)
+    for told in (_from_bins, _from_spots):
+        keys = named_as_bins(sdata) if told is _from_bins else sorted(shapes_of(sdata))
+        keys = [key for key in keys if coordinate_system in coordinate_systems(region_element(sdata, key))]
+        if image_key is not None:
+            keys = on_image(sdata, keys, image_key=image_key, coordinate_system=coordinate_system)
+        for some in ([key for key in keys if key in wanted], [key for key in keys if key not in wanted]):
+            found = told(sdata, some, coordinate_system)
+            if found:
+                return found
+    return []
 
 
-def _bins(sdata: SpatialData, coordinate_system: str) -> Iterator[tuple[str, int]]:
-    """Elements named as Visium HD bins with their bin size, coarsest first, labels last of one size."""
+def agreed(found: Sequence[KnownSize]) -> KnownSize | None:
+    """The first of the sizes found, if all agree; None if there is none.
+
+    Raises
+    ------
+    ResolutionError
+        If they disagree: then several slides meet in one coordinate system, or something is scaled.
+    """
+    if not found or all(found[0].agrees(other.value) for other in found):
+        return found[0] if found else None
+    values = "; ".join(f"{each.value:.4g} µm per pixel by the {each.how}" for each in found)
+    raise ResolutionError(
+        f"Elements of this slide tell different resolutions: {values}. Are several samples in one coordinate system? "
+        "Say what is meant: table_key= or shapes_key= of one of them, coordinate_system= or mpp=."
+    )
+
+
+def named_as_bins(sdata: SpatialData) -> list[str]:
+    """Elements that are named as Visium HD bins are, whatever they are, coarsest first, labels last of one size."""
     own = written_by_pixnet(sdata)
-    elements = {**shapes_of(sdata), **sdata.labels}
-    sizes = {key: bin_size_um(key) for key in elements if key not in own}
-    found = [(key, size) for key, size in sizes.items() if size and _placed(elements[key], coordinate_system)]
-    return iter(sorted(found, key=lambda item: (-item[1], item[0])))
+    sizes = {key: bin_size_um(key) or 0 for key in (*shapes_of(sdata), *sdata.labels) if key not in own}
+    return sorted((key for key, size in sizes.items() if size), key=lambda key: (-sizes[key], key))
 
 
-def _placed(element: Any, coordinate_system: str) -> bool:
-    return coordinate_system in coordinate_systems(element)
+def _from_bins(sdata: SpatialData, keys: Sequence[str], coordinate_system: str) -> list[KnownSize]:
+    found: list[KnownSize] = []
+    for key in keys:
+        lattice = bin_lattice(sdata, key, exact=not found)
+        if lattice is None:
+            logger.debug("%r is no lattice of touching squares and tells no size", key)
+            continue
+        try:
+            found.append(size_of_bins(sdata, lattice, coordinate_system))
+        except ResolutionError as error:
+            logger.info("No pitch from bins %r: %s", key, error)
+    return found
 
 
-def _from_bins(sdata: SpatialData, key: str, size: int, coordinate_system: str) -> tuple[float, str]:
-    if key in sdata.labels:
-        if not key.endswith("_labels"):
-            raise ResolutionError(f"{key!r} is not named as rasterized bins are.")
-        scale = similarity_scale(affine_matrix(sdata.labels[key], coordinate_system), f"labels {key!r}")
-        return size / scale, f"{size} µm label pixels of {key!r}"
-    shapes = shapes_of(sdata)[key]
-    scale = similarity_scale(affine_matrix(shapes, coordinate_system), f"shapes {key!r}")
-    pitch = pitch_of_element(sdata, key)
-    if pitch is not None:
-        return size / (pitch * scale), f"lattice pitch of the {size} µm bins {key!r}"
-    if isinstance(shapes, StoredShapes):
-        return size / (edge_length(shapes.sample) * scale), f"edge length of the {size} µm bins {key!r}"
-    value = _neighbour_pitch_um(sdata, key, size, coordinate_system)
-    edge = size / (edge_length(shapes) * scale)
-    if abs(value / edge - 1) > _PITCH_TOLERANCE:  # bins touch: where the nearest is further off, most are missing
-        return edge, f"edge length of the {size} µm bins {key!r} (too few neighbours for a pitch)"
-    return value, f"neighbour distance of the {size} µm bins {key!r}"
+def size_of_bins(sdata: SpatialData, lattice: BinLattice, coordinate_system: str) -> KnownSize:
+    """What a lattice of bins tells of a coordinate system's unit.
+
+    Raises
+    ------
+    ResolutionError
+        If it gets there by anything but a similarity.
+    """
+    scale = _scale(sdata, lattice.key, coordinate_system)
+    return KnownSize(lattice.key, lattice.size_um / (lattice.pitch * scale), lattice.how, _BIN_TOLERANCE)
 
 
-def _neighbour_pitch_um(sdata: SpatialData, key: str, um: float, coordinate_system: str) -> float:
-    from spatialdata import SpatialData
-    from squidpy.experimental.utils import derive_mpp_from_shapes
-
-    shapes = shapes_of(sdata)[key]
-    if isinstance(shapes, StoredShapes):
-        sdata = SpatialData(shapes={key: shapes.load()})
-    return float(derive_mpp_from_shapes(sdata, key, coordinate_system, um_between_centers=um))
+def _scale(sdata: SpatialData, key: str, coordinate_system: str) -> float:
+    return similarity_scale(affine_matrix(region_element(sdata, key), coordinate_system), f"element {key!r}")
 
 
-def _is_visium(shapes: GeoDataFrame | StoredShapes) -> bool:
-    """Whether circles lie on a hexagonal lattice with the pitch and width of Visium spots."""
+def _from_spots(sdata: SpatialData, keys: Sequence[str], coordinate_system: str) -> list[KnownSize]:
+    own, shapes = written_by_pixnet(sdata), shapes_of(sdata)
+    found = []
+    for key in keys:
+        pitch = None if key in own else _visium_pitch(shapes[key])
+        if pitch is not None:
+            value = _SPOT_PITCH_UM / (pitch * _scale(sdata, key, coordinate_system))
+            found.append(KnownSize(key, value, f"100 µm pitch of Visium spots {key!r}", _SPOT_TOLERANCE))
+    return found
+
+
+def _visium_pitch(shapes: GeoDataFrame | StoredShapes) -> float | None:
+    """Pitch of circles on a hexagonal lattice, if it is to their width as that of Visium spots."""
     from scipy.spatial import cKDTree
 
     if isinstance(shapes, StoredShapes):
         if len(shapes) > _MOST_SPOTS:
-            return False
+            return None
         shapes = shapes.load()
-
     geometry = shapes.geometry.to_numpy()
     if "radius" not in shapes or len(shapes) <= _HEX_NEIGHBOURS or not (shapely.get_type_id(geometry) == 0).all():
-        return False
+        return None
     xy = shapely.get_coordinates(geometry)
-    distance = np.median(cKDTree(xy).query(xy[sample_positions(len(xy))], k=_HEX_NEIGHBOURS + 1)[0][:, 1:], axis=0)
-    ratio = distance[0] / (2 * float(np.median(shapes["radius"])))
+    if not np.isfinite(xy).all():
+        return None
+    distance = cKDTree(xy).query(xy[sample_positions(len(xy))], k=_HEX_NEIGHBOURS + 1)[0][:, 1:]
+    nearest, *_, last = np.median(distance, axis=0)
+    ratio = nearest / (2 * float(np.median(shapes["radius"])))
     widths = (abs(ratio * width / _SPOT_PITCH_UM - 1) < _SPOT_RATIO_TOLERANCE for width in _SPOT_DIAMETERS_UM)
-    return bool(any(widths) and distance[-1] < 1.2 * distance[0])
+    if not any(widths) or last >= 1.2 * nearest:
+        return None
+    return float(distance[distance < 1.2 * nearest].mean())  # the nearest alone are too near where centres are rounded

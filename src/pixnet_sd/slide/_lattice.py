@@ -34,12 +34,22 @@ if TYPE_CHECKING:
 
     from ._stored_table import Table
 
-__all__ = ["Bins", "bins_of_element", "bins_of_table", "fit_lattice", "lattice_pitch", "pitch_of_element", "same_ids"]
+__all__ = [
+    "FEWEST_BINS",
+    "Bins",
+    "bins_of_element",
+    "bins_of_table",
+    "fit_lattice",
+    "lattice_pitch",
+    "pitch_of_element",
+    "same_ids",
+]
 
 _INDICES = ("array_row", "array_col")
 _RESIDUAL = 0.1  # of the pitch: an index that does not explain the centres is not their lattice
 _SQUARE = 0.05  # by how much axes may differ in length or from a right angle, and a bin's side from the pitch
 _CHUNK = 2**20
+FEWEST_BINS = 9  # fewer points lie on some lattice by chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,12 +137,12 @@ def bins_of_element(
 
 
 def pitch_of_element(sdata: SpatialData, element_key: str) -> float | None:
-    """Pitch of a shapes element's lattice, in its own units, from a table with indices; None if there is none."""
+    """Pitch of a shapes element's lattice of touching squares, in its own units, from a table with indices."""
     for link in _links(sdata, element_key, None):
         row, col = _indices(sdata, link)
-        if row is not None and col is not None:
-            matrix, _ = _fit(sdata, link, row, col)
-            return None if matrix is None else lattice_pitch(matrix)
+        if row is not None and col is not None and len(row) >= FEWEST_BINS:
+            matrix, side = _fit(sdata, link, row, col)
+            return None if matrix is None or not _is_square(matrix, side) else lattice_pitch(matrix)
     return None
 
 
@@ -142,7 +152,7 @@ def _links(sdata: SpatialData, element_key: str, coordinate_system: str | None) 
         if not set(_INDICES) <= obs_names(table):
             continue
         try:
-            link = table_link(sdata, table_key=key, coordinate_system=coordinate_system)
+            link = table_link(sdata, table_key=key, coordinate_system=coordinate_system, element_key=element_key)
         except (ElementError, DataError):
             continue
         if link.element_key == element_key:

@@ -22,9 +22,10 @@ from ._counts import Counts
 from ._genes import Genes, genes_of
 from ._lattice import bins_of_table, same_ids
 from ._regions import regions_of
+from ._select_tables import select_tables
 from ._stored_shapes import shapes_of
 from ._stored_table import StoredTable, Table, tables_of
-from ._tables import TableLink, select_tables, table_link
+from ._tables import TableLink, table_link
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -36,6 +37,10 @@ _MANY_ROWS = 1_000_000
 
 class Frame(Protocol):
     """What placing regions needs of a slide (`Slide` has it)."""
+
+    @property
+    def image_key(self) -> str | None:
+        """The slide image."""
 
     @property
     def coordinate_system(self) -> str:
@@ -148,8 +153,13 @@ def measured(sdata: SpatialData, slide: Frame, *, table_key: str | Sequence[str]
     DataError
         If gene names, geometries or ids cannot be used, or there is no matrix of numbers.
     """
-    keys = select_tables(sdata, table_key=table_key, coordinate_system=slide.coordinate_system)
-    return [_measured(sdata, slide, key) for key in keys]
+    keys = select_tables(
+        sdata, table_key=table_key, coordinate_system=slide.coordinate_system, image_key=slide.image_key
+    )
+    found = [_measured(sdata, slide, key) for key in keys]
+    taken = ", ".join(f"{each.table_key!r} ({len(each):,} regions of {each.element_key!r})" for each in found)
+    logger.info("Measured expression: tables %s.", taken)
+    return found
 
 
 def _measured(sdata: SpatialData, slide: Frame, table_key: str) -> Measured:

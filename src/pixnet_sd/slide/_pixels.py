@@ -1,66 +1,26 @@
-"""Which pixels the network takes: RGB of 8 bits, and for others the lines that make them so."""
+"""Pixels that are not RGB of 8 bits, and the lines that make them so."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pixnet_sd._errors import DataError
-from pixnet_sd._logging import logger
 
-__all__ = ["check_uint8", "rgb_channels"]
+__all__ = ["check_uint8"]
 
-_INITIALS = ("r", "g", "b")
-
-
-def rgb_channels(names: Sequence[object], image_key: str) -> tuple[int, int, int]:
-    """Positions of red, green and blue among an image's channels.
-
-    Three channels are taken as RGB, reordered when they are named otherwise (``"b", "g", "r"``). Of four channels
-    named red, green, blue and alpha the alpha is dropped, without compositing: scanners write it fully opaque.
-
-    Parameters
-    ----------
-    names
-        Channel names in stored order, numbers when the image has none.
-    image_key
-        Name of the image element, for messages.
-
-    Returns
-    -------
-    Positions of the red, green and blue channels.
-
-    Raises
-    ------
-    DataError
-        One channel, two, more than four, or four that are not RGBA.
-    """
-    initials = [str(name)[:1].lower() for name in names]
-    if len(names) == 3:
-        named = sorted(initials) == sorted(_INITIALS)
-        return _positions(initials) if named else (0, 1, 2)
-    if len(names) == 4 and sorted(initials) == ["a", "b", "g", "r"]:
-        logger.info("image %r is RGBA: its alpha channel is left out", image_key)
-        return _positions(initials)
-    raise DataError(
-        f"image {image_key!r}: found {len(names)} channel(s) ({_shown(names)}), an RGB H&E image is needed. "
-        "Give image_key= of the H&E image, or make an element of its three channels r, g, b "
-        "(an RGBA image needs c_coords=['r', 'g', 'b', 'a'] to be known as one)."
-    )
+_WHITE_POINTS = (255, 1023, 4095, 16383, 65535)
+_LOW, _HIGH = 0.1, 99.9  # percentiles: what lies beyond is hot pixels
+_FEW = 0.02  # of the range: so little below 0 is noise around black
+_ROOM = 0.05  # above what was seen, for what was not
+_HOT = 1.25  # how far the highest value may lie above the percentile and still be the image's own
 
 
-def _positions(initials: list[str]) -> tuple[int, int, int]:
-    red, green, blue = (initials.index(initial) for initial in _INITIALS)
-    return red, green, blue
-
-
-def _shown(names: Sequence[object]) -> str:
-    shown = ", ".join(str(name) for name in names[:6])
-    return shown + ", ..." if len(names) > 6 else shown
-
-
-def check_uint8(dtype: np.dtype, sample: np.ndarray, image_key: str, *, is_multiscale: bool) -> None:
+def check_uint8(dtype: np.dtype, sample: Callable[[], NDArray[Any]], image_key: str, *, is_multiscale: bool) -> None:
     """Refuse pixels that are not ``uint8``, with the lines that convert what was found.
 
     Parameters
@@ -68,7 +28,8 @@ def check_uint8(dtype: np.dtype, sample: np.ndarray, image_key: str, *, is_multi
     dtype
         Type of the image's pixels.
     sample
-        Some of its pixels; the highest decides which conversion is proposed. Not looked at for ``uint8``.
+        Gives pixels from all over the image; their range decides which conversion is proposed. Not called for
+        ``uint8``.
     image_key
         Name of the image element, for messages.
     is_multiscale
@@ -81,24 +42,72 @@ def check_uint8(dtype: np.dtype, sample: np.ndarray, image_key: str, *, is_multi
     """
     if dtype == np.uint8:
         return
-    highest = float(np.nanmax(sample)) if sample.size else 0.0
+    span = _Span.of(sample())
     image = f"sdata[{image_key!r}]" + ("['scale0'].image" if is_multiscale else "")
     raise DataError(
-        f"image {image_key!r} has {dtype} pixels (up to {highest:g} in a sample), 0-255 uint8 are needed. Convert it "
-        f"with these lines and give image_key={image_key + '_uint8'!r}:\n"
-        + _conversion(dtype, highest, image_key, image)
+        f"image {image_key!r} has {dtype} pixels ({span.lowest:g} to {span.highest:g} in a sample), 0-255 uint8 are "
+        f"needed. Convert it with these lines and give image_key={image_key + '_uint8'!r}:\n"
+        + _conversion(span, image_key, image)
     )
 
 
-def _conversion(dtype: np.dtype, highest: float, image_key: str, image: str) -> str:
+@dataclass(frozen=True)
+class _Span:
+    """Range of an image's values.
+
+    Attributes
+    ----------
+    lowest, highest
+        Of the finite values.
+    black, white
+        What becomes 0 and 255.
+    is_finite
+        Whether all values are.
+    """
+
+    lowest: float
+    highest: float
+    black: float
+    white: float
+    is_finite: bool
+
+    @classmethod
+    def of(cls, sample: NDArray[Any]) -> _Span:
+        values = sample.astype(np.float64).ravel()
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            return cls(0.0, 0.0, 0.0, 1.0, False)
+        low, high = np.percentile(finite, (_LOW, _HIGH))
+        high = finite.max() if finite.max() <= high * _HOT else high
+        black = 0.0 if low >= -_FEW * (high - low) else max(finite.min(), low - (_HOT - 1) * (high - low))
+        whole = bool(np.issubdtype(sample.dtype, np.integer))
+        white = high + _ROOM * (high - black) if black < 0 else _white_point(high, whole)
+        white = white if white > black else black + 1
+        is_finite = len(finite) == len(values)
+        return cls(float(finite.min()), float(finite.max()), float(black), float(white), is_finite)
+
+
+def _white_point(high: float, is_whole: bool) -> float:
+    """The number that stands for white: that of a bit depth where values come near it, else the highest of them."""
+    points = _WHITE_POINTS if is_whole else (1, *_WHITE_POINTS)
+    point = next((point for point in points if high <= point), np.inf)
+    return float(point) if high > point / 2 else high * (1 + _ROOM)
+
+
+def _conversion(span: _Span, image_key: str, image: str) -> str:
     """Lines of Python, ready to run where ``sdata`` is the user's object."""
-    limits = (255, 4095, 65535) if np.issubdtype(dtype, np.integer) else (1, 255, 4095, 65535)
-    limit = next((limit for limit in limits if highest <= limit), highest)
+    width = span.white - span.black
+    # what was not scanned becomes white, as glass is
+    missing = "" if span.is_finite else f".fillna({span.white:.9g})"
+    pixels = f"image.astype('float32'){missing}.data"
+    if span.black:
+        pixels = f"({pixels} + {-span.black:.9g})"
     return (
         "import spatialdata as sd\n"
         f"image = {image}\n"
         f"sdata[{image_key + '_uint8'!r}] = sd.models.Image2DModel.parse(\n"
-        f"    (image.data.clip(0, {limit:g}) * {255 / limit!r}).round().astype('uint8'),\n"
+        f"    ({pixels}.clip(0, {width:.9g}) * {255 / width!r}).round().astype('uint8'),\n"
         "    c_coords=image.c.values, scale_factors=[2, 2, 2],\n"
-        f"    transformations=sd.transformations.get_transformation(sdata[{image_key!r}], get_all=True))"
+        f"    transformations=sd.transformations.get_transformation(sdata[{image_key!r}], get_all=True))\n"
+        f"# if the object is backed: sdata.write_element({image_key + '_uint8'!r})"
     )

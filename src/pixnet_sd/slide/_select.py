@@ -1,7 +1,9 @@
-"""Which image is the slide, and in which coordinate system it meets the other elements."""
+"""Which image is the slide."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,24 +11,25 @@ import numpy as np
 from pixnet_sd._errors import ElementError
 from pixnet_sd._logging import logger
 
-from ._elements import coordinate_systems, describe_images, names, region_element, scale0, written_by_pixnet
-from ._transform import affine_matrix
+from ._channels import Naming, naming_of
+from ._copies import is_copy
+from ._elements import coordinate_systems, describe_images, names, scale0, written_by_pixnet
+from ._image import is_cheap_to_look_at
+from ._look import is_bright_field, levels_of, pixel_sample
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["select_coordinate_system", "select_image"]
-
-_FULL_IMAGE = "_full_image"
-_RGB_NAMES = {"r", "g", "b", "a", "red", "green", "blue", "alpha", "0", "1", "2", "3"}
+__all__ = ["other_slides", "select_image"]
 
 
 def select_image(sdata: SpatialData, *, image_key: str | None = None, coordinate_system: str | None = None) -> str:
-    """The slide image: the one named, or the only one that can be meant.
+    """Find the slide image: the one named, or the only one that can be meant.
 
-    Images that pixnet_sd wrote are never meant, and images that are not RGB only when no other is there. Where the
-    images share a coordinate system and exactly one is called ``*_full_image``, it is the slide: the readers of
-    spatialdata-io put smaller copies of it beside it.
+    Images that pixnet_sd wrote are never meant. Of others those come first that look like H&E: three channels that are
+    named as colours, or not named, on a bright ground, or that are named otherwise and bright. Of several the one is
+    taken of which all others are smaller copies, as the readers of spatialdata-io put them beside it: they cover the
+    same place in a coordinate system that they share, and look the same.
 
     Parameters
     ----------
@@ -49,16 +52,32 @@ def select_image(sdata: SpatialData, *, image_key: str | None = None, coordinate
     if image_key is not None:
         _check_image(sdata, image_key, coordinate_system)
         return image_key
-    candidates = _image_candidates(sdata, coordinate_system)
-    if len(candidates) == 1:
-        return candidates[0]
-    full = _full_image_of(sdata, candidates)
-    if full is None:
-        raise ElementError(
-            f"Several images could be the slide: {describe_images(sdata, candidates)}. Name one with image_key=."
-        )
-    logger.info("Image %r taken as the slide; %s are smaller copies.", full, names(k for k in candidates if k != full))
-    return full
+    there = _placed_images(sdata, coordinate_system)
+    looks = {key: _Looks.of(sdata.images[key]) for key in there}
+    likely = _likely(looks)
+    if len(likely) > 1:
+        full = _full_image_of(sdata, likely)
+        if full is None:
+            why = {key: look.describe() for key, look in looks.items() if key in likely}
+            raise ElementError(
+                f"Several images could be the slide: {describe_images(sdata, why)}. Name one with image_key=."
+            )
+        copies = names(key for key in likely if key != full)
+        logger.info("Image %r taken as the slide; %s are copies of it.", full, copies)
+        likely = [full]
+    beside = {key: look.describe() for key, look in looks.items() if look.rank > looks[likely[0]].rank}
+    if any(_is_rgb(looks[key]) for key in beside):
+        logger.info("Image %r taken as the slide; not H&E: %s.", likely[0], describe_images(sdata, beside))
+    return likely[0]
+
+
+def other_slides(sdata: SpatialData, *, image_key: str, coordinate_system: str) -> list[str]:
+    """Images in a coordinate system that look like H&E and are not copies of one."""
+    others = [key for key in _placed_images(sdata, coordinate_system) if key != image_key]
+    others = [key for key in others if not is_copy(sdata, image_key, key) and not is_copy(sdata, key, image_key)]
+    others = [key for key in others if _Looks.of(sdata.images[key]).rank == 0]
+    copies = {small for small in others for large in others if small != large and is_copy(sdata, large, small)}
+    return [key for key in others if key not in copies] or others[:1]
 
 
 def _check_image(sdata: SpatialData, image_key: str, coordinate_system: str | None) -> None:
@@ -75,95 +94,80 @@ def _check_image(sdata: SpatialData, image_key: str, coordinate_system: str | No
         )
 
 
-def _image_candidates(sdata: SpatialData, coordinate_system: str | None) -> list[str]:
+def _placed_images(sdata: SpatialData, coordinate_system: str | None) -> list[str]:
+    """Images that are not ours, in a coordinate system."""
     own = written_by_pixnet(sdata)
     there = [key for key in sdata.images if key not in own]
     if not there:
         found = f" Only images written by pixnet_sd were found: {names(sdata.images)}." if len(sdata.images) else ""
         raise ElementError(f"The SpatialData object has no slide image.{found} Add the H&E image with Image2DModel.")
-    if coordinate_system is not None:
-        placed = [key for key in there if coordinate_system in coordinate_systems(sdata.images[key])]
-        if not placed:
-            raise ElementError(
-                f"No image is in coordinate system {coordinate_system!r}: {describe_images(sdata, there)}. Check "
-                "coordinate_system=."
-            )
-        there = placed
-    return [key for key in there if _looks_rgb(sdata.images[key])] or there
-
-
-def _looks_rgb(element: Any) -> bool:
-    image = scale0(element)
-    if image.sizes["c"] not in (3, 4):
-        return False
-    return all(str(name).lower() in _RGB_NAMES for name in image.coords["c"].values) if "c" in image.coords else True
-
-
-def _full_image_of(sdata: SpatialData, candidates: list[str]) -> str | None:
-    """The one full-resolution image of which every other candidate is a copy, if it is so."""
-    full = [key for key in candidates if key.endswith(_FULL_IMAGE)]
-    if len(full) != 1:
-        return None
-    systems = set(coordinate_systems(sdata.images[full[0]]))
-    shares = (not systems.isdisjoint(coordinate_systems(sdata.images[key])) for key in candidates)
-    return full[0] if all(shares) else None
-
-
-def select_coordinate_system(
-    sdata: SpatialData,
-    *,
-    image_key: str,
-    element_key: str | None = None,
-    coordinate_system: str | None = None,
-) -> str:
-    """The coordinate system in which image and regions meet.
-
-    Of several, the one whose units are closest to pixels of the image: no scale first, then nearest to the identity,
-    then by name.
-
-    Parameters
-    ----------
-    sdata
-        The object to look in.
-    image_key
-        Name of the slide image.
-    element_key
-        Shapes or labels that must be in it too.
-    coordinate_system
-        The one to use, if it is not to be found.
-
-    Returns
-    -------
-    Name of a coordinate system; it may be the empty string.
-
-    Raises
-    ------
-    ElementError
-        If the elements share none, or are not both in the one asked for.
-    """
-    image_systems = coordinate_systems(sdata.images[image_key])
-    shared = set(image_systems)
-    found = f"Image {image_key!r} is in {names(image_systems)}"
-    if element_key is not None:
-        element_systems = coordinate_systems(region_element(sdata, element_key))
-        shared &= set(element_systems)
-        found += f", element {element_key!r} in {names(element_systems)}"
-    if coordinate_system is not None:
-        if coordinate_system not in shared:
-            raise ElementError(
-                f"Coordinate system {coordinate_system!r} is not shared. {found}. Check coordinate_system=."
-            )
-        return coordinate_system
-    if not shared:
+    if coordinate_system is None:
+        return there
+    placed = [key for key in there if coordinate_system in coordinate_systems(sdata.images[key])]
+    if not placed:
         raise ElementError(
-            f"There is no shared coordinate system. {found}. Align them with "
-            "spatialdata.transformations.set_transformation."
+            f"No image is in coordinate system {coordinate_system!r}: "
+            f"{describe_images(sdata, dict.fromkeys(there, ''))}. Check coordinate_system=."
         )
-    return min(shared, key=lambda system: (*_distance_from_pixels(sdata.images[image_key], system), system))
+    return placed
 
 
-def _distance_from_pixels(image: Any, system: str) -> tuple[float, float]:
-    matrix = affine_matrix(image, system)
-    scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
-    log_scale = abs(np.log(scale)) if scale > 0 else np.inf
-    return round(float(log_scale), 9), round(float(np.abs(matrix - np.eye(3)).max()), 9)
+@dataclass(frozen=True)
+class _Looks:
+    """What speaks for an image being H&E.
+
+    Attributes
+    ----------
+    naming
+        What its channels' names say.
+    is_bright
+        Whether its pixels are bright-field; None if that cannot be told.
+    """
+
+    naming: Naming
+    is_bright: bool | None
+
+    @classmethod
+    def of(cls, element: Any) -> _Looks:
+        image = scale0(element)
+        if image.dims != ("c", "y", "x"):
+            return cls("other", None)
+        naming = naming_of(image.coords["c"].values.tolist() if "c" in image.coords else range(image.sizes["c"]))
+        looked_at = naming in ("rgb", "numbered", "unknown") and is_cheap_to_look_at(levels_of(element)[-1])
+        return cls(naming, is_bright_field(pixel_sample(element)) if looked_at else None)
+
+    @property
+    def rank(self) -> int:
+        """0 for what looks like H&E, then what is named so, then three or four other channels, then anything else."""
+        is_named = self.naming in ("rgb", "numbered")
+        if self.is_bright is not False and (is_named or (self.naming == "unknown" and self.is_bright)):
+            return 0
+        return 1 if is_named else 3 if self.naming in ("other", "stains") else 2
+
+    def describe(self) -> str:
+        """In words, for a message."""
+        said = {"stains": "channels named as stains", "unknown": "channels not named as colours", "other": ""}
+        looks = {True: "bright as H&E", False: "dark as fluorescence", None: ""}
+        return ", ".join(filter(None, (said.get(self.naming, ""), looks[self.is_bright])))
+
+
+def _is_rgb(looks: _Looks) -> bool:
+    return looks.naming in ("rgb", "numbered")
+
+
+def _likely(looks: dict[str, _Looks]) -> list[str]:
+    best = min(look.rank for look in looks.values())
+    return [key for key, look in looks.items() if look.rank == best]
+
+
+def _full_image_of(sdata: SpatialData, candidates: Sequence[str]) -> str | None:
+    """The one image of which every other candidate is a copy; of as many pixels, one with more levels."""
+    by_size = sorted(candidates, key=lambda key: (-_n_pixels(sdata, key), -len(levels_of(sdata.images[key]))))
+    for largest in (key for key in by_size if _n_pixels(sdata, key) == _n_pixels(sdata, by_size[0])):
+        if all(is_copy(sdata, largest, key) for key in candidates if key != largest):
+            return largest
+    return None
+
+
+def _n_pixels(sdata: SpatialData, key: str) -> int:
+    return int(np.prod(scale0(sdata.images[key]).shape[-2:]))

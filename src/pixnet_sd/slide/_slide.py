@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,14 @@ from spatialdata import SpatialData
 from pixnet_sd._errors import ResolutionError
 from pixnet_sd._logging import logger
 
+from ._bins import bin_lattice
+from ._elements import coordinate_systems, scale0
 from ._image import ImagePyramid, largest_block_px
+from ._known_sizes import named_as_bins
 from ._mpp import find_mpp
 from ._resample import make_taps, resample
-from ._select import select_coordinate_system, select_image
+from ._select import select_image
+from ._system import select_coordinate_system
 from ._transform import affine_matrix
 
 __all__ = ["MAP_STRIDE", "Slide", "open_slide", "slide_at"]
@@ -50,6 +55,8 @@ class Slide:
         (3, 3) float64, image px (x, y, 1) to the coordinate system.
     pyramid
         The levels that are read.
+    channels
+        Names of the channels that are taken as red, green and blue.
     """
 
     name: str
@@ -62,6 +69,7 @@ class Slide:
     width_px: int
     to_system: NDArray[np.float64]
     pyramid: ImagePyramid
+    channels: tuple[str, ...] = ()
 
     @property
     def working_scale(self) -> float:
@@ -89,6 +97,13 @@ class Slide:
     def working_from_system(self) -> NDArray[np.float64]:
         """(3, 3) float64, the coordinate system (x, y, 1) to working px."""
         return np.asarray(np.linalg.inv(self.system_from_working), np.float64)
+
+    def taken(self) -> str:
+        """One line on which image was taken, of which resolution, and where."""
+        return (
+            f"Image {self.image_key!r} ({self.height_px:,} x {self.width_px:,} px; {', '.join(self.channels)}) in "
+            f"coordinate system {self.coordinate_system!r}: {self.mpp:.6g} µm per pixel, from the {self.mpp_rule}."
+        )
 
     @property
     def is_backed(self) -> bool:
@@ -143,6 +158,7 @@ def open_slide(
     allow_any_mpp: bool = False,
     working_mpp: float = 0.5,
     element_key: str | None = None,
+    region_keys: Sequence[str] = (),
     name: str = "",
 ) -> Slide:
     """Find the slide image of an object and make it readable at the working resolution.
@@ -164,12 +180,16 @@ def open_slide(
         Micrometres per pixel at which the slide is to be read.
     element_key
         Shapes or labels that the coordinate system has to reach as well.
+    region_keys
+        Shapes and labels that are meant, such as those of the tables to learn from: of several coordinate systems one
+        that has them is taken, and they are the first to tell µm per pixel.
     name
         Name of the slide among several.
 
     Returns
     -------
-    The slide. No pixels are read.
+    The slide. A few pixels of coarse levels are looked at, where several images could be meant or their names do not
+    say what they are.
 
     Raises
     ------
@@ -181,21 +201,31 @@ def open_slide(
         The image is not RGB uint8.
     """
     image_key = select_image(sdata, image_key=image_key, coordinate_system=coordinate_system)
-    coordinate_system = select_coordinate_system(
-        sdata, image_key=image_key, element_key=element_key, coordinate_system=coordinate_system
+    placed_in = select_coordinate_system(
+        sdata,
+        image_key=image_key,
+        element_key=element_key,
+        region_keys=region_keys or ([] if mpp is not None else _bins_in_several_systems(sdata, image_key)),
+        coordinate_system=coordinate_system,
     )
     found_mpp, rule = find_mpp(
-        sdata, image_key=image_key, coordinate_system=coordinate_system, mpp=mpp, allow_any_mpp=allow_any_mpp
+        sdata,
+        image_key=image_key,
+        coordinate_system=placed_in,
+        mpp=mpp,
+        allow_any_mpp=allow_any_mpp,
+        region_keys=[*region_keys, *([element_key] if element_key is not None else [])],
     )
     slide = slide_at(
         sdata,
         image_key=image_key,
-        coordinate_system=coordinate_system,
+        coordinate_system=placed_in,
         mpp=found_mpp,
         mpp_rule=rule,
         working_mpp=working_mpp,
         name=name,
     )
+    logger.info("%s", slide.taken())
     _warn_if_enlarged(slide)
     _warn_if_huge_blocks(slide)
     return slide
@@ -225,7 +255,22 @@ def slide_at(
         width_px=width,
         to_system=affine_matrix(sdata.images[image_key], coordinate_system),
         pyramid=pyramid,
+        channels=_channel_names(sdata.images[image_key], pyramid),
     )
+
+
+def _channel_names(element: Any, pyramid: ImagePyramid) -> tuple[str, ...]:
+    """Names of the channels that are read as red, green and blue."""
+    image = scale0(element)
+    there = image.coords["c"].values.tolist() if "c" in image.coords else range(image.sizes["c"])
+    return tuple(str(there[position]) for position in pyramid.levels[0].channels)
+
+
+def _bins_in_several_systems(sdata: SpatialData, image_key: str) -> list[str]:
+    """Bins that will tell µm per pixel, so that these too have to lie on the image in one way only."""
+    if len(coordinate_systems(sdata.images[image_key])) < 2:
+        return []
+    return [key for key in named_as_bins(sdata) if bin_lattice(sdata, key) is not None]
 
 
 def _checked(working_mpp: float) -> float:

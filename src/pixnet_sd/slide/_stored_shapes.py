@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-__all__ = ["SAMPLE", "StoredShapes", "sample_positions", "sample_shapes", "shapes_of"]
+__all__ = ["SAMPLE", "StoredShapes", "neighbouring_shapes", "sample_positions", "sample_shapes", "shapes_of"]
 
 SAMPLE = 5000
+STRETCH = 2**14  # shapes in the order of the file that are looked at for neighbours
 _SAMPLED_GROUPS = 16  # parts of a file that a sample is taken from; each is read whole
 _FILE = "shapes.parquet"
+_MANY = 2**17
 _BATCH_ROWS = 2**16
 _BYTES_A_SHAPE = 500  # a quadrangle
 
@@ -63,8 +65,17 @@ class StoredShapes:
     @property
     def sample(self) -> GeoDataFrame:
         """At most 5,000 of the shapes, spread over all, with the element's transformations."""
+        return _sampled(self, self._version())
+
+    @property
+    def stretch(self) -> GeoDataFrame:
+        """Shapes that follow one another in the file, from its middle: of bins, some rows of their lattice."""
+        return _stretched(self, self._version())
+
+    def _version(self) -> tuple[int, ...]:
+        """Dates and size of the file: one that changed is read again."""
         about = (self.path / _FILE).stat()
-        return _sampled(self, (about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino))
+        return about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino
 
     @property
     def index(self) -> pd.Index:
@@ -89,7 +100,28 @@ class StoredShapes:
 
 
 @lru_cache(maxsize=16)
-def _sampled(shapes: StoredShapes, version: tuple[int, ...]) -> GeoDataFrame:  # noqa: ARG001 - a file that changed is read again
+def _sampled(shapes: StoredShapes, version: tuple[int, ...]) -> GeoDataFrame:  # noqa: ARG001
+    groups, start, n_rows = _groups(shapes._file)
+    wanted = sample_positions(n_rows.sum())
+    sample = _read(shapes, groups, wanted)
+    name, index = shapes._index
+    if name is None:
+        before = np.cumsum(n_rows) - n_rows
+        of = np.searchsorted(before, wanted, side="right") - 1
+        sample.index = index[wanted + (start - before)[of]]
+    return sample
+
+
+@lru_cache(maxsize=4)
+def _stretched(shapes: StoredShapes, version: tuple[int, ...]) -> GeoDataFrame:  # noqa: ARG001
+    groups, _, n_rows = _groups(shapes._file)
+    middle = len(groups) // 2
+    first = max(0, (int(n_rows[middle]) - STRETCH) // 2)
+    return _read(shapes, groups[middle : middle + 1], np.arange(first, min(first + STRETCH, int(n_rows[middle]))))
+
+
+def _read(shapes: StoredShapes, groups: list[int], wanted: NDArray[np.int64]) -> GeoDataFrame:
+    """Some shapes, counted over some groups of rows, with the element's transformations."""
     from spatialdata import read_zarr
 
     store, key = shapes.path.parents[1], shapes.path.name
@@ -98,17 +130,10 @@ def _sampled(shapes: StoredShapes, version: tuple[int, ...]) -> GeoDataFrame:  #
         group = skeleton(store, scratch, []).create_group(f"shapes/{key}")
         group.attrs.update(zarr.open_group(shapes.path, mode="r").attrs.asdict())
         with pq.ParquetFile(shapes.path / _FILE) as file:
-            groups, start, n_rows = _groups(file)
-            wanted = sample_positions(n_rows.sum())
             taken = pa.Table.from_batches(_take(file, groups, wanted), file.schema_arrow)
             pq.write_table(taken, scratch / "shapes" / key / _FILE)
-        sample: Any = read_zarr(scratch).shapes[key]
-    name, index = shapes._index
-    if name is None:
-        before = np.cumsum(n_rows) - n_rows
-        of = np.searchsorted(before, wanted, side="right") - 1
-        sample.index = index[wanted + (start - before)[of]]
-    return sample
+        found: Any = read_zarr(scratch).shapes[key]
+    return found
 
 
 def _groups(file: pq.ParquetFile) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]]:
@@ -137,3 +162,11 @@ def shapes_of(sdata: SpatialData) -> dict[str, GeoDataFrame | StoredShapes]:
 def sample_shapes(shapes: GeoDataFrame | StoredShapes) -> GeoDataFrame:
     """At most 5,000 shapes of an element, spread evenly over all."""
     return shapes.sample if isinstance(shapes, StoredShapes) else shapes.iloc[sample_positions(len(shapes))]
+
+
+def neighbouring_shapes(shapes: GeoDataFrame | StoredShapes) -> GeoDataFrame:
+    """All shapes of an element, or, of very many, some that follow one another, which of bins are neighbours."""
+    if isinstance(shapes, StoredShapes):
+        return shapes.stretch
+    first = (len(shapes) - STRETCH) // 2
+    return shapes if len(shapes) <= _MANY else shapes.iloc[first : first + STRETCH]

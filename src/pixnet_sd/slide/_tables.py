@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pixnet_sd._errors import DataError, ElementError
-from pixnet_sd._logging import logger
 
 from ._elements import coordinate_systems, names, region_element
 from ._ids import check_instances, check_unique
@@ -24,9 +23,10 @@ if TYPE_CHECKING:
 
     from ._stored_table import Table
 
-__all__ = ["TableLink", "bin_size_um", "measured_tables", "select_tables", "table_link"]
+__all__ = ["TableLink", "bin_size_um", "placed_regions", "regions_of_table", "table_link", "where_regions_are"]
 
 _BIN_NAME = re.compile(r"_(\d{3})um(?:_labels)?$")
+_BIN_SIZES_UM = range(2, 101, 2)  # those that Space Ranger makes
 
 
 @dataclass(frozen=True)
@@ -50,87 +50,12 @@ class TableLink:
 
 
 def bin_size_um(element_key: str) -> int | None:
-    """Side of a Visium HD bin in µm, from the name that spatialdata_io.visium_hd gives; None for another name."""
+    """Side in µm that an element has if it is one of Visium HD bins, from its name; whether it is, its geometry tells.
+
+    See `bin_lattice`.
+    """
     match = _BIN_NAME.search(element_key)
-    return int(match[1]) if match and int(match[1]) > 0 else None
-
-
-def select_tables(
-    sdata: SpatialData,
-    *,
-    table_key: str | Sequence[str] | None = None,
-    coordinate_system: str | None = None,
-) -> list[str]:
-    """Tables with measured expression: those named, else all Visium HD bins, else the only table with a region.
-
-    Parameters
-    ----------
-    sdata
-        The object to look in.
-    table_key
-        One name or several.
-    coordinate_system
-        Where the slide is: tables that annotate nothing there are not found by themselves.
-
-    Returns
-    -------
-    Names of tables, bins in order of their size.
-
-    Raises
-    ------
-    ElementError
-        If a named table is missing, none is found, or several are that are not bins of one assay.
-    """
-    if table_key is not None:
-        return _named_tables(sdata, [table_key] if isinstance(table_key, str) else list(table_key))
-    annotated = _annotated(sdata, coordinate_system)
-    candidates = measured_tables(sdata, coordinate_system=coordinate_system)
-    bins = [key for key, size in candidates.items() if size]
-    if bins:
-        logger.info("Visium HD bins taken as measured expression: tables %s.", names(bins))
-        return bins
-    if len(candidates) == 1:
-        return list(candidates)
-    if candidates:
-        raise ElementError(f"Several tables annotate regions: {names(candidates)}. Name one with table_key=.")
-    where = "" if coordinate_system is None else f" in coordinate system {coordinate_system!r}"
-    raise ElementError(
-        f"No table annotates shapes or labels{where}. Tables: {names(annotated)}. Link a table with TableModel.parse("
-        "table, region=, region_key=, instance_key=)."
-    )
-
-
-def measured_tables(sdata: SpatialData, *, coordinate_system: str | None = None) -> dict[str, int]:
-    """Tables that annotate something and hold no predictions, with the size of Visium HD bins in µm.
-
-    Parameters
-    ----------
-    sdata
-        The object to look in.
-    coordinate_system
-        Only tables that annotate something there are taken.
-
-    Returns
-    -------
-    Bins in order of their size, and 0 for everything else.
-    """
-    found = {key: elements for key, elements in _annotated(sdata, coordinate_system).items() if elements}
-    sizes = {key: max(bin_size_um(name) or 0 for name in elements) for key, elements in found.items()}
-    return dict(sorted(sizes.items(), key=lambda item: (item[1], item[0])))
-
-
-def _annotated(sdata: SpatialData, coordinate_system: str | None) -> dict[str, list[str]]:
-    """Tables without predictions, and the elements there that each annotates."""
-    tables = {key: table for key, table in tables_of(sdata).items() if "pixnet_sd" not in table.uns}
-    return {key: _placed(sdata, _regions(table), coordinate_system) for key, table in tables.items()}
-
-
-def _named_tables(sdata: SpatialData, keys: list[str]) -> list[str]:
-    tables = tables_of(sdata)
-    missing = [key for key in keys if key not in tables]
-    if missing or not keys:
-        raise ElementError(f"There is no table {names(missing)}. Tables: {names(tables)}. Check table_key=.")
-    return keys
+    return int(match[1]) if match and int(match[1]) in _BIN_SIZES_UM else None
 
 
 def _attrs(table: Table) -> dict[str, Any]:
@@ -138,12 +63,13 @@ def _attrs(table: Table) -> dict[str, Any]:
     return attrs
 
 
-def _regions(table: Table) -> list[str]:
+def regions_of_table(table: Table) -> list[str]:
+    """Elements that a table says it annotates."""
     region = _attrs(table).get("region")
     return [region] if isinstance(region, str) else [str(name) for name in (region if region is not None else [])]
 
 
-def _placed(sdata: SpatialData, regions: list[str], coordinate_system: str | None) -> list[str]:
+def placed_regions(sdata: SpatialData, regions: list[str], coordinate_system: str | None) -> list[str]:
     """Those regions that are in the object and in the coordinate system."""
     shapes = shapes_of(sdata)
     there = [name for name in regions if name in shapes or name in sdata.labels]
@@ -152,7 +78,9 @@ def _placed(sdata: SpatialData, regions: list[str], coordinate_system: str | Non
     return [name for name in there if coordinate_system in coordinate_systems(region_element(sdata, name))]
 
 
-def table_link(sdata: SpatialData, *, table_key: str, coordinate_system: str | None = None) -> TableLink:
+def table_link(
+    sdata: SpatialData, *, table_key: str, coordinate_system: str | None = None, element_key: str | None = None
+) -> TableLink:
     """The element that a table annotates, and the rows that do.
 
     Parameters
@@ -163,6 +91,8 @@ def table_link(sdata: SpatialData, *, table_key: str, coordinate_system: str | N
         Name of the table.
     coordinate_system
         Where the slide is. Of a table that annotates several elements, the rows of the one there are taken.
+    element_key
+        The element whose rows are wanted; where the table does not annotate it, that of the coordinate system is taken.
 
     Returns
     -------
@@ -178,7 +108,8 @@ def table_link(sdata: SpatialData, *, table_key: str, coordinate_system: str | N
     table = tables_of(sdata)[table_key]
     if table.n_obs == 0 or table.n_vars == 0:
         raise DataError(f"Table {table_key!r} is empty: {table.n_obs} rows x {table.n_vars} genes.")
-    element_key = _region_of(sdata, table_key, _regions(table), coordinate_system)
+    if element_key is None or element_key not in placed_regions(sdata, regions_of_table(table), None):
+        element_key = _region_of(sdata, table_key, regions_of_table(table), coordinate_system)
     attrs = _attrs(table)
     rows = np.flatnonzero(_annotates(obs_column(table, attrs["region_key"]), element_key)).astype(np.int32)
     if not len(rows):
@@ -205,13 +136,13 @@ def _region_of(sdata: SpatialData, table_key: str, regions: list[str], coordinat
             f"Table {table_key!r} annotates no region (no region in uns['spatialdata_attrs']). Link it with "
             "TableModel.parse(table, region=, region_key=, instance_key=)."
         )
-    placed = _placed(sdata, regions, coordinate_system)
+    placed = placed_regions(sdata, regions, coordinate_system)
     if len(placed) == 1:
         return placed[0]
     if placed:
         raise ElementError(
             f"Table {table_key!r} annotates several elements on this slide: {names(placed)}. Split it by region, or "
-            "give each its own coordinate system."
+            "give each its own coordinate system, and choose with coordinate_system=."
         )
     shapes = shapes_of(sdata)
     if not any(name in shapes or name in sdata.labels for name in regions):
@@ -219,5 +150,13 @@ def _region_of(sdata: SpatialData, table_key: str, regions: list[str], coordinat
         raise ElementError(f"Table {table_key!r} annotates {names(regions)}, not in this SpatialData object. {found}")
     raise ElementError(
         f"Table {table_key!r} annotates {names(regions)}, but nothing in the slide's coordinate system "
-        f"{coordinate_system!r}."
+        f"{coordinate_system!r}. Choose another with coordinate_system=: {where_regions_are(sdata, regions)}."
+    )
+
+
+def where_regions_are(sdata: SpatialData, regions: Iterable[str]) -> str:
+    """Elements with the coordinate systems that each is in."""
+    return ", ".join(
+        f"{key!r} is in {names(coordinate_systems(region_element(sdata, key)))}"
+        for key in placed_regions(sdata, list(regions), None)
     )

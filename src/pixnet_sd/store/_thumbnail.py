@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,9 @@ class Thumbnail:
     scale: float
 
 
-def thumbnail(sdata: SpatialData, image_key: str, *, max_px: int = 2000) -> Thumbnail:
+def thumbnail(
+    sdata: SpatialData, image_key: str, *, channels: Sequence[int] = (0, 1, 2), max_px: int = 2000
+) -> Thumbnail:
     """Reduce an RGB image until its longer side is at most ``max_px``.
 
     It starts from the coarsest level that is not smaller than that, and skips pixels first where the level is far
@@ -54,7 +57,7 @@ def thumbnail(sdata: SpatialData, image_key: str, *, max_px: int = 2000) -> Thum
         )
     factor = -(-max(level.shape[1:]) // max_px)
     skip = max(1, factor // OVERSAMPLE)
-    pixels = np.asarray(level[:3, skip // 2 :: skip, skip // 2 :: skip])
+    pixels = np.asarray(level[list(channels), skip // 2 :: skip, skip // 2 :: skip])
     rgb = _block_mean(pixels, -(-factor // skip))
     shrunk = full_side / max(level.shape[1:]) * skip * -(-factor // skip)
     return Thumbnail(np.ascontiguousarray(rgb.transpose(1, 2, 0)), 1 / shrunk)

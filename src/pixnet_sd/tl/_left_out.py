@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
@@ -14,7 +15,17 @@ from spatialdata.models import TableModel
 
 from pixnet_sd._errors import ElementError
 from pixnet_sd._logging import logger
-from pixnet_sd.slide import Slide, TableLink, content_key, measured, open_slide, select_tables, table_link, tables_of
+from pixnet_sd.slide import (
+    Slide,
+    TableLink,
+    content_key,
+    measured,
+    measured_regions,
+    open_slide,
+    select_tables,
+    table_link,
+    tables_of,
+)
 from pixnet_sd.slide._stored_shapes import StoredShapes, shapes_of
 from pixnet_sd.slide._stored_table import obs_column, obs_names
 from pixnet_sd.store import PixNet
@@ -74,7 +85,9 @@ class Scoring:
 
     def find(self, name: str, sdata: SpatialData, working_mpp: float) -> tuple[Slide, list[str]]:
         """Image of a slide, and the tables to score."""
-        slide = open_slide(sdata, working_mpp=working_mpp, name=name, **self.where)
+        keys = self.score_table_key if self.score_table_key is not None else self.table_key
+        regions = measured_regions(sdata, keys)
+        slide = open_slide(sdata, working_mpp=working_mpp, name=name, region_keys=regions, **self.where)
         return slide, _tables(sdata, slide, self)
 
     def check(self, slides: Mapping[str, SpatialData]) -> None:
@@ -166,10 +179,10 @@ class LeftOut:
 
 
 def _tables(sdata: SpatialData, slide: Slide, scoring: Scoring) -> list[str]:
-    system = slide.coordinate_system
+    on_slide = partial(select_tables, sdata, coordinate_system=slide.coordinate_system, image_key=slide.image_key)
     if scoring.score_table_key is not None:
-        return select_tables(sdata, table_key=scoring.score_table_key, coordinate_system=system)
-    found = select_tables(sdata, table_key=scoring.table_key, coordinate_system=system)
+        return on_slide(table_key=scoring.score_table_key)
+    found = on_slide(table_key=scoring.table_key)
     rows = {key: tables_of(sdata)[key].n_obs for key in found}
     few = [key for key in found if rows[key] <= _MOST_ROWS] or [min(found, key=lambda key: rows[key])]
     if len(few) < len(found):

@@ -159,7 +159,9 @@ def _measured(sdata: SpatialData, table_key: str, predicted_key: str, predicted:
         raise ElementError(f"Table {table_key!r} holds predictions: give table_key= of a table with raw counts.")
     element = predicted.uns["spatialdata_attrs"]["region"]
     system = predicted.uns["pixnet_sd"].get("coordinate_system")
-    link = table_link(sdata, table_key=table_key, coordinate_system=system)
+    system = system if system in sdata.coordinate_systems else None  # it may have been renamed since
+    wanted = element if isinstance(element, str) else None
+    link = table_link(sdata, table_key=table_key, coordinate_system=system, element_key=wanted)
     if [link.element_key] != ([element] if isinstance(element, str) else list(element)):
         raise ElementError(
             f"Table {table_key!r} measures the regions of {link.element_key!r}, and {predicted_key!r} predicts those "

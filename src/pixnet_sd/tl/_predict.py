@@ -17,7 +17,7 @@ from pixnet_sd._fingerprint import fingerprint
 from pixnet_sd._logging import logger
 from pixnet_sd.engine.device import make_fabric
 from pixnet_sd.engine.window_pass import InferSettings
-from pixnet_sd.slide import Slide, check_genes, open_slide, tissue_mask
+from pixnet_sd.slide import Slide, check_genes, check_on_disk, open_slide, tissue_mask
 from pixnet_sd.store import PixNet, recorded, recover, stored_note
 
 from ._depends import map_parts
@@ -148,7 +148,8 @@ def predict(
     CheckpointError
         No model, a damaged one, or one that is worse than none.
     StoreError
-        A name is taken, the store cannot be written, or the disk is too small.
+        A name is taken, the store cannot be written, or the disk is too small; or image or regions are in memory
+        otherwise than in the store.
     """
     check_together(radius_um, spacing_um, bin_um, shapes_key)
     if not write_map and radius_um is None and bin_um is None and shapes_key is None:
@@ -167,6 +168,7 @@ def predict(
         working_mpp=found.record.working_mpp,
         element_key=shapes_key,
     )
+    check_on_disk(sdata, slide.image_key, shapes_key)
     check_working_size(slide)
     batch_size = _BATCH_SIZE.get(fabric.device.type, 1) if batch_size is None else batch_size
     settings = _settings(found, tile_px, batch_size, n_symmetries)

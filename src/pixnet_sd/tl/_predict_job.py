@@ -281,7 +281,7 @@ class PredictJob:
             genes=self.genes,
             region=request.element_key,
             spot_diameter_px=request.diameter_um / self.slide.mpp,
-            picture=thumbnail(self.sdata, self.slide.image_key),
+            picture=thumbnail(self.sdata, self.slide.image_key, channels=self.slide.pyramid.levels[0].channels),
             library_id=self.slide.coordinate_system,
             var=self.model.record.var,
             uns={"pixnet_sd": self._provenance() | self.units.table | self._depends_on(request)},
@@ -304,6 +304,8 @@ class PredictJob:
         return {
             "model_sha256": self.info.depends_on["model"]["weights"],
             "image": self.slide.image_key,
+            "image_px": [self.slide.height_px, self.slide.width_px],
+            "channels": list(self.slide.channels),
             "coordinate_system": self.slide.coordinate_system,
             "mpp": self.slide.mpp,
             "mpp_rule": self.slide.mpp_rule,

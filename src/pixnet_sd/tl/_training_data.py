@@ -26,6 +26,7 @@ from pixnet_sd.slide import (
     Targets,
     choose_genes,
     measured,
+    measured_regions,
     open_slide,
     regions_sha256,
     targets_of,
@@ -95,6 +96,7 @@ def open_sources(
             mpp=mpp,
             allow_any_mpp=allow_any_mpp,
             working_mpp=working_mpp,
+            region_keys=measured_regions(sdata, table_key),
             name=name,
         )
         check_working_size(slide)
@@ -231,6 +233,8 @@ def describe(sources: Mapping[str, Source], data: TrainingData) -> dict[str, Any
     return {
         name: {
             "image": source.slide.image_key,
+            "image_px": [source.slide.height_px, source.slide.width_px],
+            "channels": list(source.slide.channels),
             "coordinate_system": source.slide.coordinate_system,
             "mpp": source.slide.mpp,
             "mpp_rule": source.slide.mpp_rule,
