@@ -314,7 +314,7 @@ def training_slide(options: argparse.Namespace) -> Any:
         genes=None,
         n_genes=PANEL,
         target_sum=1e4,
-        raw_counts=False,
+        objective="mse_pcc",
         validation=0.1,
         seed=0,
         cache=options.store.parent / "pixnet_sd_cache",

@@ -397,9 +397,7 @@ def test_a_good_epoch_before_a_divergence_is_the_model(make_network, run, learna
 
 
 @pytest.mark.parametrize("value", [1e16, float("nan")])
-def test_without_a_good_epoch_to_keep_a_divergence_is_an_error(
-    make_network, run, learnable, monkeypatch, value
-) -> None:
+def test_a_divergence_without_a_good_epoch_is_an_error(make_network, run, learnable, monkeypatch, value) -> None:
     exploding(monkeypatch, value)
     with pytest.raises(DivergenceError):
         run(make_network(), [learnable()], [learnable()], folder="first")

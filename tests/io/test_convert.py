@@ -213,15 +213,13 @@ def test_an_interrupted_run_leaves_no_store_and_the_next_one_works(
 def test_antibodies_stay_in_the_store_and_out_of_the_training(folder: Path, tmp_path: Path) -> None:
     import h5py
 
-    for path in folder.rglob("filtered_feature*.h5"):
-        with h5py.File(path, "r+") as file:
-            kinds = file["matrix/features/feature_type"]
-            antibody = np.array([*kinds[:-2], b"Antibody Capture", b"Antibody Capture"], dtype="S")
-            del file["matrix/features/feature_type"]
-            file["matrix/features/feature_type"] = antibody
-    store = convert(folder, tmp_path / "ours.zarr")
-    assert_same(store, read(folder, tmp_path / "reader.zarr"))
-    opened = open_slide(store, image_key="s_full_image", mpp=0.5)
-    for table in measured(store, opened, table_key=["square_008um"]):
-        assert store.tables[table.table_key].n_vars == 8
-        assert table.counts.n_genes == len(table.var_names) == 6
+    shutil.rmtree(folder / "segmented_outputs")
+    with h5py.File(folder / "binned_outputs/square_016um/filtered_feature_bc_matrix.h5", "r+") as file:
+        features = file["matrix/features"]
+        kinds = [*features["feature_type"][:-2], b"Antibody Capture", b"Antibody Capture"]
+        del features["feature_type"]
+        features["feature_type"] = np.array(kinds, dtype="S")
+    store = convert(folder, tmp_path / "ours.zarr", bin_um=16)
+    (table,) = measured(store, open_slide(store, image_key="s_full_image", mpp=0.5))
+    assert store.tables["square_016um"].n_vars == 8
+    assert table.counts.n_genes == len(table.var_names) == 6

@@ -40,7 +40,7 @@ def _tissue(monkeypatch) -> None:
 def of_fit(slides, tmp_path, **arguments):
     return training_data(
         open_sources(slides, **OPEN),
-        **({"genes": None, "n_genes": 3, "target_sum": 1e4, "raw_counts": False, "seed": 0} | arguments),
+        **({"genes": None, "n_genes": 3, "target_sum": 1e4, "objective": "mse_pcc", "seed": 0} | arguments),
         cache=tmp_path,
     )
 
@@ -102,7 +102,7 @@ def test_slides_are_rows(tmp_path):
     options = {"working_mpp": 1.0, "tile_px": 256, "objective": "poisson"}
     axes = ps.pl.training_regions(slides, validation=["b"], **options, show=False)
     assert axes.shape == (2, 2)
-    data = of_fit(slides, tmp_path, validation=["b"], raw_counts=True)
+    data = of_fit(slides, tmp_path, validation=["b"], objective="nb")
     assert boxes(axes[0, 0], BLUE) == as_boxes(training_tiles(data.training[0], 256).tiles, 1.0)
     assert not boxes(axes[0, 0], ORANGE)
     assert boxes(axes[1, 0], ORANGE) == as_boxes(training_tiles(data.held_out[0], 256, once=True).tiles, 1.0)

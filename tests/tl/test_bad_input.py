@@ -280,7 +280,7 @@ class TestTable:
         [
             (
                 np.nan,
-                r"X holds NaN or infinite values \(1 in 408 rows, the first for gene 'ACTB'\). Remove or recompute",
+                r"X holds NaN or infinite values \(1 in 408 rows, first nan for gene 'ACTB' in row 7\). Remove",
             ),
             (np.inf, "NaN or infinite"),
             (-2.0, "negative values .* Scaled values will not do: give raw counts"),

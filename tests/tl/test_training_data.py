@@ -36,7 +36,7 @@ def on_disk(monkeypatch) -> None:
 
 
 def data_of(sdata: sd.SpatialData, cache: Path, **arguments: Any) -> TrainingData:
-    choices: dict[str, Any] = {"genes": None, "n_genes": 6, "target_sum": 1e4, "raw_counts": False}
+    choices: dict[str, Any] = {"genes": None, "n_genes": 6, "target_sum": 1e4, "objective": "mse_pcc"}
     choices |= {"validation": 0.25, "seed": 0}
     return training_data(open_sources({"slide": sdata}, **OPEN), cache=cache, **(choices | arguments))
 
