@@ -3,10 +3,10 @@
     python scripts/kills.py FOLDER --kills 200
     python scripts/kills.py FOLDER --kills 0 --full-disks 4      # as root: mounts small file systems
 
-FOLDER is made, and deleted when all went well. A quarter of the kills each goes to a prediction into a store without
-results, one that overwrites others, one of factors, and a training. Half of them come at a random time; the others at a
-random operation on the names of files (rename, mkdir, remove ...), every second one of these while results are moved
-into the store. Then the user's files have to be the same, the store has to open with all of the results or none, and
+FOLDER is made, and deleted when all went well. An equal part of the kills goes to each of a prediction into a store
+without results, one that overwrites others, one of factors, and a training. Half of them come at a random time; the
+others at a random operation on the names of files (rename, mkdir, remove ...), every second one of these while results
+are moved into the store. Then the user's files have to be the same, the store has to open with all of the results or none, and
 the same call has to finish, with the results of a run that nothing disturbed and nothing left over.
 
 Every run is a forked child, so that imports are paid for once; the parent itself only looks at files, since a child of
@@ -44,7 +44,11 @@ from pixnet_sd import tl
 from pixnet_sd.errors import PixNetError
 
 REFUSED, BROKEN = 3, 4
-USERS = ("images/sample_full_image", "shapes/sample_square_008um", "tables/square_008um")
+USERS = (
+    *(f"images/sample_{size}_image" for size in ("full", "hires", "lowres")),
+    "shapes/sample_square_008um",
+    "tables/square_008um",
+)
 SMALL: dict[str, Any] = {
     "encoder": "test_resnet",
     "encoder_weights": None,
@@ -363,6 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder to make, on a local disk")
     parser.add_argument("--kills", type=int, default=200, help="how many in all (default: 200)")
+    parser.add_argument("--only", nargs="+", choices=[*KINDS, "fit"], default=[*KINDS, "fit"], help="kinds of runs")
     parser.add_argument("--full-disks", type=int, default=0, help="full disks of each kind (default: none)")
     parser.add_argument("--seed", type=int, default=0, help="of the points (default: 0)")
     options = parser.parse_args(arguments)
@@ -371,8 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     check(finish(start(draw, folder)) == 0, "the slides cannot be made")
     import_all(folder)
-    each, more = divmod(options.kills, len(KINDS) + 1)
-    for place, kind in enumerate([*KINDS, "fit"]):
+    each, more = divmod(options.kills, len(options.only))
+    for place, kind in enumerate(options.only):
         n = each + (place < more)
         if n:
             killed = kill_trainings(folder, n, rng) if kind == "fit" else kill_predictions(folder, kind, n, rng)

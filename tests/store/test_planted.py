@@ -14,7 +14,7 @@ import spatialdata as sd
 from spatialdata.models import Labels2DModel
 
 from pixnet_sd.errors import StoreError
-from pixnet_sd.store import check_target, commit, record, recover
+from pixnet_sd.store import GeneMapWriter, check_target, commit, record, recover
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +204,23 @@ def test_links_in_the_store(slide, thesis, where):
     commit(slide, {"mask": mask(2)}, overwrite=True)
     assert contents(thesis) == {"chapter": b"ten years of work"}
     assert (sd.read_zarr(slide.path).labels["mask"].values == 2).all()
+
+
+def test_log_with_anything_in_it(slide):
+    def opened():
+        return GeneMapWriter.open(
+            slide, key="m", genes=["A"], shape=(64, 64), pitch_image_px=4.0, image_key="_full_image", fingerprint="f"
+        )
+
+    writer = opened()
+    (block,) = writer.blocks
+    writer.write(block, np.ones((1, 64, 64), np.float32))
+    writer.close()
+    with (work_of(slide) / "map-m" / "done.log").open("ab") as file:
+        file.write(b"\na b c .\n1 2 .\n-1 0 5 .\n\xff\x00 . . .\n")
+    with opened() as writer:
+        assert writer.resumed
+        assert writer.pending == []
 
 
 def test_work_of_another_user(slide, thesis):

@@ -55,4 +55,5 @@ def _read(path: Path) -> dict[tuple[int, int], int]:
     if not path.is_file():
         return {}
     fields = [line.split() for line in path.read_text(encoding="ascii", errors="replace").splitlines()]
-    return {(int(f[0]), int(f[1])): int(f[2]) for f in fields if len(f) == 4 and f[3] == "."}
+    whole = (f for f in fields if len(f) == 4 and f[3] == "." and all(word.isdecimal() for word in f[:3]))
+    return {(int(f[0]), int(f[1])): int(f[2]) for f in whole}
