@@ -100,6 +100,7 @@ def at_rest(_at_rest: Path, tmp_path: Path) -> sd.SpatialData:
 def test_slide_moved_in_its_coordinate_system(at_rest, predict, map_values, moved):
     for element in (at_rest.images[FULL], at_rest.shapes[BINS]):
         set_transformation(element, affine(moved), SYSTEM)
+    at_rest.write_transformations()
     predict(at_rest, shapes_key=BINS, key_added="after", coordinate_system=SYSTEM)
     predict(at_rest, radius_um=12, key_added="after", coordinate_system=SYSTEM, write_map=False)
 
@@ -123,6 +124,7 @@ def test_shapes_moved_alone_are_followed(fitted, predict):
     )
     moved = gpd.GeoDataFrame(geometry=there)
     fitted.shapes["elsewhere"] = ShapesModel.parse(moved, transformations={SYSTEM: affine(np.linalg.inv(away))})
+    fitted.write_element(["here", "elsewhere"])
     for key in ("here", "elsewhere", BINS):
         predict(fitted, shapes_key=key, write_map=False)
     here, elsewhere, bins = (fitted.tables[f"pixnet_{key}"].X for key in ("here", "elsewhere", BINS))
