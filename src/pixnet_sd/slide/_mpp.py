@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pixnet_sd._errors import ResolutionError
+from pixnet_sd._notes import ATTRS_KEY, note_of, stored_note
 from pixnet_sd._warn import warn
 
 from ._elements import coordinate_systems, names
@@ -85,8 +86,9 @@ def _value(
 ) -> tuple[float, str]:
     if mpp is not None:
         return _from_caller(system, mpp, scale, sizes)
-    recorded = sdata.attrs.get("pixnet_sd", {}).get("mpp", {}).get(image_key)
+    recorded = note_of(sdata.attrs.get(ATTRS_KEY), "mpp", image_key)
     if recorded is not None:
+        _check_stored(float(recorded), stored_note(sdata, "mpp", image_key), image_key)
         _check_recorded(float(recorded), image_key, sizes)
         return float(recorded), 'value recorded in sdata.attrs["pixnet_sd"]["mpp"]'
     measured = agreed(sizes)
@@ -107,6 +109,16 @@ def _check_only_slide(sdata: SpatialData, image_key: str, system: str, measured:
             f"{measured.key!r} belongs to cannot be told, so micrometres per pixel of {image_key!r} are not known: "
             f"{measured.value:.4g} by the {measured.how}. Give mpp=, or name regions that belong to the image with "
             "table_key= or shapes_key=."
+        )
+
+
+def _check_stored(value: float, stored: Any, image_key: str) -> None:
+    """A record that was corrected in the store since, or only in memory."""
+    if stored is not None and stored != value:
+        raise ResolutionError(
+            f"sdata.attrs['pixnet_sd']['mpp'] records {value:.4g} µm/px for image {image_key!r}, and the store "
+            f"{stored} µm/px: another session has corrected one of them. Say which is right with mpp=, write it with "
+            "sdata.write_attrs(), or open the store anew."
         )
 
 

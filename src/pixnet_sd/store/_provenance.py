@@ -7,7 +7,6 @@ attribute that the user has in memory, and fail on one that is not JSON.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pixnet_sd._errors import StoreError
+from pixnet_sd._notes import ATTRS_KEY, note_of, stored_note
 from pixnet_sd._schemas import check_notes
 
 from ._disk import hold_lock, local_store, read_json, work_folder, write_json
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 __all__ = ["ATTRS_KEY", "json_safe", "merged_notes", "record", "recorded", "stored_note"]
-
-ATTRS_KEY = "pixnet_sd"
 
 
 def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None:
@@ -68,23 +66,7 @@ def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None
 
 def recorded(sdata: SpatialData, section: str, key: str | None = None) -> Any:
     """What `record` noted in the object in memory, or None."""
-    return _entry(sdata.attrs.get(ATTRS_KEY), section, key)
-
-
-def stored_note(sdata: SpatialData, section: str, key: str | None = None) -> Any:
-    """Read a note from the store of a backed object, which others may have written to since; else from memory."""
-    if not isinstance(sdata.path, Path):
-        return recorded(sdata, section, key)
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return _entry(read_json(sdata.path / "zarr.json")["attributes"].get(ATTRS_KEY), section, key)
-    return None
-
-
-def _entry(notes: Any, section: str, key: str | None) -> Any:
-    found = notes.get(section) if isinstance(notes, Mapping) else None
-    if key is None:
-        return found
-    return found.get(key) if isinstance(found, Mapping) else None
+    return note_of(sdata.attrs.get(ATTRS_KEY), section, key)
 
 
 def merged_notes(on_disk: Any, in_memory: Any, new: Mapping[str, Any]) -> dict[str, Any]:
