@@ -90,6 +90,12 @@ def test_circles_at_shapes(fitted, predict):
     assert table.uns["spatialdata_attrs"]["region"] == f"{key}_shapes"
 
 
+def in_memory(sdata: sd.SpatialData) -> sd.SpatialData:
+    """The same object without a store: of a backed one, what is only in memory is refused."""
+    elements = {name: element for _, name, element in sdata.gen_elements()}
+    return sd.SpatialData.init_from_elements(elements, attrs=sdata.attrs)
+
+
 def test_labels(fitted, predict, model):
     """A labels element on a coarser grid, against the same squares as shapes."""
     labels = np.zeros((25, 25), dtype=np.int32)
@@ -100,6 +106,7 @@ def test_labels(fitted, predict, model):
     frame = fitted.shapes[BINS].iloc[:2].set_geometry(squares)
     frame.attrs = {}
     fitted.shapes["squares"] = sd.models.ShapesModel.parse(frame, transformations={"sample": Identity()})
+    fitted.write_element(["cells", "squares"])
     predict(fitted, shapes_key="cells", write_map=False)
     predict(fitted, shapes_key="squares", write_map=False)
     table = fitted.tables["pixnet_cells"]
@@ -232,6 +239,7 @@ class TestReuse:
             np.array([[3.0, 3.0], [100.0, 100.0]]), geometry=0, radius=3, transformations={"sample": Identity()}
         )
         fitted.shapes["corner"] = corner
+        fitted.write_element("corner")
         caplog.set_level("INFO", "pixnet_sd")
         predict(fitted, shapes_key="corner")
         assert forward_passes == [1]
@@ -248,6 +256,7 @@ class TestReuse:
 
     @pytest.mark.parametrize("change", ["model", "image", "symmetries"])
     def test_something_else(self, fitted, predict, model, forward_passes, change):
+        fitted = in_memory(fitted)
         predict(fitted)
         del forward_passes[:]
         arguments = {}
@@ -269,6 +278,7 @@ class TestReuse:
         predict(fitted)
         for element in (fitted.images[FULL], fitted.shapes[BINS]):
             set_transformation(element, Scale([2, 2], axes=("x", "y")), "sample")
+        fitted.write_transformations()
         with pytest.raises(StoreError, match="exists already"):
             predict(fitted)
 
@@ -347,6 +357,7 @@ def test_model_given_as_text(fitted, checkpoint, predict, tmp_path):
 
 
 def test_alpha_is_left_out(fitted, predict):
+    fitted = in_memory(fitted)
     predict(fitted, bin_um=16, write_map=False)
     pixels = fitted.images[FULL]["scale0"]["image"].values
     fitted.images[FULL] = sd.models.Image2DModel.parse(
@@ -365,6 +376,7 @@ def test_shapes_partly_off_the_image(fitted, predict):
     fitted.shapes["spots"] = sd.models.ShapesModel.parse(
         xy, geometry=0, radius=5, index=np.array([5, 6, 7]), transformations={"sample": Identity()}
     )
+    fitted.write_element("spots")
     with pytest.warns(UserWarning, match="1 of 3 regions lie wholly outside the image"):
         predict(fitted, shapes_key="spots", radius_um=5, write_map=False)
     assert list(fitted.tables["pixnet_spots_circles_5um"].obs["instance_id"]) == [5, 6]
@@ -378,6 +390,7 @@ def test_region_too_small_for_a_pixel(fitted, predict):
         fitted.shapes[key] = sd.models.ShapesModel.parse(
             xy, geometry=0, radius=radius, transformations={"sample": Identity()}
         )
+        fitted.write_element(key)
         predict(fitted, shapes_key=key, write_map=False)
     assert np.isfinite(fitted.tables["pixnet_dots"].X).all()
     assert fitted.tables["pixnet_dots"].n_obs == 2
