@@ -6,13 +6,8 @@
 FOLDER is made, and deleted when all went well. An equal part of the kills goes to each of a prediction into a store
 without results, one that overwrites others, one of factors, and a training. Half of them come at a random time; the
 others at a random operation on the names of files (rename, mkdir, remove ...), every second one of these while results
-<<<<<<< HEAD
-are moved into the store. Then the user's files have to be the same, the store has to open with all results or none, and
-the same call has to finish, with the results of a run that nothing disturbed and nothing left over.
-=======
 are moved into the store. Then the user's files have to be the same, the store has to open with all of the results or
 none, and the same call has to finish, with the results of a run that nothing disturbed and nothing left over.
->>>>>>> store
 
 Every run is a forked child, so that imports are paid for once; the parent itself only looks at files, since a child of
 a process with threads may wait for ever for one that it does not have.
