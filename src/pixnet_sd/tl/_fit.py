@@ -308,6 +308,7 @@ def _finished(directory: Path, record: ModelRecord) -> PixNet | None:
         raise CheckpointError(
             f"{str(directory)!r} already holds a model of another run. Give another checkpoint_dir, or delete it."
         )
+    RunState.remove(directory / "training")  # of a run that was killed when it had saved its model
     logger.info("the same run has finished before: its model is taken from %s", directory)
     return found
 
