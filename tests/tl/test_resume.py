@@ -97,6 +97,15 @@ def test_fit_interrupted(slide, fit, break_at, tmp_path):
     assert not list((tmp_path / "parts" / "training").glob("*"))
 
 
+def test_killed_once_the_model_was_saved(slide, fit, tmp_path):
+    """What only a run that goes on needs is removed by the same call."""
+    model = fit(slide, checkpoint_dir=tmp_path / "m")
+    (tmp_path / "m" / "training").mkdir(exist_ok=True)
+    (tmp_path / "m" / "training" / "training_state.pt").write_bytes(b"some")
+    assert_same_model(fit(slide, checkpoint_dir=tmp_path / "m"), model)
+    assert not (tmp_path / "m" / "training").exists()
+
+
 def assert_same_model(one, other) -> None:
     mine, theirs = one.network.state_dict(), other.network.state_dict()
     assert mine.keys() == theirs.keys()
