@@ -17,6 +17,7 @@ from scipy import sparse
 from spatialdata import SpatialData, rasterize_bins, rasterize_bins_link_table_to_labels
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, BaseTransformation, Identity, Scale
+from spatialdata.transformations import Sequence as Chain
 
 HEIGHT_PX, WIDTH_PX = 240, 320
 ORIGIN_UM = np.array([14.0, 8.0])
@@ -106,7 +107,8 @@ def make_visium_hd(
     images = {f"{dataset_id}_full_image": make_image(*shape, scale_factors=(2, 2), transformations=systems)}
     if small_images:
         for name, scale, factor in (("hires", hires, 0.25), ("lowres", lowres, 0.1)):
-            placed = {f"{dataset_id}_downscaled_{name}": Identity(), dataset_id: scale.inverse()}
+            to_slide = Chain([scale.inverse(), place])
+            placed = {f"{dataset_id}_downscaled_{name}": Identity(), dataset_id: to_slide}
             images[f"{dataset_id}_{name}_image"] = _smaller(images[f"{dataset_id}_full_image"], factor, placed)
     shapes, tables = {}, {}
     for size in bins:

@@ -100,6 +100,7 @@ def at_rest(_at_rest: Path, tmp_path: Path) -> sd.SpatialData:
 def test_slide_moved_in_its_coordinate_system(at_rest, predict, map_values, moved):
     for element in (at_rest.images[FULL], at_rest.shapes[BINS]):
         set_transformation(element, affine(moved), SYSTEM)
+    del at_rest.images["sample_hires_image"], at_rest.images["sample_lowres_image"]  # they were not moved
     at_rest.write_transformations()
     predict(at_rest, shapes_key=BINS, key_added="after", coordinate_system=SYSTEM)
     predict(at_rest, radius_um=12, key_added="after", coordinate_system=SYSTEM, write_map=False)

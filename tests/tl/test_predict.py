@@ -276,6 +276,7 @@ class TestReuse:
     def test_map_stays_where_the_image_was(self, fitted, predict):
         """A map written before its image was aligned anew lies elsewhere: it cannot stand for a new one."""
         predict(fitted)
+        del fitted.images["sample_hires_image"], fitted.images["sample_lowres_image"]  # which are not moved
         for element in (fitted.images[FULL], fitted.shapes[BINS]):
             set_transformation(element, Scale([2, 2], axes=("x", "y")), "sample")
         fitted.write_transformations()
@@ -394,3 +395,16 @@ def test_region_too_small_for_a_pixel(fitted, predict):
         predict(fitted, shapes_key=key, write_map=False)
     assert np.isfinite(fitted.tables["pixnet_dots"].X).all()
     assert fitted.tables["pixnet_dots"].n_obs == 2
+
+
+def test_what_was_taken_is_said_and_recorded(fitted, predict, model, caplog):
+    caplog.set_level("INFO", "pixnet_sd")
+    predict(fitted, bin_um=16)
+    taken = {"image": FULL, "image_px": [200, 200], "channels": ["r", "g", "b"], "coordinate_system": "sample"}
+    notes = fitted.attrs["pixnet_sd"]
+    for note in (model.record.slides["slide"], notes["maps"]["pixnet_map"], notes["tables"]["pixnet_bins_16um"]):
+        assert {key: note[key] for key in taken} == taken
+        assert BINS in note["mpp_rule"]
+    assert model.record.slides["slide"]["tables"] == {"square_008um": BINS}
+    assert any(all(word in line for word in (FULL, "r, g, b", "'sample'", BINS)) for line in caplog.messages)
+    assert len(caplog.messages) <= 10

@@ -16,7 +16,7 @@ from ._transform import affine_matrix
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["corners_px", "image_extent", "moved", "moved_px", "on_image", "shared_systems"]
+__all__ = ["corners_px", "image_extent", "moved", "moved_px", "on_image", "overlap", "shared_systems"]
 
 _GRID, _ENOUGH = 9, 500  # points along each side of labels, and of shapes in all
 
@@ -36,6 +36,12 @@ def moved(points: NDArray[np.float64], matrix: NDArray[np.float64]) -> NDArray[n
 def image_extent(element: Any, coordinate_system: str) -> NDArray[np.float64]:
     """Corners of a raster element in a coordinate system, shape (4, 2)."""
     return moved(corners_px(element), affine_matrix(element, coordinate_system))
+
+
+def overlap(one: Any, other: Any, coordinate_system: str) -> bool:
+    """Whether raster elements share a part of a coordinate system."""
+    boxes = [shapely.Polygon(image_extent(element, coordinate_system)) for element in (one, other)]
+    return bool(boxes[0].intersection(boxes[1]).area > 0) if all(box.is_valid for box in boxes) else True
 
 
 def _points_of(sdata: SpatialData, key: str) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ from pixnet_sd._logging import logger
 from ._channels import Naming, naming_of
 from ._copies import is_copy
 from ._elements import coordinate_systems, describe_images, names, scale0, written_by_pixnet
+from ._extent import overlap
 from ._image import is_cheap_to_look_at
 from ._look import is_bright_field, levels_of, pixel_sample
 
@@ -72,9 +73,11 @@ def select_image(sdata: SpatialData, *, image_key: str | None = None, coordinate
 
 
 def other_slides(sdata: SpatialData, *, image_key: str, coordinate_system: str) -> list[str]:
-    """Images in a coordinate system that look like H&E and are not copies of one."""
+    """Images that overlap one in a coordinate system, look like H&E, and are not copies of it."""
     others = [key for key in _placed_images(sdata, coordinate_system) if key != image_key]
-    others = [key for key in others if not is_copy(sdata, image_key, key) and not is_copy(sdata, key, image_key)]
+    others = [key for key in others if overlap(sdata.images[image_key], sdata.images[key], coordinate_system)]
+    whole = [key for key in others if is_copy(sdata, key, image_key)]  # of which the image is a copy
+    others = [key for key in others if not any(is_copy(sdata, large, key) for large in (image_key, *whole))]
     others = [key for key in others if _Looks.of(sdata.images[key]).rank == 0]
     copies = {small for small in others for large in others if small != large and is_copy(sdata, large, small)}
     return [key for key in others if key not in copies] or others[:1]
