@@ -9,7 +9,7 @@ from pixnet_sd.store import ModelRecord
 
 __all__ = ["quality_of", "why_poor"]
 
-_ABOVE, _FAR_ABOVE = 2.0, 10.0
+_ABOVE, _FAR_ABOVE = 1.5, 10.0
 _NO_PCC = 0.1
 
 
@@ -21,8 +21,8 @@ def quality_of(found: dict[str, Any]) -> dict[str, Any]:
 def why_poor(record: ModelRecord) -> str:
     """What makes a model worse than predicting each gene's mean over the training regions; nothing if it is not.
 
-    It is where its mean squared error is more than twice that of the means and its correlation shows nothing (at most
-    0.1), or more than ten times it: a short or honest run on few regions ends within a third of it, either way.
+    It is where its mean squared error is more than 1.5 times that of the means and its correlation shows nothing (at
+    most 0.1), or more than ten times it: a short or honest run on few regions ends within a third of it, either way.
     """
     said = record.training
     mse, of_means, pcc = (said.get(name) for name in ("mse", "gene_mean_mse", "pcc"))
