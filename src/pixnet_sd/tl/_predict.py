@@ -110,8 +110,8 @@ def predict(
         Replace results of the same names.
     allow_poor_model
         Predict with a model whose record says that it is worse than predicting the mean of each gene: its mean squared
-        error (``model.record.training["mse"]``) is more than 1.5 times that of the means (``"gene_mean_mse"``) with a PCC
-        of at most 0.1, or more than ten times it.
+        error (``model.record.training["mse"]``) is more than 1.5 times that of the means (``"gene_mean_mse"``) with a
+        PCC of at most 0.1, or more than ten times it.
     show_progress_bar
         Show a bar over tiles; where nobody watches, lines in the log.
 
