@@ -36,6 +36,7 @@ import torch
 from cross_scale_crops import CropNetwork, Crops
 from cross_scale_slides import (
     BIN_UM,
+    MPP,
     SPOT_UM,
     Array,
     TestRegions,
@@ -125,7 +126,7 @@ class Bench:
         self, sdata: sd.SpatialData, model: ps.PixNet, tests: list[TestRegions], about: dict[str, Any]
     ) -> None:
         side = -(-int(self.options.size_um) // 32) * 32  # one tile
-        options = {"overwrite": True, "device": "cpu", "show_progress_bar": False, "tile_px": side}
+        options = {"mpp": MPP, "overwrite": True, "device": "cpu", "show_progress_bar": False, "tile_px": side}
         ps.tl.predict(sdata, model, **options)
         for regions in tests:
             ps.tl.predict(sdata, model, shapes_key=regions.key, write_map=False, **options)

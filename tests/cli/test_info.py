@@ -54,7 +54,7 @@ def test_estimate_for_a_model(drawn, checkpoint):
 
 
 def test_a_slide_without_a_resolution(tmp_path):
-    pixels = np.zeros((3, 64, 64), np.uint8)
+    pixels = np.full((3, 64, 64), 200, np.uint8)
     sd.SpatialData(images={"he": Image2DModel.parse(pixels, dims=("c", "y", "x"))}).write(tmp_path / "he.zarr")
     text = describe(tmp_path / "he.zarr")
     assert "slide image: cannot be told. Micrometres per pixel of image 'he' are unknown" in text

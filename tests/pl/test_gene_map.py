@@ -63,7 +63,7 @@ def test_factors_draw_what_the_map_does(hd):
     transforms = get_transformation(full, get_all=True)
     sdata.images["pixnet_factors"] = image_pyramid([factors], factor_names(3), transforms)
     head = FactorHead(["GENE0", "GENE1", "OTHER"], np.eye(3, dtype=np.float32), np.zeros(3, np.float32))
-    sdata.tables["pixnet_factors_head"] = head.table("log")
+    sdata.tables["pixnet_factors_head"] = head.table("log", "of these factors")
     sdata.labels["pixnet_factors_tissue"] = sdata.labels.pop("pixnet_map_tissue")
     attrs["maps"]["pixnet_factors"] = attrs["maps"].pop("pixnet_map")
     ax = draw(sdata, panels=["predicted"])

@@ -204,7 +204,7 @@ def test_counts_that_are_none(sdata, counts):
     with pytest.raises(DataError, match="NaN"):
         evaluate(sdata, table_key="counts", predicted_key="predicted")
     sdata.tables["counts"].X = sparse.csr_matrix(np.log1p(counts))
-    with pytest.warns(UserWarning, match="looks log-normalised already"):
+    with pytest.warns(UserWarning, match="'counts'.*logarithms"):
         evaluate(sdata, table_key="counts", predicted_key="predicted")
 
 

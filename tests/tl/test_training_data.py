@@ -10,8 +10,9 @@ import pytest
 import spatialdata as sd
 
 import pixnet_sd as ps
+from pixnet_sd._fingerprint import fingerprint
 from pixnet_sd.slide import StoredTargets, _targets, open_store
-from pixnet_sd.tl._training_data import TrainingData, data_hash, describe, open_sources, training_data
+from pixnet_sd.tl._training_data import TrainingData, data_parts, describe, open_sources, training_data
 
 OPEN: dict[str, Any] = {
     "image_key": None,
@@ -61,6 +62,10 @@ def test_same_data_either_way(store, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*no counts at all")
+def data_hash(data: TrainingData) -> str:
+    return fingerprint(data_parts(data))
+
+
 @pytest.mark.usefixtures("on_disk")
 def test_hash_says_what_is_trained_on_not_how_it_was_opened(store, tmp_path) -> None:
     same = {data_hash(data_of(s, tmp_path / "a")) for s in (light(store), sd.read_zarr(store), open_store(store))}

@@ -121,7 +121,7 @@ def _named_tables(sdata: SpatialData, keys: list[str], coordinate_system: str | 
     tables = tables_of(sdata)
     missing = [key for key in keys if key not in tables]
     if missing or not keys:
-        raise ElementError(f"There is no table {names(missing)}. Tables: {names(tables)}.")
+        raise ElementError(f"There is no table {names(missing)}. Tables: {names(tables)}. Check table_key=.")
     regions = {key: placed_regions(sdata, regions_of_table(tables[key]), coordinate_system) for key in keys}
     for k, key in enumerate(keys):
         for other in keys[:k]:

@@ -137,8 +137,8 @@ def read_head(sdata: SpatialData, key: str) -> FactorHead:
             f"The table {name!r} does not hold the weights for the {n_channels} channels of {key!r}. Predict again, "
             "with overwrite=True."
         )
-    note = stored_note(sdata, "maps", key)
-    if note and note.get("fingerprint") != table.uns["pixnet_sd"].get("fingerprint"):
+    known = (stored_note(sdata, "maps", key) or {}).get("fingerprint")
+    if known is not None and known != table.uns["pixnet_sd"].get("fingerprint"):
         raise DataError(
             f"The table {name!r} in this object belongs to other factors than {key!r}, which were written since. Open "
             "the store anew, or predict again with overwrite=True."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,6 @@ from pixnet_sd._fingerprint import content_sha256
 from pixnet_sd._warn import warn
 from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
 from pixnet_sd.engine.split import hold_out_blocks
-from pixnet_sd.nn.objectives import ObjectiveName
 from pixnet_sd.nn.regions import Regions
 from pixnet_sd.slide import (
     Measured,
@@ -33,6 +32,9 @@ from pixnet_sd.slide import (
 )
 
 from ._room import check_working_size
+
+if TYPE_CHECKING:
+    from pixnet_sd.nn.objectives import ObjectiveName
 
 __all__ = ["Source", "TrainingData", "Validation", "check_validation", "open_sources", "split_slides", "training_data"]
 
