@@ -268,6 +268,7 @@ def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged
     with warnings.catch_warnings():
         # a table of ours may annotate an element that is already in the user's store
         warnings.filterwarnings("ignore", message="The table is annotating")
+        warnings.filterwarnings("ignore", message="zarr v3 autosharding")  # of anndata, about versions to come
         holder = sd.SpatialData.init_from_elements(dict(elements))
         path.parent.mkdir(exist_ok=True)
         holder.write(path, update_sdata_path=False, consolidate_metadata=False)
