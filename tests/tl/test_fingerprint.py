@@ -141,7 +141,7 @@ OF_COUNTS = [one_more_count, swapped_rows]
 
 
 @given(change=st.sampled_from([*OF_IMAGE, *OF_REGIONS, *OF_COUNTS]), k=st.integers(0, 1000))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_change_of_the_data_trains_anew(model, folder, change, k):
     slide = Slide()
     change(slide, k)
@@ -149,7 +149,7 @@ def test_any_change_of_the_data_trains_anew(model, folder, change, k):
 
 
 @given(change=st.sampled_from([*OF_IMAGE, *OF_REGIONS]), k=st.integers(0, 1000))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=9, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_change_of_image_or_regions_is_predicted_anew(model, change, k):
     slide = Slide()
     before = predicted(slide.build(), model)

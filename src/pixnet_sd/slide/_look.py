@@ -19,6 +19,8 @@ _WHOLE_PX = 2**20  # a level of so many pixels is read whole
 _WINDOW_PX, _WINDOWS = 128, 6  # of a larger one, windows spread over it, so many along each side
 _BRIGHT, _WHITE, _DARK = 90.0, 110.0, 80.0  # of 255
 _ENOUGH = 2**16  # pixels that tell
+_MOST_KEPT = 8
+_kept: dict[str, NDArray[Any]] = {}  # by the name that dask gives to what is computed
 _SEEN = 0.001  # share of pixels that are not black, below which nothing can be told
 
 
@@ -41,8 +43,23 @@ def computed(data: Any) -> NDArray[Any]:
 
 
 def pixel_sample(element: DataArray | DataTree) -> NDArray[Any]:
-    """Pixels from all over the coarsest level, shape (channels, n)."""
+    """Pixels from all over the coarsest level, shape (channels, n).
+
+    A level that is computed from a finer one takes all of that, so those of the last few images are kept.
+    """
     level = coarsest(element).transpose("c", "y", "x")
+    is_derived = isinstance(level.data, DaskArray) and not level.data.name.startswith(("from-zarr", "array"))
+    if not is_derived:
+        return _sample(level)
+    name = level.data.name
+    if name not in _kept:
+        while len(_kept) >= _MOST_KEPT:
+            _kept.pop(next(iter(_kept)))
+        _kept[name] = _sample(level)
+    return _kept[name]
+
+
+def _sample(level: DataArray) -> NDArray[Any]:
     height, width = level.sizes["y"], level.sizes["x"]
     if height * width <= _WHOLE_PX:
         return computed(level.data).reshape(level.sizes["c"], -1)
