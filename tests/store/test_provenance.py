@@ -44,6 +44,14 @@ def test_notes_of_another_run_are_kept(slide):
     assert recorded(sd.read_zarr(slide.path), "maps") == {"theirs": {"n": 1}, "ours": {"n": 2}}
 
 
+def test_the_draft_of_a_killed_run_goes(slide):
+    work = slide.path.with_name(f".{slide.path.name}.pixnet_sd")
+    work.mkdir()
+    (work / "0123.json.tmp").write_text("{")
+    record(slide, "model", None, "/m")
+    assert not work.exists()
+
+
 def test_in_memory(in_memory):
     record(in_memory, "mpp", "_full_image", 0.5)
     assert in_memory.attrs["pixnet_sd"] == {"mpp": {"_full_image": 0.5}}

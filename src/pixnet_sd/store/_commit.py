@@ -47,6 +47,7 @@ from ._disk import (
     hold_lock,
     local_store,
     read_json,
+    sweep_drafts,
     work_folder,
     write_json,
 )
@@ -242,9 +243,7 @@ def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
         _finish(store, work, journal, sdata)
     for leftover in (work / COMMIT, work / "old", *work.glob("view-*")):
         shutil.rmtree(leftover, ignore_errors=True)
-    for draft in work.glob("*.json.tmp"):
-        with contextlib.suppress(OSError):
-            draft.unlink()
+    sweep_drafts(work)
     for name in {path.name.removesuffix(".lock") for kind in ("map", "table") for path in work.glob(f"{kind}-*")}:
         _sweep(work / name)
     return names

@@ -40,6 +40,7 @@ __all__ = [
     "local_store",
     "read_json",
     "size_text",
+    "sweep_drafts",
     "work_folder",
     "write_json",
 ]
@@ -238,6 +239,13 @@ def write_json(path: Path, value: dict[str, Any], *, scratch: Path) -> None:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise
+
+
+def sweep_drafts(scratch: Path) -> None:
+    """Delete what a killed `write_json` has left in a folder; whoever writes there holds its lock."""
+    for draft in scratch.glob("*.json.tmp"):
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 @contextlib.contextmanager

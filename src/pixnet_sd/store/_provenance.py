@@ -19,7 +19,7 @@ from pixnet_sd._errors import StoreError
 from pixnet_sd._notes import ATTRS_KEY, note_of, stored_note
 from pixnet_sd._schemas import check_notes
 
-from ._disk import hold_lock, local_store, read_json, work_folder, write_json
+from ._disk import hold_lock, local_store, read_json, sweep_drafts, work_folder, write_json
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -54,6 +54,7 @@ def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None
         return
     scratch = work_folder(store)
     with hold_lock(scratch / "lock", wait_s=60, busy=f"Another run is writing into {store}; try again later."):
+        sweep_drafts(scratch)
         root = read_json(store / "zarr.json")
         attributes = root.setdefault("attributes", {})
         attributes[ATTRS_KEY] = merged_notes(attributes.get(ATTRS_KEY), sdata.attrs.get(ATTRS_KEY), notes)
