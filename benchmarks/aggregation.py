@@ -36,11 +36,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pixnet_sd.nn.aggregation import build_operator
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.model import DecoderConfig, Network
-from pixnet_sd.nn.operators import Operator
-from pixnet_sd.nn.regions import Circles, Regions, squares
+from pixnet_sd.geometry import Circles, Grid, Regions
+from pixnet_sd.geometry._regions import squares
+from pixnet_sd.model import DecoderConfig, Network, Operator, build_operator
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from tests.nn.literal import inside, resize

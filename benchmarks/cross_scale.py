@@ -49,7 +49,7 @@ from her2st import ENCODER, packaged_weights, scores
 from shared_pyramids import shared_pyramids
 
 import pixnet_sd as ps
-from pixnet_sd.nn.encoder import build_encoder
+from pixnet_sd.model import build_encoder
 
 mpl.use("Agg")
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pixnet_sd.nn.encoder import Encoder
-from pixnet_sd.nn.objectives import MsePcc, Part
+from pixnet_sd.model import Encoder, Part
+from pixnet_sd.model._objectives import MsePcc
 
 __all__ = ["CropNetwork", "Crops"]
 

@@ -27,7 +27,7 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import Identity
 
 import pixnet_sd as ps
-from pixnet_sd.nn.model import Network
+from pixnet_sd.model import Network
 
 BYTES, SECONDS, DIFFERENCE = 1.1, 1.5, 1e-5
 

@@ -46,20 +46,13 @@ from scipy import sparse
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pixnet_sd.engine import train as training
-from pixnet_sd.engine.batches import make_batch, plan_batches
-from pixnet_sd.engine.device import fixed_shapes, make_fabric
-from pixnet_sd.engine.infer import infer
-from pixnet_sd.engine.region_plan import RegionPlan, plan_regions
-from pixnet_sd.engine.settings import TrainSettings
-from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
-from pixnet_sd.engine.visits import window_side
-from pixnet_sd.engine.window_pass import InferSettings
-from pixnet_sd.nn.encoder import build_encoder
-from pixnet_sd.nn.grid import Grid, Window
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.model import MAP_STRIDE, DecoderConfig, Network
-from pixnet_sd.nn.receptive_field import receptive_radius_px
+from pixnet_sd.engine import MeasuredRegions, TrainingSlide, fixed_shapes, make_fabric
+from pixnet_sd.engine.predict import InferSettings, RegionPlan, infer, plan_regions, window_side
+from pixnet_sd.engine.train import TrainSettings
+from pixnet_sd.engine.train import _loop as training
+from pixnet_sd.engine.train._batches import make_batch, plan_batches
+from pixnet_sd.geometry import MAP_STRIDE, Grid, Lattice, Window
+from pixnet_sd.model import DecoderConfig, Network, build_encoder, receptive_radius_px
 
 MPP, BIN_UM, LATTICE_DEGREES = 0.5, (2, 8, 16), 0.5
 KEPT_SHARE, TRAIN_GB = 0.7, 8.0

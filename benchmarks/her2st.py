@@ -37,11 +37,11 @@ from safetensors.torch import save_file
 from shared_pyramids import shared_pyramids
 
 import pixnet_sd as ps
-from pixnet_sd.nn.aggregation import build_operator
-from pixnet_sd.nn.encoder import STRIDES, Encoder, build_encoder
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.regions import Circles, Regions, squares
-from pixnet_sd.slide import choose_genes, measured, open_slide, targets_of
+from pixnet_sd.geometry import STRIDES, Circles, Grid, Regions
+from pixnet_sd.geometry._regions import squares
+from pixnet_sd.model import Encoder, build_encoder, build_operator
+from pixnet_sd.slide import open_slide
+from pixnet_sd.slide.tables import choose_genes, measured, targets_of
 
 ENCODER = "efficientnet_lite0"
 WORKING_MPP = 2.0

@@ -36,7 +36,7 @@ from spatialdata.transformations import Identity
 from zarr.storage import LocalStore
 
 import pixnet_sd as ps
-from pixnet_sd.store import GeneMapWriter, image_transforms, tissue_labels
+from pixnet_sd.store.gene_map import GeneMapWriter, image_transforms, tissue_labels
 
 MPP, MAP_UM, BIN_UM = 0.5, 2.0, 16
 MAP_KEY = "pixnet_map"

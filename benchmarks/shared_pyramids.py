@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from pixnet_sd.engine.pyramids import PyramidCache
+from pixnet_sd.engine.train._features import PyramidCache
 
 
 @contextmanager
@@ -22,5 +22,5 @@ def shared_pyramids(folder: Path) -> Iterator[None]:
         def clear(self) -> None:
             pass
 
-    with mock.patch("pixnet_sd.engine.features.PyramidCache", Shared):
+    with mock.patch("pixnet_sd.engine.train._features.PyramidCache", Shared):
         yield

@@ -267,14 +267,12 @@ def data(options: argparse.Namespace) -> dict[str, float]:
     """Medians over some batches of the second epoch: making one, and a step of the default network on it."""
     import numpy as np
 
-    from pixnet_sd.engine.batches import make_batch, plan_batches
-    from pixnet_sd.engine.device import make_fabric
-    from pixnet_sd.engine.objective import BatchLoss
-    from pixnet_sd.engine.tiling import training_tiles
-    from pixnet_sd.nn.encoder import build_encoder
-    from pixnet_sd.nn.model import Network
-    from pixnet_sd.nn.objectives import MsePcc
-    from pixnet_sd.tl._recipe import decoder_config
+    from pixnet_sd.engine import make_fabric, training_tiles
+    from pixnet_sd.engine.train._batches import make_batch, plan_batches
+    from pixnet_sd.engine.train._objective import BatchLoss
+    from pixnet_sd.model import Network, build_encoder
+    from pixnet_sd.model._objectives import MsePcc
+    from pixnet_sd.tl._fit import decoder_config
 
     slide, fabric = training_slide(options), make_fabric("cpu")
     network = Network(build_encoder("resnet18", None, frozen=False), decoder_config(512, None), PANEL, "mean").train()
@@ -297,7 +295,8 @@ def data(options: argparse.Namespace) -> dict[str, float]:
 def training_slide(options: argparse.Namespace) -> Any:
     """The slide as `fit` trains on it, targets on disk."""
     import pixnet_sd as ps
-    from pixnet_sd.tl._training_data import open_sources, training_data
+    from pixnet_sd.tl import open_sources
+    from pixnet_sd.tl._training_data import training_data
 
     sdata = ps.io.open_store(options.store)
     sources = open_sources(

@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pixnet_sd as ps
-from pixnet_sd import PixNet
 from pixnet_sd._arguments import checked
 from pixnet_sd.errors import PixNetError
+from pixnet_sd.model import PixNet
 
 mpl.use("Agg")
 

@@ -41,7 +41,7 @@ def test_public_names_resolve():
     for name in pixnet_sd.__all__:
         assert getattr(pixnet_sd, name) is not None
     assert {"fit", "predict", "evaluate"} <= set(dir(pixnet_sd.tl))
-    assert pixnet_sd.PixNet.__module__.startswith("pixnet_sd.store")
+    assert pixnet_sd.PixNet.__module__.startswith("pixnet_sd.model")
 
 
 def test_unknown_name():

@@ -7,8 +7,8 @@ import sys
 import pytest
 from tqdm import auto
 
-from pixnet_sd import _progress
-from pixnet_sd._progress import LineBar, bar_class
+from pixnet_sd import _util as _progress
+from pixnet_sd._util import LineBar, bar_class
 
 
 @pytest.fixture

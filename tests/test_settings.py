@@ -7,7 +7,7 @@ import logging
 import pytest
 
 import pixnet_sd as ps
-from pixnet_sd._errors import PixNetError
+from pixnet_sd.errors import PixNetError
 
 LOGGER = logging.getLogger("pixnet_sd")
 

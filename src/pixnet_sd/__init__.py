@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import datasets, errors, get, io, pl, tl
-    from ._settings import settings
-    from .store import PixNet
+    from .model import PixNet
+    from .settings import settings
 
 __all__ = ["PixNet", "__version__", "datasets", "errors", "get", "io", "pl", "settings", "tl"]
 
@@ -20,9 +20,9 @@ def __getattr__(name: str) -> Any:
     if name in ("datasets", "errors", "get", "io", "pl", "tl"):
         return importlib.import_module(f".{name}", __name__)
     if name == "PixNet":
-        return importlib.import_module(".store", __name__).PixNet
+        return importlib.import_module(".model", __name__).PixNet
     if name == "settings":
-        return importlib.import_module("._settings", __name__).settings
+        return importlib.import_module(".settings", __name__).settings
     if name == "__version__":
         return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

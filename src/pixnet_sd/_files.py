@@ -1,4 +1,7 @@
-"""Files that may have been damaged or planted: regular ones are read, and new ones appear whole or not at all."""
+"""Files that may have been damaged or planted: regular ones are read, and new ones appear whole or not at all.
+
+Folders that a run makes on its way.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from ._errors import CheckpointError
+from pixnet_sd.errors import CheckpointError
 
 __all__ = [
     "clear_left_over",
@@ -22,6 +25,7 @@ __all__ = [
     "folder_for",
     "hash_regular",
     "home_expanded",
+    "no_empty_folders_left",
     "open_regular",
     "read_regular",
     "replace_file",
@@ -303,3 +307,16 @@ def _sync(directory: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def no_empty_folders_left(folder: Path) -> Iterator[None]:
+    """On an error, remove ``folder`` and those above it, as far as they were made inside and nothing is in them."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        for each in missing:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+        raise

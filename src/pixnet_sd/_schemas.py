@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from ._errors import StoreError
+from pixnet_sd.errors import StoreError
 
 __all__ = [
     "ChecksumsSchema",

@@ -1,16 +1,6 @@
-"""Errors that a user can mend, to be caught by name: all are a :class:`PixNetError`, which is a :class:`ValueError`."""
+"""Errors that a user can mend: each says what was found and what to do."""
 
 from __future__ import annotations
-
-from ._errors import (
-    CheckpointError,
-    DataError,
-    DivergenceError,
-    ElementError,
-    PixNetError,
-    ResolutionError,
-    StoreError,
-)
 
 __all__ = [
     "CheckpointError",
@@ -21,3 +11,31 @@ __all__ = [
     "ResolutionError",
     "StoreError",
 ]
+
+
+class PixNetError(ValueError):
+    """Base of every error that pixnet_sd raises on purpose."""
+
+
+class ElementError(PixNetError):
+    """No element, several elements, or the wrong kind of element where one was needed."""
+
+
+class ResolutionError(PixNetError):
+    """Micrometres per pixel unknown or absurd, or a transformation that cannot be used."""
+
+
+class DataError(PixNetError):
+    """Counts, genes or pixels that cannot be used as they are."""
+
+
+class DivergenceError(PixNetError):
+    """A training that left any sane range: nothing of it is worth keeping."""
+
+
+class CheckpointError(PixNetError):
+    """Weights or a checkpoint that are missing, truncated or of another kind."""
+
+
+class StoreError(PixNetError):
+    """A store that cannot be read or written: files away, name taken, read-only, too little disk."""

@@ -14,7 +14,7 @@ from subprocess import CompletedProcess
 import pytest
 
 import pixnet_sd as ps
-from pixnet_sd._logging import logger
+from pixnet_sd._util import logger
 from pixnet_sd.cli._log import _CHATTY
 
 TINY = {

@@ -10,8 +10,8 @@ import spatialdata as sd
 from spatialdata.models import Image2DModel
 
 import pixnet_sd as ps
-from pixnet_sd._errors import StoreError
 from pixnet_sd.cli._info import describe
+from pixnet_sd.errors import StoreError
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import spatialdata as sd
 
-from pixnet_sd._errors import DataError, PixNetError, StoreError
 from pixnet_sd.cli import main
 from pixnet_sd.cli._info import describe
 from pixnet_sd.cli._inputs import named_paths, open_slide, open_slides
 from pixnet_sd.datasets import write_visium, write_visium_hd
+from pixnet_sd.errors import DataError, PixNetError, StoreError
 from pixnet_sd.io import convert_visium_hd
 
 

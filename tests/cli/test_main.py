@@ -12,10 +12,10 @@ import warnings
 import pytest
 
 import pixnet_sd as ps
-from pixnet_sd._errors import DataError
-from pixnet_sd._logging import logger
+from pixnet_sd._util import logger
 from pixnet_sd.cli import _run, main
 from pixnet_sd.cli._log import set_up_logging
+from pixnet_sd.errors import DataError
 
 
 @pytest.fixture

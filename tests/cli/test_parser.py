@@ -58,8 +58,7 @@ def test_every_option_has_a_text_and_takes_something(room, name):
 
 
 def test_choices_are_those_of_the_annotations():
-    from pixnet_sd.nn.model import Aggregation
-    from pixnet_sd.nn.objectives import ObjectiveName
+    from pixnet_sd.model import Aggregation, ObjectiveName
 
     parameters = read_verb("tl._fit", "fit").parameters
     assert parameters["objective"].kind.literals == typing.get_args(ObjectiveName)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pixnet_sd.datasets._barcodes import bin_barcodes, cell_barcodes, spot_barcodes
+from pixnet_sd.datasets.drawn import bin_barcodes, cell_barcodes, spot_barcodes
 
 
 def test_names_of_the_format():

@@ -5,10 +5,7 @@ import pytest
 import shapely
 
 from pixnet_sd import datasets
-from pixnet_sd.datasets import _cells, _slide
-from pixnet_sd.datasets._cells import CellCounts, find_cells
-from pixnet_sd.datasets._lattice import BASE_UM
-from pixnet_sd.datasets._slide import DrawnSlide
+from pixnet_sd.datasets.drawn import BASE_UM, CellCounts, DrawnSlide, _cells, _slide, find_cells
 
 MPP = 0.5
 

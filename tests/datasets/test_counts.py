@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pixnet_sd.datasets._counts import LIBRARY_FIELD_SIGMA, LIBRARY_PLACE_SIGMA, draw_counts, library_size
-from pixnet_sd.datasets._expression import gene_panel
-from pixnet_sd.datasets._tissue import Source, Tissue
+from pixnet_sd.datasets.drawn import Source, draw_counts, library_size
+from pixnet_sd.datasets.drawn._expression import LIBRARY_FIELD_SIGMA, LIBRARY_PLACE_SIGMA, gene_panel
+from pixnet_sd.datasets.drawn._tissue import Tissue
 
 
 def library(side: int) -> np.ndarray:

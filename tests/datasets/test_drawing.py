@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnet_sd.datasets._expression import _CELL_UM, DIFFUSION_UM, gene_panel, sources
-from pixnet_sd.datasets._integrals import integrate_disks, integrate_on_grid, integrate_squares
-from pixnet_sd.datasets._lattice import Lattice
-from pixnet_sd.datasets._noise import Grid, Noise, hash_unit
-from pixnet_sd.datasets._staining import draw, draw_window
-from pixnet_sd.datasets._tissue import NucleusKind, Source, Tissue
+from pixnet_sd.datasets.drawn import Grid, Source, draw, integrate_disks, integrate_on_grid
+from pixnet_sd.datasets.drawn._expression import _CELL_UM, DIFFUSION_UM, gene_panel, integrate_squares, sources
+from pixnet_sd.datasets.drawn._noise import Noise, hash_unit
+from pixnet_sd.datasets.drawn._slide import Lattice
+from pixnet_sd.datasets.drawn._tissue import NucleusKind, Tissue, draw_window
 
 NOISE = Noise(0)
 

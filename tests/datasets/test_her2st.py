@@ -13,7 +13,7 @@ from PIL import Image
 from spatialdata.transformations import get_transformation
 
 from pixnet_sd import datasets
-from pixnet_sd._errors import DataError
+from pixnet_sd.errors import DataError
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "her2st"
 

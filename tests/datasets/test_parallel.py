@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from pixnet_sd.datasets._parallel import in_order
+from pixnet_sd.datasets.drawn._noise import in_order
 
 
 @pytest.mark.parametrize("n_workers", [None, 1, 3])

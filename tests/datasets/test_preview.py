@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnet_sd.datasets._noise import Grid
-from pixnet_sd.datasets._preview import Previews, _Preview
+from pixnet_sd.datasets.drawn import Grid, Previews
+from pixnet_sd.datasets.drawn._slide import _Preview
 
 
 @settings(max_examples=25, deadline=None)

@@ -8,8 +8,8 @@ from scipy.ndimage import gaussian_filter
 from spatialdata.transformations import Identity, get_transformation
 
 from pixnet_sd import datasets
-from pixnet_sd._errors import DataError
-from pixnet_sd.datasets._counts import LIBRARY_FIELD_SIGMA, LIBRARY_PLACE_SIGMA
+from pixnet_sd.datasets.drawn._expression import LIBRARY_FIELD_SIGMA, LIBRARY_PLACE_SIGMA
+from pixnet_sd.errors import DataError
 
 SMALL = {"size_um": 200.0, "seed": 4}
 MIDDLE = {"size_um": 400.0, "seed": 1}
@@ -276,6 +276,6 @@ def test_other_names_bins_and_resolution():
     ],
 )
 def test_what_memory_does_not_hold_is_refused_at_once(verb, wrong, monkeypatch):
-    monkeypatch.setattr("pixnet_sd.store._memory.available_memory", lambda: 2**36)
+    monkeypatch.setattr("pixnet_sd.store._disk.available_memory", lambda: 2**36)
     with pytest.raises(DataError, match=next(iter(wrong))):
         verb(**wrong)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pixnet_sd import datasets
-from pixnet_sd._errors import DataError
+from pixnet_sd.errors import DataError
 
 SMALL = {"size_um": 150.0, "mpp": 1.0, "n_genes": 36, "seed": 4}
 

@@ -6,7 +6,7 @@ import pytest
 import spatialdata as sd
 
 from pixnet_sd import datasets
-from pixnet_sd._errors import DataError, StoreError
+from pixnet_sd.errors import DataError, StoreError
 
 SMALL = {"size_um": 600.0, "mpp": 1.5, "n_genes": 36, "seed": 1}
 

@@ -13,8 +13,12 @@ from spatialdata.models import get_table_keys
 from spatialdata.transformations import get_transformation
 
 from pixnet_sd import datasets
-from pixnet_sd._errors import DataError, StoreError
-from pixnet_sd.datasets import _cells, _density, _folder, _slide, _staining, _visium_hd
+from pixnet_sd.datasets import _space_ranger as _folder
+from pixnet_sd.datasets import _space_ranger as _visium_hd
+from pixnet_sd.datasets.drawn import _cells, _slide
+from pixnet_sd.datasets.drawn import _expression as _density
+from pixnet_sd.datasets.drawn import _tissue as _staining
+from pixnet_sd.errors import DataError, StoreError
 
 SMALL = {"size_um": 200.0, "mpp": 0.5, "n_genes": 40, "seed": 4}
 

@@ -15,11 +15,9 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pixnet_sd.engine.device import make_fabric
-from pixnet_sd.engine.slides import MeasuredRegions, ReadTile, TrainingSlide
-from pixnet_sd.nn.encoder import Encoder
-from pixnet_sd.nn.model import DecoderConfig, Network
-from pixnet_sd.nn.regions import Circles, Regions
+from pixnet_sd.engine import MeasuredRegions, ReadTile, TrainingSlide, make_fabric
+from pixnet_sd.geometry import Circles, Regions
+from pixnet_sd.model import DecoderConfig, Encoder, Network
 
 CHANNELS = (6, 6, 8, 8)
 

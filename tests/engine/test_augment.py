@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pixnet_sd.engine.augment import N_SYMMETRIES, apply_symmetry, jitter_stain, undo_symmetry
-from pixnet_sd.nn.aggregation import build_operator
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.operators import aggregate
-from pixnet_sd.nn.regions import Polygons
+from pixnet_sd.engine import N_SYMMETRIES, apply_symmetry, jitter_stain, undo_symmetry
+from pixnet_sd.geometry import Grid, Polygons
+from pixnet_sd.model import build_operator
+from pixnet_sd.model._operators import aggregate
 
 EVERY = range(N_SYMMETRIES)
 

@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pixnet_sd.engine.batches import BatchPlan, make_batch, plan_batches, prefetch, tile_regions
-from pixnet_sd.engine.slides import TrainingSlide
-from pixnet_sd.engine.tiling import Tile, TrainingTiles, training_tiles
-from pixnet_sd.nn.aggregation import build_operator
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.operators import Operator
-from pixnet_sd.nn.regions import Circles
+from pixnet_sd.engine import Tile, TrainingSlide, TrainingTiles, prefetch, training_tiles
+from pixnet_sd.engine.train._batches import BatchPlan, make_batch, plan_batches, tile_regions
+from pixnet_sd.geometry import Circles, Grid
+from pixnet_sd.model import Operator, build_operator
 
 AHEAD = 3
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pixnet_sd.engine.calibrate import calibrate
-from pixnet_sd.engine.features import FeatureMaps
-from pixnet_sd.engine.settings import TrainSettings
-from pixnet_sd.engine.tiling import training_tiles
-from pixnet_sd.nn.encoder import STRIDES
+from pixnet_sd.engine import training_tiles
+from pixnet_sd.engine.train import TrainSettings
+from pixnet_sd.engine.train._features import FeatureMaps, calibrate
+from pixnet_sd.geometry import STRIDES
 
 SETTINGS = TrainSettings(tile_px=64, batch_size=4)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixnet_sd.engine.copies import Copies
+from pixnet_sd.engine import Copies
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

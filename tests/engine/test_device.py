@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pixnet_sd._errors import PixNetError
-from pixnet_sd.engine.device import fixed_shapes, make_fabric
+from pixnet_sd.engine import fixed_shapes, make_fabric
+from pixnet_sd.errors import PixNetError
 
 
 def test_cpu_in_full_precision() -> None:
@@ -55,7 +55,7 @@ def test_float32_on_a_gpu_that_only_emulates_bf16(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     made = {}
-    monkeypatch.setattr("pixnet_sd.engine.device.Fabric", lambda **options: made.update(options))
+    monkeypatch.setattr("pixnet_sd.engine._device.Fabric", lambda **options: made.update(options))
     make_fabric("cuda:0")
     assert asked == [False]
     assert made["precision"] == "32-true"

@@ -5,13 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixnet_sd.engine.augment import N_SYMMETRIES, apply_symmetry, undo_symmetry
-from pixnet_sd.engine.batches import BatchPlan, make_batch
-from pixnet_sd.engine.features import FeatureMaps
-from pixnet_sd.engine.settings import TrainSettings
-from pixnet_sd.engine.slides import TrainingSlide
-from pixnet_sd.engine.tiling import TrainingTiles, training_tiles
-from pixnet_sd.nn.model import MAP_STRIDE
+from pixnet_sd.engine import N_SYMMETRIES, TrainingSlide, TrainingTiles, apply_symmetry, training_tiles, undo_symmetry
+from pixnet_sd.engine.train import TrainSettings
+from pixnet_sd.engine.train._batches import BatchPlan, make_batch
+from pixnet_sd.engine.train._features import FeatureMaps
+from pixnet_sd.geometry import MAP_STRIDE
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import platform
 import pytest
 import torch
 
-from pixnet_sd.engine import heap
+from pixnet_sd.engine import _device as heap
 
 
 class Libc:

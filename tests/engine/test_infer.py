@@ -12,18 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
-from pixnet_sd.engine.batches import AHEAD
-from pixnet_sd.engine.device import make_fabric
-from pixnet_sd.engine.infer import infer
-from pixnet_sd.engine.region_plan import RegionPlan, plan_regions
-from pixnet_sd.engine.window_pass import InferSettings
-from pixnet_sd.nn.encoder import build_encoder
-from pixnet_sd.nn.grid import Grid, Window
-from pixnet_sd.nn.head import Factors
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.model import MAP_STRIDE, Network, apply_head
-from pixnet_sd.nn.receptive_field import receptive_radius_px
-from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons
+from pixnet_sd.engine import AHEAD, make_fabric
+from pixnet_sd.engine.predict import InferSettings, RegionPlan, infer, plan_regions
+from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, LabelGrid, Lattice, Polygons, Window
+from pixnet_sd.model import Factors, Network, apply_head, build_encoder, receptive_radius_px
 
 Block = tuple[int, int, int, int]
 

@@ -9,14 +9,11 @@ import pytest
 import torch
 from scipy import sparse
 
-from pixnet_sd.engine import targets as targets_module
-from pixnet_sd.engine.objective import BatchLoss
-from pixnet_sd.engine.targets import SparseTargets, output_blocks
-from pixnet_sd.nn.aggregation import build_operator
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.model import Network
-from pixnet_sd.nn.objectives import make_objective
-from pixnet_sd.nn.regions import Circles
+from pixnet_sd.engine.train import _batches as targets_module
+from pixnet_sd.engine.train._batches import SparseTargets, output_blocks
+from pixnet_sd.engine.train._objective import BatchLoss
+from pixnet_sd.geometry import Circles, Grid
+from pixnet_sd.model import Network, build_operator, make_objective
 
 M = 150
 GRID = Grid(8, 8, 4)

@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from pixnet_sd.engine.infer import infer
-from pixnet_sd.engine.pairs import Pairs
-from pixnet_sd.engine.region_plan import plan_regions
-from pixnet_sd.engine.window_pass import InferSettings
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.receptive_field import receptive_radius_px
-from pixnet_sd.nn.regions import Circles
+from pixnet_sd.engine import Pairs
+from pixnet_sd.engine.predict import InferSettings, infer, plan_regions
+from pixnet_sd.geometry import Circles, Grid
+from pixnet_sd.model import receptive_radius_px
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pixnet_sd.engine.augment import N_SYMMETRIES, apply_symmetry
-from pixnet_sd.engine.pyramids import PyramidCache
-from pixnet_sd.engine.slides import TrainingSlide
-from pixnet_sd.engine.tiling import Tile
-from pixnet_sd.nn.encoder import STRIDES, Encoder
+from pixnet_sd.engine import N_SYMMETRIES, Tile, TrainingSlide, apply_symmetry
+from pixnet_sd.engine.train._features import PyramidCache
+from pixnet_sd.geometry import STRIDES
+from pixnet_sd.model import Encoder
 
 TILE = Tile(-16, 40, 64, 96)
 
@@ -114,7 +113,7 @@ def test_a_write_that_fails_is_a_full_disk(cache, slide, runs, monkeypatch, capl
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pixnet_sd.engine.pyramids.save_file", fail)
+    monkeypatch.setattr("pixnet_sd.engine.train._features.save_file", fail)
     cache.get(slide, TILE, 0)
     cache.get(slide, TILE, 0)
     assert len(runs) == 2

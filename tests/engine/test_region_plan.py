@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import eye, from_numpy
 from torch.nn.functional import interpolate
 
-from pixnet_sd.engine.region_plan import RegionPlan, plan_regions, windows_of
-from pixnet_sd.nn.aggregation import build_operator
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.regions import Circles, squares
+from pixnet_sd.engine.predict import RegionPlan, plan_regions
+from pixnet_sd.engine.predict._plan import windows_of
+from pixnet_sd.geometry import Circles, Grid
+from pixnet_sd.geometry._regions import squares
+from pixnet_sd.model import build_operator
 
 GRID = Grid(30, 41, 4)
 HEIGHT, WIDTH = 120, 164

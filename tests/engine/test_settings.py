@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixnet_sd.engine.settings import TrainSettings, learning_rate
+from pixnet_sd.engine.train import TrainSettings
+from pixnet_sd.engine.train._objective import learning_rate
 
 
 @given(st.floats(0, 1))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pixnet_sd.nn.regions import Circles
+from pixnet_sd.geometry import Circles
 
 
 def test_subset_keeps_targets_with_regions_and_drops_empty_sizes(slide_of) -> None:

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnet_sd._errors import PixNetError
-from pixnet_sd.engine.slides import TrainingSlide
-from pixnet_sd.engine.split import hold_out_blocks
-from pixnet_sd.nn.regions import Circles
+from pixnet_sd.engine import TrainingSlide
+from pixnet_sd.engine.train import hold_out_blocks
+from pixnet_sd.errors import PixNetError
+from pixnet_sd.geometry import Circles
 
 HEIGHT, WIDTH = 400, 640
 N_BLOCKS_A_SIDE = 8

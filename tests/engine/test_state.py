@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixnet_sd._errors import CheckpointError
-from pixnet_sd.engine.sealed import seal
-from pixnet_sd.engine.state import BestEpoch, RunState
+from pixnet_sd.engine.train import RunState
+from pixnet_sd.engine.train._state import BestEpoch, seal
+from pixnet_sd.errors import CheckpointError
 
 FILE = "training_state.pt"
 

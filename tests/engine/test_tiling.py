@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnet_sd._errors import PixNetError
-from pixnet_sd.engine.tiling import ALIGN_PX, MARGIN_SHARE, Tile, TrainingTiles, training_tiles
-from pixnet_sd.nn.regions import Circles
+from pixnet_sd.engine import ALIGN_PX, MARGIN_SHARE, Tile, TrainingTiles, training_tiles
+from pixnet_sd.errors import PixNetError
+from pixnet_sd.geometry import Circles
 
 SHARE = st.floats(0, 1, exclude_max=True)
 

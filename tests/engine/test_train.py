@@ -9,18 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from pixnet_sd._errors import CheckpointError, DivergenceError, PixNetError
-from pixnet_sd.engine import train as module
-from pixnet_sd.engine.device import make_fabric
-from pixnet_sd.engine.settings import TrainSettings
-from pixnet_sd.engine.slides import TrainingSlide
-from pixnet_sd.engine.split import hold_out_blocks
-from pixnet_sd.engine.state import RunState
-from pixnet_sd.engine.train import TrainResult, train
-from pixnet_sd.engine.validate import Scores
-from pixnet_sd.nn.aggregation import build_operator
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.model import Network
+from pixnet_sd.engine import TrainingSlide, make_fabric
+from pixnet_sd.engine.train import RunState, TrainSettings, hold_out_blocks, train
+from pixnet_sd.engine.train import _loop as module
+from pixnet_sd.engine.train._loop import TrainResult
+from pixnet_sd.engine.train._validate import Scores
+from pixnet_sd.errors import CheckpointError, DivergenceError, PixNetError
+from pixnet_sd.geometry import Grid
+from pixnet_sd.model import Network, build_operator
 
 SETTINGS = TrainSettings(max_epochs=3, lr=5e-3, tile_px=64, batch_size=3)
 

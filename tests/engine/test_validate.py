@@ -11,18 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pixnet_sd.engine.batches import Batch
-from pixnet_sd.engine.copies import Copies
-from pixnet_sd.engine.features import FeatureMaps
-from pixnet_sd.engine.settings import TrainSettings
-from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
-from pixnet_sd.engine.tiling import TrainingTiles
-from pixnet_sd.engine.validate import Moments
-from pixnet_sd.engine.validate import validate as validate_against
-from pixnet_sd.nn.head import Head
-from pixnet_sd.nn.losses import pearson_per_gene
-from pixnet_sd.nn.objectives import CountLoss, MsePcc
-from pixnet_sd.nn.regions import Circles
+from pixnet_sd.engine import Copies, MeasuredRegions, TrainingSlide, TrainingTiles
+from pixnet_sd.engine.train import TrainSettings
+from pixnet_sd.engine.train._batches import Batch
+from pixnet_sd.engine.train._features import FeatureMaps
+from pixnet_sd.engine.train._validate import Moments
+from pixnet_sd.engine.train._validate import validate as validate_against
+from pixnet_sd.geometry import Circles
+from pixnet_sd.model import Head
+from pixnet_sd.model._objectives import CountLoss, MsePcc, pearson_per_gene
 
 SETTINGS = TrainSettings(tile_px=64, batch_size=3)
 OBJECTIVE = MsePcc(0.5)

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from pixnet_sd.engine.writer import Buffers, Writer
+from pixnet_sd.engine import Buffers, Writer
 
 
 def test_one_thread_keeps_the_order() -> None:

@@ -10,8 +10,8 @@ from hypothesis.extra.numpy import arrays
 from spatialdata.transformations import Scale, get_transformation
 
 import pixnet_sd as ps
-from pixnet_sd._errors import DataError, ElementError
-from pixnet_sd.store import FactorHead, factor_names, image_pyramid
+from pixnet_sd.errors import DataError, ElementError
+from pixnet_sd.store.gene_map import FactorHead, factor_names, image_pyramid
 
 RNG = np.random.default_rng(0)
 TRANSFORMS = {"global": Scale([2, 2], axes=("x", "y"))}
@@ -76,7 +76,7 @@ def test_values_are_those_of_the_network(factors, link) -> None:
     """`nn.head.Head` and the torch-free way are one function."""
     import torch
 
-    from pixnet_sd.nn.head import Head
+    from pixnet_sd.model import Head
 
     factors[-1] = 1
     made, network = head(link), Head(4, 3, link)

@@ -9,9 +9,9 @@ import pytest
 import scipy.sparse as sp
 import zarr
 
-from pixnet_sd._errors import StoreError
-from pixnet_sd.io import _arrays
-from pixnet_sd.io._arrays import TableArrays
+from pixnet_sd.errors import StoreError
+from pixnet_sd.store import TableArrays
+from pixnet_sd.store import _stream as _arrays
 
 
 @pytest.mark.parametrize("wide", [False, True])

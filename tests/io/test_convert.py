@@ -15,10 +15,13 @@ import zarr
 from spatialdata_io import visium_hd
 from tests.io.compare import assert_same
 
-from pixnet_sd._errors import DataError, StoreError
-from pixnet_sd.io import _build, _scratch, convert_visium_hd
-from pixnet_sd.slide import measured, open_slide
-from pixnet_sd.store._disk import hold_lock
+from pixnet_sd.errors import DataError, StoreError
+from pixnet_sd.io import _convert as _build
+from pixnet_sd.io import _convert as _scratch
+from pixnet_sd.io import convert_visium_hd
+from pixnet_sd.slide import open_slide
+from pixnet_sd.slide.tables import measured
+from pixnet_sd.store import hold_lock
 
 CHUNK_PX = 64
 

@@ -8,7 +8,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from pixnet_sd._errors import DataError
+from pixnet_sd.errors import DataError
 from pixnet_sd.io import _image
 from pixnet_sd.io._image import open_image
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixnet_sd._errors import DataError
-from pixnet_sd.io import _outlines
-from pixnet_sd.io._outlines import read_outlines
+from pixnet_sd.errors import DataError
+from pixnet_sd.io import _cells as _outlines
+from pixnet_sd.io._cells import read_outlines
 
 RING = [[0.5, 1.25], [10.0, 1.0], [10.0, 12.0], [0.5, 1.25]]
 

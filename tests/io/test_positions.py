@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnet_sd._errors import DataError
-from pixnet_sd.io import _matrix, _positions
-from pixnet_sd.io._matrix import open_matrix
-from pixnet_sd.io._positions import open_positions, placed_bins
+from pixnet_sd.errors import DataError
+from pixnet_sd.io import _matrix, open_matrix
+from pixnet_sd.io import _matrix as _positions
+from pixnet_sd.io._matrix import open_positions, placed_bins
 
 
 def barcode(number: int) -> str:

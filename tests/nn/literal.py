@@ -1,6 +1,6 @@
 """Eq. 4-5 to the letter: every gene resized to the slide, every region a boolean mask. The fast path must equal it.
 
-Nothing here is shared with `pixnet_sd.nn.aggregation`: points are tested one by one, and torch does the resizing.
+Nothing here is shared with `pixnet_sd.model._aggregation`: points are tested one by one, and torch does the resizing.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons, Regions
+from pixnet_sd.geometry import Circles, Grid, LabelGrid, Polygons, Regions
 
 Float = NDArray[np.float64]
 Bool = NDArray[np.bool_]

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons, Regions, squares
+from pixnet_sd.geometry import Circles, Grid, LabelGrid, Lattice, Polygons, Regions
+from pixnet_sd.geometry._regions import squares
 
 Float = NDArray[np.float64]
 

@@ -16,11 +16,11 @@ from tests.nn.literal import dense_operator, example_map, masks, resize
 from tests.nn.strategies import KINDS, grid_and_regions, grids, regions_on
 from torch.nn import functional
 
-from pixnet_sd.nn import aggregation
-from pixnet_sd.nn.aggregation import build_operator, count_pixels
-from pixnet_sd.nn.grid import Grid, Window
-from pixnet_sd.nn.operators import aggregate
-from pixnet_sd.nn.regions import Circles, LabelGrid, Regions, chunks, squares
+from pixnet_sd.geometry import Circles, Grid, LabelGrid, Regions, Window, chunks
+from pixnet_sd.geometry._regions import squares
+from pixnet_sd.model import _aggregation as aggregation
+from pixnet_sd.model import build_operator, count_pixels
+from pixnet_sd.model._operators import aggregate
 
 GRID = Grid(6, 5, 4)  # 24 × 20 px
 

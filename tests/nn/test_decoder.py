@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pixnet_sd.nn.decoder import Decoder, Lateral
+from pixnet_sd.model import Decoder
+from pixnet_sd.model._network import Lateral
 
 CHANNELS = (3, 5, 7, 9)
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pixnet_sd._errors import CheckpointError, PixNetError
-from pixnet_sd.nn import encoder as module
-from pixnet_sd.nn.encoder import STRIDES, Encoder, build_encoder
+from pixnet_sd.errors import CheckpointError, PixNetError
+from pixnet_sd.geometry import STRIDES
+from pixnet_sd.model import Encoder, build_encoder
+from pixnet_sd.model import _encoder as module
 
 
 def image(height: int = 64, width: int = 96, seed: int = 0) -> Tensor:

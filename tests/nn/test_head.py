@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pixnet_sd.nn.head import Factors, Head, Link
+from pixnet_sd.model import Factors, Head
+from pixnet_sd.model._network import Link
 
 
 def make(link: Link) -> Head:

@@ -8,9 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.nn.strategies import lattices, similarities
 
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.regions import Circles, Polygons
+from pixnet_sd.geometry import Circles, Grid, Lattice, Polygons
 
 GRID = Grid(7, 9, 4)
 box = st.tuples(*[st.floats(-20, 60)] * 4).map(

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from tests.nn.literal import aggregates, example_map
 from tests.nn.strategies import lattices, turned
 
-from pixnet_sd.nn.aggregation import build_operator
-from pixnet_sd.nn.grid import Grid, Window
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.lattice_operator import lattice_operator
-from pixnet_sd.nn.operators import Operator, SeparableOperator, SparseOperator
+from pixnet_sd.geometry import Grid, Lattice, Window
+from pixnet_sd.model import Operator, build_operator
+from pixnet_sd.model._aggregation import lattice_operator
+from pixnet_sd.model._operators import SeparableOperator, SparseOperator
 
 GRID = Grid(11, 13, 4)
 SLIDE = GRID.window.times(4)

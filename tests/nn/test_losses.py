@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from torch import Tensor
 
-from pixnet_sd.nn.losses import pcc_terms, pearson_per_gene, varying
+from pixnet_sd.model._objectives import pcc_terms, pearson_per_gene, varying
 
 
 def expression(n: int = 12, genes: int = 5, seed: int = 0) -> Tensor:

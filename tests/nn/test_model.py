@@ -11,13 +11,15 @@ from tests.nn.literal import aggregates, resize, sums
 from tests.nn.strategies import grid_and_regions, turned
 from torch import Tensor
 
-from pixnet_sd.nn.aggregation import build_operator
-from pixnet_sd.nn.encoder import build_encoder
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.model import MAP_STRIDE, Aggregation, DecoderConfig, Network
-from pixnet_sd.nn.operators import TiledOperator
-from pixnet_sd.nn.regions import Circles, LabelGrid, Regions
+from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, LabelGrid, Lattice, Regions
+from pixnet_sd.model import (
+    Aggregation,
+    DecoderConfig,
+    Network,
+    TiledOperator,
+    build_encoder,
+    build_operator,
+)
 
 CHANNELS, GENES = 4, 3
 CONFIG = DecoderConfig(widths=(CHANNELS, 4, 6, 6), hidden=(4, 4, 4), dropout=0.1)
@@ -169,7 +171,7 @@ def test_predictions_stay_float32_under_autocast() -> None:
 def test_forward_is_at_the_maps_stride() -> None:
     with torch.no_grad():
         features = MODELS["mean"].eval()(torch.zeros(2, 3, 64, 96))
-    assert features.shape == (2, CHANNELS, 64 // MAP_STRIDE, 96 // MAP_STRIDE)
+    assert features.shape == (2, CHANNELS, 64 // 96 // MAP_STRIDE)
 
 
 @pytest.mark.parametrize(("aggregation", "share"), [("mean", 1.0), ("sum", 52 / 40)])

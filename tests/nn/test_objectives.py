@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from pixnet_sd.nn.objectives import CountLoss, Densities, MsePcc, Objective, Part, log_normalised, make_objective
+from pixnet_sd.model import Densities, Objective, Part, log_normalised, make_objective
+from pixnet_sd.model._objectives import CountLoss, MsePcc
 
 N, M = 12, 5
 NAMES = ["mse_pcc", "poisson", "nb"]

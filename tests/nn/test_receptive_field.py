@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixnet_sd.nn.encoder import build_encoder
-from pixnet_sd.nn.model import DecoderConfig, Network
-from pixnet_sd.nn.receptive_field import receptive_radius_px, sees_whole_tile
+from pixnet_sd.model import DecoderConfig, Network, build_encoder, receptive_radius_px, sees_whole_tile
 
 ALIGN = 32  # halos and tiles are cut at multiples of the coarsest stride
 

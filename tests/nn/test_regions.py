@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from tests.nn.literal import masks, rings
 from tests.nn.strategies import KINDS, grid_and_regions, polygons_of, regions_on, similarities
 
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons, Regions, Spans, squares
+from pixnet_sd.geometry import Circles, Grid, LabelGrid, Polygons, Regions, Spans
+from pixnet_sd.geometry._regions import squares
 
 SLIDE = Grid(20, 25, 1)
 
@@ -175,7 +175,7 @@ def test_label_geometry() -> None:
 
 def test_label_geometry_is_read_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = LabelGrid(LABELS, np.array([7, 2]))
-    monkeypatch.setattr("pixnet_sd.nn.regions._STRIP_PX", 1)
+    monkeypatch.setattr("pixnet_sd.geometry._regions._STRIP_PX", 1)
     strips = LabelGrid(LABELS, np.array([7, 2]))
     np.testing.assert_array_equal(strips.area, whole.area)
     np.testing.assert_allclose(strips.centre_xy, whole.centre_xy)

@@ -9,12 +9,9 @@ from scipy import sparse
 from tests.nn.literal import example_map
 from tests.nn.strategies import turned
 
-from pixnet_sd.nn.aggregation import build_operator
-from pixnet_sd.nn.grid import Grid
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.operators import Operator, SeparableOperator, SparseOperator, TiledOperator
-from pixnet_sd.nn.regions import Circles
-from pixnet_sd.nn.staged_matrix import StagedMatrix
+from pixnet_sd.geometry import Circles, Grid, Lattice
+from pixnet_sd.model import Operator, TiledOperator, build_operator
+from pixnet_sd.model._operators import SeparableOperator, SparseOperator, StagedMatrix
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkl.is_available() or torch.cuda.is_available()), reason="torch multiplies CSR with MKL or CUDA"

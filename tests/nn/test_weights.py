@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pixnet_sd._errors import CheckpointError
-from pixnet_sd.nn.encoder import build_encoder
-from pixnet_sd.nn.weights import hash_weights, load_encoder_weights, read_weights
+from pixnet_sd.errors import CheckpointError
+from pixnet_sd.model import build_encoder, hash_weights
+from pixnet_sd.model._encoder import load_encoder_weights, read_weights
 
 State = Mapping[str, Tensor]
 

@@ -11,7 +11,7 @@ import pytest
 from spatialdata import SpatialData
 from tests.slide.conftest import make_visium, make_visium_hd
 
-from pixnet_sd.store import GeneMapWriter, image_transforms, tissue_labels
+from pixnet_sd.store.gene_map import GeneMapWriter, image_transforms, tissue_labels
 
 mpl.use("Agg")
 

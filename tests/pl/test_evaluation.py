@@ -11,7 +11,7 @@ from spatialdata.transformations import Identity
 from tests.slide.conftest import make_table
 
 import pixnet_sd as ps
-from pixnet_sd._errors import DataError, PixNetError
+from pixnet_sd.errors import DataError, PixNetError
 
 N = 50
 KEYS = {"table_key": "counts", "predicted_key": "predicted"}
@@ -56,7 +56,7 @@ def test_sizes_side_by_side():
 @pytest.mark.parametrize("many", [False, True])
 def test_measured_against_predicted(sdata, monkeypatch, many):
     if many:
-        monkeypatch.setattr("pixnet_sd.pl._evaluation._MANY", N - 1)
+        monkeypatch.setattr("pixnet_sd.pl._scores._MANY", N - 1)
     axes = ps.pl.evaluation(scores(0.1, 0.3), gene="GENE1", sdata=sdata, **KEYS, show=False)
     counts, predicted = sdata.tables["counts"].X.toarray(), sdata.tables["predicted"].X[::-1, 1]
     measured = np.log1p(100 * counts[:, 1] / counts.sum(axis=1))

@@ -18,8 +18,8 @@ from tests.slide.conftest import make_table
 from zarr.storage import LocalStore
 
 import pixnet_sd as ps
-from pixnet_sd._errors import DataError, ElementError, PixNetError
-from pixnet_sd.store import FactorHead, factor_names, image_pyramid
+from pixnet_sd.errors import DataError, ElementError, PixNetError
+from pixnet_sd.store.gene_map import FactorHead, factor_names, image_pyramid
 
 
 def to_um(ax, artist) -> np.ndarray:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import pixnet_sd as ps
-from pixnet_sd._errors import PixNetError
-from pixnet_sd.nn.model import DecoderConfig
-from pixnet_sd.store import ModelRecord
+from pixnet_sd.errors import PixNetError
+from pixnet_sd.model import DecoderConfig, ModelRecord
 
 ROWS = [
     {"epoch": float(k), "loss": 3.0 / k, "val_pcc": 0.1 * k if k < 4 else 0.2, "val_mse": 1.0 / k, "lr": 1e-3}

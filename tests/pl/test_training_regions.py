@@ -10,9 +10,10 @@ import pytest
 from tests.slide.conftest import make_visium, make_visium_hd
 
 import pixnet_sd as ps
-from pixnet_sd._errors import DataError, PixNetError
-from pixnet_sd.engine.tiling import training_tiles
-from pixnet_sd.tl._training_data import open_sources, training_data
+from pixnet_sd.engine import training_tiles
+from pixnet_sd.errors import DataError, PixNetError
+from pixnet_sd.tl import open_sources
+from pixnet_sd.tl._training_data import training_data
 
 OPEN: dict[str, Any] = {
     "image_key": None,

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pixnet_sd._errors import ResolutionError
-from pixnet_sd.slide._checks import check_regions_on_image
+from pixnet_sd.errors import ResolutionError
+from pixnet_sd.slide.elements import check_regions_on_image
 
 IMAGE = {"width": 400, "height": 100, "what": "Shapes 'cells'"}
 

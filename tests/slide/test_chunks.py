@@ -16,10 +16,9 @@ from spatialdata.models import Image2DModel, Labels2DModel
 
 from pixnet_sd.errors import StoreError
 from pixnet_sd.slide import open_slide, tissue_mask
-from pixnet_sd.slide._chunks import StoredRows
-from pixnet_sd.slide._counts import Counts
-from pixnet_sd.slide._image import ImagePyramid
-from pixnet_sd.slide._labels import LazyLabels
+from pixnet_sd.slide.elements import LazyLabels
+from pixnet_sd.slide.image import ImagePyramid, StoredRows
+from pixnet_sd.slide.tables import Counts
 
 SIDE, CHUNK = 256, 64
 

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import spatialdata as sd
 
-from pixnet_sd._errors import StoreError
-from pixnet_sd.slide import _count_cache
-from pixnet_sd.slide._count_cache import own_counts
-from pixnet_sd.slide._measured import Measured, measured
+from pixnet_sd.errors import StoreError
+from pixnet_sd.slide.tables import Measured, measured
+from pixnet_sd.slide.tables import _cache as _count_cache
+from pixnet_sd.slide.tables._cache import own_counts
 
 GENES = pd.Index(["GENE3", "GENE0"])
 

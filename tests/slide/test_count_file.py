@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
-from pixnet_sd._errors import StoreError
-from pixnet_sd.slide import _count_file
-from pixnet_sd.slide._count_file import open_counts, write_counts
+from pixnet_sd.errors import StoreError
+from pixnet_sd.slide.tables import _cache as _count_file
+from pixnet_sd.slide.tables._cache import open_counts, write_counts
 
 COUNTS = hnp.arrays(
     np.int64,

@@ -12,8 +12,8 @@ import zarr
 from anndata.io import sparse_dataset
 from scipy import sparse
 
-from pixnet_sd._errors import DataError
-from pixnet_sd.slide import Counts, _counts, checked_totals
+from pixnet_sd.errors import DataError
+from pixnet_sd.slide.tables import Counts, _counts, checked_totals
 
 X = np.random.default_rng(0).poisson(0.7, (23, 6)).astype(np.float32)
 GENES = pd.Index(list("ABCDEF"))

@@ -8,8 +8,8 @@ import pytest
 import spatialdata as sd
 from scipy import sparse
 
-from pixnet_sd._errors import DataError
-from pixnet_sd.slide import checked_totals, choose_genes, measured, targets_of
+from pixnet_sd.errors import DataError
+from pixnet_sd.slide.tables import checked_totals, choose_genes, measured, targets_of
 
 TYPES = ["Gene Expression", "Antibody Capture", "Gene Expression", "Gene Expression", "Custom"]
 GENES = ["GENE0", "GENE2", "GENE3"]

@@ -13,8 +13,8 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Image3DModel
 from spatialdata.transformations import Scale, get_transformation
 
-from pixnet_sd._errors import DataError
-from pixnet_sd.slide._image import ImagePyramid, largest_block_px, stored_array
+from pixnet_sd.errors import DataError
+from pixnet_sd.slide.image import ImagePyramid, largest_block_px, stored_array
 
 RGB = ["r", "g", "b"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from pixnet_sd._errors import DataError
-from pixnet_sd.slide import targets_of
+from pixnet_sd.errors import DataError
+from pixnet_sd.slide.tables import targets_of
 
 RNG = np.random.default_rng(0)
 

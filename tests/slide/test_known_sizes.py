@@ -6,8 +6,9 @@ from spatialdata import SpatialData
 from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Identity, Scale, Translation, set_transformation
 
-from pixnet_sd._errors import ResolutionError
-from pixnet_sd.slide import find_mpp, select_tables
+from pixnet_sd.errors import ResolutionError
+from pixnet_sd.slide import find_mpp
+from pixnet_sd.slide.tables import select_tables
 
 HE = "he"
 

@@ -8,10 +8,9 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons
-from pixnet_sd.slide import _lattice, table_link
-from pixnet_sd.slide._lattice import bins_of_table, fit_lattice, lattice_pitch
-from pixnet_sd.slide._regions import regions_of
+from pixnet_sd.geometry import Circles, LabelGrid, Polygons
+from pixnet_sd.slide.elements import _lattice, bins_of_table, regions_of, table_link
+from pixnet_sd.slide.elements._lattice import fit_lattice, lattice_pitch
 
 TABLE, SHAPES = "square_008um", "sample_square_008um"
 PLACE = {"coordinate_system": "sample", "from_system": np.diag([2.0, 2.0, 1.0])}

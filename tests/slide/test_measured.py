@@ -5,10 +5,10 @@ import pytest
 import shapely
 from spatialdata import SpatialData
 
-from pixnet_sd._errors import DataError, ElementError, ResolutionError
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.slide._measured import measured
-from pixnet_sd.slide._slide import open_slide
+from pixnet_sd.errors import DataError, ElementError, ResolutionError
+from pixnet_sd.geometry import Lattice
+from pixnet_sd.slide import open_slide
+from pixnet_sd.slide.tables import measured
 
 XY = [[20, 30], [60, 80], [200, 100], [300, 220]]
 X = np.array([[1, 2, 0], [3, 0, 4], [5, 5, 5], [0, 7, 1]], dtype=np.float32)

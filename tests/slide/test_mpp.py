@@ -5,7 +5,7 @@ import pytest
 from spatialdata import SpatialData
 from spatialdata.transformations import Identity, Scale
 
-from pixnet_sd._errors import ElementError, ResolutionError
+from pixnet_sd.errors import ElementError, ResolutionError
 from pixnet_sd.slide import find_mpp, open_slide
 
 FULL = {"image_key": "sample_full_image", "coordinate_system": "sample"}

@@ -15,8 +15,9 @@ from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
 from spatialdata.transformations import Identity, Translation, get_transformation, set_transformation
 from tests.slide.conftest import make_image
 
-from pixnet_sd._errors import StoreError
-from pixnet_sd.slide import check_on_disk, open_store
+from pixnet_sd.errors import StoreError
+from pixnet_sd.slide import check_on_disk
+from pixnet_sd.slide.elements import open_store
 
 KEYS = ("he", "single", "cells", "circles", "labels")
 
@@ -130,7 +131,7 @@ def test_not_on_disk(backed: SpatialData, old: str, new: str) -> None:
 
 
 def test_millions_are_compared_by_ids_and_a_sample(backed: SpatialData, monkeypatch) -> None:
-    monkeypatch.setattr("pixnet_sd.slide._on_disk._MANY_SHAPES", 2)
+    monkeypatch.setattr("pixnet_sd.slide._find._MANY_SHAPES", 2)
     check_on_disk(backed, "cells", "circles")
     for name in ("moved shapes", "fewer shapes"):
         copy = sd.read_zarr(backed.path)

@@ -9,7 +9,7 @@ import pytest
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 
-from pixnet_sd._errors import DataError
+from pixnet_sd.errors import DataError
 from pixnet_sd.slide import open_slide
 
 SIDE = 160

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from pixnet_sd.slide import _pooling, _targets
-from pixnet_sd.slide._measured import measured
-from pixnet_sd.slide._slide import open_slide
-from pixnet_sd.slide._targets import targets_of
+from pixnet_sd.slide import open_slide
+from pixnet_sd.slide.tables import _cache as _pooling
+from pixnet_sd.slide.tables import _targets, measured, targets_of
 
 GENES = ["GENE4", "GENE1"]
 FINE, COARSE, COARSEST = "square_004um", "square_008um", "square_016um"

@@ -13,11 +13,9 @@ from spatialdata import SpatialData, read_zarr
 from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Affine, Identity, Scale, set_transformation
 
-from pixnet_sd._errors import DataError, ElementError, ResolutionError
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons
-from pixnet_sd.slide._labels import LazyLabels
-from pixnet_sd.slide._regions import regions_of
+from pixnet_sd.errors import DataError, ElementError, ResolutionError
+from pixnet_sd.geometry import Circles, LabelGrid, Lattice, Polygons
+from pixnet_sd.slide.elements import LazyLabels, regions_of
 
 XY = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
 SAMPLE = {"coordinate_system": "sample", "from_system": np.eye(3)}

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixnet_sd.slide._resample import Taps, make_taps, resample
+from pixnet_sd.slide.image import make_taps, resample
+from pixnet_sd.slide.image._resample import Taps
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -10,9 +10,10 @@ from spatialdata.models import Image2DModel, Image3DModel
 from spatialdata.transformations import Affine, Identity, Scale, Translation, set_transformation
 from tests.slide.conftest import make_image
 
-from pixnet_sd._errors import DataError, ElementError
-from pixnet_sd.slide import Slide, open_slide, select_coordinate_system, select_image, select_tables
-from pixnet_sd.tl._training_data import open_sources
+from pixnet_sd.errors import DataError, ElementError
+from pixnet_sd.slide import Slide, open_slide, select_coordinate_system, select_image
+from pixnet_sd.slide.tables import select_tables
+from pixnet_sd.tl import open_sources
 
 GRID = [[20 * x, 20 * y] for x in (1, 4, 9) for y in (1, 4, 9)]
 OPEN: dict[str, Any] = {

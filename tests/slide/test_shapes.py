@@ -9,9 +9,9 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixnet_sd._errors import DataError
-from pixnet_sd.nn.regions import Circles, Polygons
-from pixnet_sd.slide._shapes import polygons_from_shapely, regions_from_shapes
+from pixnet_sd.errors import DataError
+from pixnet_sd.geometry import Circles, Polygons
+from pixnet_sd.slide.elements._shapes import polygons_from_shapely, regions_from_shapes
 
 SQUARE = shapely.box(2, 3, 8, 9)
 RING = shapely.Polygon(shapely.box(0, 0, 10, 10).exterior, [shapely.box(2, 2, 5, 6).exterior])

@@ -16,10 +16,9 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import Affine
 
-from pixnet_sd._errors import ResolutionError
-from pixnet_sd.slide import _slide
-from pixnet_sd.slide._image import ImagePyramid
-from pixnet_sd.slide._slide import Slide, open_slide
+from pixnet_sd.errors import ResolutionError
+from pixnet_sd.slide import Slide, _slide, open_slide
+from pixnet_sd.slide.image import ImagePyramid
 
 HEIGHT, WIDTH, MPP = 613, 790, 0.25
 MARK_XY = (431.5, 222.0)  # centre of the mark in image px

@@ -13,13 +13,22 @@ from scipy import sparse
 from spatialdata.models import ShapesModel
 from spatialdata.transformations import Affine, Identity, get_transformation
 
-from pixnet_sd._errors import ElementError, StoreError
-from pixnet_sd.slide import _open_store, _stored_shapes, find_mpp, open_store, select_tables, table_link
-from pixnet_sd.slide._measured import measured
-from pixnet_sd.slide._regions import regions_of
-from pixnet_sd.slide._slide import open_slide
-from pixnet_sd.slide._stored_shapes import StoredShapes, shapes_of
-from pixnet_sd.slide._stored_table import StoredTable, obs_column, obs_names, tables_of
+from pixnet_sd.errors import ElementError, StoreError
+from pixnet_sd.slide import find_mpp, open_slide
+from pixnet_sd.slide.elements import (
+    StoredShapes,
+    StoredTable,
+    obs_column,
+    obs_names,
+    open_store,
+    regions_of,
+    shapes_of,
+    table_link,
+    tables_of,
+)
+from pixnet_sd.slide.elements import _stored as _open_store
+from pixnet_sd.slide.elements import _stored as _stored_shapes
+from pixnet_sd.slide.tables import measured, select_tables
 
 VARIANTS = [{}, {"circles": True}, {"labels": True}, {"dataset_id": ""}]
 

@@ -8,8 +8,9 @@ from spatialdata import SpatialData
 from spatialdata.transformations import Identity, Scale, Translation, set_transformation
 from tests.slide.conftest import make_image
 
-from pixnet_sd._errors import DataError, ElementError
-from pixnet_sd.slide import select_tables, table_link
+from pixnet_sd.errors import DataError, ElementError
+from pixnet_sd.slide.elements import table_link
+from pixnet_sd.slide.tables import select_tables
 
 
 @pytest.mark.parametrize("labels", [False, True])

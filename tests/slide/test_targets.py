@@ -5,14 +5,19 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from pixnet_sd._errors import DataError
-from pixnet_sd.nn.regions import Circles
-from pixnet_sd.slide import _targets
-from pixnet_sd.slide._counts import Counts
-from pixnet_sd.slide._measured import Measured
-from pixnet_sd.slide._normalise import log_normalise
-from pixnet_sd.slide._stored_targets import StoredTargets
-from pixnet_sd.slide._targets import Targets, check_genes, choose_genes, targets_of
+from pixnet_sd.errors import DataError
+from pixnet_sd.geometry import Circles
+from pixnet_sd.slide.tables import (
+    Counts,
+    Measured,
+    StoredTargets,
+    Targets,
+    _targets,
+    check_genes,
+    choose_genes,
+    log_normalise,
+    targets_of,
+)
 
 X = np.array([[1, 3, 0], [0, 5, 5], [2, 0, 0]], dtype=np.float32)
 

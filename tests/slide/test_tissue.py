@@ -5,8 +5,7 @@ import pytest
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 
-from pixnet_sd.slide._slide import open_slide
-from pixnet_sd.slide._tissue import tissue_mask
+from pixnet_sd.slide import open_slide, tissue_mask
 
 GLASS, STROMA, NUCLEUS = (236, 230, 234), (221, 160, 200), (96, 60, 140)
 
@@ -135,7 +134,8 @@ def test_tiny_images(shape: tuple[int, int]) -> None:
 
 
 def test_a_large_slide_is_looked_at_in_a_small_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixnet_sd.slide import _picture, _tissue
+    from pixnet_sd.slide import _slide as _picture
+    from pixnet_sd.slide import _slide as _tissue
 
     monkeypatch.setattr(_picture, "_READ_PX", 64)
     monkeypatch.setattr(_tissue, "_OVERVIEW_MAX_PX", 2000)

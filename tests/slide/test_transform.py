@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spatialdata.transformations import Affine, Identity, Scale, Sequence, Translation
 
-from pixnet_sd._errors import ElementError, ResolutionError
-from pixnet_sd.slide._transform import affine_matrix, similarity_scale
+from pixnet_sd.errors import ElementError, ResolutionError
+from pixnet_sd.slide.elements import affine_matrix, similarity_scale
 
 XY = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
 

@@ -13,13 +13,18 @@ from anndata import AnnData
 from spatialdata.models import Labels2DModel
 from spatialdata.transformations import get_transformation
 
-from pixnet_sd._errors import StoreError
-from pixnet_sd.store import _commit
-from pixnet_sd.store._commit import check_target, commit, write_scratch_store
-from pixnet_sd.store._disk import work_folder, write_json
-from pixnet_sd.store._raster import image_transforms
-from pixnet_sd.store._shapes import circles_element
-from pixnet_sd.store._table import region_table
+from pixnet_sd.errors import StoreError
+from pixnet_sd.store import _transaction as _commit
+from pixnet_sd.store import (
+    check_target,
+    circles_element,
+    commit,
+    region_table,
+    work_folder,
+    write_json,
+    write_scratch_store,
+)
+from pixnet_sd.store.gene_map import image_transforms
 
 
 def results(sdata, scale=1.0):

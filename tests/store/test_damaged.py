@@ -17,7 +17,7 @@ from tests.store.sealing import sealed
 from tests.store.test_pixnet import make_model
 
 from pixnet_sd.errors import CheckpointError
-from pixnet_sd.store import PixNet, read_record
+from pixnet_sd.model import PixNet, read_record
 
 FILES = ("config.json", "model.safetensors", "checksums.json")
 HUGE, LONG = 10**9, "x" * 5000
@@ -313,7 +313,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     def full(*_) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pixnet_sd.store._pixnet.save_file", full)
+    monkeypatch.setattr("pixnet_sd.model._checkpoint.save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         make_model().save(tmp_path / "models" / "new")
     assert not list(tmp_path.iterdir())

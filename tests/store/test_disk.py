@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import zarr
 
-from pixnet_sd._errors import StoreError
-from pixnet_sd.store._commit import check_target
-from pixnet_sd.store._disk import check_free_disk, check_writable, hold_lock, local_store
+from pixnet_sd.errors import StoreError
+from pixnet_sd.store import check_target, hold_lock, local_store
+from pixnet_sd.store._disk import check_free_disk, check_writable
 
 
 def test_memory_has_no_store(in_memory):

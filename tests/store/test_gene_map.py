@@ -9,11 +9,12 @@ import spatialdata as sd
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import get_transformation
 
-from pixnet_sd._errors import DataError, ElementError, StoreError
-from pixnet_sd.store import _gene_map, _map_sink
-from pixnet_sd.store._disk import work_folder
-from pixnet_sd.store._gene_map import GeneMapWriter, open_map, read_block
-from pixnet_sd.store._raster import image_transforms, map_transforms, tissue_labels
+from pixnet_sd.errors import DataError, ElementError, StoreError
+from pixnet_sd.store import work_folder
+from pixnet_sd.store.gene_map import GeneMapWriter, _gene_map, image_transforms, open_map, tissue_labels
+from pixnet_sd.store.gene_map import _writer as _map_sink
+from pixnet_sd.store.gene_map._gene_map import read_block
+from pixnet_sd.store.gene_map._writer import map_transforms
 
 GENES = ["ERBB2", "a/b", "MT-CO1", "gène", "5"]
 HEIGHT, WIDTH = 75, 105
@@ -117,7 +118,7 @@ def test_block_size_and_order_do_not_matter(slide, block_px, order):
 
 
 def test_levels_are_means_of_two_by_two(slide, monkeypatch):
-    monkeypatch.setattr("pixnet_sd.store._map_layout.COARSEST_PX", 16)
+    monkeypatch.setattr("pixnet_sd.store.gene_map._layout.COARSEST_PX", 16)
     write_map(slide, block_px=16)
     assert len(slide.images["pixnet_map"].children) == 4
     for k in (1, 2, 3):

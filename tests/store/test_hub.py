@@ -11,8 +11,9 @@ import pytest
 from huggingface_hub import ModelCard, errors, hub_mixin
 from tests.store.test_pixnet import make_model
 
-from pixnet_sd._errors import CheckpointError
-from pixnet_sd.store import PixNet, _hub
+from pixnet_sd.errors import CheckpointError
+from pixnet_sd.model import PixNet
+from pixnet_sd.model import _checkpoint as _hub
 
 FILES = {"README.md", "checksums.json", "config.json", "model.safetensors"}
 
@@ -155,7 +156,7 @@ def test_a_full_disk_leaves_the_old_model(hub: FolderHub, monkeypatch):
     def full(*_) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pixnet_sd.store._pixnet.save_file", full)
+    monkeypatch.setattr("pixnet_sd.model._checkpoint.save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         make_model(1).save_pretrained(folder)
     assert PixNet.load(folder).record == old.record

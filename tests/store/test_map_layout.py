@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnet_sd._errors import StoreError
-from pixnet_sd.store._map_layout import default_block_px, estimate_bytes, map_layout
+from pixnet_sd.errors import StoreError
+from pixnet_sd.store.gene_map import estimate_bytes
+from pixnet_sd.store.gene_map._layout import default_block_px, map_layout
 
 layouts = st.builds(
     map_layout,

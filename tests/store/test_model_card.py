@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pixnet_sd.nn.model import DecoderConfig
-from pixnet_sd.store._model_card import card_text
-from pixnet_sd.store._record import ModelRecord
+from pixnet_sd.model import DecoderConfig, ModelRecord
+from pixnet_sd.model._record import card_text
 
 SLIDE = {
     "image": "full_image",

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from pixnet_sd._errors import StoreError
-from pixnet_sd.store._names import check_names
+from pixnet_sd.errors import StoreError
+from pixnet_sd.store._disk import check_names
 
 
 def test_free_names_pass(slide):

@@ -13,10 +13,8 @@ import pytest
 import torch
 
 import pixnet_sd as ps
-from pixnet_sd._errors import CheckpointError
-from pixnet_sd.nn.encoder import build_encoder
-from pixnet_sd.nn.model import DecoderConfig, Network
-from pixnet_sd.store import ModelRecord, PixNet
+from pixnet_sd.errors import CheckpointError
+from pixnet_sd.model import DecoderConfig, ModelRecord, Network, PixNet, build_encoder
 
 SHAPE = DecoderConfig(widths=(4, 8, 8, 16), hidden=(4, 8, 8), dropout=0.5)
 

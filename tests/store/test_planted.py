@@ -14,7 +14,8 @@ import spatialdata as sd
 from spatialdata.models import Labels2DModel
 
 from pixnet_sd.errors import StoreError
-from pixnet_sd.store import GeneMapWriter, check_target, commit, record, recover
+from pixnet_sd.store import check_target, commit, record, recover
+from pixnet_sd.store.gene_map import GeneMapWriter
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import spatialdata as sd
 
-from pixnet_sd._errors import StoreError
-from pixnet_sd.store._provenance import record, recorded
+from pixnet_sd.errors import StoreError
+from pixnet_sd.store import record, recorded
 
 
 def test_notes_survive_the_round_trip(slide, user_files):

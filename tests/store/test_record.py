@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from tests.store.sealing import sealed
 
-from pixnet_sd.nn.model import DecoderConfig
-from pixnet_sd.store import ModelRecord, library_versions, read_record
+from pixnet_sd.model import DecoderConfig, ModelRecord, library_versions, read_record
 
 
 @pytest.fixture

@@ -22,15 +22,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spatialdata.transformations import get_transformation
 
-from pixnet_sd._errors import DataError, StoreError
-from pixnet_sd.nn.grid import Window
-from pixnet_sd.store import _read_back, _table_writer, image_transforms, thumbnail
-from pixnet_sd.store._commit import check_target, commit
-from pixnet_sd.store._disk import hold_lock, work_folder
-from pixnet_sd.store._region_writer import RegionWriter, estimate_table_bytes
-from pixnet_sd.store._rows import Expressed, RowInfo, expression
-from pixnet_sd.store._shapes import circles_element, squares_element
-from pixnet_sd.store._table import region_table
+from pixnet_sd.errors import DataError, StoreError
+from pixnet_sd.geometry import Window
+from pixnet_sd.store import (
+    Expressed,
+    RegionWriter,
+    RowInfo,
+    check_target,
+    circles_element,
+    commit,
+    estimate_table_bytes,
+    expression,
+    hold_lock,
+    region_table,
+    squares_element,
+    thumbnail,
+    work_folder,
+)
+from pixnet_sd.store import _notes as _read_back
+from pixnet_sd.store import _stream as _table_writer
+from pixnet_sd.store.gene_map import image_transforms
 
 GENES = ["ERBB2", "MT-CO1", "gène"]
 N = 57
@@ -281,7 +292,7 @@ def test_a_killed_run_is_taken_up(slide, in_memory):
 
 
 def test_two_runs_at_a_time_are_refused(slide, monkeypatch):
-    monkeypatch.setattr("pixnet_sd.store._region_writer.LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr("pixnet_sd.store._regions.LOCK_WAIT_S", 0.05)
     with open_writer(slide), pytest.raises(StoreError, match=r"Another run is writing the table 'pixnet_t'"):
         open_writer(sd.read_zarr(slide.path))
 
@@ -378,7 +389,7 @@ def test_nothing_of_the_users_is_read(slide, monkeypatch):
 
 
 def test_an_interrupted_move_is_finished_by_the_next_run(slide, monkeypatch):
-    from pixnet_sd.store import _commit
+    from pixnet_sd.store import _transaction as _commit
 
     monkeypatch.setattr(_commit, "_publish", lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     with pytest.raises(StoreError, match="next run"):

@@ -9,11 +9,11 @@ import shutil
 import numpy as np
 import pytest
 
-from pixnet_sd._errors import StoreError
-from pixnet_sd.nn.grid import Window
-from pixnet_sd.store import _file_io, _row_file
-from pixnet_sd.store._row_file import RowFile
-from pixnet_sd.store._window_log import ShareRange, WindowLog
+from pixnet_sd.errors import StoreError
+from pixnet_sd.geometry import Window
+from pixnet_sd.store import _sums as _file_io
+from pixnet_sd.store import _sums as _row_file
+from pixnet_sd.store._sums import RowFile, ShareRange, WindowLog
 
 N, N_GENES = 40, 3
 WINDOWS = [Window(row, row + 1, col, col + 1) for row in range(2) for col in range(3)]

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnet_sd._errors import DataError, StoreError
-from pixnet_sd.nn.grid import Window
-from pixnet_sd.store import _rows
-from pixnet_sd.store._row_file import RowFile
-from pixnet_sd.store._rows import MemoryRows, RowInfo, add_in_order, expression
+from pixnet_sd.errors import DataError, StoreError
+from pixnet_sd.geometry import Window
+from pixnet_sd.store import MemoryRows, RowInfo, expression
+from pixnet_sd.store import _sums as _rows
+from pixnet_sd.store._sums import RowFile, add_in_order
 
 N_GENES = 3
 

@@ -4,8 +4,8 @@ import numpy as np
 import spatialdata as sd
 from spatialdata.transformations import get_transformation
 
-from pixnet_sd.store._raster import image_transforms
-from pixnet_sd.store._shapes import circles_element, squares_element
+from pixnet_sd.store import circles_element, squares_element
+from pixnet_sd.store.gene_map import image_transforms
 
 CENTRES = np.array([[10.0, 20.0], [30.5, 40.25]])
 

@@ -11,13 +11,9 @@ import spatialdata as sd
 import squidpy as sq
 from spatialdata import join_spatialelement_table
 
-from pixnet_sd._errors import DataError
-from pixnet_sd.store._commit import commit
-from pixnet_sd.store._gene_map import GeneMapWriter
-from pixnet_sd.store._raster import image_transforms
-from pixnet_sd.store._shapes import circles_element
-from pixnet_sd.store._table import region_table
-from pixnet_sd.store._thumbnail import thumbnail
+from pixnet_sd.errors import DataError
+from pixnet_sd.store import circles_element, commit, region_table, thumbnail
+from pixnet_sd.store.gene_map import GeneMapWriter, image_transforms
 
 GENES = ["ERBB2", "MT-CO1", "KRT8"]
 

@@ -5,8 +5,8 @@ import pytest
 import spatialdata as sd
 from spatialdata.models import Image2DModel
 
-from pixnet_sd._errors import DataError
-from pixnet_sd.store._thumbnail import thumbnail
+from pixnet_sd.errors import DataError
+from pixnet_sd.store import thumbnail
 
 
 def gradient(height, width, factors=None):

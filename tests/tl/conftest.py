@@ -15,7 +15,7 @@ import spatialdata as sd
 import torch
 
 import pixnet_sd as ps
-from pixnet_sd.nn.model import Network
+from pixnet_sd.model import Network
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
 

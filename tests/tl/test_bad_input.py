@@ -20,7 +20,7 @@ from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableMo
 from spatialdata.transformations import Identity, Translation, get_transformation, set_transformation
 
 from pixnet_sd import tl
-from pixnet_sd._errors import CheckpointError, DataError, ElementError, PixNetError, ResolutionError, StoreError
+from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError, ResolutionError, StoreError
 from pixnet_sd.slide import open_slide
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"

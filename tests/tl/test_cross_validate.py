@@ -14,9 +14,9 @@ import spatialdata as sd
 import torch
 
 import pixnet_sd as ps
-from pixnet_sd._errors import CheckpointError, PixNetError
-from pixnet_sd.nn.losses import pearson_per_gene
-from pixnet_sd.tl._scores import METRICS, moments, pooled
+from pixnet_sd.errors import CheckpointError, PixNetError
+from pixnet_sd.model._objectives import pearson_per_gene
+from pixnet_sd.tl._evaluate import METRICS, moments, pooled
 
 TABLE, BINS = "square_008um", "sample_square_008um"
 
@@ -102,7 +102,7 @@ def no_work(monkeypatch):
         raise AssertionError("a finished fold was trained or predicted again")
 
     monkeypatch.setattr("pixnet_sd.tl._fit.train", refuse)
-    monkeypatch.setattr("pixnet_sd.tl._left_out.predict", refuse)
+    monkeypatch.setattr("pixnet_sd.tl._cross_validate.predict", refuse)
 
 
 def test_finished_folds_are_taken_as_they_are(finished, stores, fast, no_work):

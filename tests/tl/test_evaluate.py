@@ -11,8 +11,8 @@ from scipy import sparse
 from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity
 
-from pixnet_sd._errors import DataError, ElementError
-from pixnet_sd.slide import open_store
+from pixnet_sd.errors import DataError, ElementError
+from pixnet_sd.slide.elements import open_store
 from pixnet_sd.tl import evaluate
 
 GENES = ["A", "B", "C", "D", "E"]
@@ -117,8 +117,8 @@ def test_only_genes_are_scored_and_counted(sdata, counts):
 def test_blocks_do_not_matter(sdata, monkeypatch, block_values):
     """Neither of regions that are predicted, nor of counts."""
     first = evaluate(sdata, table_key="counts", predicted_key="predicted")
-    monkeypatch.setattr("pixnet_sd.tl._matched._BLOCK_VALUES", block_values)
-    monkeypatch.setattr("pixnet_sd.slide._counts._BLOCK_STORED", 5 * block_values)
+    monkeypatch.setattr("pixnet_sd.tl._evaluate._BLOCK_VALUES", block_values)
+    monkeypatch.setattr("pixnet_sd.slide.tables._counts._BLOCK_STORED", 5 * block_values)
     again = evaluate(sdata, table_key="counts", predicted_key="predicted")
     pd.testing.assert_frame_equal(again, first, rtol=1e-10)
     assert again.attrs["n_regions"] == first.attrs["n_regions"]
@@ -128,10 +128,10 @@ def test_blocks_do_not_matter(sdata, monkeypatch, block_values):
 def test_tables_on_disk_are_read_in_blocks(sdata, tmp_path, monkeypatch):
     first = evaluate(sdata, table_key="counts", predicted_key="predicted")
     sdata.write(tmp_path / "slide.zarr")
-    monkeypatch.setattr("pixnet_sd.slide._open_store._SMALL_BYTES", 0)
+    monkeypatch.setattr("pixnet_sd.slide.elements._stored._SMALL_BYTES", 0)
     opened = open_store(tmp_path / "slide.zarr")
     assert not opened.tables
-    monkeypatch.setattr("pixnet_sd.tl._matched._BLOCK_VALUES", 17)
+    monkeypatch.setattr("pixnet_sd.tl._evaluate._BLOCK_VALUES", 17)
     again = evaluate(opened, table_key="counts", predicted_key="predicted")
     pd.testing.assert_frame_equal(again, first, rtol=1e-10)
 

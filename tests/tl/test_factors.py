@@ -7,7 +7,7 @@ import pytest
 import spatialdata as sd
 
 import pixnet_sd as ps
-from pixnet_sd._errors import PixNetError, StoreError
+from pixnet_sd.errors import PixNetError, StoreError
 
 BINS = "sample_square_008um"
 
@@ -100,7 +100,7 @@ def test_refusals(fitted, predict) -> None:
 
 def test_a_cut_off_run_goes_on(fitted, predict, monkeypatch) -> None:
     predict(fitted, store="factors", key_added="whole")
-    monkeypatch.setattr("pixnet_sd.store._map_layout.MAX_BLOCK_PX", 32)
+    monkeypatch.setattr("pixnet_sd.store.gene_map._layout.MAX_BLOCK_PX", 32)
     write, calls = ps.store.GeneMapWriter.write, []
 
     def breaking(self, block, values):

@@ -18,8 +18,8 @@ from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableMo
 from spatialdata.transformations import Translation, set_transformation
 
 import pixnet_sd as ps
-from pixnet_sd._errors import CheckpointError, DataError, StoreError
 from pixnet_sd._fingerprint import content_sha256, differing_parts, fingerprint, release
+from pixnet_sd.errors import CheckpointError, DataError, StoreError
 
 SIDE, N = 96, 24
 FIT: dict[str, Any] = {

@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 from scipy import sparse
 
 import pixnet_sd as ps
-from pixnet_sd._errors import CheckpointError, DataError, PixNetError
-from pixnet_sd.engine import targets
-from pixnet_sd.nn.encoder import build_encoder
-from pixnet_sd.store import PixNet
+from pixnet_sd.engine.train import _batches as targets
+from pixnet_sd.errors import CheckpointError, DataError, PixNetError
+from pixnet_sd.model import PixNet, build_encoder
 from pixnet_sd.tl import _fit
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
@@ -302,7 +301,7 @@ def test_it_learns(slide, fit, tmp_path):
     ],
 )
 def test_arguments_that_do_not_fit(slide, fit, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("pixnet_sd.tl._room.available_memory", lambda: 2**32)
+    monkeypatch.setattr("pixnet_sd.tl._checks.available_memory", lambda: 2**32)
     with pytest.raises(PixNetError, match=message):
         fit(slide, checkpoint_dir=tmp_path / "model", **arguments)
     assert not (tmp_path / "model").exists()
@@ -376,7 +375,7 @@ def test_store_that_cannot_be_written(slide, fit, predict, tmp_path, monkeypatch
         raise OSError(errno.EROFS, "Read-only file system")
 
     before = (Path(slide.path) / "zarr.json").read_bytes()
-    monkeypatch.setattr("pixnet_sd.store._provenance.write_json", refuse)
+    monkeypatch.setattr("pixnet_sd.store._notes.write_json", refuse)
     model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1)
     assert "recorded in memory only" in caplog.text
     assert "Read-only file system" in caplog.text

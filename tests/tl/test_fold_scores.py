@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pixnet_sd.tl._fold_scores import read_scores, write_scores
-from pixnet_sd.tl._scores import moments
+from pixnet_sd.tl._cross_validate import read_scores, write_scores
+from pixnet_sd.tl._evaluate import moments
 
 
 @pytest.fixture

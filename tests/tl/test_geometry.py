@@ -228,7 +228,7 @@ def test_averaged_copies_are_turned_back(landmark_slide, darkness, predict, map_
 @pytest.mark.parametrize("factor", [2, 3])
 def test_coarser_map_in_several_blocks(landmark_slide, darkness, predict, map_values, monkeypatch, factor):
     sdata, _ = landmark_slide
-    monkeypatch.setattr("pixnet_sd.tl._predict_job._BLOCK_PX", 64)
+    monkeypatch.setattr("pixnet_sd.tl._predict._BLOCK_PX", 64)
     predict(sdata, darkness, mpp="coordinate_system")
     predict(sdata, darkness, mpp="coordinate_system", key_added="coarse", map_um=4.0 * factor, tile_px=64)
     native = map_values(sdata)[0, :74, :98]

@@ -13,7 +13,7 @@ from scipy import ndimage
 from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Identity, Scale, set_transformation
 
-from pixnet_sd._errors import PixNetError, StoreError
+from pixnet_sd.errors import PixNetError, StoreError
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
 
@@ -183,7 +183,7 @@ def test_without_map(fitted, predict):
 )
 @pytest.mark.filterwarnings("ignore:mpp = ")
 def test_arguments_that_do_not_fit(fitted, predict, forward_passes, monkeypatch, arguments, message):
-    monkeypatch.setattr("pixnet_sd.tl._room.available_memory", lambda: 2**32)
+    monkeypatch.setattr("pixnet_sd.tl._checks.available_memory", lambda: 2**32)
     with pytest.raises(PixNetError, match=message):
         predict(fitted, **arguments)
     assert forward_passes == []

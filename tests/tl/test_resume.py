@@ -11,13 +11,13 @@ import spatialdata as sd
 import torch
 
 from pixnet_sd.errors import StoreError
-from pixnet_sd.nn.model import Network
+from pixnet_sd.model import Network
 
 
 @pytest.fixture
 def four_blocks(monkeypatch):
     """Blocks of 32 map pixels: the slide has four, and a tile of 128 working pixels is one."""
-    monkeypatch.setattr("pixnet_sd.store._map_layout.MAX_BLOCK_PX", 32)
+    monkeypatch.setattr("pixnet_sd.store.gene_map._layout.MAX_BLOCK_PX", 32)
 
 
 @pytest.fixture

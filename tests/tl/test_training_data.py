@@ -11,8 +11,10 @@ import spatialdata as sd
 
 import pixnet_sd as ps
 from pixnet_sd._fingerprint import fingerprint
-from pixnet_sd.slide import StoredTargets, _targets, open_store
-from pixnet_sd.tl._training_data import TrainingData, data_parts, describe, open_sources, training_data
+from pixnet_sd.slide.elements import open_store
+from pixnet_sd.slide.tables import StoredTargets, _targets
+from pixnet_sd.tl import open_sources
+from pixnet_sd.tl._training_data import TrainingData, data_parts, describe, training_data
 
 OPEN: dict[str, Any] = {
     "image_key": None,
@@ -94,8 +96,8 @@ def test_fit_on_what_is_not_in_memory(store, fit, tmp_path, monkeypatch, caplog)
     model = fit(light(store), checkpoint_dir=tmp_path / "model", max_epochs=1)
     assert set(model.record.slides["slide"]["training_regions"]) == {"square_002um", "square_008um", "square_016um"}
     assert len(list((tmp_path / "pixnet_sd_cache").iterdir())) == 3
-    monkeypatch.setattr("pixnet_sd.slide._count_cache.write_counts", None)
-    monkeypatch.setattr("pixnet_sd.slide._pooling.write_counts", None)
+    monkeypatch.setattr("pixnet_sd.slide.tables._cache.write_counts", None)
+    monkeypatch.setattr("pixnet_sd.slide.tables._cache.write_counts", None)
     caplog.set_level("INFO", "pixnet_sd")
     other = fit(light(store), checkpoint_dir=tmp_path / "other", max_epochs=1, lr=1e-3)
     assert other.genes == model.genes

@@ -61,7 +61,7 @@ def test_a_lock_that_a_kill_left(slide, fit, tmp_path: Path) -> None:
 def test_a_finished_model_is_read_by_many(slide, fit, checkpoint, monkeypatch) -> None:
     """Also where nothing can be written."""
     monkeypatch.setattr(_fit, "train", None)
-    monkeypatch.setattr("pixnet_sd.tl._training_lock.hold_lock", None)
+    monkeypatch.setattr("pixnet_sd.tl._fit.hold_lock", None)
     fit(slide, checkpoint_dir=checkpoint, validation=0.25, record_model=False)
 
 

@@ -13,10 +13,12 @@ import pytest
 import spatialdata as sd
 
 import pixnet_sd as ps
-from pixnet_sd.datasets import _slide
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.slide import open_slide, regions_of
-from pixnet_sd.store import image_transforms, squares_element
+from pixnet_sd.datasets.drawn import _slide
+from pixnet_sd.geometry import Lattice
+from pixnet_sd.slide import open_slide
+from pixnet_sd.slide.elements import regions_of
+from pixnet_sd.store import squares_element
+from pixnet_sd.store.gene_map import image_transforms
 
 io = pytest.importorskip("spatialdata_io")
 
@@ -131,7 +133,7 @@ def folder_and_store(folders, tmp_path_factory) -> tuple[Path, Path]:
 
 def test_the_short_way_in(folder_and_store, fit, predict, expected, monkeypatch, tmp_path):
     """Converted in streams and opened without its tables and bins, it is the same slide once more."""
-    monkeypatch.setattr("pixnet_sd.slide._open_store._SMALL_BYTES", 0)
+    monkeypatch.setattr("pixnet_sd.slide.elements._stored._SMALL_BYTES", 0)
     sdata = ps.io.open_store(folder_and_store[1])
     assert not len(sdata.tables)
     assert not len(sdata.shapes)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ._door import checked
+from ._checked import checked
 
 __all__ = ["checked"]

@@ -1,4 +1,6 @@
-"""What an argument may be: a rule says it in words, and reads a value as what the code behind the door works with.
+"""Any value on a few characters of a message, however large or odd it is.
+
+What an argument may be: a rule says it in words, and reads a value as what the code behind the door works with.
 
 NumPy's scalars become Python's, any list of names a list of ``str``.
 """
@@ -8,13 +10,13 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import os
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pixnet_sd._errors import PixNetError
-
-from ._shown import shown
+from pixnet_sd.errors import PixNetError
 
 __all__ = [
     "LONGEST_NAME",
@@ -30,9 +32,46 @@ __all__ = [
     "number",
     "optional",
     "raising",
+    "shown",
     "text",
     "whole",
 ]
+
+_WIDTH = 60
+
+
+class _Short(reprlib.Repr):
+    """Cuts what is long, and names what it does not know by its type: a slide's own text takes long and many lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 4
+        self.maxlevel, self.maxstring, self.maxlong = 2, _WIDTH, _WIDTH
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to spell out numbers of thousands of digits."""
+        return super().repr_int(x, level) if x.bit_length() < 4096 else f"<a number of {x.bit_length()} bits>"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        if isinstance(x, os.PathLike):
+            return self.repr_str(str(x), level)
+        if isinstance(x, str | bytes):
+            return self.repr1(str(x) if isinstance(x, str) else bytes(x), level)
+        is_plain = x is None or isinstance(x, bool | numbers.Real)
+        text = str(x) if is_plain else ""
+        return text if 0 < len(text) <= _WIDTH else f"<{type(x).__name__}>"
+
+    def repr_bytes(self, x: bytes, level: int) -> str:  # noqa: ARG002 - as the others
+        return repr(x[:_WIDTH])
+
+
+_SHORT = _Short()
+
+
+def shown(value: Any) -> str:
+    """The value as Python spells it, cut where it is long."""
+    return _SHORT.repr(value)
+
 
 LONGEST_NAME = 255
 _LONGEST_PREFIX = 100

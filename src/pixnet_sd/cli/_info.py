@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pixnet_sd._errors import PixNetError, StoreError
-from pixnet_sd._logging import logger
+from pixnet_sd._util import logger
+from pixnet_sd.errors import PixNetError, StoreError
 
 from ._inputs import NOTHING, is_store, space_ranger_folder
 from ._messages import as_options_of_convert
@@ -67,8 +67,7 @@ def describe(
 
 
 def _describe_space_ranger(folder: Path) -> str:
-    from pixnet_sd.io._folder import find_files
-    from pixnet_sd.io._matrix import open_matrix
+    from pixnet_sd.io import find_files, open_matrix
 
     lines = [f"{folder}: Space Ranger folder of Visium HD"]
     try:

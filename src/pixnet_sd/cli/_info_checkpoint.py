@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 if TYPE_CHECKING:
-    from pixnet_sd.store import ModelRecord
+    from pixnet_sd.model import ModelRecord
 
 __all__ = ["describe_checkpoint"]
 
@@ -17,7 +17,7 @@ _FEW = 8
 
 def describe_checkpoint(folder: Path) -> str:
     """Lines on genes, objective, encoder, training slides and held-out PCC."""
-    from pixnet_sd.store import read_record
+    from pixnet_sd.model import read_record
 
     record = read_record(folder)
     weights = "random weights" if record.encoder_weights is None else f"weights {record.encoder_weights}"

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixnet_sd._errors import PixNetError
-from pixnet_sd._logging import logger
-from pixnet_sd.io import open_store
-from pixnet_sd.slide import MAP_STRIDE, Slide, bin_lattice, open_slide, tables_of
-from pixnet_sd.slide._elements import coordinate_systems, names, scale0
-from pixnet_sd.slide._stored_shapes import shapes_of
-from pixnet_sd.store import estimate_bytes, recorded, size_text
+from pixnet_sd._util import logger
+from pixnet_sd.errors import PixNetError
+from pixnet_sd.geometry import MAP_STRIDE
+from pixnet_sd.slide import Slide, open_slide
+from pixnet_sd.slide.elements import bin_lattice, coordinate_systems, names, open_store, scale0, shapes_of, tables_of
+from pixnet_sd.store import recorded, size_text
+from pixnet_sd.store.gene_map import estimate_bytes
 
 from ._messages import as_options
 from ._verbs import read_verb
@@ -132,7 +132,7 @@ def _estimate(slide: Slide, folder: str | Path | None) -> list[str]:
 def _outputs(folder: str | Path | None) -> tuple[int, float, str]:
     """Channels, µm per pixel at which the network sees a slide, and whose these are."""
     if folder and (Path(folder) / "config.json").is_file():
-        from pixnet_sd.store import read_record
+        from pixnet_sd.model import read_record
 
         record = read_record(Path(folder))
         return len(record.outputs), record.working_mpp, "this model"

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pixnet_sd._errors import PixNetError, StoreError
-from pixnet_sd._logging import logger
-from pixnet_sd._space_ranger import changed_files, is_visium, is_visium_hd, visium_advice
+from pixnet_sd._util import logger
+from pixnet_sd.errors import PixNetError, StoreError
+from pixnet_sd.io import changed_files, is_visium, is_visium_hd, visium_advice
 
 from ._messages import as_options_of_convert
 
@@ -118,7 +118,7 @@ def open_slide(path: Path, store: str | None = None) -> SpatialData:
     elif store is not None:
         raise PixNetError(f"--zarr is for Space Ranger folders, and {str(path)!r} is none. Leave it out.")
     logger.info("reading %s", path)  # before the libraries that take seconds to import
-    from pixnet_sd.io import open_store
+    from pixnet_sd.slide.elements import open_store
 
     return open_store(path)
 

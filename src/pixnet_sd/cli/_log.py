@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from pixnet_sd._logging import logger
+from pixnet_sd._util import logger
 
 __all__ = ["set_up_logging"]
 

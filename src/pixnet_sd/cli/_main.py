@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from pixnet_sd._errors import PixNetError
+from pixnet_sd.errors import PixNetError
 
 from ._log import set_up_logging
 from ._messages import as_options

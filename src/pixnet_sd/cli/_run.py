@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pixnet_sd as ps
-from pixnet_sd._errors import StoreError
-from pixnet_sd._logging import logger
+from pixnet_sd._util import logger
+from pixnet_sd.errors import StoreError
 
 from ._inputs import open_slide, open_slides
 

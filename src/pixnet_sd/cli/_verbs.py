@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import _docstring
+from pixnet_sd.cli import _docstring
+
 from ._kinds import Kind
 
 __all__ = ["REQUIRED", "Parameter", "Verb", "read_verb"]

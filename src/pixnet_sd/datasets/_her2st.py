@@ -13,8 +13,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pixnet_sd._arguments import checked
-from pixnet_sd._errors import DataError
-from pixnet_sd._logging import logger
+from pixnet_sd._util import logger
+from pixnet_sd.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,1 +1,55 @@
-"""Training and inference loops over tiles. Needs torch only; slides come in as read functions and arrays."""
+"""Device and tiles: what training and prediction share."""
+
+from __future__ import annotations
+
+from ._device import (
+    AHEAD,
+    BLOCK_WRITERS,
+    Buffers,
+    Copies,
+    Pairs,
+    Writer,
+    fixed_shapes,
+    kept_memory,
+    make_fabric,
+    prefetch,
+)
+from ._tiles import (
+    ALIGN_PX,
+    MARGIN_SHARE,
+    N_SYMMETRIES,
+    MeasuredRegions,
+    ReadTile,
+    Tile,
+    TrainingSlide,
+    TrainingTiles,
+    apply_symmetry,
+    jitter_stain,
+    training_tiles,
+    undo_symmetry,
+)
+
+__all__ = [
+    "AHEAD",
+    "ALIGN_PX",
+    "BLOCK_WRITERS",
+    "MARGIN_SHARE",
+    "N_SYMMETRIES",
+    "Buffers",
+    "Copies",
+    "MeasuredRegions",
+    "Pairs",
+    "ReadTile",
+    "Tile",
+    "TrainingSlide",
+    "TrainingTiles",
+    "Writer",
+    "apply_symmetry",
+    "fixed_shapes",
+    "jitter_stain",
+    "kept_memory",
+    "make_fabric",
+    "prefetch",
+    "training_tiles",
+    "undo_symmetry",
+]

@@ -11,9 +11,9 @@ import numpy as np
 from spatialdata.transformations import get_transformation
 
 from pixnet_sd._arguments import checked
-from pixnet_sd._errors import ElementError
-from pixnet_sd.slide import check_genes
-from pixnet_sd.store import check_not_rewritten, factors_key, image_pyramid, map_key, read_head
+from pixnet_sd.errors import ElementError
+from pixnet_sd.slide.tables import check_genes
+from pixnet_sd.store.gene_map import check_not_rewritten, factors_key, image_pyramid, map_key, read_head
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

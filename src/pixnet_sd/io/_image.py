@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pixnet_sd._errors import DataError
-from pixnet_sd._warn import warn
-from pixnet_sd.store._disk import size_text
+from pixnet_sd._util import warn
+from pixnet_sd.errors import DataError
+from pixnet_sd.store import size_text
 
 if TYPE_CHECKING:
     import dask.array as da

@@ -1,7 +1,20 @@
-"""Count matrices of Space Ranger, read a few rows at a time."""
+"""Count matrices of Space Ranger, read a few rows at a time.
+
+Places of the bins of a count matrix: two files joined by barcode, a few rows at a time.
+
+Space Ranger writes both in the order of the lattice. Then one pass over both is enough; where the order differs, the
+rest is joined through hashes of the barcodes, which takes more memory.
+
+A folder of the same kind with one bin of each size, one cell and a few pixels, for the reader to read.
+
+What `spatialdata_io.visium_hd` makes of it has the names, coordinate systems, columns and types of the full thing.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,15 +22,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pixnet_sd._errors import DataError
+from pixnet_sd._util import logger
+from pixnet_sd.errors import DataError
+
+from ._folder import BinFiles, CellFiles, HDFolder
 
 if TYPE_CHECKING:
     import h5py
-    import pyarrow as pa
+    import shapely
+    from spatialdata import SpatialData
 
-__all__ = ["CountMatrix", "open_h5", "open_matrix"]
+__all__ = [
+    "COLUMNS",
+    "CountMatrix",
+    "PlacedBins",
+    "check_places",
+    "open_h5",
+    "open_matrix",
+    "open_positions",
+    "placed_bins",
+    "read_miniature",
+]
 
 PIECE_ENTRIES = 2**21
 PIECE_ROWS = 2**17
@@ -118,3 +149,263 @@ def open_matrix(path: Path) -> Iterator[CountMatrix]:
         if matrix.n_rows == 0:
             raise DataError(f"{path} holds no row: nothing lies on tissue. Leave out its bin size (`bin_um=`).")
         yield matrix
+
+
+COLUMNS = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
+"""Columns of the file after ``barcode``."""
+
+
+@dataclass(frozen=True)
+class PlacedBins:
+    """Consecutive rows of a matrix.
+
+    Attributes
+    ----------
+    barcodes
+        (m,) text.
+    columns
+        Column of the positions → (m,) numbers.
+    """
+
+    barcodes: pa.Array
+    columns: dict[str, NDArray[Any]]
+
+    @property
+    def centres_px(self) -> NDArray[np.float64]:
+        """(m, 2) x, y in pixels of the full image."""
+        x, y = self.columns["pxl_col_in_fullres"], self.columns["pxl_row_in_fullres"]
+        return np.stack([x, y], axis=1).astype(np.float64)
+
+
+def open_positions(path: Path) -> pq.ParquetFile:
+    """Open the places of all bins.
+
+    Raises
+    ------
+    DataError
+        When the file is of another kind.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path} cannot be opened as parquet ({error}). Restore the file.") from error
+    if file.schema_arrow.names[: len(COLUMNS) + 1] != ["barcode", *COLUMNS]:
+        raise DataError(
+            f"{path} has the columns {', '.join(file.schema_arrow.names)} instead of barcode, {', '.join(COLUMNS)}. "
+            "Restore the file."
+        )
+    return file
+
+
+def check_places(matrix: CountMatrix, positions: Path) -> None:
+    """Look for the first row of a matrix, so that swapped files are found before any work.
+
+    Raises
+    ------
+    DataError
+        When it has no place.
+    """
+    first = matrix.barcodes(0, 1)
+    with open_positions(positions) as file:
+        for batch in file.iter_batches(batch_size=PIECE_ROWS, columns=["barcode"]):
+            if pc.is_in(first, value_set=batch["barcode"])[0].as_py():
+                return
+    raise _mismatch(f"The first barcode of {matrix.path}, {first[0]}, is", positions)
+
+
+def placed_bins(matrix: CountMatrix, positions: Path) -> Iterator[PlacedBins]:
+    """The rows of a matrix with their places, piece by piece, in the order of the matrix.
+
+    Raises
+    ------
+    DataError
+        When a barcode of the matrix has no place, or two.
+    """
+    at = 0
+    with open_positions(positions) as file:
+        for batch in file.iter_batches(batch_size=PIECE_ROWS):
+            expected = matrix.barcodes(at, at + len(batch))
+            found = pc.index_in(batch["barcode"], value_set=expected)
+            rows = pc.drop_null(found).to_numpy(zero_copy_only=False)
+            if not np.array_equal(rows, np.arange(len(rows))):
+                break
+            if len(rows):
+                yield PlacedBins(expected.slice(0, len(rows)), _numbers(batch.filter(found.is_valid())))
+                at += len(rows)
+    if at < matrix.n_rows:
+        logger.info(
+            "The rows of %s are not in the order of %s: joining the last %d by hash, which takes 60 bytes each.",
+            matrix.path.name,
+            positions.name,
+            matrix.n_rows - at,
+        )
+        yield from _placed_by_hash(matrix, positions, at)
+
+
+def _numbers(batch: pa.RecordBatch) -> dict[str, NDArray[Any]]:
+    return {name: batch[name].to_numpy(zero_copy_only=False) for name in COLUMNS}
+
+
+def _placed_by_hash(matrix: CountMatrix, positions: Path, first: int) -> Iterator[PlacedBins]:
+    """As `placed_bins`, for the rows from ``first`` on, whatever their order."""
+    pieces = [(start, min(start + PIECE_ROWS, matrix.n_rows)) for start in range(first, matrix.n_rows, PIECE_ROWS)]
+    hashes = np.concatenate([_hashes(matrix.barcodes(*piece)) for piece in pieces])
+    order = np.argsort(hashes)
+    hashes = hashes[order]
+    times = np.zeros(len(hashes), np.uint8)
+    columns: dict[str, NDArray[Any]] = {}
+    with open_positions(positions) as file:
+        for batch in file.iter_batches(batch_size=PIECE_ROWS):
+            wanted = _hashes(batch["barcode"])
+            slot = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
+            hit = hashes[slot] == wanted
+            rows = order[slot[hit]]
+            np.add.at(times, rows, 1)
+            for name, values in _numbers(batch).items():
+                columns.setdefault(name, np.zeros(len(hashes), values.dtype))[rows] = values[hit]
+    _check_times(times, bool((hashes[1:] == hashes[:-1]).any()), matrix.path, positions)
+    for start, stop in pieces:
+        part = {name: values[start - first : stop - first] for name, values in columns.items()}
+        yield PlacedBins(matrix.barcodes(start, stop), part)
+
+
+def _hashes(barcodes: pa.Array) -> NDArray[np.uint64]:
+    return np.asarray(pd.util.hash_array(barcodes.to_numpy(zero_copy_only=False), categorize=False))
+
+
+def _check_times(times: NDArray[np.uint8], repeated: bool, matrix: Path, positions: Path) -> None:
+    """Every row has one place."""
+    if repeated or (times > 1).any():
+        raise DataError(f"Barcodes come more than once in {matrix} or {positions}: a file is damaged. Restore both.")
+    missing = int((times == 0).sum())
+    if missing:
+        raise _mismatch(f"{missing} barcodes of {matrix} are", positions)
+
+
+def _mismatch(what: str, positions: Path) -> DataError:
+    return DataError(
+        f"{what} not in {positions}: the two files are of different bin sizes or of different runs. Restore both from "
+        "one run."
+    )
+
+
+_SIDE_PX = 64
+
+
+def read_miniature(
+    files: HDFolder, target: Path, cell: tuple[str, shapely.Polygon] | None, image_dtype: np.dtype[Any]
+) -> SpatialData:
+    """Write the miniature and read it.
+
+    Parameters
+    ----------
+    files
+        The full folder.
+    target
+        Folder to make; has to stay until the result is written, which reads previews from it.
+    cell
+        Barcode and outline of one cell, if there are any.
+    image_dtype
+        Of the full image.
+
+    Raises
+    ------
+    DataError
+        When the reader refuses it.
+    ImportError
+        Without spatialdata-io.
+    """
+    visium_hd = _reader()
+    target.mkdir(parents=True)
+    _copy_attributes(files.slice_file, target / files.slice_file.name)
+    for bins in files.bins:
+        _write_bins(bins, target / "binned_outputs" / bins.name)
+    if files.cells is not None and cell is not None:
+        _write_cell(files.cells, target / "segmented_outputs", *cell)
+    for name, path in files.previews.items():
+        _copy(path, target / "spatial" / name)
+    image = _write_image(target / "image.tif", image_dtype)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it finds
+            return visium_hd(
+                target, dataset_id=files.dataset_id, load_segmentations_only=False, fullres_image_file=image
+            )
+    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"spatialdata_io.visium_hd cannot read a folder like {files.slice_file.parent} "
+            f"({type(error).__name__}: {error}). Restore the folder, or update spatialdata-io."
+        ) from error
+
+
+def _reader() -> Any:
+    try:
+        from spatialdata_io import visium_hd
+    except ImportError as error:
+        raise ImportError("Reading Space Ranger folders needs spatialdata-io: pip install 'pixnet_sd[io]'") from error
+    return visium_hd
+
+
+def _copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+
+
+def _copy_attributes(path: Path, target: Path) -> None:
+    """The feature slice file tells the layout in attributes; the rest of it is large and not read."""
+    import h5py
+
+    with open_h5(path) as source, h5py.File(target, "w") as copy:
+        copy.attrs.update(dict(source.attrs))
+
+
+def _write_bins(bins: BinFiles, target: Path) -> None:
+    _copy(bins.scalefactors, target / "spatial" / bins.scalefactors.name)
+    with open_matrix(bins.matrix) as matrix:
+        _write_matrix(matrix, target / bins.matrix.name, matrix.barcodes(0, 1)[0].as_py())
+        barcode = matrix.barcodes(0, 1)
+    with open_positions(bins.positions) as file:
+        first = next(file.iter_batches(batch_size=1), None)
+    if first is None:
+        raise DataError(f"{bins.positions} has no rows. Restore the file.")
+    row = pa.Table.from_batches([first])
+    row = row.set_column(0, row.schema.field(0).with_type(barcode.type), barcode)
+    pq.write_table(row, target / "spatial" / bins.positions.name)
+
+
+def _write_matrix(matrix: CountMatrix, target: Path, barcode: str) -> None:
+    import h5py
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    group = matrix.group
+    with h5py.File(target, "w") as file:
+        file.attrs.update(dict(group.file.attrs))
+        copy = file.create_group("matrix")
+        group.copy("features", copy)
+        copy["barcodes"] = np.array([barcode.encode()])
+        copy["data"] = np.ones(1, group["data"].dtype)
+        copy["indices"] = np.zeros(1, group["indices"].dtype)
+        copy["indptr"] = np.array([0, 1], group["indptr"].dtype)
+        copy["shape"] = np.array([matrix.n_genes, 1], group["shape"].dtype)
+
+
+def _write_cell(cells: CellFiles, target: Path, barcode: str, outline: shapely.Polygon) -> None:
+    import json
+
+    with open_matrix(cells.matrix) as matrix:
+        _write_matrix(matrix, target / cells.matrix.name, barcode)
+    if cells.scalefactors.is_file():
+        _copy(cells.scalefactors, target / "spatial" / cells.scalefactors.name)
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [np.asarray(outline.exterior.coords).tolist()]},
+        "properties": {"cell_id": int(barcode.removeprefix("cellid_").removesuffix("-1"))},
+    }
+    collection = {"type": "FeatureCollection", "features": [feature]}
+    (target / cells.outlines.name).write_text(json.dumps(collection))
+
+
+def _write_image(path: Path, dtype: np.dtype[Any]) -> Path:
+    from tifffile import imwrite
+
+    imwrite(path, np.zeros((_SIDE_PX, _SIDE_PX, 3), dtype), photometric="rgb")
+    return path

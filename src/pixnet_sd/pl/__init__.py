@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ._evaluation import evaluation
 from ._gene_map import gene_map
-from ._history import history
+from ._scores import evaluation, history
 from ._training_regions import training_regions
 
 __all__ = ["evaluation", "gene_map", "history", "training_regions"]

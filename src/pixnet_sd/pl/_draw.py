@@ -1,26 +1,145 @@
-"""Artists on axes in µm: the slide, rasters under any affine map, regions, a scale bar."""
+"""Which part of a slide is drawn, and how finely.
+
+Artists on axes in µm: the slide, rasters under any affine map, regions, a scale bar.
+
+Figures: made or taken from the caller, then saved, shown or returned in scanpy's way.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.transforms import Affine2D
 from matplotlib_scalebar.scalebar import ScaleBar
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.regions import Circles, Regions, ranges
+from pixnet_sd.errors import PixNetError
+from pixnet_sd.geometry import Circles, Lattice, Regions, ranges
 from pixnet_sd.slide import Slide, read_picture
 
-from ._view import View, shifted
+__all__ = [
+    "AxesLike",
+    "Drawn",
+    "Panels",
+    "View",
+    "add_scale_bar",
+    "axes_grid",
+    "coarsest_level",
+    "draw_raster",
+    "draw_regions",
+    "draw_slide",
+    "figure_of",
+    "finish",
+    "resolution",
+    "set_view",
+    "shifted",
+    "shown_px",
+    "view_of",
+]
 
-__all__ = ["add_scale_bar", "draw_raster", "draw_regions", "draw_slide", "set_view"]
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class View:
+    """A box of a slide, in µm from the image's top left corner, x to the right and y down.
+
+    Attributes
+    ----------
+    x0, y0, x1, y1
+        The box.
+    um_per_px
+        What a pixel of the screen spans; nothing finer is worth reading.
+    """
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    um_per_px: float
+
+    @property
+    def width(self) -> float:
+        """µm."""
+        return self.x1 - self.x0
+
+    @property
+    def height(self) -> float:
+        """µm."""
+        return self.y1 - self.y0
+
+    def bounds_in(self, to_um: ArrayLike) -> tuple[float, float, float, float]:
+        """Box around the view in other coordinates: x0, y0, x1, y1.
+
+        Parameters
+        ----------
+        to_um
+            Map of (x, y, 1) from these to µm, shape (3, 3).
+        """
+        corners = np.array([[self.x0, self.x1, self.x1, self.x0], [self.y0, self.y0, self.y1, self.y1], [1.0] * 4])
+        x, y, _ = np.linalg.inv(np.asarray(to_um, np.float64)) @ corners
+        return float(x.min()), float(y.min()), float(x.max()), float(y.max())
+
+    def pixels_in(self, to_um: ArrayLike, shape: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of a raster of some shape that the view touches; `to_um` as in `bounds_in`."""
+        x0, y0, x1, y1 = self.bounds_in(to_um)
+        rows, cols = (
+            slice(min(max(math.floor(low + 1e-6), 0), size), max(min(math.ceil(high - 1e-6), size), 0))
+            for low, high, size in ((y0, y1, shape[0]), (x0, x1, shape[1]))
+        )
+        return rows, cols
+
+
+def view_of(slide: Slide, crop_um: Sequence[float] | None, shown_px: float, *, what: str = "the slide image") -> View:
+    """The part of a slide that is asked for, clipped to the image.
+
+    Parameters
+    ----------
+    slide
+        The slide.
+    crop_um
+        x0, y0, x1, y1 in µm from the image's top left corner; None: all of it.
+    shown_px
+        Screen pixels along the longer side.
+    what
+        Name of the image, for messages.
+
+    Raises
+    ------
+    PixNetError
+        The crop misses the image.
+    """
+    width, height = slide.width_px * slide.mpp, slide.height_px * slide.mpp
+    x0, y0, x1, y1 = (0.0, 0.0, width, height) if crop_um is None else crop_um
+    left, top, right, bottom = max(x0, 0.0), max(y0, 0.0), min(x1, width), min(y1, height)
+    if left >= right or top >= bottom:
+        raise PixNetError(
+            f"crop_um={tuple(crop_um or ())} misses {what}, which spans x 0 to {width:g} and y 0 to {height:g} µm."
+        )
+    return View(left, top, right, bottom, max(right - left, bottom - top) / shown_px)
+
+
+def coarsest_level(pitches_um: Sequence[float], um_per_px: float) -> int:
+    """Of levels, finest first, the coarsest that is no coarser than the screen; the finest if all are."""
+    fine_enough = [k for k, pitch in enumerate(pitches_um) if pitch <= um_per_px * (1 + 1e-3)]
+    return fine_enough[-1] if fine_enough else 0
+
+
+def shifted(x: float, y: float) -> Matrix:
+    """Map of (x, y, 1) that moves points."""
+    return np.array([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]])
+
 
 _BAR_SHARE = 0.25
 
@@ -177,3 +296,125 @@ def _nice_length(most: float) -> float:
     power = 10.0 ** math.floor(math.log10(most))
     length = next(factor for factor in (5, 2, 1) if factor * power <= most * (1 + 1e-9)) * power
     return int(length) if length >= 1 else length
+
+
+_MOST_PX = 2**16  # of the raster that matplotlib draws on
+
+Panels = np.ndarray[Any, Any]
+"""Axes, in rows and columns."""
+
+AxesLike = Axes | Sequence[Axes] | Panels | None
+"""What ``ax=`` takes: one Axes, or as many as there are panels."""
+
+Drawn = Figure | Axes | Panels | None
+"""What a plot returns."""
+
+
+def axes_grid(
+    ax: AxesLike,
+    shape: tuple[int, int],
+    *,
+    figsize: tuple[float, float] | None,
+    panel_in: tuple[float, float],
+    dpi: float | None,
+) -> Panels:
+    """Axes of a grid of panels.
+
+    Parameters
+    ----------
+    ax
+        Axes of the caller, in reading order; None: those of a new figure.
+    shape
+        Rows and columns of panels.
+    figsize
+        Size of a new figure, inches; None: from that of a panel, `panel_in`.
+    dpi
+        Of a new figure.
+
+    Raises
+    ------
+    PixNetError
+        There are more or fewer Axes than panels.
+    """
+    if ax is None:
+        size = figsize or (shape[1] * panel_in[0], shape[0] * panel_in[1])
+        _check_px(size, dpi)
+        figure = plt.figure(figsize=size, dpi=dpi, layout="constrained")
+        return np.asarray(figure.subplots(*shape, squeeze=False), dtype=object)
+    given = [ax] if isinstance(ax, Axes) else list(np.asarray(ax, dtype=object).ravel())
+    if len(given) != shape[0] * shape[1]:
+        raise PixNetError(
+            f"ax= has {len(given)} Axes, and {shape[0] * shape[1]} panels are drawn ({shape[0]} x {shape[1]}). Give "
+            "as many, or leave ax= out."
+        )
+    grid = np.empty(len(given), dtype=object)
+    grid[:] = given
+    return grid.reshape(shape)
+
+
+def _check_px(size_in: tuple[float, float], dpi: float | None) -> None:
+    """Refuse a picture with more pixels a side than any backend draws."""
+    given = float(plt.rcParams["figure.dpi"]) if dpi is None else dpi
+    if max(size_in) * given >= _MOST_PX:
+        raise PixNetError(
+            f"figsize=({size_in[0]:g}, {size_in[1]:g}) at dpi={given:g}: a side would have {max(size_in) * given:,.0f} "
+            f"pixels, and {_MOST_PX:,} is the most. Give a smaller one, or fewer panels."
+        )
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The figure that a panel is in, the outermost of nested ones."""
+    figure: Any = ax.get_figure(root=True)
+    return figure
+
+
+def resolution(dpi: float | None, save: str | Path | None) -> float:
+    """Dots per inch of the picture that is made: of the file, if one is."""
+    if dpi is not None:
+        return dpi
+    on_file: Any = plt.rcParams["savefig.dpi"]
+    screen = float(plt.rcParams["figure.dpi"])
+    return max(screen, float(on_file)) if save is not None and on_file != "figure" else screen
+
+
+def shown_px(ax: AxesLike, panel_in: float, dpi: float) -> float:
+    """Pixels along the longer side of a panel."""
+    if ax is None:
+        return panel_in * dpi
+    first = ax if isinstance(ax, Axes) else np.asarray(ax, dtype=object).flat[0]
+    box = first.get_window_extent()
+    return float(max(box.width, box.height, 1.0))
+
+
+def finish(
+    axes: Panels,
+    *,
+    is_new: bool,
+    show: bool | None,
+    save: str | Path | None,
+    return_fig: bool,
+) -> Drawn:
+    """Save, show and return.
+
+    Parameters
+    ----------
+    axes
+        All panels.
+    is_new
+        Whether the figure was made here; only then is it shown by itself.
+    show, save, return_fig
+        As of :func:`pixnet_sd.pl.gene_map`.
+
+    Returns
+    -------
+    The figure if `return_fig`; None if it was shown; else the Axes, a single one by itself.
+    """
+    figure = figure_of(axes.flat[0])
+    if save is not None:
+        figure.savefig(save)  # the layout leaves no margin to cut off
+    if return_fig:
+        return figure
+    if show or (show is None and is_new):
+        plt.show()
+        return None
+    return axes.flat[0] if axes.size == 1 else axes

@@ -1,4 +1,11 @@
-"""H&E, measured and predicted expression side by side."""
+"""Colour limits, as scanpy takes them: numbers, or percentiles of what is drawn.
+
+Measured expression as it is compared with a gene map: regions of a view, and their values.
+
+Part of a gene map in memory: the pixels that a view shows, from the level that suits it.
+
+H&E, measured and predicted expression side by side.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +15,260 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, Normalize
 from numpy.typing import NDArray
-from spatialdata import SpatialData
+from scipy import sparse
+from spatialdata import SpatialData, get_pyramid_levels
 from spatialdata.transformations import get_transformation
+from xarray import DataArray, DataTree
 
 from pixnet_sd import get
 from pixnet_sd._arguments import checked
-from pixnet_sd._errors import ElementError, PixNetError
-from pixnet_sd.get._gene_map import stored_key
-from pixnet_sd.slide import (
-    ImagePyramid,
-    Slide,
-    affine_matrix,
+from pixnet_sd.errors import ElementError, PixNetError
+from pixnet_sd.geometry import Regions
+from pixnet_sd.get import stored_key
+from pixnet_sd.slide import Slide, open_slide, select_coordinate_system
+from pixnet_sd.slide.elements import affine_matrix, bin_lattice
+from pixnet_sd.slide.image import ImagePyramid
+from pixnet_sd.slide.tables import (
+    Measured,
+    checked_blocks,
+    log_normalise,
+    measured,
     measured_regions,
-    open_slide,
-    select_coordinate_system,
+    measured_tables,
+    select_tables,
 )
 from pixnet_sd.store import recorded
 
-from ._draw import add_scale_bar, draw_raster, draw_regions, draw_slide, set_view
-from ._limits import Bound, colour_norm
-from ._measured import MeasuredView, measured_view, table_to_draw
-from ._output import AxesLike, Drawn, Panels, axes_grid, figure_of, finish, resolution, shown_px
-from ._raster import Raster, read_map
-from ._view import View, view_of
+from ._draw import (
+    AxesLike,
+    Drawn,
+    Panels,
+    View,
+    add_scale_bar,
+    axes_grid,
+    coarsest_level,
+    draw_raster,
+    draw_regions,
+    draw_slide,
+    figure_of,
+    finish,
+    resolution,
+    set_view,
+    shifted,
+    shown_px,
+    view_of,
+)
 
-__all__ = ["gene_map"]
+__all__ = ["Bound", "MeasuredView", "Raster", "colour_norm", "gene_map", "measured_view", "read_map", "table_to_draw"]
+
+Bound = float | str | None
+"""A number, a percentile such as ``"p99"``, or None for the default percentile."""
+
+
+def colour_norm(panels: Sequence[NDArray[np.floating]], vmin: Bound, vmax: Bound) -> Normalize:
+    """One scale for some panels: percentiles are taken of each, and the widest limits win.
+
+    Parameters
+    ----------
+    panels
+        Values; those that are not finite do not count.
+    vmin, vmax
+        Limits; None is ``"p1"`` and ``"p99"``.
+    """
+    finite = [values for panel in panels if len(values := panel[np.isfinite(panel)])]
+    low = min((_limit(values, vmin, "p1") for values in finite), default=0.0)
+    high = max((_limit(values, vmax, "p99") for values in finite), default=1.0)
+    if finite and not low < high and vmax is None:  # all the same: a rare gene, in most bins of which there is nothing
+        high = max(float(values.max()) for values in finite)
+    return Normalize(low, high if low < high else low + 1.0)
+
+
+def _limit(values: NDArray[np.floating], bound: Bound, default: str) -> float:
+    bound = default if bound is None else bound
+    if not isinstance(bound, str):
+        return float(bound)
+    return float(np.percentile(values, float(bound.removeprefix("p"))))
+
+
+TOTAL = "total_counts"
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredView:
+    """Regions that a view shows.
+
+    Attributes
+    ----------
+    regions
+        n regions, px of the image.
+    values
+        Shape (genes, n); NaN where a gene was not measured, or a region has no counts to normalise.
+    what
+        What the regions are, for a title.
+    """
+
+    regions: Regions
+    values: NDArray[np.float32]
+    what: str
+
+
+def table_to_draw(sdata: SpatialData, slide: Slide, table_key: str | None) -> str | None:
+    """The table that is named, the coarsest Visium HD bins, or the only table there is; None if there is none.
+
+    Raises
+    ------
+    ElementError
+        Several tables could be meant.
+    """
+    if table_key is not None:
+        return table_key
+    where = {"coordinate_system": slide.coordinate_system, "image_key": slide.image_key}
+    return select_tables(sdata, **where)[-1] if measured_tables(sdata, **where) else None
+
+
+def measured_view(
+    sdata: SpatialData, slide: Slide, view: View, *, table_key: str, genes: Sequence[str], target_sum: float | None
+) -> MeasuredView:
+    """Measured expression in the regions that a view touches; counts of others are not read.
+
+    Parameters
+    ----------
+    sdata
+        The object.
+    slide
+        The slide, with the image's own pixels as working pixels.
+    view
+        What is shown.
+    table_key
+        Table with raw counts.
+    genes
+        Genes; ``total_counts`` is the sum over all of them.
+    target_sum
+        Values are ``log1p(target_sum * x / sum(x))``; None: counts per µm².
+
+    Raises
+    ------
+    ElementError, DataError
+        The table, its regions or its counts cannot be used.
+    """
+    (found,) = measured(sdata, slide, table_key=[table_key])
+    shown = np.zeros(len(found), bool)
+    shown[found.regions.touching(*view.bounds_in(np.diag([slide.mpp, slide.mpp, 1.0])))] = True
+    found = found.take(shown)
+    counts, total = _counts(found, genes)
+    if target_sum is None:
+        values = counts.T / (np.asarray(found.regions.area) * slide.mpp**2)
+    else:
+        values = np.where(total > 0, log_normalise(counts, total, target_sum).T, np.nan)
+    values[[gene not in found.var_names and gene != TOTAL for gene in genes]] = np.nan
+    bins = bin_lattice(sdata, found.element_key)
+    what = f"{bins.size_um} µm bins" if bins else found.element_key
+    return MeasuredView(found.regions, np.asarray(values, np.float32), what)
+
+
+def _counts(found: Measured, genes: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Counts (n, genes), 0 of genes that are not there, and totals (n,), in the order of the regions."""
+    columns = found.var_names.get_indexer(pd.Index(genes))
+    counts, total = np.zeros((len(found), len(genes))), np.zeros(len(found))
+    known = np.flatnonzero(columns >= 0)
+    for place, block, sums in checked_blocks(found.counts, found.var_names, found.what):
+        total[place] = sums
+        counts[place, known] = sparse.csr_matrix(block)[:, columns[known]].toarray()
+    counts[:, [gene == TOTAL for gene in genes]] = total[:, None]
+    return (counts, total) if found.place is None else (counts[found.place], total[found.place])
+
+
+@dataclass(frozen=True, eq=False)
+class Raster:
+    """Pixels and where they are.
+
+    Attributes
+    ----------
+    values
+        (channels, rows, columns) float32; NaN where there is nothing.
+    to_um
+        Map of (x, y, 1) from pixels of `values` to µm, shape (3, 3).
+    """
+
+    values: NDArray[np.float32]
+    to_um: NDArray[np.float64]
+
+
+def read_map(tree: DataTree, tissue: Any, slide: Slide, view: View, *, scale: str | None = None) -> Raster:
+    """Read what is shown of a gene map, without what lies off tissue.
+
+    Parameters
+    ----------
+    tree
+        Multiscale image, as `get.gene_map` gives it.
+    tissue
+        Labels element of its tissue (0: none); None: pixels that are 0 in all channels are off tissue.
+    slide
+        The slide that the map lies on.
+    view
+        What is shown.
+    scale
+        Level, ``"scale0"`` or ``"full"`` for the finest; default: the coarsest that is fine enough.
+
+    Raises
+    ------
+    PixNetError
+        There is no such level.
+    """
+    levels = list(get_pyramid_levels(tree))
+    to_um = _um_from_image(slide) @ np.linalg.inv(slide.to_system) @ affine_matrix(tree, slide.coordinate_system)
+    pitch = float(np.sqrt(abs(np.linalg.det(to_um[:2, :2]))))
+    ratios = [_ratio(levels[0], level) for level in levels]
+    k = coarsest_level([pitch * max(r) for r in ratios], view.um_per_px) if scale is None else _named(scale, levels)
+    level, ratio = levels[k], ratios[k]
+    from_level = to_um @ np.diag([ratio[1], ratio[0], 1.0])
+    rows, cols = view.pixels_in(from_level, level.shape[1:])
+    values = np.asarray(_computed(level.data[:, rows, cols]), dtype=np.float32)
+    off = ~values.any(axis=0) if tissue is None else ~_tissue(tissue, ratio, rows, cols)
+    return Raster(np.where(off, np.float32(np.nan), values), from_level @ shifted(cols.start, rows.start))
+
+
+def _um_from_image(slide: Slide) -> NDArray[np.float64]:
+    return np.diag([slide.mpp, slide.mpp, 1.0])
+
+
+def _ratio(finest: DataArray, level: DataArray) -> tuple[float, float]:
+    """Pixels of the finest level per pixel of another, (y, x)."""
+    return finest.sizes["y"] / level.sizes["y"], finest.sizes["x"] / level.sizes["x"]
+
+
+def _named(scale: str, levels: list[DataArray]) -> int:
+    names = [f"scale{k}" for k in range(len(levels))]
+    if scale == "full":
+        return 0
+    if scale not in names:
+        raise PixNetError(f"scale={scale!r}: the map has {', '.join(map(repr, names))}; 'full' is the first of them.")
+    return names.index(scale)
+
+
+def _computed(block: Any) -> Any:
+    """In threads, never through a distributed client that is open by chance."""
+    return block.compute(scheduler="threads") if hasattr(block, "compute") else block
+
+
+def _tissue(labels: Any, ratio: tuple[float, float], rows: slice, cols: slice) -> NDArray[np.bool_]:
+    """Whether the centres of some pixels of a level of the map are on tissue."""
+    levels = [labels] if isinstance(labels, DataArray) else list(get_pyramid_levels(labels))
+    own = [_ratio(levels[0], level) for level in levels]
+    k = coarsest_level([max(r) for r in own], max(ratio))
+    row, col = (
+        np.clip(((np.arange(s.start, s.stop) + 0.5) * r / mine).astype(np.int64), 0, size - 1)
+        for s, r, mine, size in zip((rows, cols), ratio, own[k], levels[k].shape, strict=True)
+    )
+    if not len(row) or not len(col):
+        return np.zeros((len(row), len(col)), bool)
+    block = np.asarray(_computed(levels[k].data[row[0] : row[-1] + 1, col[0] : col[-1] + 1]))
+    return block[np.ix_(row - row[0], col - col[0])] > 0
+
 
 Panel = Literal["image", "measured", "predicted"]
 

@@ -18,15 +18,27 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from pixnet_sd._arguments import checked
-from pixnet_sd._errors import DataError
-from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
-from pixnet_sd.engine.tiling import Tile, training_tiles
-from pixnet_sd.slide import MAP_STRIDE, Measured, Slide, checked_totals, tissue_mask
-from pixnet_sd.tl._training_data import Source, Validation, open_sources, split_slides
+from pixnet_sd.engine import MeasuredRegions, Tile, TrainingSlide, training_tiles
+from pixnet_sd.errors import DataError
+from pixnet_sd.geometry import MAP_STRIDE
+from pixnet_sd.slide import Slide, tissue_mask
+from pixnet_sd.slide.tables import Measured, checked_totals
+from pixnet_sd.tl import Source, Validation, open_sources, split_slides
 
-from ._draw import add_scale_bar, draw_regions, draw_slide, set_view
-from ._output import AxesLike, Drawn, axes_grid, finish, resolution, shown_px
-from ._view import View, view_of
+from ._draw import (
+    AxesLike,
+    Drawn,
+    View,
+    add_scale_bar,
+    axes_grid,
+    draw_regions,
+    draw_slide,
+    finish,
+    resolution,
+    set_view,
+    shown_px,
+    view_of,
+)
 
 __all__ = ["training_regions"]
 

@@ -21,14 +21,13 @@ import zarr
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
-from pixnet_sd._errors import DataError
 from pixnet_sd._fingerprint import content_sha256, files_sha256
-from pixnet_sd.nn.lattice import Lattice
-from pixnet_sd.nn.regions import Circles, LabelGrid, Polygons, Regions
+from pixnet_sd.errors import DataError
+from pixnet_sd.geometry import Circles, LabelGrid, Lattice, Polygons, Regions
 
-from ._image import ImageLevel
-from ._labels import LazyLabels
 from ._slide import Slide
+from .elements import LazyLabels
+from .image import ImageLevel
 
 __all__ = ["PixelContent", "check_same_pixels", "ids_sha256", "pixel_content", "regions_sha256"]
 

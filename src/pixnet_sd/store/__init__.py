@@ -1,93 +1,74 @@
-"""Writing results: checkpoints, the gene map as an image element, regions as shapes and a table."""
+"""Writing results: files of a store, notes, commits, sums and tables of regions."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from ._commit import check_target, commit, recover
-from ._disk import hold_lock, size_text
-from ._factors import FactorHead, factor_names, factors_key, head_key, read_head
-from ._gene_map import GeneMapReader, GeneMapWriter, check_not_rewritten, estimate_bytes, is_as_written, open_map
-from ._memory import available_memory
-from ._provenance import record, recorded, stored_note
-from ._raster import image_pyramid, image_transforms, map_key, tissue_labels
-from ._region_writer import RegionResults, RegionWriter, estimate_table_bytes
-from ._rows import Express, Expressed, MemoryRows, RowInfo, Rows, expression
-from ._shapes import circles_element, squares_element
-from ._shapes_writer import MakeShapes
-from ._table import region_table
-from ._thumbnail import thumbnail
-from ._written import attach_written, written_by
-
-if TYPE_CHECKING:
-    from ._checksums import CHECKSUMS
-    from ._pixnet import PixNet
-    from ._record import ModelRecord, library_versions, link_of, outputs_of, read_record
+from ._disk import (
+    DISK_MARGIN,
+    available_memory,
+    check_plain,
+    check_same_folder,
+    delete_folder,
+    explain_disk_errors,
+    folder_id,
+    hold_lock,
+    local_store,
+    plain_files,
+    read_json,
+    size_text,
+    work_folder,
+    write_json,
+)
+from ._notes import WRITTEN, attach_written, element_stamp, image_stamp, json_safe, record, recorded, written_by
+from ._regions import RegionResults, RegionWriter, estimate_table_bytes
+from ._stream import MakeShapes, TableArrays, stretch, write_shapes
+from ._sums import Express, Expressed, MemoryRows, RowInfo, Rows, expression
+from ._tables import circles_element, region_table, squares_element, thumbnail
+from ._transaction import Staged, check_target, commit, consolidate, recover, write_scratch_store
 
 __all__ = [
-    "CHECKSUMS",
+    "DISK_MARGIN",
+    "WRITTEN",
     "Express",
     "Expressed",
-    "FactorHead",
-    "GeneMapReader",
-    "GeneMapWriter",
     "MakeShapes",
     "MemoryRows",
-    "ModelRecord",
-    "PixNet",
     "RegionResults",
     "RegionWriter",
     "RowInfo",
     "Rows",
+    "Staged",
+    "TableArrays",
     "attach_written",
     "available_memory",
-    "check_not_rewritten",
+    "check_plain",
+    "check_same_folder",
     "check_target",
     "circles_element",
     "commit",
-    "estimate_bytes",
+    "consolidate",
+    "delete_folder",
+    "element_stamp",
     "estimate_table_bytes",
+    "explain_disk_errors",
     "expression",
-    "factor_names",
-    "factors_key",
-    "head_key",
+    "folder_id",
     "hold_lock",
-    "image_pyramid",
-    "image_transforms",
-    "is_as_written",
-    "library_versions",
-    "link_of",
-    "map_key",
-    "open_map",
-    "outputs_of",
-    "read_head",
-    "read_record",
+    "image_stamp",
+    "json_safe",
+    "local_store",
+    "plain_files",
+    "read_json",
     "record",
     "recorded",
     "recover",
     "region_table",
     "size_text",
     "squares_element",
-    "stored_note",
+    "stretch",
     "thumbnail",
-    "tissue_labels",
+    "work_folder",
+    "write_json",
+    "write_scratch_store",
+    "write_shapes",
     "written_by",
 ]
-
-_LATER = {
-    "CHECKSUMS": "_checksums",
-    "PixNet": "_pixnet",
-    "ModelRecord": "_record",
-    "library_versions": "_record",
-    "link_of": "_record",
-    "outputs_of": "_record",
-    "read_record": "_record",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """What needs torch or pydantic comes when it is asked for: a store can be written without."""
-    if name in _LATER:
-        return getattr(import_module(f".{_LATER[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,17 +8,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._cross_validate import CrossValidation, cross_validate
     from ._evaluate import evaluate
+    from ._evaluate import matched_values as matched_values
     from ._fit import fit
     from ._predict import predict
+    from ._training_data import Source as Source
+    from ._training_data import Validation as Validation
+    from ._training_data import open_sources as open_sources
+    from ._training_data import split_slides as split_slides
 
 __all__ = ["CrossValidation", "cross_validate", "evaluate", "fit", "predict"]
 
+_LATER = {
+    "CrossValidation": "_cross_validate",
+    "Source": "_training_data",
+    "Validation": "_training_data",
+    "cross_validate": "_cross_validate",
+    "evaluate": "_evaluate",
+    "fit": "_fit",
+    "matched_values": "_evaluate",
+    "open_sources": "_training_data",
+    "predict": "_predict",
+    "split_slides": "_training_data",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import a verb on first use: all need torch, but not all that they are made of does, and plots use that."""
-    if name in __all__:
-        module = "cross_validate" if name == "CrossValidation" else name
-        return getattr(import_module(f"._{module}", __name__), name)
+    """Import on first use: much of it needs torch, and not all that asks for it does."""
+    if name in _LATER:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,9 @@
-"""Leave slides out in turn: train without them, predict them, score."""
+"""Scores of a fold, kept beside its model for calls that go on, and for the call that puts all folds together.
+
+A left-out slide: predicted beside the user's object, which stays as it is, and scored.
+
+Leave slides out in turn: train without them, predict them, score.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +14,277 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import pandas as pd
+from anndata import AnnData
+from scipy import sparse
 from spatialdata import SpatialData
+from spatialdata.models import TableModel
 
 from pixnet_sd._arguments import checked
-from pixnet_sd._errors import CheckpointError, PixNetError
-from pixnet_sd._files import replace_file
+from pixnet_sd._files import read_regular, replace_file
 from pixnet_sd._fingerprint import fingerprint
-from pixnet_sd._logging import logger
-from pixnet_sd.store import PixNet
+from pixnet_sd._schemas import ScoresSchema, parse_json, validated, what_is_wrong
+from pixnet_sd._util import logger
+from pixnet_sd.errors import CheckpointError, ElementError, PixNetError
+from pixnet_sd.model import PixNet
+from pixnet_sd.slide import Slide, open_slide
+from pixnet_sd.slide.elements import StoredShapes, TableLink, obs_column, obs_names, shapes_of, table_link, tables_of
+from pixnet_sd.slide.tables import content_key, measured, measured_regions, select_tables
 
-from ._depends import model_parts
+from ._checks import model_parts, pixels_of, slide_parts
+from ._evaluate import METRICS, matched_values, merged, moments, pooled, summary
 from ._fit import fit
-from ._fold_scores import FoldScores, read_scores, write_scores
-from ._left_out import LeftOut, Scoring
-from ._scores import METRICS, pooled, summary
+from ._predict import predict
+from ._regions import region_parts
 
-__all__ = ["CrossValidation", "cross_validate"]
+__all__ = ["CrossValidation", "FoldScores", "LeftOut", "Scoring", "cross_validate", "read_scores", "write_scores"]
+
+FoldScores: TypeAlias = dict[tuple[str, str], pd.DataFrame]
+"""`moments` by slide and table."""
+
+_FILE = "scores.json"
+_MOST_BYTES = 1 << 29
+
+
+def write_scores(folder: Path, identity: Mapping[str, Any], scores: FoldScores) -> None:
+    """Write scores, whole or not at all.
+
+    Parameters
+    ----------
+    folder
+        Of the fold's model.
+    identity
+        What the scores depend on: `read_scores` gives them back for the same only.
+    scores
+        What to keep.
+
+    Raises
+    ------
+    CheckpointError
+        The folder cannot be written.
+    """
+    parts = [
+        {"slide": slide, "table": table, "genes": list(part.index), "moments": part.to_dict(orient="list")}
+        for (slide, table), part in scores.items()
+    ]
+    content = {"identity": identity, "scores": parts}
+    try:
+        with replace_file(folder / _FILE) as aside:
+            aside.write_text(json.dumps(content | {"sha256": _hash(content)}), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            f"Scores cannot be written to {str(folder)!r} ({error.strerror or error}). Free some disk and make the "
+            "same call again: the trained model is there."
+        ) from error
+
+
+def read_scores(folder: Path, identity: Mapping[str, Any]) -> FoldScores | None:
+    """Scores that are there; None where there are none, or they are damaged or of another identity."""
+    path = folder / _FILE
+    if not path.is_file():
+        return None
+    try:
+        found = parse_json(read_regular(path, most_bytes=_MOST_BYTES), allow_nan=True)
+        if validated(ScoresSchema, found).sha256 != _hash({name: found[name] for name in ("identity", "scores")}):
+            raise ValueError("it is not as it was written")
+    except ValueError as error:  # CheckpointError is one
+        logger.warning("%s cannot be used, and is made anew: %s", path, what_is_wrong(error))
+        return None
+    if found["identity"] != identity:
+        return None
+    return {(p["slide"], p["table"]): _frame(p) for p in found["scores"]}
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _frame(part: Mapping[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(part["moments"], index=pd.Index(part["genes"], name="gene"))
+
+
+_MOST_ROWS = 500_000
+_LATTICE = ("array_row", "array_col")
+_WHERE = ("image_key", "coordinate_system", "mpp", "allow_any_mpp")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How left-out slides are predicted and scored.
+
+    Attributes
+    ----------
+    where
+        Arguments of `fit` by which image and resolution are found.
+    table_key
+        Tables that are trained on, as given to `fit`.
+    score_table_key
+        Tables to score.
+    n_symmetries, tile_px, device
+        As of `predict`.
+    show_progress_bar
+        Show a bar.
+    """
+
+    where: dict[str, Any]
+    table_key: str | Sequence[str] | None
+    score_table_key: str | Sequence[str] | None
+    n_symmetries: Literal[1, 4, 8]
+    tile_px: int | None
+    device: Any
+    show_progress_bar: bool
+
+    @classmethod
+    def of(
+        cls,
+        options: Mapping[str, Any],
+        score_table_key: str | Sequence[str] | None,
+        n_symmetries: Literal[1, 4, 8],
+        tile_px: int | None,
+        show_progress_bar: bool,
+    ) -> Scoring:
+        """From the arguments of `cross_validate`, `options` being those of `fit`."""
+        where = {name: options[name] for name in _WHERE if name in options}
+        table_key, device = options.get("table_key"), options.get("device")
+        return cls(where, table_key, score_table_key, n_symmetries, tile_px, device, show_progress_bar)
+
+    def find(self, name: str, sdata: SpatialData, working_mpp: float) -> tuple[Slide, list[str]]:
+        """Image of a slide, and the tables to score."""
+        keys = self.score_table_key if self.score_table_key is not None else self.table_key
+        regions = measured_regions(sdata, keys)
+        slide = open_slide(sdata, working_mpp=working_mpp, name=name, region_keys=regions, **self.where)
+        return slide, _tables(sdata, slide, self)
+
+    def check(self, slides: Mapping[str, SpatialData]) -> None:
+        """Find out before hours of training whether every slide can be scored.
+
+        Raises
+        ------
+        PixNetError
+            Saying what is missing.
+        """
+        wanted = self.score_table_key or []
+        for name, sdata in slides.items():
+            missing = [key for key in ([wanted] if isinstance(wanted, str) else wanted) if key not in tables_of(sdata)]
+            if missing:
+                there = ", ".join(map(repr, tables_of(sdata))) or "none"
+                raise ElementError(f"score_table_key={missing}: slide {name!r} has no such table. Tables: {there}.")
+            self.find(name, sdata, 1.0)  # any resolution: nothing is read
+
+    def identity(self) -> dict[str, Any]:
+        """What decides about scores besides model and slides."""
+        tables = self.score_table_key if self.score_table_key is not None else self.table_key
+        keys = [tables] if isinstance(tables, str) else tables
+        return {
+            "tables": None if keys is None else list(keys),
+            "named": self.score_table_key is not None,
+            "n_symmetries": self.n_symmetries,
+            "tile_px": self.tile_px,
+        }
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A slide, and the model that was trained without it.
+
+    Attributes
+    ----------
+    sdata, slide
+        The user's object, which is not changed, and its image.
+    model
+        The model.
+    scoring
+        How to score.
+    tables
+        Tables to score.
+    """
+
+    sdata: SpatialData
+    slide: Slide
+    model: PixNet
+    scoring: Scoring
+    tables: list[str]
+
+    @classmethod
+    def open(cls, name: str, sdata: SpatialData, model: PixNet, scoring: Scoring) -> LeftOut:
+        """Find image and tables."""
+        slide, tables = scoring.find(name, sdata, model.record.working_mpp)
+        return cls(sdata, slide, model, scoring, tables)
+
+    def parts(self) -> dict[str, Any]:
+        """Parts of the scores' fingerprint: pixels, and regions and counts of each table."""
+        parts: dict[str, Any] = slide_parts(self.slide, pixels_of(self.sdata, self.slide))
+        for found in measured(self.sdata, self.slide, table_key=self.tables):
+            counts = content_key(found, found.var_names)
+            parts[found.table_key] = region_parts(found.regions, found.instances) | {"counts": counts}
+        return parts
+
+    def moments(self, table_key: str) -> pd.DataFrame:
+        """Predict the regions of a table; what `pooled` needs of the result."""
+        link = table_link(self.sdata, table_key=table_key, coordinate_system=self.slide.coordinate_system)
+        beside = _beside(self.sdata, self.slide.image_key, link)
+        predict(
+            beside,
+            self.model,
+            shapes_key=link.element_key,
+            image_key=self.slide.image_key,
+            coordinate_system=self.slide.coordinate_system,
+            mpp=self.slide.mpp,
+            allow_any_mpp=True,  # was checked when the slide was opened
+            write_map=False,
+            tile_px=self.scoring.tile_px,
+            n_symmetries=self.scoring.n_symmetries,
+            device=self.scoring.device,
+            allow_poor_model=True,  # its scores say it
+            show_progress_bar=self.scoring.show_progress_bar,
+        )
+        key = f"pixnet_{link.element_key}"
+        found = matched_values(self.sdata, table_key=table_key, predicted_key=key, predicted=beside.tables[key])
+        return merged(moments(*block, found.genes) for block in found.blocks())
+
+
+def _tables(sdata: SpatialData, slide: Slide, scoring: Scoring) -> list[str]:
+    on_slide = partial(select_tables, sdata, coordinate_system=slide.coordinate_system, image_key=slide.image_key)
+    if scoring.score_table_key is not None:
+        return on_slide(table_key=scoring.score_table_key)
+    found = on_slide(table_key=scoring.table_key)
+    rows = {key: tables_of(sdata)[key].n_obs for key in found}
+    few = [key for key in found if rows[key] <= _MOST_ROWS] or [min(found, key=lambda key: rows[key])]
+    if len(few) < len(found):
+        many = ", ".join(key for key in found if key not in few)
+        logger.info("not scored for their many rows, unless named in score_table_key=: %s", many)
+    return few
+
+
+def _beside(sdata: SpatialData, image_key: str, link: TableLink) -> SpatialData:
+    """An object in memory with the same image and regions, into which predictions can go."""
+    shapes = {}
+    for key, element in shapes_of(sdata).items():
+        if isinstance(element, StoredShapes):
+            shapes[key] = element.load() if key == link.element_key else element.sample
+        else:
+            shapes[key] = element
+    return SpatialData(
+        images={image_key: sdata.images[image_key]},
+        labels=dict(sdata.labels),
+        shapes=shapes,
+        tables={link.table_key: _without_counts(sdata, link)},
+    )
+
+
+def _without_counts(sdata: SpatialData, link: TableLink) -> AnnData:
+    """A table that tells which regions there are, and where on the lattice."""
+    table = tables_of(sdata)[link.table_key]
+    columns = {name: obs_column(table, name)[link.rows] for name in _LATTICE if name in obs_names(table)}
+    obs = pd.DataFrame(columns).assign(region=pd.Categorical([link.element_key] * len(link.rows)))
+    obs = obs.assign(instance=link.instances.to_numpy()).set_axis(obs.index.astype(str))
+    bare = AnnData(sparse.csr_matrix((len(obs), 1), dtype="float32"), obs=obs)
+    return TableModel.parse(bare, region=link.element_key, region_key="region", instance_key="instance")
+
 
 _OWN = ("sdata", "checkpoint_dir", "record_model", "show_progress_bar")
 """Arguments of `fit` that are not passed through."""

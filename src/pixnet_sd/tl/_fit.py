@@ -1,47 +1,221 @@
-"""Train a model on slides that have both an image and measured expression."""
+"""From the arguments of `fit` to the shape of the network and the settings of a run.
+
+One run at a time in a checkpoint's folder: two would overwrite one another's state.
+
+Train a model on slides that have both an image and measured expression.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from lightning_fabric import Fabric
 from spatialdata import SpatialData
 
 from pixnet_sd._arguments import checked
-from pixnet_sd._errors import CheckpointError, StoreError
+from pixnet_sd._files import folder_for, home_expanded, no_empty_folders_left
 from pixnet_sd._fingerprint import as_json, differing_parts, fingerprint
-from pixnet_sd._folders import no_empty_folders_left
-from pixnet_sd._logging import logger
-from pixnet_sd._warn import warn
-from pixnet_sd.engine.device import make_fabric
-from pixnet_sd.engine.settings import TrainSettings
-from pixnet_sd.engine.state import RunState
-from pixnet_sd.engine.tiling import MARGIN_SHARE
-from pixnet_sd.engine.train import train
-from pixnet_sd.nn.encoder import build_encoder
-from pixnet_sd.nn.model import Aggregation, Network
-from pixnet_sd.nn.objectives import ObjectiveName
-from pixnet_sd.nn.receptive_field import receptive_radius_px, sees_whole_tile
-from pixnet_sd.nn.weights import hash_weights
+from pixnet_sd._util import logger, warn
+from pixnet_sd.engine import MARGIN_SHARE, make_fabric
+from pixnet_sd.engine.train import RunState, TrainSettings, train
+from pixnet_sd.errors import CheckpointError, PixNetError, StoreError
+from pixnet_sd.geometry import STRIDES
+from pixnet_sd.model import (
+    CHECKSUMS,
+    Aggregation,
+    DecoderConfig,
+    ModelRecord,
+    Network,
+    ObjectiveName,
+    PixNet,
+    build_encoder,
+    hash_weights,
+    library_versions,
+    link_of,
+    outputs_of,
+    receptive_radius_px,
+    sees_whole_tile,
+)
 from pixnet_sd.slide import PixelContent, Slide, check_same_pixels
-from pixnet_sd.store import CHECKSUMS, ModelRecord, PixNet, library_versions, link_of, outputs_of
+from pixnet_sd.store import hold_lock
 from pixnet_sd.store import record as note
 
-from ._depends import training_parts
-from ._pixels import pixels_of
-from ._quality import quality_of, why_poor
-from ._recipe import check_choices, decoder_config, default_aggregation, train_settings
-from ._room import check_batch, check_decoder, values_per_px
+from ._checks import check_batch, check_decoder, pixels_of, quality_of, training_parts, values_per_px, why_poor
 from ._training_data import TrainingData, check_validation, data_parts, describe, open_sources, training_data
-from ._training_lock import alone_in, alone_in_checkpoint_dir
 
-__all__ = ["fit"]
+__all__ = [
+    "Preset",
+    "alone_in",
+    "alone_in_checkpoint_dir",
+    "check_choices",
+    "decoder_config",
+    "default_aggregation",
+    "fit",
+    "train_settings",
+]
+
+Preset = Literal["paper"] | None
+
+DROPOUT = 0.5
+"""Channel dropout of the decoder's laterals."""
+
+MIN_WIDTH = 32
+"""Fewest channels of a level, unless `decoder_width` itself is smaller."""
+
+PCC_WEIGHT, PAPER_PCC_WEIGHT = 2.0, 0.5
+"""λ of Eq. 6: the weight with the best correlation over left-out sections (`benchmarks/her2st.py`), and the paper's."""
+
+_LEVELS = len(STRIDES)
+
+
+def decoder_config(decoder_width: int, preset: Preset) -> DecoderConfig:
+    """Shape of the decoder.
+
+    By default every level of the pyramid is standardised and projected, to `decoder_width` channels at the coarsest
+    stride and half as many at each finer one, where maps have four times the pixels, down to 32: the finest width is
+    the rank of the gene map. ``preset="paper"`` feeds in the encoder's own channels, and every feed-forward is
+    `decoder_width` wide (Eq. 3).
+    """
+    if preset == "paper":
+        return DecoderConfig(widths=None, hidden=(decoder_width,) * (_LEVELS - 1))
+    least = min(decoder_width, MIN_WIDTH)
+    widths = tuple(max(decoder_width >> (_LEVELS - 1 - k), least) for k in range(_LEVELS))
+    return DecoderConfig(widths=widths, hidden=tuple(2 * w for w in widths[:-1]), dropout=DROPOUT)
+
+
+def default_aggregation(preset: Preset, objective: ObjectiveName) -> Aggregation:
+    """Eq. 5 sums, and so do counts; the mean is what puts logarithms of several sizes on one scale."""
+    return "sum" if preset == "paper" or objective != "mse_pcc" else "mean"
+
+
+def check_choices(preset: Preset, objective: ObjectiveName, aggregation: Aggregation | None) -> None:
+    """Options that do not go together."""
+    if objective != "mse_pcc" and (preset == "paper" or aggregation == "mean"):
+        raise PixNetError(
+            f"objective={objective!r} sums densities: leave out aggregation= and preset=, which belong to 'mse_pcc'."
+        )
+
+
+def train_settings(
+    *,
+    preset: Preset,
+    max_epochs: int,
+    max_steps: int | None = None,
+    lr: float,
+    weight_decay: float,
+    objective: ObjectiveName,
+    pcc_weight: float | None,
+    target_sum: float,
+    tile_px: int,
+    batch_size: int,
+    patience: int | None,
+    holds_out: bool,
+    compile: bool,
+    seed: int,
+) -> TrainSettings:
+    """Settings of a run.
+
+    A run with held-out regions may stop at any epoch, so its rate stays constant; one of known length anneals it.
+    ``preset="paper"``: Adam at a constant rate for all epochs, the last of which is kept; nothing jittered.
+    """
+    paper = preset == "paper"
+    if pcc_weight is None:
+        pcc_weight = PAPER_PCC_WEIGHT if paper else PCC_WEIGHT
+    return TrainSettings(
+        max_epochs=max_epochs,
+        max_steps=max_steps,
+        lr=lr,
+        weight_decay=weight_decay,
+        optimizer="adam" if paper else "adamw",
+        anneal=not paper and not holds_out,
+        objective=objective,
+        pcc_weight=pcc_weight,
+        target_sum=target_sum,
+        tile_px=tile_px,
+        batch_size=batch_size,
+        patience=None if paper or not holds_out else patience,
+        keep_best=not paper,
+        stain_jitter=0.0 if paper else 0.05,
+        compile=compile,
+        seed=seed,
+    )
+
+
+_LOCK = ".training.lock"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def alone_in_checkpoint_dir(verb: Callable[P, R]) -> Callable[P, R]:
+    """Make a verb hold the folder that its argument `checkpoint_dir` names, before it does anything that takes long."""
+
+    @functools.wraps(verb)
+    def alone(*args: P.args, **options: P.kwargs) -> R:
+        directory = options.get("checkpoint_dir")
+        if not isinstance(directory, str | Path) or not str(directory):
+            return verb(*args, **options)  # a default that is only known later, or an argument that is refused
+        with alone_in(home_expanded(directory)):
+            return verb(*args, **options)
+
+    return alone
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Hold a checkpoint's folder; one with a finished model is only read, by as many as want to.
+
+    Parameters
+    ----------
+    directory
+        The folder; made if it is not there, and taken back if nothing was put into it.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be written, or another run is in it.
+    """
+    if os.path.exists(directory / CHECKSUMS):  # unlike that of a path it raises for no name
+        _unlock_left_over(directory)
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(folder_for(directory))
+            with tempfile.TemporaryFile(dir=directory):  # `os.access` is wrong for network mounts and the superuser
+                pass
+        except (OSError, ValueError) as error:  # the latter: a name that no folder can have
+            why = error.strerror if isinstance(error, OSError) else None
+            raise CheckpointError(
+                f"{str(directory)!r} cannot be written ({why or error}). Give checkpoint_dir= a folder that can be."
+            ) from error
+        busy = (
+            f"Another run is training in {str(directory)!r}. Give another checkpoint_dir, or wait: the same call takes "
+            "the model when that run has finished."
+        )
+        try:
+            held.enter_context(hold_lock(directory / _LOCK, wait_s=0, busy=busy))
+        except StoreError as error:
+            raise CheckpointError(str(error)) from error
+        yield
+
+
+def _unlock_left_over(directory: Path) -> None:
+    """Remove the lock file of a run that was killed when its model was there."""
+    if (directory / _LOCK).exists():
+        with contextlib.suppress(OSError, StoreError), hold_lock(directory / _LOCK, wait_s=0, busy=""):
+            pass
+
 
 _FIRST = 5  # differences that are named
 

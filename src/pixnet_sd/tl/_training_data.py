@@ -12,29 +12,27 @@ import pandas as pd
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
-from pixnet_sd._errors import PixNetError
 from pixnet_sd._fingerprint import content_sha256
-from pixnet_sd._warn import warn
-from pixnet_sd.engine.slides import MeasuredRegions, TrainingSlide
-from pixnet_sd.engine.split import hold_out_blocks
-from pixnet_sd.nn.regions import Regions
-from pixnet_sd.slide import (
+from pixnet_sd._util import warn
+from pixnet_sd.engine import MeasuredRegions, TrainingSlide
+from pixnet_sd.engine.train import hold_out_blocks
+from pixnet_sd.errors import PixNetError
+from pixnet_sd.geometry import Regions
+from pixnet_sd.slide import Slide, open_slide, regions_sha256
+from pixnet_sd.slide.tables import (
     Measured,
-    Slide,
     StoredTargets,
     Targets,
     choose_genes,
     measured,
     measured_regions,
-    open_slide,
-    regions_sha256,
     targets_of,
 )
 
-from ._room import check_working_size
+from ._checks import check_working_size
 
 if TYPE_CHECKING:
-    from pixnet_sd.nn.objectives import ObjectiveName
+    from pixnet_sd.model import ObjectiveName
 
 __all__ = ["Source", "TrainingData", "Validation", "check_validation", "open_sources", "split_slides", "training_data"]
 

@@ -1,0 +1,97 @@
+"""The package's one logger. The root logger is left to the application.
+
+Progress: a bar where somebody watches, lines in the log where nobody does.
+
+Warnings that point at the line that called the package, however deep inside they arise.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from typing import Any
+
+from tqdm import auto, std
+
+__all__ = ["LineBar", "bar_class", "logger", "warn"]
+
+
+class _UnlessConfigured(logging.StreamHandler):  # type: ignore[type-arg]
+    """Prints to stderr, unless the application has set up logging and prints for itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
+
+
+logger = logging.getLogger("pixnet_sd")
+if not logger.handlers:
+    _handler = _UnlessConfigured()
+    _handler.setFormatter(logging.Formatter("pixnet_sd: %(message)s"))
+    logger.addHandler(_handler)
+    logger.setLevel(logging.INFO)
+
+
+_SHORTEST_S, _LONGEST_S = 10.0, 300.0
+_SHARE = 1 / 20
+"""Of the time gone by that passes before the next line."""
+
+
+class LineBar(std.tqdm):  # type: ignore[type-arg]
+    """A bar that writes a line into the log every so often: a batch log shows carriage returns as a heap of bars.
+
+    Lines come 10 seconds apart at first, 5 minutes apart in runs of hours, and one at the end.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._began_at = self._said_at = time.monotonic()
+        self._said_n: float | None = None
+        # gui: tqdm itself writes nothing. Whether a line is due is decided in `refresh` alone.
+        super().__init__(*arguments, **{**options, "gui": True, "mininterval": 0, "miniters": 1, "smoothing": 0})
+
+    def refresh(self, *_: Any, **__: Any) -> None:
+        """Write a line if one is due."""
+        now = time.monotonic()
+        wait = min(max((now - self._began_at) * _SHARE, _SHORTEST_S), _LONGEST_S)
+        if not self.disable and now - self._said_at >= wait:
+            self._say(now)
+
+    def close(self) -> None:
+        """Write the last line, unless it was written."""
+        if not self.disable and self.n not in (self._said_n, self.initial):
+            self.postfix = None
+            self._say(time.monotonic())
+        super().close()
+
+    def _say(self, now: float) -> None:
+        self._said_at, self._said_n = now, self.n
+        logger.info("%s", self.line())
+
+    def line(self) -> str:
+        """Done of total, time gone and left, and what the bar was told to show."""
+        gone, done = time.monotonic() - self._began_at, self.n - self.initial
+        total = "" if self.total is None else f" of {self.total:.0f}"
+        parts = [f"{self.n:.0f}{total} {self.unit}s", f"{self.format_interval(gone)} gone"]
+        if self.total is not None and done and self.n < self.total:
+            parts.append(f"about {self.format_interval((self.total - self.n) * gone / done)} left")
+        told = [str(text) for text in (self.desc, self.postfix) if text]
+        return "; ".join([", ".join(parts), *told])
+
+
+def bar_class() -> type[Any]:
+    """Kind of bar for where this runs: tqdm's own on a terminal or in a notebook, lines elsewhere."""
+    in_notebook = auto.tqdm.display is not std.tqdm.display
+    return auto.tqdm if in_notebook or sys.stderr.isatty() else LineBar
+
+
+_OWN = __name__.partition(".")[0]
+
+
+def warn(message: str) -> None:
+    """Warn of the first caller outside the package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _OWN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -1,0 +1,28 @@
+"""Regions, lattices of regions and the grid of the gene map: numpy only."""
+
+from __future__ import annotations
+
+from ._grid import MAP_STRIDE, STRIDES, Grid, Window, cumulated_weights, reach, resize_taps
+from ._lattice import Lattice
+from ._regions import SNAP_PX, Circles, Float, Int, LabelGrid, Polygons, Regions, Spans, chunks, ranges
+
+__all__ = [
+    "MAP_STRIDE",
+    "SNAP_PX",
+    "STRIDES",
+    "Circles",
+    "Float",
+    "Grid",
+    "Int",
+    "LabelGrid",
+    "Lattice",
+    "Polygons",
+    "Regions",
+    "Spans",
+    "Window",
+    "chunks",
+    "cumulated_weights",
+    "ranges",
+    "reach",
+    "resize_taps",
+]

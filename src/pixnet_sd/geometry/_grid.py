@@ -1,0 +1,97 @@
+"""The low-resolution grid of the gene map, windows of it, and the bilinear resize to the slide's pixels (Eq. 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._regions import Float, Int
+
+__all__ = ["MAP_STRIDE", "STRIDES", "Grid", "Window", "cumulated_weights", "reach", "resize_taps"]
+
+STRIDES = (4, 8, 16, 32)
+"""Of the feature pyramid F_1..F_L, pixels of the slide."""
+
+MAP_STRIDE = STRIDES[0]
+"""Working pixels per pixel of the gene map: the finest stride of the pyramid."""
+
+
+class Window(NamedTuple):
+    """A rectangle of pixels, ends excluded."""
+
+    row0: int
+    row1: int
+    col0: int
+    col1: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, columns."""
+        return self.row1 - self.row0, self.col1 - self.col0
+
+    def times(self, factor: int) -> Window:
+        """The same rectangle on a grid that is `factor` times as fine."""
+        return Window(*(v * factor for v in self))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The low-resolution grid that is resized by `stride` to the slide.
+
+    Parameters
+    ----------
+    height, width
+        Low-resolution pixels; the resized map has ``height * stride`` by ``width * stride``.
+    stride
+        Pixels of the resized map per low-resolution pixel.
+    """
+
+    height: int
+    width: int
+    stride: int
+
+    @property
+    def window(self) -> Window:
+        """The whole grid."""
+        return Window(0, self.height, 0, self.width)
+
+
+def resize_taps(position: NDArray[np.floating[Any]], size: int, stride: int) -> tuple[Int, Int, Float]:
+    """Two low-resolution neighbours of each resized pixel coordinate and the weight of the second."""
+    source = np.clip(position / stride - 0.5, 0, size - 1)
+    low = np.minimum(np.floor(source).astype(np.int64), max(size - 2, 0))
+    return low, np.minimum(low + 1, size - 1), source - low
+
+
+def reach(low0: int, low1: int, size: int, stride: int) -> tuple[int, int]:
+    """Resized pixels whose weights touch the low-resolution pixels [low0, low1)."""
+    return max(low0 - 1, 0) * stride, min(low1 + 1, size) * stride
+
+
+def cumulated_weights(low0: int, low1: int, size: int, stride: int) -> Float:
+    """Resize weights of some low-resolution pixels, cumulated over the 3 strides of pixels that touch each.
+
+    Parameters
+    ----------
+    low0, low1
+        The low-resolution pixels [low0, low1).
+    size
+        How many there are in all.
+    stride
+        Resized pixels per low-resolution pixel.
+
+    Returns
+    -------
+    Shape (low1 - low0, 3 stride + 1): entry (k, d) is the weight on ``low0 + k`` of all resized pixels before
+    ``(low0 + k - 1) * stride + d``.
+    """
+    pixel = np.arange(*reach(low0, low1, size, stride))
+    low, high, weight = resize_taps(pixel + 0.5, size, stride)
+    cumulated = np.zeros((low1 - low0, 3 * stride + 1))
+    for tap, value in ((low, 1 - weight), (high, weight)):
+        inside = np.nonzero((tap >= low0) & (tap < low1))[0]
+        np.add.at(cumulated, ((tap - low0)[inside], (pixel - (tap - 1) * stride + 1)[inside]), value[inside])
+    return np.cumsum(cumulated, axis=1)

@@ -1,0 +1,551 @@
+"""The Hugging Face hub: what is there, and why it could not be had.
+
+From a checkpoint's record and weights back to its network, which is measured before it takes any memory.
+
+The model as users hold it: a network, its record, and a directory to keep them in.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from pixnet_sd._arguments import checked
+from pixnet_sd._files import home_expanded, read_regular, replace_file, replace_files
+from pixnet_sd._util import logger
+from pixnet_sd.errors import CheckpointError, PixNetError
+
+from ._encoder import build_encoder, hash_weights
+from ._network import Network, receptive_radius_px
+from ._record import (
+    CHECKSUMS,
+    CONFIG,
+    TAGS,
+    ModelRecord,
+    card_text,
+    check_file,
+    library_versions,
+    link_of,
+    read_record,
+    write_checksums,
+)
+
+__all__ = ["WEIGHTS", "PixNet", "hub_errors", "is_local", "read_network", "snapshot"]
+
+_LOG_IN = "log in with `hf auth login` or give token="
+
+_UNREACHABLE = (
+    "the hub was not reached, and the cache here does not have it. Check the network; without one, copy the model's "
+    "folder here and give its path"
+)
+
+_CAUSES: tuple[tuple[type[Exception], str], ...] = (
+    (HFValidationError, "names are 'owner/name' there. Check the name"),
+    (GatedRepoError, f"its owner must let you in: ask on its page, then {_LOG_IN}"),
+    (RepositoryNotFoundError, f"there is no such model. Check the name; of a private one, {_LOG_IN}"),
+    (RevisionNotFoundError, "it has no such revision. Give a branch, tag or commit that it has"),
+    (LocalTokenNotFoundError, f"nobody is logged in: {_LOG_IN}"),
+    (LocalEntryNotFoundError, _UNREACHABLE),
+    (EntryNotFoundError, "it lacks a file that a model of pixnet_sd has. Check the name"),
+)
+"""What each error means, the more special ones first."""
+
+_BY_STATUS = {
+    401: f"the hub does not know you: {_LOG_IN}",
+    403: f"you may not: {_LOG_IN}, one that may write there",
+}
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is a folder or file here, or could not be anything else."""
+    return Path(name).expanduser().exists() or name.startswith(("~", "/", "./", "../"))
+
+
+def snapshot(repo_id: str, files: list[str], **options: Any) -> Path:
+    """Fetch files of a model.
+
+    Parameters
+    ----------
+    repo_id
+        ``"owner/name"``.
+    files
+        Names; those that it lacks are left out.
+    options
+        Of `huggingface_hub.snapshot_download`.
+
+    Returns
+    -------
+    The folder in the cache.
+    """
+    return Path(snapshot_download(repo_id, allow_patterns=files, **options))
+
+
+@contextmanager
+def hub_errors(what_failed: str) -> Iterator[None]:
+    """Say what the hub's client means.
+
+    Parameters
+    ----------
+    what_failed
+        Start of the message.
+
+    Raises
+    ------
+    CheckpointError
+        For whatever the client raises; its errors differ between versions, down to the classes of two HTTP libraries.
+    """
+    try:
+        yield
+    except (PixNetError, TypeError):  # the latter: an argument that nobody has
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what_failed}: {_cause(error)}.") from error
+
+
+def _cause(error: Exception) -> str:
+    for kind, text in _CAUSES:
+        if isinstance(error, kind):
+            return text
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(error.response, "status_code", None)
+        return _BY_STATUS.get(status or 0, f"the hub answered with status {status} ({type(error).__name__})")
+    return _UNREACHABLE if _of_network(error) else f"{type(error).__name__}: {error}"
+
+
+def _of_network(error: Exception) -> bool:
+    """Errors of both HTTP libraries that its client has had, without importing either."""
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in {
+        "httpcore",
+        "httpx",
+        "requests",
+        "urllib3",
+    }
+
+
+WEIGHTS = "model.safetensors"
+
+_HEADER_BYTES = 1 << 20
+_BYTES_A_TENSOR = 1 << 10
+"""Most that a tensor takes in the header: name, type, shape and place."""
+
+
+def read_network(folder: Path, record: ModelRecord) -> Network:
+    """Build the network of a record, with the weights beside it.
+
+    Parameters
+    ----------
+    folder
+        Of the model.
+    record
+        Its record.
+
+    Returns
+    -------
+    The network, on the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        Weights are missing, damaged, or of another network than the record says.
+    """
+    path = folder / WEIGHTS
+    outline = _outline(record)
+    check_file(path, most_bytes=None if outline is None else _most_bytes(outline))
+    if outline is not None:
+        _check_shapes(path, outline)
+    network = _network(record)
+    _check_halo(network, record, folder)
+    _load(network, path)
+    if hash_weights(network) != record.weights_sha256:
+        raise CheckpointError(
+            f"The weights in {str(folder)!r} are not those its config.json was written for: one of the two was "
+            "replaced. Restore the folder, or train again."
+        )
+    return network
+
+
+def _network(record: ModelRecord) -> Network:
+    try:
+        encoder = build_encoder(record.encoder, None, frozen=record.freeze_encoder)
+    except PixNetError as error:
+        then, now = record.versions.get("timm", "(unknown)"), library_versions()["timm"]
+        raise CheckpointError(
+            f"The checkpoint was made with encoder {record.encoder!r} of timm {then}, and the timm installed here, "
+            f"{now}, does not have it. Install that version."
+        ) from error
+    try:
+        return Network(encoder, record.decoder, len(record.outputs), record.aggregation, link_of(record.objective))
+    except (MemoryError, RuntimeError) as error:  # torch's own word for no memory is the latter
+        raise CheckpointError(
+            f"The network that the checkpoint describes cannot be built ({str(error)[:200]}): decoder {record.decoder}."
+        ) from error
+
+
+def _outline(record: ModelRecord) -> Network | None:
+    """The network without memory for its weights; None for an encoder that cannot be made so."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
+            return _network(record)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _most_bytes(outline: Network) -> int:
+    """Size that a file of a network's weights cannot exceed."""
+    tensors = outline.state_dict().values()
+    return sum(t.numel() * t.element_size() + _BYTES_A_TENSOR for t in tensors) + _HEADER_BYTES
+
+
+def _check_shapes(path: Path, outline: Network) -> None:
+    """Compare tensors by name and shape, before memory is taken for any."""
+    wanted = {key: tuple(tensor.shape) for key, tensor in outline.state_dict().items()}
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(_of_another_network(path, type(error).__name__)) from error
+    if shapes != wanted:
+        other = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+        raise CheckpointError(_of_another_network(path, f"{len(other)} tensors differ, such as {other[0]!r}"))
+
+
+def _check_halo(network: Network, record: ModelRecord, folder: Path) -> None:
+    """Tiles with too small a halo would show in the map."""
+    needed = receptive_radius_px(network)
+    if record.halo_px < needed:
+        raise CheckpointError(
+            f"{str(folder)!r} is damaged: its record has halo_px {record.halo_px}, and the network sees {needed} px "
+            "around. Restore the folder, or train again."
+        )
+
+
+def _load(network: Network, path: Path) -> None:
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(_of_another_network(path, type(error).__name__)) from error
+
+
+def _of_another_network(path: Path, why: str) -> str:
+    return f"{str(path)!r} is truncated or of another network ({why}). Restore the folder, or train again."
+
+
+_CARD = "README.md"
+_CARD_BYTES = 4 << 20
+
+
+class PixNet(ModelHubMixin, library_name="pixnet_sd"):
+    """A trained model.
+
+    Made by :func:`pixnet_sd.tl.fit` or :meth:`load`, used by :func:`pixnet_sd.tl.predict`. `save_pretrained`,
+    `from_pretrained` and `push_to_hub` are those that huggingface_hub's models have; their folders are those of `save`
+    with a model card beside.
+
+    Parameters
+    ----------
+    network
+        The network.
+    record
+        What is known of it.
+    """
+
+    def __init__(self, network: Network, record: ModelRecord) -> None:
+        self.network = network.eval()
+        self.record = record
+
+    def __repr__(self) -> str:
+        r = self.record
+        return f"PixNet({r.encoder}, {len(r.genes)} genes, {r.aggregation}, {r.working_mpp:g} µm/px)"
+
+    @property
+    def genes(self) -> list[str]:
+        """Genes that it predicts, in order."""
+        return self.record.genes
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch, with loss, lr, seconds and, with held-out regions, val_pcc and val_mse."""
+        frame = pd.DataFrame(self.record.history)
+        return frame.astype({"epoch": int}).set_index("epoch") if len(frame) else frame
+
+    @checked(CheckpointError)
+    def save(self, directory: str | Path) -> Path:
+        """Write ``model.safetensors``, ``config.json``, and the hashes of both in ``checksums.json``.
+
+        Parameters
+        ----------
+        directory
+            Made if it is not there; a model in it is replaced, checksums last, so that a kill in between is noticed by
+            `load`.
+
+        Returns
+        -------
+        The directory.
+
+        Raises
+        ------
+        CheckpointError
+            The disk is full, the directory cannot be written, or the record holds what no record can.
+        """
+        directory = Path(directory)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+        record = replace(self.record, weights_sha256=hash_weights(self.network))
+        record.check()
+        with _writing(directory), replace_files(directory, [WEIGHTS, CONFIG, CHECKSUMS]) as aside:
+            save_file(tensors, aside / WEIGHTS)
+            (aside / CONFIG).write_text(record.to_json(), encoding="utf-8")
+            write_checksums(aside, [WEIGHTS, CONFIG])
+        self.record = record
+        return directory
+
+    @classmethod
+    @checked(CheckpointError)
+    def load(cls, directory: str | Path) -> PixNet:
+        """Read a model from a directory.
+
+        Parameters
+        ----------
+        directory
+            What `save` or `fit` left.
+
+        Returns
+        -------
+        The model, on the CPU.
+
+        Raises
+        ------
+        CheckpointError
+            No checkpoint, a damaged one, or one of another kind.
+        """
+        directory = home_expanded(directory)
+        record = read_record(directory)
+        return cls(read_network(directory, record), record)
+
+    @classmethod
+    @checked(CheckpointError)
+    def from_pretrained(  # type: ignore[override]  # no **kwargs: a slip in an option is an error
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> PixNet:
+        """Read a model from a folder or from the Hugging Face hub.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path
+            A folder, or ``"owner/name"`` on the hub.
+        revision
+            Branch, tag or commit on the hub; default: its main branch.
+        token
+            Of the hub; default: that of ``hf auth login``.
+        cache_dir
+            Where downloads are kept; default: huggingface_hub's cache.
+        force_download
+            Fetch what is in the cache anew.
+        local_files_only
+            Take what is in the cache, and do not ask the hub.
+
+        Returns
+        -------
+        The model, on the CPU.
+
+        Raises
+        ------
+        CheckpointError
+            It cannot be had, or is no checkpoint of ours.
+        """
+        name = str(pretrained_model_name_or_path)
+        if is_local(name):
+            return cls.load(name)
+        # Not through the mixin: it would first hand our constructor what any foreign config.json holds.
+        return cls._from_pretrained(
+            model_id=name,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> PixNet:
+        unavailable = f"{model_id!r} is no folder here, and cannot be fetched from the hub"
+        with hub_errors(unavailable):
+            folder = snapshot(model_id, [CONFIG, CHECKSUMS], **options)
+        try:
+            read_record(folder)  # before the weights come, which of a foreign model can be any size
+        except CheckpointError as error:
+            raise CheckpointError(f"{model_id!r} on the hub is no model of pixnet_sd: {error}") from error
+        with hub_errors(unavailable):
+            folder = snapshot(model_id, [CONFIG, CHECKSUMS, WEIGHTS], **options)
+        return cls.load(folder)
+
+    @checked(CheckpointError, options_of=ModelHubMixin.push_to_hub)
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_options: Any,
+    ) -> str | None:
+        """Write what `save` writes, and a model card.
+
+        Parameters
+        ----------
+        save_directory
+            As for `save`. A ``README.md`` that is in it already stays as it is.
+        repo_id
+            ``"owner/name"`` that the card names; with `push_to_hub` where to push to. Default: the folder's name.
+        push_to_hub
+            Call :meth:`push_to_hub` afterwards.
+        model_card_kwargs
+            Of :meth:`generate_model_card`.
+        push_to_hub_options
+            Of :meth:`push_to_hub`.
+
+        Returns
+        -------
+        Address of the commit on the hub, or None.
+
+        Raises
+        ------
+        CheckpointError
+            The disk is full, or the directory cannot be written; or as for :meth:`push_to_hub`.
+        """
+        # Not the mixin's: it deletes the config.json of a model that is there before anything is written.
+        directory = self.save(save_directory)
+        options = {"repo_id": repo_id or directory.name, **(model_card_kwargs or {})}
+        self._write_card(directory / _CARD, options)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory)
+
+    def _write_card(self, path: Path, options: dict[str, Any]) -> None:
+        try:
+            there = read_regular(path, most_bytes=_CARD_BYTES)
+        except FileNotFoundError:
+            text = str(self.generate_model_card(**options))
+            with _writing(path.parent), replace_file(path) as aside:
+                aside.write_text(text, encoding="utf-8")
+            return
+        if self.record.weights_sha256.encode() not in there:
+            logger.warning("%s was not written for this model, and stays as it is; delete it for a new one", path)
+
+    @checked(CheckpointError, options_of=ModelHubMixin.push_to_hub)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload the model and its card to the Hugging Face hub.
+
+        The names of the training slides, as they were given to :func:`pixnet_sd.tl.fit`, are in the model's
+        ``config.json`` and on its card, for everyone who can read the repository.
+
+        Parameters
+        ----------
+        repo_id
+            ``"owner/name"``; made if it is not there.
+        license
+            Identifier of the licence that the weights are given under, such as ``"cc-by-4.0"``.
+        model_card_kwargs
+            More of :meth:`generate_model_card`.
+        options
+            ``private``, ``token``, ``branch``, ``create_pr``, ``commit_message`` ... as in huggingface_hub.
+
+        Returns
+        -------
+        Address of the commit.
+
+        Raises
+        ------
+        CheckpointError
+            The hub cannot be reached or does not let you; or the disk is full.
+        """
+        card = {"repo_id": repo_id, "license": license, **(model_card_kwargs or {})}
+        with hub_errors(f"The model cannot be written to {repo_id!r} on the hub"):
+            return str(super().push_to_hub(repo_id, model_card_kwargs=card, **options))
+
+    @checked(CheckpointError)
+    def generate_model_card(
+        self,
+        *,
+        repo_id: str = "owner/name",
+        license: str | None = None,
+        license_name: str | None = None,
+        license_link: str | None = None,
+        datasets: list[str] | None = None,
+        language: list[str] | None = None,
+    ) -> ModelCard:
+        """The model card: training data and splits, held-out scores, the model, intended use and limits.
+
+        Parameters
+        ----------
+        repo_id
+            Where the model will be; the card's example names it.
+        license, license_name, license_link
+            Licence of the weights, as the hub wants it: an identifier such as ``"cc-by-4.0"``, or ``"other"`` with a
+            name and a link. Without one the card says that nobody may use them.
+        datasets, language
+            Further metadata of the hub.
+
+        Returns
+        -------
+        The card; ``card.save(path)`` writes it, ``card.text`` is its body.
+        """
+        metadata = ModelCardData(
+            library_name="pixnet_sd",
+            license=license,
+            license_name=license_name,
+            license_link=license_link,
+            datasets=datasets,
+            language=language,
+            metrics=["pearsonr"],
+            tags=list(TAGS),
+        )
+        stated = license_name or license
+        return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{card_text(self.record, repo_id=repo_id, license=stated)}")
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:  # the last: a name that no folder can have
+        raise CheckpointError(
+            f"The model cannot be written to {str(directory)!r} ({error}). Free some disk, or save it elsewhere."
+        ) from error

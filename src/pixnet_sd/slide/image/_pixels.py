@@ -1,0 +1,346 @@
+"""A look at some pixels of an image: whether it is bright-field, and of which range its values are.
+
+Which channels of an image are red, green and blue, by their names and, where these do not say, by its pixels.
+
+Pixels that are not RGB of 8 bits, and the lines that make them so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from dask.array import Array as DaskArray
+from numpy.typing import NDArray
+from spatialdata import get_pyramid_levels
+from xarray import DataArray
+
+from pixnet_sd._util import logger, warn
+from pixnet_sd.errors import DataError
+
+if TYPE_CHECKING:
+    from xarray import DataTree
+
+__all__ = [
+    "Naming",
+    "check_uint8",
+    "coarsest",
+    "computed",
+    "is_bright_field",
+    "levels_of",
+    "naming_of",
+    "pixel_sample",
+    "rgb_channels",
+    "shown_names",
+]
+
+_WHOLE_PX = 2**20  # a level of so many pixels is read whole
+_WINDOW_PX, _WINDOWS = 128, 6  # of a larger one, windows spread over it, so many along each side
+_BRIGHT, _WHITE, _DARK = 90.0, 110.0, 80.0  # of 255
+_ENOUGH = 2**16  # pixels that tell
+_MOST_KEPT = 8
+_kept: dict[str, NDArray[Any]] = {}  # by the name that dask gives to what is computed
+_SEEN = 0.001  # share of pixels that are not black, below which nothing can be told
+
+
+def levels_of(element: DataArray | DataTree) -> list[DataArray]:
+    """Levels of an image, finest first."""
+    found = [element] if isinstance(element, DataArray) else list(get_pyramid_levels(element))
+    return sorted(found, key=lambda level: -level.sizes["y"] * level.sizes["x"])
+
+
+def coarsest(element: DataArray | DataTree, at_least_px: int = 1) -> DataArray:
+    """The coarsest level whose shorter side has so many pixels, or the finest."""
+    levels = levels_of(element)
+    large = [level for level in levels if min(level.sizes["y"], level.sizes["x"]) >= at_least_px]
+    return large[-1] if large else levels[0]
+
+
+def computed(data: Any) -> NDArray[Any]:
+    """Pixels in memory, never by a distributed client that is open by chance."""
+    return np.asarray(data.compute(scheduler="threads") if isinstance(data, DaskArray) else data)
+
+
+def pixel_sample(element: DataArray | DataTree) -> NDArray[Any]:
+    """Pixels from all over the coarsest level, shape (channels, n).
+
+    A level that is computed from a finer one takes all of that, so those of the last few images are kept.
+    """
+    level = coarsest(element).transpose("c", "y", "x")
+    is_derived = isinstance(level.data, DaskArray) and not level.data.name.startswith(("from-zarr", "array"))
+    if not is_derived:
+        return _sample(level)
+    name = level.data.name
+    if name not in _kept:
+        while len(_kept) >= _MOST_KEPT:
+            _kept.pop(next(iter(_kept)))
+        _kept[name] = _sample(level)
+    return _kept[name]
+
+
+def _sample(level: DataArray) -> NDArray[Any]:
+    height, width = level.sizes["y"], level.sizes["x"]
+    if height * width <= _WHOLE_PX:
+        return computed(level.data).reshape(level.sizes["c"], -1)
+    windows = [
+        computed(level.data[:, top : top + _WINDOW_PX, left : left + _WINDOW_PX]).reshape(level.sizes["c"], -1)
+        for top in _starts(height)
+        for left in _starts(width)
+    ]
+    return np.concatenate(windows, axis=1)
+
+
+def _starts(size: int) -> list[int]:
+    return np.unique(np.linspace(0, max(0, size - _WINDOW_PX), _WINDOWS).astype(int)).tolist()
+
+
+def is_bright_field(sample: NDArray[Any]) -> bool | None:
+    """Whether pixels are those of stained tissue on a bright ground.
+
+    Parameters
+    ----------
+    sample
+        Pixels, shape (channels, n), of which the first three are looked at. What is not ``uint8`` is scaled by its
+        99.9th percentile.
+
+    Returns
+    -------
+    False for a dark ground, as of fluorescence; None if it is neither, or black all over.
+    """
+    pixels = _as_8_bits(sample[:3, :: max(1, sample.shape[1] // _ENOUGH)])
+    seen = pixels[:, pixels.max(axis=0) > 0]  # black is what was not scanned
+    if not seen.shape[1] or seen.shape[1] < _SEEN * pixels.shape[1]:
+        return None
+    if np.median(seen.max(axis=0)) < _DARK:
+        return False
+    is_bright = np.median(seen.mean(axis=0)) >= _BRIGHT and np.percentile(seen.min(axis=0), 95) >= _WHITE
+    return True if is_bright else None
+
+
+def _as_8_bits(sample: NDArray[Any]) -> NDArray[np.float32]:
+    if sample.dtype == np.uint8:
+        return sample.astype(np.float32)
+    values = np.nan_to_num(sample.astype(np.float32), nan=0.0, posinf=np.inf, neginf=0.0)
+    finite = values[np.isfinite(values)]
+    top = float(np.percentile(finite, 99.9)) if finite.size else 0.0
+    return np.clip(values * (255 / top), 0, 255) if top > 0 else np.zeros_like(values)
+
+
+Naming = Literal["rgb", "numbered", "stains", "unknown", "other"]
+"""What channel names say: colours, nothing, stains or markers, something else, or that there are not three channels."""
+
+_COLOURS = {"r": 0, "red": 0, "g": 1, "green": 1, "b": 2, "blue": 2, "a": 3, "alpha": 3}
+_NUMBERED = re.compile(r"(c|ch|chan|channel|band|image|sample)?[\s_:=-]*(0[\s_:-]+)?(?P<number>\d)", re.IGNORECASE)
+_STAINS = re.compile(
+    r"dapi.*|hoechst.*|draq.*|sytox.*|syto.*|dna\d*|nuclei|nucleus|nuclear|membrane|autofluor.*|af\d{3}.*|alexa.*|"
+    r"[rgbycm]fp|egfp|mcherry|tdtomato|fitc|tritc|rhodamine.*|texas.?red|cy\d(\.\d)?|pe|apc|opal.*|atto.*|"
+    r"cd\d+\w*|pan-?(ck|cyto\w*)|ck\d*|cytokeratin.*|e-?cad\w*|vimentin|[\w-]*sma|18s.*|ki-?67|foxp3|pd-?l?1|her2|"
+    r"collagen.*|boundary.*|rna|polyt|gfap|neun|iba1|map2",
+    re.IGNORECASE,
+)
+_REMEDY = (
+    "If it is the H&E image, parse it with Image2DModel.parse(..., c_coords=['r', 'g', 'b']), in the order in which "
+    "red, green and blue are stored; otherwise give image_key= of the H&E image."
+)
+
+
+def naming_of(channels: Sequence[object]) -> Naming:
+    """What the names of an image's channels say.
+
+    Only names that are exactly those of colours count as colours: ``GFP`` starts like green and is none.
+    """
+    if len(channels) not in (3, 4):
+        return "other"
+    words = [str(name).strip().lower() for name in channels]
+    if sorted(_COLOURS.get(word, -1) for word in words) == list(range(len(words))):
+        return "rgb"
+    numbers = sorted(int(found["number"]) for found in map(_NUMBERED.fullmatch, words) if found)
+    if numbers in (list(range(len(words))), list(range(1, len(words) + 1))):
+        return "numbered"
+    return "stains" if any(_STAINS.fullmatch(word) for word in words) else "unknown"
+
+
+def rgb_channels(
+    channels: Sequence[object], image_key: str, look: Callable[[bool], bool | None] | None = None
+) -> tuple[int, int, int]:
+    """Positions of red, green and blue among an image's channels.
+
+    Channels that are named red, green and blue are put in that order (``"b", "g", "r"``); numbered ones are taken as
+    stored. Three of other names are taken as stored, with a warning, where the pixels look like bright-field, and
+    refused otherwise. Of four channels named red, green, blue and alpha the alpha is dropped, without compositing:
+    scanners write it fully opaque.
+
+    Parameters
+    ----------
+    channels
+        Channel names in stored order, numbers when the image has none.
+    image_key
+        Name of the image element, for messages.
+    look
+        Looks at the pixels, if need be at any cost: True for bright-field, False for dark ground as of fluorescence,
+        None if it cannot be told.
+
+    Returns
+    -------
+    Positions of the red, green and blue channels.
+
+    Raises
+    ------
+    DataError
+        One channel, two, more than four, four that are not RGBA, or three that are no colours.
+    """
+    naming = naming_of(channels)
+    if naming == "rgb":
+        _warn_if_dark(look, image_key)
+        return _by_colour(channels, image_key)
+    if len(channels) != 3:
+        raise DataError(
+            f"image {image_key!r}: found {len(channels)} channel(s) ({shown_names(channels)}), an RGB H&E image is "
+            "needed. Give image_key= of the H&E image, or make an element of its three channels r, g, b "
+            "(an RGBA image needs c_coords=['r', 'g', 'b', 'a'] to be known as one)."
+        )
+    if naming == "stains":
+        raise DataError(
+            f"image {image_key!r}: its channels {shown_names(channels)} are stains or markers, not colours. {_REMEDY}"
+        )
+    if naming == "numbered":
+        _warn_if_dark(look, image_key)
+    elif look is not None:
+        _check_unknown(channels, image_key, look(True))
+    return 0, 1, 2
+
+
+def _by_colour(channels: Sequence[object], image_key: str) -> tuple[int, int, int]:
+    if len(channels) == 4:
+        logger.info("image %r is RGBA: its alpha channel is left out", image_key)
+    place = {_COLOURS[str(name).strip().lower()]: position for position, name in enumerate(channels)}
+    return place[0], place[1], place[2]
+
+
+def _warn_if_dark(look: Callable[[bool], bool | None] | None, image_key: str) -> None:
+    if look is not None and look(False) is False:
+        warn(
+            f"image {image_key!r} is dark where an H&E image is bright: it looks like fluorescence. If it is not the "
+            "H&E image, give image_key= of that one."
+        )
+
+
+def _check_unknown(channels: Sequence[object], image_key: str, is_bright: bool | None) -> None:
+    if not is_bright:
+        raise DataError(
+            f"image {image_key!r}: its channels {shown_names(channels)} are not named as colours, and its pixels do "
+            f"not look like H&E on a bright ground. {_REMEDY}"
+        )
+    warn(
+        f"image {image_key!r}: its channels {shown_names(channels)} are taken as red, green and blue, because its "
+        "pixels look like H&E. To be sure of their order, parse it with c_coords=['r', 'g', 'b']."
+    )
+
+
+def shown_names(channels: Sequence[object]) -> str:
+    """Channel names for a message, at most six."""
+    shown = ", ".join(str(name) for name in channels[:6])
+    return shown + ", ..." if len(channels) > 6 else shown
+
+
+_WHITE_POINTS = (255, 1023, 4095, 16383, 65535)
+_LOW, _HIGH = 0.1, 99.9  # percentiles: what lies beyond is hot pixels
+_FEW = 0.02  # of the range: so little below 0 is noise around black
+_ROOM = 0.05  # above what was seen, for what was not
+_HOT = 1.25  # how far the highest value may lie above the percentile and still be the image's own
+
+
+def check_uint8(dtype: np.dtype, sample: Callable[[], NDArray[Any]], image_key: str, *, is_multiscale: bool) -> None:
+    """Refuse pixels that are not ``uint8``, with the lines that convert what was found.
+
+    Parameters
+    ----------
+    dtype
+        Type of the image's pixels.
+    sample
+        Gives pixels from all over the image; their range decides which conversion is proposed. Not called for
+        ``uint8``.
+    image_key
+        Name of the image element, for messages.
+    is_multiscale
+        Whether the element has levels, which decides how to get at its pixels.
+
+    Raises
+    ------
+    DataError
+        Any type but ``uint8``: a guess of the range would change colours silently.
+    """
+    if dtype == np.uint8:
+        return
+    span = _Span.of(sample())
+    image = f"sdata[{image_key!r}]" + ("['scale0'].image" if is_multiscale else "")
+    raise DataError(
+        f"image {image_key!r} has {dtype} pixels ({span.lowest:g} to {span.highest:g} in a sample), 0-255 uint8 are "
+        f"needed. Convert it with these lines and give image_key={image_key + '_uint8'!r}:\n"
+        + _conversion(span, image_key, image)
+    )
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Range of an image's values.
+
+    Attributes
+    ----------
+    lowest, highest
+        Of the finite values.
+    black, white
+        What becomes 0 and 255.
+    is_finite
+        Whether all values are.
+    """
+
+    lowest: float
+    highest: float
+    black: float
+    white: float
+    is_finite: bool
+
+    @classmethod
+    def of(cls, sample: NDArray[Any]) -> _Span:
+        values = sample.astype(np.float64).ravel()
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            return cls(0.0, 0.0, 0.0, 1.0, False)
+        low, high = np.percentile(finite, (_LOW, _HIGH))
+        high = finite.max() if finite.max() <= high * _HOT else high
+        black = 0.0 if low >= -_FEW * (high - low) else max(finite.min(), low - (_HOT - 1) * (high - low))
+        whole = bool(np.issubdtype(sample.dtype, np.integer))
+        white = high + _ROOM * (high - black) if black < 0 else _white_point(high, whole)
+        white = white if white > black else black + 1
+        is_finite = len(finite) == len(values)
+        return cls(float(finite.min()), float(finite.max()), float(black), float(white), is_finite)
+
+
+def _white_point(high: float, is_whole: bool) -> float:
+    """The number that stands for white: that of a bit depth where values come near it, else the highest of them."""
+    points = _WHITE_POINTS if is_whole else (1, *_WHITE_POINTS)
+    point = next((point for point in points if high <= point), np.inf)
+    return float(point) if high > point / 2 else high * (1 + _ROOM)
+
+
+def _conversion(span: _Span, image_key: str, image: str) -> str:
+    """Lines of Python, ready to run where ``sdata`` is the user's object."""
+    width = span.white - span.black
+    # what was not scanned becomes white, as glass is
+    missing = "" if span.is_finite else f".fillna({span.white:.9g})"
+    pixels = f"image.astype('float32'){missing}.data"
+    if span.black:
+        pixels = f"({pixels} + {-span.black:.9g})"
+    return (
+        "import spatialdata as sd\n"
+        f"image = {image}\n"
+        f"sdata[{image_key + '_uint8'!r}] = sd.models.Image2DModel.parse(\n"
+        f"    ({pixels}.clip(0, {width:.9g}) * {255 / width!r}).round().astype('uint8'),\n"
+        "    c_coords=image.c.values, scale_factors=[2, 2, 2],\n"
+        f"    transformations=sd.transformations.get_transformation(sdata[{image_key!r}], get_all=True))\n"
+        f"# if the object is backed: sdata.write_element({image_key + '_uint8'!r})"
+    )
