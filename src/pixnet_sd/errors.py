@@ -14,7 +14,17 @@ __all__ = [
 
 
 class PixNetError(ValueError):
-    """Base of every error that pixnet_sd raises on purpose."""
+    """Base of every error that pixnet_sd raises on purpose.
+
+    Attributes
+    ----------
+    argument
+        Name of the argument whose value is to blame; None where it is not one argument's.
+    """
+
+    def __init__(self, message: str = "", *, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class ElementError(PixNetError):
