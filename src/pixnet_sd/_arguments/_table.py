@@ -87,6 +87,7 @@ _TABLE: list[tuple[r.Rule, str]] = [
     (r.choice("laterals", "paper"), "decoder"),
     (r.choice("adamw", "adam"), "optimizer"),
     (r.whole(1, _MOST), "max_epochs max_steps patience"),
+    (r.raising(DataError, r.whole(1, _MOST_GENES)), "n_genes"),
     (r.whole(1, _MOST_AT_ONCE), "batch_size decoder_width"),
     (r.whole(2 * COARSEST_STRIDE, 2**20, multiple=COARSEST_STRIDE), "tile_px predict_tile_px"),
     (r.optional(r.either(_SHARE, r.names("names of slides"))), "validation"),
