@@ -61,7 +61,7 @@ def test_scores_are_of_the_held_out_bins(output, printed):
     slide = sd.read_zarr(output / "sample.zarr")
     measured, predicted = slide.tables[TABLE], slide.tables[PREDICTED]
     names = dict(zip(measured.obs["location_id"], measured.obs_names, strict=True))
-    rows = [names[key] for key in predicted.obs["location_id"]]
+    rows = [names[key] for key in predicted.obs["instance_id"]]
     right = measured.obs_names[x_um(measured) >= 140]
     genes = measured.var_names[measured.var["spatially_varying"]]
     truth = ps.datasets.sample_truth_bins(8, size_um=200, mpp=0.5, seed=0)

@@ -110,8 +110,8 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "shown"),
-    [([], "ours careful"), (["--verbose"], "ours theirs hm careful"), (["--quiet"], "ours careful")],
+    ("option", "shown"),
+    [("--no-quiet", "ours careful"), ("--verbose", "ours theirs hm careful"), ("--quiet", "ours careful")],
 )
 def test_what_others_say(option, shown, drawn, monkeypatch, caplog):
     def fit(*_, **__) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from pixnet_sd.errors import PixNetError
 
 _WIDTH = 60
-_LONGEST_NAME, _LONGEST_PREFIX, _LONGEST_PATH = 255, 100, 4096
+_LONGEST_NAME, _LONGEST_PREFIX, _LONGEST_PATH = 255, 100, 4096  # bytes
 
 
 class _Short(reprlib.Repr):
@@ -77,12 +77,22 @@ def optional(rule: Rule) -> Rule:
     """Let a rule take None as well."""
     if rule.takes_none:
         return rule
-    read = rule.read
-    needed = f"{rule.needed}, or None"
+    read, needed = rule.read, f"{rule.needed}, or None"
     return replace(rule, needed=needed, read=lambda v: None if v is None else read(v), takes_none=True)
 
 
-def either(*rules: Rule) -> Rule:
+def where(rule: Rule, holds: Callable[[Any], bool], why: str = "", *, needed: str = "") -> Rule:
+    """Take only those values of a rule for which something holds."""
+
+    def read(value: Any) -> Any:
+        plain = rule.read(value)
+        _require(holds(plain), why)
+        return plain
+
+    return replace(rule, read=read, needed=needed or rule.needed)
+
+
+def either(*rules: Rule, needed: str = "") -> Rule:
     """Read a value by the first rule that it fits; where it fits none, the last one says why."""
 
     def read(value: Any) -> Any:
@@ -93,7 +103,7 @@ def either(*rules: Rule) -> Rule:
                 continue
         return rules[-1].read(value)
 
-    return Rule(" or ".join(rule.needed for rule in rules), read)
+    return Rule(needed or " or ".join(rule.needed for rule in rules), read)
 
 
 def flag() -> Rule:
@@ -107,7 +117,7 @@ def flag() -> Rule:
     return Rule("True or False", read)
 
 
-def number(needed: str, within: Callable[[float], bool] = math.isfinite) -> Rule:
+def number(needed: str = "", within: Callable[[float], bool] = math.isfinite) -> Rule:
     """Take a finite number in a range; no bool, no text."""
 
     def read(value: Any) -> float:
@@ -137,14 +147,12 @@ def whole(low: int, high: int, *, multiple: int = 1) -> Rule:
 
 
 def choice(*values: Any) -> Rule:
-    """Take one of some texts or numbers; 1.0 and True are not 1."""
+    """Take one of some texts or whole numbers; 1.0 and True are not 1."""
 
     def read(value: Any) -> Any:
-        plain = str(value) if isinstance(value, str) else value
-        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-            plain = operator.index(value)
         for known in values:
-            if type(plain) is type(known) and plain == known:
+            kind = str if isinstance(known, str) else numbers.Integral
+            if isinstance(value, kind) and not isinstance(value, bool) and value == known:
                 return known
         raise Unfit
 
@@ -152,22 +160,17 @@ def choice(*values: Any) -> Rule:
     return Rule(f"{', '.join(first)} or {last}" if first else last, read)
 
 
-def _check_writable(value: str, longest: int) -> None:
-    """Refuse what no file can be called, nor any store hold."""
-    try:
-        n_bytes = len(value.encode())
-    except UnicodeEncodeError as error:
-        raise Unfit("it has characters that cannot be written") from error
-    _require("\0" not in value, "it has a NUL character")
-    _require(n_bytes <= longest, f"it has {n_bytes} bytes, and {longest} is the most")
-
-
 def text(what: str = "a name", *, empty: bool = True, longest: int = _LONGEST_NAME) -> Rule:
-    """Take a text of bounded length that can be written."""
+    """Take a text that a file can be called and a store can hold."""
 
     def read(value: Any) -> str:
         _require(isinstance(value, str))
-        _check_writable(value, longest)
+        try:
+            n_bytes = len(value.encode())
+        except UnicodeEncodeError as error:
+            raise Unfit("it has characters that cannot be written") from error
+        _require("\0" not in value, "it has a NUL character")
+        _require(n_bytes <= longest, f"it has {n_bytes} bytes, and {longest} is the most")
         _require(bool(value) or empty, "it is empty")
         return str(value)
 
@@ -176,125 +179,104 @@ def text(what: str = "a name", *, empty: bool = True, longest: int = _LONGEST_NA
 
 def element_name(what: str, *, empty: bool = False) -> Rule:
     """Take the first part of names of elements or files, by SpatialData's own rule."""
-    plain = text(empty=empty, longest=_LONGEST_PREFIX)
 
-    def read(value: Any) -> str:
-        name: str = plain.read(value)
+    def holds(name: str) -> bool:
         # what starts with a dot is written, and never found again: readers take it for a hidden file
-        _require(not name.startswith(("__", ".")) and all(c.isalnum() or c in "_-." for c in name))
-        return name
+        return not name.startswith(("__", ".")) and all(c.isalnum() or c in "_-." for c in name)
 
-    return Rule(f"{what}: letters, digits, '_', '-' and '.', not starting with '__' or '.'", read)
-
-
-def _listed(value: Any) -> list[Any]:
-    """List items of anything that has an order and can be read again: no set, no mapping, no iterator."""
-    is_array = hasattr(value, "__array__") and getattr(value, "ndim", None) == 1  # or an index, or a series
-    is_text = isinstance(value, str | bytes | bytearray | memoryview)
-    _require(not is_text and (is_array or isinstance(value, Sequence)))
-    return list(value)
+    needed = f"{what}: letters, digits, '_', '-' and '.', not starting with '__' or '.'"
+    return where(text(empty=empty, longest=_LONGEST_PREFIX), holds, needed=needed)
 
 
-def names(what: str, *, one: bool = True) -> Rule:
-    """Take names in an order, and with `one` a single text, as it is."""
-    item = text()
+def each(rule: Rule, what: str, *, n: int | None = None) -> Rule:
+    """Take `n`, or one or more values of a rule, in an order that can be read again: no set, mapping or iterator."""
 
-    def read(value: Any) -> str | list[str]:
-        if one and isinstance(value, str):
-            return str(item.read(value))
-        listed = _listed(value)
-        for name in listed:
-            _require(isinstance(name, str), f"{shown(name)} is no text")
-        _require(bool(listed), "it is empty")
-        return [item.read(name) for name in listed]
-
-    return Rule(f"{what} as text, one or a list of them" if one else f"a list of {what} as text", read)
-
-
-def each(rule: Rule, what: str, *, n: int | None = None, one: bool = False, box: bool = False) -> Rule:
-    """Take `n`, or one or more values of a rule; with `one` also a single one, as it is; a `box` is x0, y0, x1, y1."""
-
-    def read(value: Any) -> Any:
-        if one:
-            try:
-                return rule.read(value)
-            except Unfit:
-                pass
-        items = tuple(rule.read(item) for item in _listed(value))
+    def read(value: Any) -> tuple[Any, ...]:
+        is_array = hasattr(value, "__array__") and getattr(value, "ndim", None) == 1  # or an index, or a series
+        is_text = isinstance(value, str | bytes | bytearray | memoryview)
+        _require(not is_text and (is_array or isinstance(value, Sequence)))
+        items = tuple(rule.read(item) for item in value)
         _require(len(items) == n if n is not None else bool(items), f"{len(items)} were given")
-        _require(not box or (items[0] < items[2] and items[1] < items[3]))
         return items
 
     return Rule(what, read)
 
 
-def path(what: str, *checks: Callable[[Path], None]) -> Rule:
-    """Take text or a path object that can name a file, and that passes the checks."""
+def names(what: str, *, one: bool = True) -> Rule:
+    """Take a list of names, and with `one` a single one, as it is."""
+    name = text()
+    several = each(name, "")
+
+    def read(value: Any) -> str | list[str]:
+        return name.read(value) if one and isinstance(value, str) else list(several.read(value))
+
+    return Rule(f"{what} as text, one or a list of them" if one else f"a list of {what} as text", read)
+
+
+def path(what: str) -> Rule:
+    """Take text or a path object that can name a file."""
+    whole_path, part = text(empty=False, longest=_LONGEST_PATH), text()
 
     def read(value: Any) -> str | Path:
-        given = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-        if not isinstance(given, str):
-            raise Unfit
-        _require(bool(given), "it is empty")
-        _check_writable(given, _LONGEST_PATH)
-        for part in Path(given).parts:
-            _check_writable(part, _LONGEST_NAME)
+        given = whole_path.read(os.fspath(value) if isinstance(value, os.PathLike) else value)
+        for name in Path(given).parts:
+            part.read(name)
         try:
-            place = Path(given).expanduser()
+            Path(given).expanduser()
         except RuntimeError as error:
             raise Unfit("there is no such user") from error
-        for check in checks:
-            check(place)
         return str(value) if isinstance(value, str) else Path(value)
 
     return Rule(what, read)
 
 
-def is_folder(place: Path) -> None:
-    """Refuse what is no folder."""
-    _require(place.is_dir(), "it is a file" if place.exists() else "there is no such folder")
+def folder(what: str) -> Rule:
+    """Take a folder that is there."""
+    return where(path(what), lambda given: Path(given).expanduser().is_dir(), "there is no such folder")
 
 
-def local_is_folder(place: Path) -> None:
-    """Refuse what is there, or could not be a name on the hub, and is no folder."""
-    if place.is_absolute() or str(place).startswith("..") or place.exists():
-        is_folder(place)
+def hub_name(what: str) -> Rule:
+    """Take a name on the hub, or a folder: what is there, and what could not be a name, has to be one."""
+
+    def holds(given: str | Path) -> bool:
+        is_local = str(given).startswith(("~", "/", "./", "../")) or Path(given).exists()
+        return not is_local or Path(given).expanduser().is_dir()
+
+    return where(path(what), holds, "there is no such folder")
 
 
-def within_folders(place: Path) -> None:
-    """Refuse a folder that cannot be made, because a file is in the way."""
-    above = next((p for p in (place, *place.parents) if p.is_dir() or p.exists() or p.is_symlink()), None)
-    _require(above is None or above.is_dir(), f"{shown(above)} is no folder")
+def new_folder(what: str) -> Rule:
+    """Take a folder that is there or can be made."""
 
+    def holds(given: str | Path) -> bool:
+        place = Path(given).expanduser()
+        above = next((p for p in (place, *place.parents) if p.exists() or p.is_symlink()), None)
+        return above is None or above.is_dir()
 
-def _is_figure(place: Path) -> None:
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    is_known = not place.suffix or place.suffix[1:].lower() in known
-    _require(is_known, f"it ends in {place.suffix!r}, and {', '.join(known)} can be written")
-    _require(not place.is_dir(), "it is a folder")
-    _require(place.parent.is_dir(), "there is no such folder")
+    return where(path(what), holds, "a file is in its way")
 
 
 def figure_file() -> Rule:
     """Take a file in a folder that is there, of a kind that matplotlib writes."""
-    return path("a file for the figure", _is_figure)
 
+    def holds(given: str | Path) -> bool:
+        from matplotlib.backend_bases import FigureCanvasBase
 
-def _loaded(name: str) -> type | None:
-    """Find a class, if it was imported: nothing can be an instance of it otherwise."""
-    module, _, attribute = name.rpartition(".")
-    loaded = getattr(sys.modules.get(module), attribute, None)
-    return loaded if isinstance(loaded, type) else None
+        place, known = Path(given), FigureCanvasBase.get_supported_filetypes()
+        is_known = not place.suffix or place.suffix[1:].lower() in known
+        _require(is_known, f"it ends in {place.suffix!r}, and {', '.join(known)} can be written")
+        return place.parent.is_dir() and not place.is_dir()
+
+    return where(path("a file for the figure"), holds, "it is a folder, or in none")
 
 
 def instance(name: str, what: str) -> Rule:
-    """Take an object of a class, named by its module and name; the class is not imported for it."""
+    """Take an object of a class, named by its module and name; nothing can be one before the class is imported."""
+    module, _, attribute = name.rpartition(".")
 
     def read(value: Any) -> Any:
-        loaded = _loaded(name)
-        _require(loaded is not None and isinstance(value, loaded))
+        loaded = getattr(sys.modules.get(module), attribute, None)
+        _require(isinstance(loaded, type) and isinstance(value, loaded))
         return value
 
     return Rule(what, read)
@@ -334,14 +316,11 @@ def mapping(what: str, *, item: Rule | None = None, known: Collection[str] = ())
 
 def frame(column: str, what: str) -> Rule:
     """Take a data frame with a column of numbers."""
-    any_frame = instance("pandas.DataFrame", "")
 
-    def read(value: Any) -> Any:
-        any_frame.read(value)
-        _require(column in value.columns and getattr(value[column].dtype, "kind", "O") in "fiu")
-        return value
+    def holds(value: Any) -> bool:
+        return column in value.columns and getattr(value[column].dtype, "kind", "O") in "fiu"
 
-    return Rule(what, read)
+    return where(instance("pandas.DataFrame", what), holds)
 
 
 def axes() -> Rule:
@@ -353,10 +332,8 @@ def axes() -> Rule:
 
         if hasattr(value, "get_figure"):
             return one.read(value)
-        _require(isinstance(value, list | tuple | np.ndarray))
-        every = np.asarray(value, dtype=object).ravel()
-        _require(len(every) > 0, "there are none")
-        for ax in every:
+        _require(isinstance(value, list | tuple | np.ndarray) and np.size(value) > 0)
+        for ax in np.asarray(value, dtype=object).ravel():
             one.read(ax)
         return value
 
@@ -365,30 +342,24 @@ def axes() -> Rule:
 
 def colour_limit() -> Rule:
     """Take a number, a percentile such as ``"p99"``, or one for each gene."""
-    share = number("", lambda x: 0 <= x <= 100)
 
-    def percentile(value: Any) -> str:
-        _require(isinstance(value, str) and value.startswith("p"))
+    def is_percentile(given: str) -> bool:
         try:
-            share.read(float(value[1:]))
-        except ValueError as error:
-            raise Unfit from error
-        return str(value)
+            return given.startswith("p") and 0 <= float(given[1:]) <= 100
+        except ValueError:
+            return False
 
-    what = "a number, a percentile from 'p0' to 'p100', or one for each gene"
-    return each(optional(either(number(""), Rule("", percentile))), what, one=True)
+    one = optional(either(number(), where(text(), is_percentile)))
+    return either(one, each(one, ""), needed="a number, a percentile from 'p0' to 'p100', or one for each gene")
 
 
 def colour_map() -> Rule:
     """Take a colour map or the name of one."""
-    made = instance("matplotlib.colors.Colormap", "")
 
-    def read(value: Any) -> Any:
+    def is_known(name: str) -> bool:
         import matplotlib as mpl
 
-        if not isinstance(value, str):
-            return made.read(value)
-        _require(value in mpl.colormaps, "there is none of this name")
-        return str(value)
+        return name in mpl.colormaps
 
-    return Rule("a colour map of matplotlib or its name", read)
+    needed = "a colour map of matplotlib or its name"
+    return either(instance("matplotlib.colors.Colormap", ""), where(text(), is_known, "there is none"), needed=needed)

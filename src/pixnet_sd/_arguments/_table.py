@@ -14,17 +14,11 @@ __all__ = ["rule_of"]
 
 COARSEST_STRIDE = 32  # that of `geometry.STRIDES`, which would load numpy for a --help
 _MOST = 2**63 - 1  # what a tensor and a file of settings can hold
-_MOST_GENES = 1_000_000  # more than any genome has
 _MOST_AT_ONCE = 2**16
-_SIDE_UM = (100, 100_000)  # of a drawn slide: no glass is longer
 
 
 def _above_0(value: float) -> bool:
     return value > 0
-
-
-def _share(value: float) -> bool:
-    return 0 < value < 1
 
 
 def _group(name: str) -> r.Rule:
@@ -32,24 +26,33 @@ def _group(name: str) -> r.Rule:
     return r.either(r.instance(f"pixnet_sd.params.{name}", f"a {name}"), r.mapping("a dictionary of its fields"))
 
 
-def _existing(what: str) -> r.Rule:
-    return r.path(what, r.is_folder)
-
-
 _SDATA = r.instance("spatialdata.SpatialData", "a SpatialData object, as pixnet_sd.io.open_store(path) gives it")
 _SLIDES = r.by_name(_SDATA, f"{_SDATA.needed}, or several by name, {{name: sdata}}")
 _FRAME = r.frame("pcc", "what tl.evaluate returns, or several of these by name")
-_MODEL = r.either(r.instance("pixnet_sd.model.PixNet", "a PixNet"), _existing("the folder that fit left"))
+_MODEL = r.either(r.instance("pixnet_sd.model.PixNet", "a PixNet"), r.folder("the folder that fit left"))
 _MPP = r.number("a positive number of µm per pixel", _above_0)
 _GENES = r.names("names of genes")
-_SHARE = r.number("a number between 0 and 1", _share)
+_N_GENES = r.whole(1, 1_000_000)  # more than any genome has
+_SHARE = r.number("a number between 0 and 1", lambda x: 0 < x < 1)
 _BIN_UM = r.whole(1, 10_000)
 _DRAWN_BIN = r.choice(2, 4, 8, 16)
 _DRAWN_BINS = r.each(_DRAWN_BIN, "one or more of 2, 4, 8 and 16, in a list")
 _DRAWN_MPP = r.number("a number of µm per pixel from 0.1 to 2", lambda x: 0.1 <= x <= 2)
+_DRAWN_SIDE = r.number("a number of µm from 100 to 100,000", lambda x: 100 <= x <= 100_000)  # no glass is longer
+_BOX_UM = r.where(
+    r.each(r.number(), "(x0, y0, x1, y1) in µm, with x0 < x1 and y0 < y1", n=4),
+    lambda box: box[0] < box[2] and box[1] < box[3],
+)
+_FIGURE_SIDE = r.number("", lambda x: 0 < x <= 400)
+_FIGURE_SIZE = r.each(_FIGURE_SIDE, "width and height in inches, two positive numbers up to 400", n=2)
+_DEVICE = r.either(
+    r.instance("torch.device", "a torch.device"), r.text("'cpu', 'cuda', 'cuda:1' or 'mps'", empty=False)
+)
 _PANEL = r.choice("image", "measured", "predicted")
 _DRAWING = ("sample", "sample_truth", "sample_truth_bins", "write_visium", "write_visium_hd")
 
+_CARD = ("repo_id", "license", "license_name", "license_link", "datasets", "language")
+_ONE_TABLE = "evaluate.table_key evaluation.table_key gene_map.table_key"
 _FLAGS = (
     "allow_any_mpp allow_poor_model anneal cells compile create_pr force_download freeze_encoder keep_best "
     "library_size local_files_only overwrite private push_to_hub record_model return_fig scalebar shared_limits "
@@ -61,15 +64,15 @@ _TABLE: list[tuple[r.Rule, str]] = [
     # the object and what is in it
     (_SDATA, "sdata"),
     (_SLIDES, "sdatas fit.sdata training_regions.sdata"),
-    (
-        r.text("the name of an element"),
-        "image_key shapes_key predicted_key evaluate.table_key evaluation.table_key gene_map.table_key",
-    ),
+    (r.text("the name of an element"), f"image_key shapes_key predicted_key {_ONE_TABLE}"),
     (r.names("names of tables"), "table_key score_table_key"),
     (r.text("the name of a coordinate system"), "coordinate_system"),
     (r.raising(ResolutionError, r.either(_MPP, r.choice("coordinate_system"))), "mpp"),
     (r.raising(DataError, _GENES), "genes"),
-    (r.raising(DataError, r.either(r.whole(1, _MOST_GENES), r.choice("all"), _GENES)), "fit.genes"),
+    (
+        r.raising(DataError, r.either(_N_GENES, r.choice("all"), _GENES)),
+        "fit.genes cross_validate.genes",
+    ),
     (r.text("the name of a gene"), "gene"),
     # the model and its training
     (_group("ModelParams"), "model_params"),
@@ -87,19 +90,17 @@ _TABLE: list[tuple[r.Rule, str]] = [
     (r.choice("laterals", "paper"), "decoder"),
     (r.choice("adamw", "adam"), "optimizer"),
     (r.whole(1, _MOST), "max_epochs max_steps patience"),
-    (r.raising(DataError, r.whole(1, _MOST_GENES)), "n_genes"),
+    (r.raising(DataError, _N_GENES), "n_genes"),
     (r.whole(1, _MOST_AT_ONCE), "batch_size decoder_width"),
     (r.whole(2 * COARSEST_STRIDE, 2**20, multiple=COARSEST_STRIDE), "tile_px predict_tile_px"),
     (r.optional(r.either(_SHARE, r.names("names of slides"))), "validation"),
     (r.optional(_SHARE), "cross_validate.validation"),
-    (
-        r.either(r.instance("torch.device", "a torch.device"), r.text("'cpu', 'cuda', 'cuda:1' or 'mps'", empty=False)),
-        "device",
-    ),
+    (_DEVICE, "device"),
     (r.whole(0, _MOST), "seed"),
-    (r.raising(CheckpointError, r.path("a folder that can be made or written", r.within_folders)), "checkpoint_dir"),
+    (r.raising(CheckpointError, r.new_folder("a folder that can be made or written")), "checkpoint_dir"),
     (r.mapping("a group for each slide, {name: group}", item=r.text()), "groups"),
     (r.names("names of folds"), "folds"),
+    (r.mapping("a dictionary with arguments of fit"), "fit_params"),
     # prediction
     (r.number("a positive number of µm", _above_0), "radius_um spacing_um bin_um map_um pitch_um"),
     (r.choice(1, 4, 8), "n_symmetries"),
@@ -108,10 +109,7 @@ _TABLE: list[tuple[r.Rule, str]] = [
     # plots
     (r.by_name(_FRAME, _FRAME.needed, keys=object), "evaluation"),
     (r.either(_PANEL, r.each(_PANEL, "a list of these")), "panels"),
-    (
-        r.each(r.number(""), "(x0, y0, x1, y1) in µm, with x0 < x1 and y0 < y1", n=4, box=True),
-        "crop_um window_um",
-    ),
+    (_BOX_UM, "crop_um window_um"),
     (r.text("a level of the map"), "scale"),
     (r.number("a number above 0, at most 1", lambda x: 0 < x <= 1), "alpha"),
     (r.number("a number above 0, at most 10,000", lambda x: 0 < x <= 10_000), "dpi"),
@@ -120,25 +118,19 @@ _TABLE: list[tuple[r.Rule, str]] = [
     (r.choice("right"), "colorbar_loc"),
     (r.names("names of columns"), "keys"),
     (r.whole(0, _MOST_AT_ONCE), "n_labels"),
-    (
-        r.each(r.number("", lambda x: 0 < x <= 400), "width and height in inches, two positive numbers up to 400", n=2),
-        "figsize",
-    ),
+    (_FIGURE_SIZE, "figsize"),
     (r.axes(), "ax"),
     (r.figure_file(), "save"),
     # stores, Space Ranger's folders and drawn slides
     (r.path("the path of a folder"), "path folder store directory save_directory cache_dir"),
-    (_existing("the folder that sdata.write(...) made"), "open_store.path"),
-    (_existing("the folder that holds the sections"), "her2st.path"),
-    (_existing("a folder that datasets.write_visium_hd wrote"), "visium_hd_truth.path"),
+    (r.folder("the folder that sdata.write(...) made"), "open_store.path"),
+    (r.folder("the folder that holds the sections"), "her2st.path"),
+    (r.folder("a folder that datasets.write_visium_hd wrote"), "visium_hd_truth.path"),
     (r.path("the path of an image"), "image"),
     (r.raising(StoreError, r.whole(64, 2**14)), "chunk_px"),
     (r.text("a prefix of names"), "convert_visium_hd.dataset_id"),
     (r.either(_BIN_UM, r.each(_BIN_UM, "sizes of bins in whole µm")), "convert_visium_hd.bin_um"),
-    (
-        r.number("a number of µm from 100 to 100,000", lambda x: _SIDE_UM[0] <= x <= _SIDE_UM[1]),
-        "size_um",
-    ),
+    (_DRAWN_SIDE, "size_um"),
     (r.element_name("a prefix of names", empty=True), "dataset_id"),
     (r.whole(1, 1024), "n_workers"),
     (r.names("names of sections", one=False), "sections"),
@@ -147,18 +139,12 @@ _TABLE: list[tuple[r.Rule, str]] = [
     (_DRAWN_BINS, " ".join(f"{verb}.bin_um" for verb in _DRAWING)),
     (_DRAWN_BIN, "sample_truth_bins.bin_um"),
     # models in folders and on the hub
-    (_existing("the folder that fit left"), "load.directory"),
-    (r.path("a folder, or 'owner/name' on the hub", r.local_is_folder), "pretrained_model_name_or_path"),
+    (r.folder("the folder that fit left"), "load.directory"),
+    (r.hub_name("a folder, or 'owner/name' on the hub"), "pretrained_model_name_or_path"),
     (r.text("a branch, tag or commit", empty=False), "revision branch"),
     (r.either(r.flag(), r.text("a token", empty=False)), "token"),
     (r.text("'owner/name'", empty=False), "repo_id"),
-    (
-        r.mapping(
-            "a dictionary of fields of the model card",
-            known=("repo_id", "license", "license_name", "license_link", "datasets", "language"),
-        ),
-        "model_card_kwargs",
-    ),
+    (r.mapping("a dictionary of fields of the model card", known=_CARD), "model_card_kwargs"),
     (r.text("a licence"), "license license_name license_link"),
     (r.names("names"), "datasets language"),
     (r.text("a message"), "commit_message"),

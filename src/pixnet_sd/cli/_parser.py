@@ -14,11 +14,15 @@ from typing import Any, Literal
 
 __all__ = ["UNCHANGED", "Call", "Command", "Flag", "parse"]
 
-_DESCRIPTION = """\
+_USAGE = """\
+usage: pixnet-sd COMMAND [options]; pixnet-sd COMMAND --help lists its options
+
 Gene expression at every pixel of H&E slides, from spatial transcriptomics.
 
 Each command does what the Python function of that name does, and has its arguments as options. A SLIDE is a
-SpatialData store (a .zarr folder) or a Space Ranger output folder of Visium HD, which is converted to a store first."""
+SpatialData store (a .zarr folder) or a Space Ranger output folder of Visium HD, which is converted to a store first.
+
+commands:"""
 
 _CODES = "Exit codes: 0 done, 1 an error that its message explains, 2 wrong usage, 130 interrupted, 143 terminated."
 _METAVARS = {int: "N", float: "NUMBER", str: "NAME"}
@@ -164,11 +168,6 @@ class Command:
         return {flag.name: flag for group in (*self.groups.values(), _EVERY) for flag in group}
 
     @property
-    def slides_key(self) -> str:
-        """Key in a config file for what it takes besides options."""
-        return "slides" if self.n_slides[1] > 1 else "slide"
-
-    @property
     def full_help(self) -> str:
         """What ``--help`` prints."""
         after = "" if self.resume == UNCHANGED else f"After the last two: {self.resume}\n"
@@ -248,13 +247,9 @@ def _exit_without_command(arguments: Sequence[str], commands: Mapping[str, Comma
 
     parser = argparse.ArgumentParser("pixnet-sd", allow_abbrev=False, add_help=False)
     first = arguments[0] if arguments else "--help"
-    if first in ("-h", "--help"):
+    if first in ("-h", "--help", "--version"):
         lines = [f"  {command.name:<16}{command.help}" for command in commands.values()]
-        usage = "usage: pixnet-sd COMMAND [options]; pixnet-sd COMMAND --help lists its options"
-        print("\n".join([usage, "", _DESCRIPTION, "", "commands:", *lines, "", _CODES]))
-        parser.exit(0)
-    if first == "--version":
-        print(f"pixnet-sd {__version__}")
+        print(f"pixnet-sd {__version__}" if first == "--version" else "\n".join([_USAGE, *lines, "", _CODES]))
         parser.exit(0)
     if first.startswith("-"):
         parser.exit(2, "pixnet-sd: error: give a command first, and options after it\n")
@@ -283,12 +278,13 @@ def _configured(
         parser.error(f"{file} cannot be read ({error})")
     tables = {key: content.pop(key) for key in commands if isinstance(content.get(key), dict)}
     entries = {key.replace("-", "_"): value for key, value in {**content, **tables.get(command.name, {})}.items()}
-    slides = entries.pop(command.slides_key, [])
+    slides_key = "slides" if command.n_slides[1] > 1 else "slide"
+    slides = entries.pop(slides_key, [])
     flags = {name: flag for name, flag in command.flags.items() if name != "config"}
     tokens = []
     for name, value in entries.items():
         if name not in flags:
-            known = [command.slides_key, *flags, *commands]
+            known = [slides_key, *flags, *commands]
             parser.error(f"{name!r} in {file} is no option of {command.name}, nor a command{_nearest(name, known)}")
         if flags[name].is_switch != isinstance(value, bool):
             wanted = "true or false" if flags[name].is_switch else "a text, a number or a list"
