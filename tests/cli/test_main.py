@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 
 import pytest
 
@@ -18,25 +19,43 @@ from pixnet_sd.errors import DataError
 
 
 @pytest.fixture
-def fit_raises(monkeypatch, drawn):
-    """Run `fit` on a slide, with a verb that ends as told."""
+def fit_does(monkeypatch, drawn):
+    """Run `fit` on a slide, with a verb that does as told."""
 
-    def run(error: BaseException, *options: str) -> int:
-        def fit(*_, **__) -> None:
-            raise error
-
-        monkeypatch.setattr(ps.tl, "fit", fit, raising=False)
+    def run(verb: Callable[..., None], *options: str) -> int:
+        monkeypatch.setattr(ps.tl, "fit", verb, raising=False)
         return main(["fit", str(drawn), *options])
 
     return run
 
 
+def raising(error: BaseException) -> Callable[..., None]:
+    def fit(*_, **__) -> None:
+        raise error
+
+    return fit
+
+
 @pytest.mark.parametrize(
-    ("argument", "said"), [("table_key", "--table-key: table_key=5?"), (None, "table_key=5?"), ("x", "table_key=5?")]
+    ("error", "said"),
+    [
+        (DataError("table_key=5?", argument="table_key"), "--table-key: table_key=5?"),
+        (DataError("table_key=5?"), "table_key=5?"),
+        (DataError("x=5?", argument="x"), "x=5?"),  # no option of this command
+        (ImportError("pip install 'pixnet_sd[io]'"), "pip install 'pixnet_sd[io]'"),
+    ],
 )
-def test_an_error_names_the_option(argument, said, fit_raises, capsys):
-    assert fit_raises(DataError("table_key=5?", argument=argument)) == 1
+def test_errors(error, said, fit_does, capsys):
+    """In one line, with the option that they are about, and with `--verbose` where they come from."""
+    assert fit_does(raising(error)) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"pixnet-sd fit: error: {said}"
+    assert fit_does(raising(error), "--verbose") == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_hidden(fit_does):
+    with pytest.raises(ZeroDivisionError):
+        fit_does(raising(ZeroDivisionError()))
 
 
 def test_a_wrong_value_is_refused_before_a_slide_is_read(capsys):
@@ -45,33 +64,17 @@ def test_a_wrong_value_is_refused_before_a_slide_is_read(capsys):
     assert capsys.readouterr().err.startswith("pixnet-sd fit: error: --lr: lr=-1.0: give ")
 
 
-def test_verbose_shows_where(fit_raises, capsys):
-    assert fit_raises(DataError("Counts are lost."), "--verbose") == 1
-    assert "Traceback (most recent call last)" in capsys.readouterr().err
-
-
-def test_a_missing_extra(fit_raises, capsys):
-    assert fit_raises(ImportError("pip install 'pixnet_sd[io]'")) == 1
-    assert capsys.readouterr().err.endswith("pixnet-sd fit: error: pip install 'pixnet_sd[io]'\n")
-
-
-def test_a_bug_is_not_hidden(fit_raises):
-    with pytest.raises(ZeroDivisionError):
-        fit_raises(ZeroDivisionError())
-
-
 @pytest.mark.parametrize(("sent", "code", "said"), [("SIGINT", 130, "Interrupted"), ("SIGTERM", 143, "Terminated")])
-def test_stopped_by_a_signal(sent, code, said, drawn, monkeypatch, capsys):
+def test_stopped_by_a_signal(sent, code, said, fit_does, capsys):
     def stop(*_, **__) -> None:
         os.kill(os.getpid(), getattr(signal, sent))
         time.sleep(10)
         pytest.fail("nothing stopped it")
 
-    monkeypatch.setattr(ps.tl, "fit", stop, raising=False)
     before = signal.getsignal(signal.SIGTERM)
     on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
     try:
-        assert main(["fit", str(drawn)]) == code
+        assert fit_does(stop) == code
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
     assert capsys.readouterr().err.endswith(f"{said}. The same command goes on after the last finished epoch.\n")
@@ -113,7 +116,7 @@ def test_version(capsys):
     ("option", "shown"),
     [("--no-quiet", "ours careful"), ("--verbose", "ours theirs hm careful"), ("--quiet", "ours careful")],
 )
-def test_what_others_say(option, shown, drawn, monkeypatch, caplog):
+def test_what_others_say(option, shown, fit_does, caplog):
     def fit(*_, **__) -> None:
         package = os.path.dirname(ps.__file__)
         warnings.warn_explicit("ours", UserWarning, os.path.join(package, "tl", "_fit.py"), 1)
@@ -124,8 +127,7 @@ def test_what_others_say(option, shown, drawn, monkeypatch, caplog):
             theirs.info("hm")
         raise DataError("done")
 
-    monkeypatch.setattr(ps.tl, "fit", fit, raising=False)
-    assert main(["fit", str(drawn), option]) == 1
+    assert fit_does(fit, option) == 1
     words = ("ours", "theirs", "hm", "careful")
     assert " ".join(word for word in words if any(word in line for line in caplog.messages)) == shown
     assert logging.getLogger("pixnet_sd").level == (logging.WARNING if option == "--quiet" else logging.INFO)
