@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from pixnet_sd.engine import AHEAD, make_fabric
 from pixnet_sd.engine.predict import InferSettings, RegionPlan, infer, plan_regions
-from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, LabelGrid, Lattice, Polygons, Window
+from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, LabelGrid, Lattice, Polygons, RegionShare, Window
 from pixnet_sd.model import Factors, Network, apply_head, build_encoder, receptive_radius_px
 
 Block = tuple[int, int, int, int]
@@ -199,7 +199,8 @@ class RowArray:
         self.windows: list[Window] = []
         self.is_done = done
 
-    def put(self, window: Window, index: Any, sums: Any, weight: Any, complete: Any) -> None:
+    def put(self, share: RegionShare) -> None:
+        window, index, sums, weight, complete = share
         assert window not in self.windows
         assert (np.diff(index) > 0).all()
         assert len(index) == len(sums) == len(weight) == len(complete)

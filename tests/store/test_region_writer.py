@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from spatialdata.transformations import get_transformation
 
 from pixnet_sd.errors import DataError, StoreError
-from pixnet_sd.geometry import Window
+from pixnet_sd.geometry import RegionShare, Window
 from pixnet_sd.store import (
     Expressed,
     RegionWriter,
@@ -62,7 +62,7 @@ def put_all(writer, n_windows=4):
         mine, shared = np.arange(N) % 5 == number, np.arange(N) % 5 == 4
         index = np.flatnonzero((mine | shared) & (np.arange(N) % 7 != OFF))
         sums = rng.random((len(index), len(GENES)), dtype=np.float32)
-        writer.put(window, index, sums, rng.uniform(1, 9, len(index)), mine[index])
+        writer.put(RegionShare(window, index, sums, rng.uniform(1, 9, len(index)), mine[index]))
 
 
 def open_writer(sdata, *, fingerprint="f", **options):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pixnet_sd.errors import StoreError
-from pixnet_sd.geometry import Window
+from pixnet_sd.geometry import RegionShare, Window
 from pixnet_sd.store import _sums as _file_io
 from pixnet_sd.store import _sums as _row_file
 from pixnet_sd.store._sums import RowFile, ShareRange, WindowLog
@@ -25,7 +25,8 @@ def share(window):
     rng = np.random.default_rng(number)
     index = np.flatnonzero((np.arange(N) % 6 == number) | (np.arange(N) >= 30))
     complete = index < 30
-    return index, rng.random((len(index), N_GENES), dtype=np.float32), rng.random(len(index)), complete
+    sums = rng.random((len(index), N_GENES), dtype=np.float32)
+    return RegionShare(window, index, sums, rng.random(len(index)), complete)
 
 
 def start(folder, **changes):
@@ -35,7 +36,7 @@ def start(folder, **changes):
 def put_all(rows):
     for window in WINDOWS:
         if not rows.is_done(window):
-            rows.put(window, *share(window))
+            rows.put(share(window))
 
 
 def contents(rows):
@@ -86,11 +87,11 @@ def test_a_put_that_was_cut_off_anywhere_is_put_again(tmp_path, complete, monkey
         folder = tmp_path / f"table-{budget}"
         rows = start(folder)
         for window in WINDOWS[:3]:
-            rows.put(window, *share(window))
+            rows.put(share(window))
         allowed = budget
         monkeypatch.setattr(_file_io.os, "pwrite", dying)
         try:
-            rows.put(WINDOWS[3], *share(WINDOWS[3]))
+            rows.put(share(WINDOWS[3]))
         except KeyboardInterrupt:
             assert not rows.is_done(WINDOWS[3])
         else:
@@ -136,10 +137,10 @@ def test_after_a_crash_of_the_machine_only_what_was_forced_to_disk_counts(tmp_pa
     folder = tmp_path / "table-x"
     rows = start(folder)
     for window in WINDOWS[:2]:
-        rows.put(window, *share(window))
+        rows.put(share(window))
     rows.sync()
     for window in WINDOWS[2:4]:
-        rows.put(window, *share(window))
+        rows.put(share(window))
     monkeypatch.setattr(_row_file, "_boot_id", lambda: "another boot")
     lost = 12 * N_GENES  # bytes of the later shares that never reached the disk
     os.truncate(folder / "shares.f32", (folder / "shares.f32").stat().st_size - lost)
@@ -155,10 +156,10 @@ def test_without_a_boot_id_only_what_was_forced_to_disk_counts(tmp_path, monkeyp
     monkeypatch.setattr(_row_file, "_boot_id", lambda: "")
     folder = tmp_path / "table-x"
     rows = start(folder)
-    rows.put(WINDOWS[0], *share(WINDOWS[0]))
+    rows.put(share(WINDOWS[0]))
     assert start(folder).n_done == 0
     again = start(folder)
-    again.put(WINDOWS[0], *share(WINDOWS[0]))
+    again.put(share(WINDOWS[0]))
     again.close()
     assert start(folder).n_done == 1
 
@@ -175,8 +176,8 @@ def test_a_put_that_is_there_changes_nothing(tmp_path, complete):
     put_all(rows)
     size = rows.stored_bytes
     for window in WINDOWS:
-        index, sums, weight, whole = share(window)
-        rows.put(window, index, sums + 1, weight + 1, ~whole)
+        _, index, sums, weight, whole = share(window)
+        rows.put(RegionShare(window, index, sums + 1, weight + 1, ~whole))
     np.testing.assert_array_equal(contents(rows), complete)
     assert rows.stored_bytes == size
 
@@ -185,7 +186,7 @@ def test_a_put_that_is_there_changes_nothing(tmp_path, complete):
 def test_a_full_disk_is_explained_and_the_run_goes_on_later(tmp_path, complete, monkeypatch, what):
     folder = tmp_path / "table-x"
     rows = start(folder)
-    rows.put(WINDOWS[0], *share(WINDOWS[0]))
+    rows.put(share(WINDOWS[0]))
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -195,7 +196,7 @@ def test_a_full_disk_is_explained_and_the_run_goes_on_later(tmp_path, complete, 
         r"Writing the predicted regions in .*table-x failed: No space left.*GB are free.*unchanged.*same call goes on"
     )
     with pytest.raises(StoreError, match=words):
-        rows.put(WINDOWS[1], *share(WINDOWS[1]))
+        rows.put(share(WINDOWS[1]))
     rows.close()
     monkeypatch.undo()
     resumed = start(folder)

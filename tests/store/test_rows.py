@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixnet_sd.errors import DataError, StoreError
-from pixnet_sd.geometry import Window
+from pixnet_sd.geometry import RegionShare, Window
 from pixnet_sd.store import MemoryRows, RowInfo, expression
 from pixnet_sd.store import _sums as _rows
 from pixnet_sd.store._sums import RowFile, add_in_order
@@ -45,7 +45,7 @@ def share(values, low, high, window):
     sums = np.array([part.sum((0, 1), dtype=np.float64) for part in parts], np.float32).reshape(-1, N_GENES)
     weight = np.prod((last - first)[index], axis=1).astype(float)
     complete = ((low >= corner) & (high <= end))[index].all(axis=1)
-    return index, sums, weight, complete
+    return RegionShare(window, index, sums, weight, complete)
 
 
 def dense(values, low, high):
@@ -60,20 +60,20 @@ def test_rows_are_the_sums_over_regions(case, n_before, cut):
     n = len(low)
     whole = MemoryRows(n, N_GENES, N_GENES)
     for window in windows:
-        whole.put(window, *share(values, low, high, window))
+        whole.put(share(values, low, high, window))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "table-x"
         rows = RowFile(folder, n, N_GENES, {"run": 1})
         for window in order[:n_before]:
-            rows.put(window, *share(values, low, high, window))
+            rows.put(share(values, low, high, window))
         rows.rows(0, n)  # looking before all is there does no harm
         rows.close()
         rows = RowFile(folder, n, N_GENES, {"run": 1})
         assert rows.resumed
         assert [rows.is_done(window) for window in order] == [k < n_before for k in range(len(order))]
         for window in order:
-            index, sums, *rest = share(values, low, high, window)
-            rows.put(window, index, np.full_like(sums, 7.0) if rows.is_done(window) else sums, *rest)
+            part = share(values, low, high, window)
+            rows.put(part._replace(sums=np.full_like(part.sums, 7.0)) if rows.is_done(window) else part)
         cut = min(cut, n)
         parts = [rows.rows(0, cut), rows.rows(cut, n)]
         found = [np.concatenate(part) for part in zip(*parts, strict=True)]
@@ -105,9 +105,9 @@ def test_shares_that_do_not_fit_are_refused(kind, tmp_path):
     window, index, one, yes = Window(0, 1, 0, 1), np.array([1, 3]), np.ones(2), np.ones(2, bool)
     for bad_index, sums in ((index, np.ones((2, 3))), (np.array([1, 4]), np.ones((2, 2)))):
         with pytest.raises(DataError, match=r"window \(0, 1, 0, 1\).*4 regions of 2 columns"):
-            rows.put(window, bad_index, sums.astype(np.float32), one, yes)
+            rows.put(RegionShare(window, bad_index, sums.astype(np.float32), one, yes))
     with pytest.raises(DataError, match=r"window \(0, 1, 0, 1\) is not finite"):
-        rows.put(window, index, np.array([[1, np.nan], [0, 0]], np.float32), one, yes)
+        rows.put(RegionShare(window, index, np.array([[1, np.nan], [0, 0]], np.float32), one, yes))
     assert not rows.is_done(window)
     assert not rows.keep().any()
 

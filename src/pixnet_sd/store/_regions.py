@@ -18,11 +18,9 @@ from ._sums import Describe, Express, MemoryRows, RowFile
 from ._transaction import Staged, check_target
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from spatialdata import SpatialData
 
-    from pixnet_sd.geometry import Window
+    from pixnet_sd.geometry import RegionShare, Window
 
 __all__ = ["RegionResults", "RegionWriter", "estimate_table_bytes"]
 
@@ -151,16 +149,9 @@ class RegionWriter:
         )
         return f"table {self._key!r}: {self.rows.n_rows} regions x {self._n_genes} genes{there}"
 
-    def put(
-        self,
-        window: Window,
-        index: NDArray[np.intp],
-        sums: NDArray[np.float32],
-        weight: NDArray[np.float64],
-        complete: NDArray[np.bool_],
-    ) -> None:
+    def put(self, share: RegionShare) -> None:
         """Take a window's share of the regions that it touches; see `Rows.put`."""
-        self.rows.put(window, index, sums, weight, complete)
+        self.rows.put(share)
 
     def is_done(self, window: Window) -> bool:
         """Whether the window was put, by this run or by the one that it takes up."""

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pixnet_sd.geometry import Window
+    from pixnet_sd.geometry import RegionShare, Window
 
 __all__ = [
     "Corners",
@@ -293,29 +293,8 @@ class Rows(Protocol):
     n_rows: int
     n_columns: int
 
-    def put(
-        self,
-        window: Window,
-        index: NDArray[np.intp],
-        sums: NDArray[np.float32],
-        weight: NDArray[np.float64],
-        complete: NDArray[np.bool_],
-    ) -> None:
-        """Take a window's share of the regions that it touches; nothing happens for a window that is done.
-
-        Parameters
-        ----------
-        window
-            Of the map.
-        index
-            (k,) regions, ascending.
-        sums
-            (k, columns) share of the sums over the regions' pixels.
-        weight
-            (k,) share of the pixels by which a mean divides.
-        complete
-            (k,) whether the region lies wholly in this window.
-        """
+    def put(self, share: RegionShare) -> None:
+        """Take a window's share of the regions that it touches; nothing happens for a window that is done."""
 
     def is_done(self, window: Window) -> bool:
         """Whether the window was put."""
@@ -358,18 +337,12 @@ class MemoryRows:
         self._shares: dict[Corners, tuple[NDArray[Any], ...]] = {}
         self._settled = True
 
-    def put(
-        self,
-        window: Window,
-        index: NDArray[np.intp],
-        sums: NDArray[np.float32],
-        weight: NDArray[np.float64],
-        complete: NDArray[np.bool_],
-    ) -> None:
+    def put(self, share: RegionShare) -> None:
         """As `Rows.put`."""
+        window, index, sums, weight, complete = share
         if self.is_done(window):
             return
-        check_put(self, window, index, sums, weight, complete)
+        check_put(self, share)
         self._sums[index[complete]], self._weight[index[complete]] = sums[complete], weight[complete]
         self._shares[_corners(window)] = tuple(part[~complete] for part in (index, sums, weight))
         self._done.add(_corners(window))
@@ -409,14 +382,7 @@ def _corners(window: Window) -> Corners:
     return row0, row1, col0, col1
 
 
-def check_put(
-    rows: Rows,
-    window: Window,
-    index: NDArray[np.intp],
-    sums: NDArray[np.float32],
-    weight: NDArray[np.float64],
-    complete: NDArray[np.bool_],
-) -> None:
+def check_put(rows: Rows, share: RegionShare) -> None:
     """Refuse shares that do not fit the rows, or that are not finite.
 
     Raises
@@ -424,6 +390,7 @@ def check_put(
     DataError
         Saying which window.
     """
+    window, index, sums, weight, complete = share
     where = f"window {tuple(window)}"
     fits = sums.shape == (len(index), rows.n_columns) and len(weight) == len(complete) == len(index)
     if not fits or (len(index) and not 0 <= index[0] <= index[-1] < rows.n_rows):
@@ -529,18 +496,12 @@ class RowFile:
         """Bytes that the rows take on disk by now."""
         return sum(os.fstat(handle).st_blocks * 512 for handle in self._handles)
 
-    def put(
-        self,
-        window: Window,
-        index: NDArray[np.intp],
-        sums: NDArray[np.float32],
-        weight: NDArray[np.float64],
-        complete: NDArray[np.bool_],
-    ) -> None:
+    def put(self, share: RegionShare) -> None:
         """As `Rows.put`."""
+        window, index, sums, weight, complete = share
         if self.is_done(window):
             return
-        check_put(self, window, index, sums, weight, complete)
+        check_put(self, share)
         weight = weight.astype("<f8", copy=False)
         with self._explained():
             check_same_folder(self.folder, self._home)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixnet_sd.engine import ALIGN_PX
-from pixnet_sd.geometry import MAP_STRIDE, Grid, Lattice, Regions, Window, chunks
+from pixnet_sd.geometry import MAP_STRIDE, Grid, Lattice, Regions, RegionShare, Window, chunks
 from pixnet_sd.model import Move, Operator, build_operator, count_pixels, staged_array
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "BlockSink",
     "RegionPlan",
     "RegionSink",
-    "Share",
     "StoredMap",
     "Visit",
     "WindowRegions",
@@ -60,30 +59,8 @@ class BlockSink(Protocol):
 class RegionSink(Protocol):
     """Where the regions' sums go, window by window."""
 
-    def put(
-        self,
-        window: Window,
-        index: NDArray[np.intp],
-        sums: NDArray[np.float32],
-        weight: NDArray[np.float64],
-        complete: NDArray[np.bool_],
-    ) -> None:
-        """Take a window's share of k regions.
-
-        Parameters
-        ----------
-        window
-            Map pixels; each window is put once.
-        index
-            The regions, ascending, shape (k,).
-        sums
-            Share of the sum over each region's pixels, shape (k, genes), or (k, C) where D is asked for; the array is
-            used again after the call.
-        weight
-            Share of the pixels by which a mean divides, shape (k,).
-        complete
-            Regions of which this is the whole, shape (k,).
-        """
+    def put(self, share: RegionShare) -> None:
+        """Take a window's share; each window is put once, and the array of sums is used again after the call."""
 
     def is_done(self, window: Window) -> bool:
         """Whether the window was put, perhaps by a run that was cut off."""
@@ -105,28 +82,6 @@ class StoredMap(Protocol):
 
 _REACH = 2  # map pixels around a window that its bilinear weights can reach
 _SURE_PX = 1.5  # side of a square, or diameter of a circle, that is sure to hold a pixel centre
-
-
-@dataclass(frozen=True, eq=False)
-class Share:
-    """One window's share of some regions.
-
-    Attributes
-    ----------
-    index
-        The regions, ascending, shape (k,).
-    sums
-        Share of the sum over each region's pixels, shape (k, genes), float32, on the device that made it.
-    weight
-        Share of the pixels by which a mean divides, shape (k,).
-    complete
-        Regions of which this share is the whole, shape (k,).
-    """
-
-    index: NDArray[np.intp]
-    sums: Tensor
-    weight: Tensor
-    complete: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ from pixnet_sd.engine import (
     prefetch,
     undo_symmetry,
 )
-from pixnet_sd.geometry import MAP_STRIDE, Window
+from pixnet_sd.geometry import MAP_STRIDE, RegionShare, Window
 from pixnet_sd.model import Factors, Head, Network
 
 from ._plan import Block, BlockSink, RegionPlan, RegionSink, StoredMap, Visit, WindowRegions, plan_visits, window_side
@@ -390,7 +390,7 @@ def _walk(
         share = run.share_of_features(regions, d) if regions is not None else None
     if rows is not None and visit.regions:
         if regions is None or share is None:
-            row_writer.submit(_put_nothing, rows, visit.window, run.n_columns)
+            row_writer.submit(rows.put, RegionShare.empty(visit.window, run.n_columns))
         else:
             row_writer.submit(_put, rows, visit.window, regions, *map(run.copies.down, share), run.buffers)
 
@@ -410,10 +410,5 @@ def _put(
     buffers: Buffers,
 ) -> None:
     array = sums()
-    sink.put(window, regions.index, array, weight().astype(np.float64), regions.complete)
+    sink.put(RegionShare(window, regions.index, array, weight().astype(np.float64), regions.complete))
     buffers.give(array)
-
-
-def _put_nothing(sink: RegionSink, window: Window, n_columns: int) -> None:
-    empty = np.empty(0)
-    sink.put(window, empty.astype(np.intp), np.empty((0, n_columns), np.float32), empty, empty.astype(bool))
