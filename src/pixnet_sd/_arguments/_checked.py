@@ -8,6 +8,7 @@ The door of a public verb: what comes in is what its rules read, or an error tha
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -27,6 +28,7 @@ from ._objects import (
     hub_name,
     instance,
     keywords,
+    mapping,
     path,
     slides,
     texts_by_name,
@@ -48,7 +50,7 @@ from ._rules import (
     whole,
 )
 
-__all__ = ["checked", "rule_of"]
+__all__ = ["check_fields", "checked", "rule_of"]
 
 _MOST = 2**63 - 1  # what a tensor and a file of settings can hold
 _MOST_GENES = 1_000_000  # more than any genome has
@@ -72,6 +74,12 @@ _PATTERNS = names("patterns")
 _LICENSE = text("a licence")
 _CARD = ("repo_id", "license", "license_name", "license_link", "datasets", "language")
 
+
+def _group(name: str) -> Rule:
+    """Parameters in a group, or a mapping of its fields; the group checks them itself."""
+    return either(instance(f"pixnet_sd.params.{name}", f"a {name}"), mapping("a dictionary of its fields"))
+
+
 _RULES: dict[str, Rule] = {
     # the object and what is in it
     "sdata": _SDATA,
@@ -89,7 +97,6 @@ _RULES: dict[str, Rule] = {
     "gene": text("the name of a gene"),
     # the model and its training
     "model": raising(CheckpointError, _MODEL),
-    "n_genes": raising(DataError, whole(1, _MOST_GENES)),
     "target_sum": number(above=0),
     "encoder": text("the name of a timm model", empty=False),
     "encoder_weights": path("'imagenet' or the path of a file"),
@@ -99,7 +106,15 @@ _RULES: dict[str, Rule] = {
     "objective": choice("mse_pcc", "poisson", "nb"),
     "aggregation": choice("mean", "sum"),
     "pcc_weight": number(low=0),
-    "preset": choice("paper"),
+    "decoder": choice("laterals", "paper"),
+    "optimizer": choice("adamw", "adam"),
+    "anneal": _FLAG,
+    "keep_best": _FLAG,
+    "stain_jitter": number(low=0, high=1),
+    "model_params": _group("ModelParams"),
+    "train_params": _group("TrainParams"),
+    "predict_params": _group("PredictParams"),
+    "fit.genes": raising(DataError, either(whole(1, _MOST_GENES), choice("all"), names("names of genes"))),
     "max_epochs": whole(1, _MOST),
     "max_steps": whole(1, _MOST),
     "lr": number(above=0),
@@ -123,11 +138,10 @@ _RULES: dict[str, Rule] = {
     "spacing_um": _UM,
     "bin_um": _UM,
     "map_um": _UM,
-    "write_map": _FLAG,
     "n_symmetries": choice(1, 4, 8),
     "key_added": raising(StoreError, element_name("the first part of names")),
     "overwrite": _FLAG,
-    "predict.store": choice("map", "factors"),
+    "write": choice("map", "factors"),
     # what a table or a plot of one means by it
     "fit.sdata": slides(_SDATA),
     "training_regions.sdata": slides(_SDATA),
@@ -263,6 +277,18 @@ def checked(
         return door
 
     return decorate
+
+
+def check_fields(group: Any) -> dict[str, Any]:
+    """Read the fields of a dataclass by the table, as :func:`checked` reads arguments."""
+    owner = type(group).__name__
+    rules = {}
+    for field in dataclasses.fields(group):
+        rule = rule_of(owner, field.name)
+        if rule is None:
+            raise TypeError(f"{owner}: the field {field.name!r} has no rule in pixnet_sd._arguments.")
+        rules[field.name] = optional(rule) if "None" in str(field.type) else rule
+    return _read_all(rules, {name: getattr(group, name) for name in rules}, PixNetError)
 
 
 def _own(signature: inspect.Signature) -> list[inspect.Parameter]:
