@@ -23,7 +23,7 @@ from ._regions import RegionResults, RegionWriter, estimate_table_bytes
 from ._stream import MakeShapes, TableArrays, stretch, write_shapes
 from ._sums import Express, Expressed, MemoryRows, RowInfo, Rows, expression
 from ._tables import circles_element, region_table, squares_element, thumbnail
-from ._transaction import Staged, check_target, commit, consolidate, recover, write_scratch_store
+from ._transaction import Staged, Transaction, consolidate, recover, write_scratch_store
 
 __all__ = [
     "DISK_MARGIN",
@@ -38,13 +38,12 @@ __all__ = [
     "Rows",
     "Staged",
     "TableArrays",
+    "Transaction",
     "attach_written",
     "available_memory",
     "check_plain",
     "check_same_folder",
-    "check_target",
     "circles_element",
-    "commit",
     "consolidate",
     "delete_folder",
     "element_stamp",

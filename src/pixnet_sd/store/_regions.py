@@ -12,19 +12,14 @@ from typing import TYPE_CHECKING, Any, Self
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError
 
-from ._disk import hold_lock, local_store, work_folder
 from ._stream import MakeShapes, MakeTable, memory_shapes, memory_table, write_shapes, write_table
 from ._sums import Describe, Express, MemoryRows, RowFile
-from ._transaction import Staged, check_target
+from ._transaction import Staged, Transaction
 
 if TYPE_CHECKING:
-    from spatialdata import SpatialData
-
     from pixnet_sd.geometry import RegionShare, Window
 
 __all__ = ["RegionResults", "RegionWriter", "estimate_table_bytes"]
-
-LOCK_WAIT_S = 15.0
 
 _DESCRIBED_BYTES = 300  # of a region: id, name, centre, areas, outline
 _SHARED = 0.5  # shares of regions that lie in several windows, per region
@@ -71,26 +66,23 @@ class RegionWriter:
     @classmethod
     def open(
         cls,
-        sdata: SpatialData,
+        out: Transaction,
         *,
         table_key: str,
-        shapes_key: str | None,
         n_regions: int,
         genes: Sequence[str],
         n_columns: int | None = None,
         n_layers: int = 0,
         fingerprint: str,
-        overwrite: bool = False,
-        also_needed: int = 0,
     ) -> RegionWriter:
         """Start a table, or take up a partial one.
 
         Parameters
         ----------
-        sdata
-            The object that the table is for. One in memory keeps it there.
-        table_key, shapes_key
-            Names of the elements to be; None: no shapes.
+        out
+            Of the object that the table is for. One in memory keeps it there.
+        table_key
+            Name of the table to be.
         n_regions
             Regions that are asked for.
         genes
@@ -102,34 +94,23 @@ class RegionWriter:
         fingerprint
             Text that is equal for two runs exactly when their values would be (model, slide, regions, settings, sizes
             of the windows).
-        overwrite
-            Whether elements of those names may be replaced.
-        also_needed
-            Bytes of disk that the rest of the same result still needs.
 
         Raises
         ------
         StoreError
-            Name taken, store read-only, too little disk or memory, another run writing the same table.
+            Too little memory, another run writing the same table.
         """
-        names = {table_key: "tables"} | ({} if shapes_key is None else {shapes_key: "shapes"})
-        check_target(sdata, names, overwrite=overwrite)
-        store = local_store(sdata)
         n_genes = len(genes)
         n_values = n_genes * (1 + n_layers)
         n_columns = n_genes if n_columns is None else n_columns
         with ExitStack() as stack:
             rows: RowFile | MemoryRows
-            if store is None:
+            if out.store is None:
                 rows = MemoryRows(n_regions, n_columns, n_values)
             else:
-                folder = work_folder(store) / f"table-{table_key}"
-                busy = f"Another run is writing the table {table_key!r} of {store}. Wait for it, or choose another key."
-                lock = folder.with_name(f"{folder.name}.lock")
-                stack.enter_context(hold_lock(lock, wait_s=LOCK_WAIT_S, busy=busy))
+                folder = out.folder(f"table-{table_key}")
                 rows = RowFile(folder, n_regions, n_columns, {"fingerprint": fingerprint, "genes": list(genes)})
                 stack.callback(rows.close)
-                _check_room(sdata, names, overwrite, rows, _missing_bytes(rows, n_values) + also_needed)
             return cls(rows, n_genes, n_layers, table_key=table_key, lock=stack.pop_all())
 
     @property
@@ -239,13 +220,3 @@ def estimate_table_bytes(n_regions: int, n_values: int, n_columns: int) -> int:
 def _missing_bytes(rows: RowFile | MemoryRows, n_values: int) -> int:
     there = rows.stored_bytes if isinstance(rows, RowFile) else 0
     return max(0, estimate_table_bytes(rows.n_rows, n_values, rows.n_columns) - there)
-
-
-def _check_room(sdata: SpatialData, names: dict[str, str], overwrite: bool, rows: RowFile, needed: int) -> None:
-    """Disk for what is still to come."""
-    try:
-        check_target(sdata, names, overwrite=overwrite, needed_bytes=needed)
-    except BaseException:
-        if not rows.n_done:
-            rows.discard()
-        raise

@@ -106,7 +106,7 @@ def map_layout(
 
     Levels are added until the longer side is at most 512 pixels, but no more than a block can be halved. Blocks, where
     their side is not given, are the largest of 32 to 512 pixels that take no more than 64 MiB, 16 MiB with
-    ``whole_channels``; larger ones keep the map under 20,000 files.
+    ``whole_channels``; they are made larger where the map would not stay under 20,000 files.
 
     Raises
     ------
@@ -127,6 +127,6 @@ def map_layout(
         while -(-max(height, width) >> halvings) > COARSEST_PX and 2 << halvings <= block:
             halvings += 1
         layout = MapLayout(n_genes, height, width, block, halvings + 1, whole_channels)
-        if block_px is not None or layout.n_files < MAX_FILES:
+        if layout.n_files < MAX_FILES:
             return layout
         block *= 2
