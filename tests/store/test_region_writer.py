@@ -18,8 +18,6 @@ import spatialdata as sd
 import squidpy as sq
 import zarr
 from geopandas.testing import assert_geodataframe_equal
-from hypothesis import given
-from hypothesis import strategies as st
 from spatialdata.transformations import get_transformation
 
 from pixnet_sd.errors import DataError, StoreError
@@ -28,6 +26,7 @@ from pixnet_sd.store import (
     Expressed,
     RegionWriter,
     RowInfo,
+    _stream,
     check_target,
     circles_element,
     commit,
@@ -40,7 +39,6 @@ from pixnet_sd.store import (
     work_folder,
 )
 from pixnet_sd.store import _notes as _read_back
-from pixnet_sd.store import _stream as _table_writer
 from pixnet_sd.store.gene_map import image_transforms
 
 GENES = ["ERBB2", "MT-CO1", "gène"]
@@ -144,8 +142,7 @@ def assert_same_table(found, expected):
 
 @pytest.fixture(params=[2, 2**16], ids=["small chunks", "one chunk"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(_table_writer, "MAX_CHUNK_ROWS", request.param)
-    monkeypatch.setattr(_table_writer, "BATCH_CHUNKS", 3)
+    monkeypatch.setattr(_stream, "MAX_VALUE_ROWS", request.param)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -226,7 +223,7 @@ def test_squidpy_draws_the_streamed_table(slide):
 
 
 def test_chunks_hold_whole_rows_with_the_codecs_of_anndata(slide, in_memory, monkeypatch, tmp_path):
-    monkeypatch.setattr(_table_writer, "MAX_CHUNK_ROWS", 8)
+    monkeypatch.setattr(_stream, "MAX_VALUE_ROWS", 8)
     run(slide)
     run(in_memory)
     in_memory.write(tmp_path / "theirs.zarr")
@@ -246,29 +243,16 @@ def test_columns_that_cannot_be_written_in_parts_are_refused(tmp_path):
     group = zarr.open_group(tmp_path / "obs")
     ad.io.write_elem(group, "kind", pd.Categorical(["x"]))
     with pytest.raises(StoreError, match=r"'kind'.*'categorical'.*as numbers"):
-        _table_writer._stretch_column(tmp_path / "obs/kind", 5, 5)
+        _stream._stretch_column(tmp_path / "obs/kind", 5)
 
 
 def test_nullable_columns_are_filled_without_a_gap(tmp_path):
     group = zarr.open_group(tmp_path / "obs")
     ad.io.write_elem(group, "n", pd.array([7], dtype="Int64"))
-    _table_writer._stretch_column(tmp_path / "obs/n", 5, 2)[:] = np.arange(5)
+    _stream._stretch_column(tmp_path / "obs/n", 5)[:] = np.arange(5)
     found = ad.io.read_elem(group["n"])
     assert found.tolist() == [0, 1, 2, 3, 4]
     assert not found.isna().any()
-
-
-@given(st.lists(st.booleans(), max_size=60), st.integers(1, 9))
-def test_batches_hold_the_kept_regions_in_order(keep, size):
-    keep = np.array(keep, bool)
-    found = []
-    batches = list(_table_writer.batches(keep, size))
-    for number, pieces in enumerate(batches):
-        kept = [k for start, stop in pieces for k in range(start, stop) if keep[k]]
-        assert len(kept) == size or number == len(batches) - 1
-        assert all(stop - start <= size for start, stop in pieces)
-        found += kept
-    assert found == np.flatnonzero(keep).tolist()
 
 
 def test_a_killed_run_is_taken_up(slide, in_memory):
@@ -282,7 +266,6 @@ def test_a_killed_run_is_taken_up(slide, in_memory):
     (folder / "table.zarr").mkdir()  # the run before was killed while it wrote the table
     (folder / "shapes.zarr").mkdir()
     with open_writer(slide) as writer:
-        assert writer.resumed
         assert [writer.is_done(window) for window in WINDOWS] == [True, True, False, False]
         put_all(writer)
         made = results(slide, writer)
@@ -304,9 +287,9 @@ def test_leaving_without_a_result_keeps_the_rows_and_abort_deletes_them(slide, c
     with caplog.at_level("INFO", "pixnet_sd"), pytest.raises(RuntimeError), writer:
         raise RuntimeError
     assert "the same call goes on from there" in caplog.text
-    writer = open_writer(slide)
-    assert writer.resumed
-    writer.abort()
+    with open_writer(slide) as writer:
+        assert writer.rows.resumed
+        writer.rows.discard()
     assert not work_folder(slide.path).exists()
 
 

@@ -30,24 +30,10 @@ import os
 import re
 import shutil
 import uuid
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import spatialdata as sd
-import zarr
-from spatialdata.models import (
-    Image2DModel,
-    Image3DModel,
-    Labels2DModel,
-    Labels3DModel,
-    PointsModel,
-    ShapesModel,
-    TableModel,
-    get_model,
-)
 
 from pixnet_sd._notes import ATTRS_KEY
 from pixnet_sd._util import logger
@@ -73,6 +59,7 @@ from ._disk import (
     write_json,
 )
 from ._notes import WRITTEN, element_stamp, json_safe, merged_notes, read_back
+from ._stream import Staged, element_type, write_scratch_store
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -84,16 +71,12 @@ __all__ = [
     "JOURNAL",
     "Journal",
     "Move",
-    "Staged",
     "check_target",
     "commit",
-    "consolidate",
-    "element_type",
     "read_journal",
     "recover",
     "remove_journal",
     "write_journal",
-    "write_scratch_store",
 ]
 
 JOURNAL = "journal.json"
@@ -229,33 +212,6 @@ def _is_sound(move: Move) -> bool:
 
 
 LOCK_WAIT_S = 600.0
-
-_TYPES: dict[Any, str] = {
-    Image2DModel: "images",
-    Image3DModel: "images",
-    Labels2DModel: "labels",
-    Labels3DModel: "labels",
-    PointsModel: "points",
-    ShapesModel: "shapes",
-    TableModel: "tables",
-}
-
-
-@dataclass(frozen=True)
-class Staged:
-    """An element that lies complete in a scratch store inside the work folder.
-
-    Attributes
-    ----------
-    name, kind
-        Element name and type (``"images"``, …).
-    scratch_store
-        The scratch store, holding the element at ``{kind}/{name}``, with consolidated metadata.
-    """
-
-    name: str
-    kind: str
-    scratch_store: Path
 
 
 def check_target(
@@ -417,31 +373,6 @@ def _sweep(folder: Path) -> None:
     with contextlib.suppress(StoreError), hold_lock(lock, wait_s=0, busy="that run is alive"):
         if not (folder / "partial.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def element_type(element: Any) -> str:
-    """``"images"``, ``"labels"``, ``"points"``, ``"shapes"`` or ``"tables"``."""
-    return _TYPES[get_model(element)]
-
-
-def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged, ...]:
-    """Write elements completely into a new store at ``path`` with spatialdata's own writer."""
-    with warnings.catch_warnings():
-        # a table of ours may annotate an element that is already in the user's store
-        warnings.filterwarnings("ignore", message="The table is annotating")
-        warnings.filterwarnings("ignore", message="zarr v3 autosharding")  # of anndata, about versions to come
-        holder = sd.SpatialData.init_from_elements(dict(elements))
-        path.parent.mkdir(exist_ok=True)
-        holder.write(path, update_sdata_path=False, consolidate_metadata=False)
-    consolidate(path)
-    return tuple(Staged(name, element_type(element), path) for name, element in elements.items())
-
-
-def consolidate(path: Path) -> None:
-    """Write consolidated metadata into a scratch store; `SpatialData.write` does so only when it sets ``path``."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=zarr.errors.ZarrUserWarning)
-        zarr.consolidate_metadata(str(path))
 
 
 def _commit_lock(store: Path) -> AbstractContextManager[None]:
