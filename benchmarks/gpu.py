@@ -58,6 +58,7 @@ MPP, BIN_UM, LATTICE_DEGREES = 0.5, (2, 8, 16), 0.5
 KEPT_SHARE, TRAIN_GB = 0.7, 8.0
 UNWANTED = {"anndata", "dask", "geopandas", "pandas", "shapely", "spatialdata", "squidpy", "xarray", "zarr"}
 
+
 @dataclass(frozen=True)
 class Scale:
     """Sizes of a run."""

@@ -25,24 +25,10 @@ import os
 import re
 import shutil
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
-
-import spatialdata as sd
-import zarr
-from spatialdata.models import (
-    Image2DModel,
-    Image3DModel,
-    Labels2DModel,
-    Labels3DModel,
-    PointsModel,
-    ShapesModel,
-    TableModel,
-    get_model,
-)
 
 from pixnet_sd._notes import ATTRS_KEY
 from pixnet_sd._util import logger
@@ -69,35 +55,18 @@ from ._disk import (
     write_json,
 )
 from ._notes import WRITTEN, element_stamp, image_stamp, json_safe, merged_notes, read_back
+from ._stream import Staged, element_type, write_scratch_store
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["Staged", "Transaction", "consolidate", "recover", "write_scratch_store"]
+__all__ = ["Transaction", "recover"]
 
 JOURNAL = "journal.json"
 COMMIT = "commit"  # folder, inside the work folder, of elements that are written when they are committed
 STREAM_WAIT_S, COMMIT_WAIT_S = 15.0, 600.0
 
 _PLACE = re.compile(r"(commit/new|map-[\w.-]+/map|table-[\w.-]+/(table|shapes))\.zarr")
-_TYPES: dict[Any, str] = {
-    Image2DModel: "images",
-    Image3DModel: "images",
-    Labels2DModel: "labels",
-    Labels3DModel: "labels",
-    PointsModel: "points",
-    ShapesModel: "shapes",
-    TableModel: "tables",
-}
-
-
-@dataclass(frozen=True)
-class Staged:
-    """An element that lies complete, at ``{kind}/{name}``, in a scratch store inside the work folder."""
-
-    name: str
-    kind: str
-    scratch_store: Path
 
 
 class Transaction:
@@ -189,7 +158,7 @@ class Transaction:
         KeyboardInterrupt
             Once it is too late to stop, when everything is in the store and in the object.
         """
-        names = {name: _element_type(element) for name, element in elements.items()}
+        names = {name: _type_of(element) for name, element in elements.items()}
         notes = dict(provenance or {})
         if self.store is None:
             check_names(self.sdata, names, overwrite=self._overwrite)
@@ -265,26 +234,6 @@ def recover(sdata: SpatialData) -> None:
         read_back(sdata, store, names, scratch=work)
     if names:
         _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
-
-
-def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged, ...]:
-    """Write elements completely into a new store at ``path`` with spatialdata's own writer."""
-    with warnings.catch_warnings():
-        # a table of ours may annotate an element that is already in the user's store
-        warnings.filterwarnings("ignore", message="The table is annotating")
-        warnings.filterwarnings("ignore", message="zarr v3 autosharding")  # of anndata, about versions to come
-        holder = sd.SpatialData.init_from_elements(dict(elements))
-        path.parent.mkdir(exist_ok=True)
-        holder.write(path, update_sdata_path=False, consolidate_metadata=False)
-    consolidate(path)
-    return tuple(Staged(name, _element_type(element), path) for name, element in elements.items())
-
-
-def consolidate(path: Path) -> None:
-    """Write consolidated metadata into a scratch store; `SpatialData.write` does so only when it sets ``path``."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=zarr.errors.ZarrUserWarning)
-        zarr.consolidate_metadata(str(path))
 
 
 @dataclass(frozen=True)
@@ -366,8 +315,8 @@ def _parsed(value: dict[str, Any]) -> Journal:
     return journal
 
 
-def _element_type(element: Any) -> str:
-    return element.kind if isinstance(element, Staged) else _TYPES[get_model(element)]
+def _type_of(element: Any) -> str:
+    return element.kind if isinstance(element, Staged) else element_type(element)
 
 
 def _commit_lock(store: Path) -> contextlib.AbstractContextManager[None]:
@@ -530,7 +479,7 @@ def _publish(store: Path, work: Path, journal: Journal, placed: list[str], notes
 def _set(sdata: SpatialData, elements: Mapping[str, Any]) -> None:
     """Set elements in memory."""
     for name, element in elements.items():
-        getattr(sdata, _element_type(element))[name] = element
+        getattr(sdata, _type_of(element))[name] = element
 
 
 def _set_notes(sdata: SpatialData, notes: dict[str, Any]) -> None:

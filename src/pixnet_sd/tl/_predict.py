@@ -44,7 +44,7 @@ from pixnet_sd.slide import PixelContent, Slide, check_on_disk, check_same_pixel
 from pixnet_sd.slide.elements import affine_matrix
 from pixnet_sd.slide.tables import check_genes
 from pixnet_sd.store import (
-    MemoryRows,
+    MemorySums,
     RegionWriter,
     Transaction,
     attach_written,
@@ -270,7 +270,7 @@ def predict_regions(
     tiling = _tiling(model, slide, params or PredictParams(), batch_size, fabric)
     plan = _plan(slide, _tissue(slide), regions, tiling, _head(model, range(len(model.genes))))
     n, n_genes = len(regions), len(model.genes)
-    rows = MemoryRows(n, plan.n_columns, n_genes * (1 + len(units_of(model.record).layers)))
+    rows = MemorySums(n, plan.n_columns, n_genes * (1 + len(units_of(model.record).layers)))
     with (
         Walk(model.network, slide.read, plan, plan.visits([], rows.is_done), fabric) as walk,
         _Output(None, rows) as out,
@@ -570,7 +570,7 @@ class _Output:
     def __init__(
         self,
         blocks: GeneMapWriter | None,
-        rows: RegionWriter | MemoryRows | None,
+        rows: RegionWriter | MemorySums | None,
         factor: int = 1,
         shape: tuple[int, int] = (0, 0),
     ) -> None:
@@ -669,14 +669,13 @@ def _region_results(
         var=record.var,
         uns={"pixnet_sd": job.provenance | units_of(record).table | {"depends_on": depends_on}},
     )
-    results = rows.results(
+    return rows.results(
         partial(request.describe, on_glass),
         make_table=make_table,
         express=express(job.model, job.index, rows.n_columns),
         shapes_key=None if request.make_shapes is None else request.element_key,
         make_shapes=request.make_shapes,
     )
-    return results.elements | {item.name: item for item in results.staged}
 
 
 def _model(sdata: SpatialData, model: PixNet | str | Path | None) -> PixNet:
