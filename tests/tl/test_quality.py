@@ -29,7 +29,7 @@ def test_the_record_says_what_a_model_is_worth(model):
 @pytest.mark.parametrize(("mse", "pcc"), [(2.5, 0.0), (2.5, None), (1e16, 0.9), (11.0, 0.5)])
 def test_a_poor_model_is_refused_unless_told(fitted, model, predict, forward_passes, mse, pcc, caplog):
     poor = rated(model, mse=mse, gene_mean_mse=1.0, pcc=pcc)
-    with pytest.raises(CheckpointError, match="worse than none.*allow_poor_model=True"):
+    with pytest.raises(CheckpointError, match="allow_poor_model"):
         predict(fitted, poor, shapes_key=BINS)
     assert not forward_passes
     predict(fitted, poor, shapes_key=BINS, write=None, allow_poor_model=True)

@@ -97,6 +97,7 @@ _RULES: dict[str, Rule] = {
     "gene": text("the name of a gene"),
     # the model and its training
     "model": raising(CheckpointError, _MODEL),
+    "n_genes": raising(DataError, whole(1, _MOST_GENES)),
     "target_sum": number(above=0),
     "encoder": text("the name of a timm model", empty=False),
     "encoder_weights": path("'imagenet' or the path of a file"),

@@ -188,7 +188,7 @@ _BATCH_SIZE = {"cuda": 8, "mps": 4, "cpu": 2}
 
 @checked()
 @alone_in_checkpoint_dir
-def fit(
+def fit(  # noqa: PLR0913
     sdata: SpatialData | Mapping[str, SpatialData],
     *,
     image_key: str | None = None,

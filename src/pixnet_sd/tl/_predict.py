@@ -85,7 +85,7 @@ _OTHER_FILES = 1000  # of tables, shapes and the tissue mask
 
 
 @checked()
-def predict(
+def predict(  # noqa: PLR0913
     sdata: SpatialData,
     model: PixNet | str | Path | None = None,
     *,
