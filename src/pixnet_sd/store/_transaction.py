@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pixnet_sd._files import clear_left_over
 from pixnet_sd._notes import ATTRS_KEY
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
@@ -54,7 +55,6 @@ from ._disk import (
     local_store,
     read_json,
     secret,
-    sweep_drafts,
     work_folder,
     write_json,
 )
@@ -361,7 +361,7 @@ def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
         _finish(store, work, journal, sdata)
     for leftover in (work / COMMIT, work / "old", *work.glob("view-*")):
         shutil.rmtree(leftover, ignore_errors=True)
-    sweep_drafts(work)
+    clear_left_over(work)
     for name in {path.name.removesuffix(".lock") for kind in ("map", "table") for path in work.glob(f"{kind}-*")}:
         _sweep(work / name)
     return names
