@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pixnet_sd._files import clear_left_over
 from pixnet_sd._notes import ATTRS_KEY
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
@@ -50,7 +51,6 @@ from ._disk import (
     plain_files,
     read_json,
     secret,
-    sweep_drafts,
     work_folder,
     write_json,
 )
@@ -335,7 +335,7 @@ def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
         _finish(store, work, journal, sdata)
     for leftover in (work / COMMIT, work / "old", *work.glob("view-*")):
         shutil.rmtree(leftover, ignore_errors=True)
-    sweep_drafts(work)
+    clear_left_over(work)
     for name in {path.name.removesuffix(".lock") for kind in ("map", "table") for path in work.glob(f"{kind}-*")}:
         # the lock file of a run that was killed goes, and its folder unless the same call can go on from it
         lock = hold_lock(work / f"{name}.lock", wait_s=0, busy="that run is alive")
