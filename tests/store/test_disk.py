@@ -11,13 +11,10 @@ from pathlib import Path
 
 import pytest
 import zarr
+from tests.store.putting import enter
 
 from pixnet_sd.errors import StoreError
-from pixnet_sd.store import check_target, hold_lock, local_store
-
-
-def enter(sdata, names, **options):
-    check_target(sdata, names, **options)
+from pixnet_sd.store import hold_lock, local_store
 
 
 def test_memory_has_no_store(in_memory):
@@ -40,9 +37,9 @@ def test_stores_that_cannot_be_written_to(slide, tmp_path, what):
 def test_disk_too_small_says_needed_and_free(slide, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10 * 10**9))
-    enter(slide, {"pixnet_map": "images"}, needed_bytes=int(9.5e9))
+    enter(slide, {"pixnet_map": "images"}, n_bytes=int(9.5e9))
     with pytest.raises(StoreError, match=r"10\.29 GB.*10\.00 GB"):
-        enter(slide, {"pixnet_map": "images"}, needed_bytes=int(9.8e9))
+        enter(slide, {"pixnet_map": "images"}, n_bytes=int(9.8e9))
 
 
 def test_read_only_file_system(slide, monkeypatch):

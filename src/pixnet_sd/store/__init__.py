@@ -19,7 +19,7 @@ from ._disk import (
     write_json,
 )
 from ._notes import WRITTEN, attach_written, element_stamp, image_stamp, json_safe, record, recorded, written_by
-from ._regions import RegionResults, RegionWriter, estimate_table_bytes
+from ._regions import RegionWriter, estimate_table_bytes
 from ._stream import Staged, TableArrays, consolidate, stretch, write_scratch_store, write_shapes
 from ._sums import FileSums, MemorySums
 from ._tables import (
@@ -33,7 +33,7 @@ from ._tables import (
     squares_element,
     thumbnail,
 )
-from ._transaction import check_target, commit, recover
+from ._transaction import Transaction, recover
 
 __all__ = [
     "DISK_MARGIN",
@@ -43,18 +43,16 @@ __all__ = [
     "FileSums",
     "MakeShapes",
     "MemorySums",
-    "RegionResults",
     "RegionWriter",
     "RowInfo",
     "Staged",
     "TableArrays",
+    "Transaction",
     "attach_written",
     "available_memory",
     "check_plain",
     "check_same_folder",
-    "check_target",
     "circles_element",
-    "commit",
     "consolidate",
     "delete_folder",
     "element_stamp",

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,45 +15,26 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError
 
-from ._disk import explain_disk_errors, hold_lock, local_store, work_folder
+from ._disk import explain_disk_errors
 from ._stream import Staged, TableArrays, consolidate, write_scratch_store, write_shapes
 from ._sums import FileSums, MemorySums
 from ._tables import INSTANCE_KEY, Describe, Express, Expressed, MakeShapes, MakeTable, RowInfo
-from ._transaction import check_target
+from ._transaction import Transaction
 
 if TYPE_CHECKING:
     import numpy as np
     from anndata import AnnData
     from numpy.typing import NDArray
-    from spatialdata import SpatialData
 
     from pixnet_sd.geometry import RegionShare, Window
 
-__all__ = ["RegionResults", "RegionWriter", "estimate_table_bytes"]
-
-LOCK_WAIT_S = 15.0
+__all__ = ["RegionWriter", "estimate_table_bytes"]
 
 _DESCRIBED_BYTES = 300  # of a region: id, name, centre, areas, outline
 _SHARED = 0.5  # shares of regions that lie in several windows, per region
 _BATCH_CHUNKS = 7  # in one call, so that zarr compresses several at once; small enough to be taken from memory in use
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class RegionResults:
-    """What to give to `commit`.
-
-    Attributes
-    ----------
-    elements
-        For objects in memory.
-    staged
-        For backed objects.
-    """
-
-    elements: dict[str, Any] = field(default_factory=dict)
-    staged: tuple[Staged, ...] = ()
 
 
 class RegionWriter:
@@ -78,26 +59,23 @@ class RegionWriter:
     @classmethod
     def open(
         cls,
-        sdata: SpatialData,
+        out: Transaction,
         *,
         table_key: str,
-        shapes_key: str | None,
         n_regions: int,
         genes: Sequence[str],
         n_columns: int | None = None,
         n_layers: int = 0,
         fingerprint: str,
-        overwrite: bool = False,
-        also_needed: int = 0,
     ) -> RegionWriter:
         """Start a table, or take up a partial one.
 
         Parameters
         ----------
-        sdata
-            The object that the table is for. One in memory keeps it there.
-        table_key, shapes_key
-            Names of the elements to be; None: no shapes.
+        out
+            Of the object that the table is for. One in memory keeps it there.
+        table_key
+            Name of the table to be.
         n_regions
             Regions that are asked for.
         genes
@@ -109,34 +87,23 @@ class RegionWriter:
         fingerprint
             Text that is equal for two runs exactly when their values would be (model, slide, regions, settings, sizes
             of the windows).
-        overwrite
-            Whether elements of those names may be replaced.
-        also_needed
-            Bytes of disk that the rest of the same result still needs.
 
         Raises
         ------
         StoreError
-            Name taken, store read-only, too little disk or memory, another run writing the same table.
+            Too little memory, another run writing the same table.
         """
-        names = {table_key: "tables"} | ({} if shapes_key is None else {shapes_key: "shapes"})
-        check_target(sdata, names, overwrite=overwrite)
-        store = local_store(sdata)
         n_genes = len(genes)
         n_values = n_genes * (1 + n_layers)
         n_columns = n_genes if n_columns is None else n_columns
         with ExitStack() as stack:
             rows: FileSums | MemorySums
-            if store is None:
+            if out.store is None:
                 rows = MemorySums(n_regions, n_columns, n_values)
             else:
-                folder = work_folder(store) / f"table-{table_key}"
-                busy = f"Another run is writing the table {table_key!r} of {store}. Wait for it, or choose another key."
-                lock = folder.with_name(f"{folder.name}.lock")
-                stack.enter_context(hold_lock(lock, wait_s=LOCK_WAIT_S, busy=busy))
+                folder = out.folder(f"table-{table_key}")
                 rows = FileSums(folder, n_regions, n_columns, {"fingerprint": fingerprint, "genes": list(genes)})
                 stack.callback(rows.close)
-                _check_room(sdata, names, overwrite, rows, _missing_bytes(rows, n_values) + also_needed)
             return cls(rows, n_genes, n_layers, table_key=table_key, lock=stack.pop_all())
 
     @property
@@ -171,8 +138,8 @@ class RegionWriter:
         express: Express,
         shapes_key: str | None = None,
         make_shapes: MakeShapes | None = None,
-    ) -> RegionResults:
-        """Make the elements, for a backed object on disk, once all windows are put.
+    ) -> dict[str, Any]:
+        """Make the elements for `Transaction.commit`, of a backed object on disk, once all windows are put.
 
         Regions that hold no pixel of the slide are left out.
 
@@ -208,14 +175,14 @@ class RegionWriter:
                 info = describe(0, len(keep), None).subset(keep)
                 elements[shapes_key] = make_shapes(info.centres_px, index=info.ids)
             elements[self._key] = _made(make_table, *rows.read(0, len(keep)))
-            return RegionResults(elements)
+            return elements
         staged = []
         for store in ("shapes.zarr", "table.zarr"):
             shutil.rmtree(self.rows.folder / store, ignore_errors=True)  # of a run that was killed while it wrote them
         if shapes_key is not None and make_shapes is not None:
             staged.append(write_shapes(self.rows.folder / "shapes.zarr", shapes_key, describe, keep, make_shapes))
         staged.append(_write_table(self.rows.folder / "table.zarr", self._key, rows, make_table))
-        return RegionResults(staged=tuple(staged))
+        return {item.name: item for item in staged}
 
     def close(self) -> None:
         """Let go of the rows; another run may then take them up."""
@@ -300,13 +267,3 @@ def estimate_table_bytes(n_regions: int, n_values: int, n_columns: int) -> int:
 def _missing_bytes(rows: FileSums | MemorySums, n_values: int) -> int:
     stored = rows.stored_bytes if isinstance(rows, FileSums) else 0
     return max(0, estimate_table_bytes(rows.n_rows, n_values, rows.n_columns) - stored)
-
-
-def _check_room(sdata: SpatialData, names: dict[str, str], overwrite: bool, rows: FileSums, needed: int) -> None:
-    """Disk for what is still to come."""
-    try:
-        check_target(sdata, names, overwrite=overwrite, needed_bytes=needed)
-    except BaseException:
-        if not rows.n_done:
-            rows.discard()
-        raise
