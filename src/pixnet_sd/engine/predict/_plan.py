@@ -180,8 +180,12 @@ class PredictPlan:
             regions = is_done is not None and bool(asked.any()) and not is_done(window)
             if not to_write and not regions:
                 continue
-            stored = self.stored is not None and (self.stored.has_features or not to_write)
-            reuse = stored and not glass.any() and self.stored.covers(window)  # of glass a map knows nothing
+            reuse = (
+                self.stored is not None
+                and (self.stored.has_features or not to_write)
+                and not glass.any()  # of which a map knows nothing
+                and self.stored.covers(window)
+            )
             needed = (asked if regions else np.zeros_like(asked)) | (_cut(tissue, window) if to_write else False)
             visits.append(Visit(window, [] if reuse else _tiles(window, needed, step), to_write, regions, reuse))
         return visits

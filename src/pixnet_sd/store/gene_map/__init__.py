@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from ._element import (
+    FactorHead,
+    GeneMapReader,
+    check_not_rewritten,
+    factor_names,
+    factors_key,
+    head_key,
+    image_pyramid,
+    image_transforms,
+    is_as_written,
+    map_key,
+    map_transforms,
+    open_map,
+    read_head,
+    tissue_labels,
+)
+from ._layout import MapLayout, map_layout
 from ._writer import GeneMapWriter
 
 __all__ = [
