@@ -25,12 +25,12 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pixnet_sd._notes import ATTRS_KEY
+from pixnet_sd._files import clear_left_over
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
 
@@ -50,11 +50,19 @@ from ._disk import (
     plain_files,
     read_json,
     secret,
-    sweep_drafts,
     work_folder,
     write_json,
 )
-from ._notes import WRITTEN, element_stamp, image_stamp, json_safe, merged_notes, read_back
+from ._notes import (
+    WRITTEN,
+    element_stamp,
+    image_stamp,
+    json_safe,
+    merge_notes,
+    note_in_memory,
+    read_back,
+    take_notes,
+)
 from ._stream import Staged, element_type, write_scratch_store
 
 if TYPE_CHECKING:
@@ -149,7 +157,7 @@ class Transaction:
             Element name → element, as the models of `spatialdata.models` parse them, or `Staged`; the folder of its
             scratch store goes afterwards, with all that is in it.
         provenance
-            Section → key → info, noted in ``sdata.attrs["pixnet_sd"]`` together with the elements.
+            Section → key → info, noted in the object (`record`) together with the elements.
 
         Raises
         ------
@@ -165,7 +173,7 @@ class Transaction:
             stamps = {name: image_stamp(elements[name]) for name, kind in names.items() if kind == "images"}
             notes |= {WRITTEN: stamps} if stamps else {}
             _set(self.sdata, elements)
-            _set_notes(self.sdata, merged_notes({}, self.sdata.attrs.get(ATTRS_KEY), notes))
+            note_in_memory(self.sdata, notes)
             return
         work = work_folder(self.store)
         with _commit_lock(self.store):
@@ -233,7 +241,7 @@ def recover(sdata: SpatialData) -> None:
         names = {name: kind for name, kind in names.items() if kind == before.get(name, kind)}
         read_back(sdata, store, names, scratch=work)
     if names:
-        _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
+        take_notes(sdata, store)
 
 
 @dataclass(frozen=True)
@@ -258,7 +266,7 @@ class Journal:
     moves: list[Move] = field(default_factory=list)
     nodes: dict[str, Any] = field(default_factory=dict)  # consolidated metadata of the elements, key → node
     groups: dict[str, Any] = field(default_factory=dict)  # element type → metadata of its group
-    notes: dict[str, Any] = field(default_factory=dict)  # for ``attrs["pixnet_sd"]``
+    notes: dict[str, Any] = field(default_factory=dict)  # section → key → info
 
 
 def _write_journal(work: Path, store: Path, journal: Journal) -> None:
@@ -335,7 +343,7 @@ def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
         _finish(store, work, journal, sdata)
     for leftover in (work / COMMIT, work / "old", *work.glob("view-*")):
         shutil.rmtree(leftover, ignore_errors=True)
-    sweep_drafts(work)
+    clear_left_over(work)
     for name in {path.name.removesuffix(".lock") for kind in ("map", "table") for path in work.glob(f"{kind}-*")}:
         # the lock file of a run that was killed goes, and its folder unless the same call can go on from it
         lock = hold_lock(work / f"{name}.lock", wait_s=0, busy="that run is alive")
@@ -366,7 +374,7 @@ def _bring_in(store: Path, work: Path, journal: Journal, sdata: SpatialData, in_
     names = {move.name: move.kind for move in journal.moves if move.name not in in_memory}
     read_back(sdata, store, names, scratch=work)
     _set(sdata, in_memory)
-    _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
+    take_notes(sdata, store)
 
 
 def _finish(store: Path, work: Path, journal: Journal, sdata: SpatialData) -> None:
@@ -381,7 +389,7 @@ def _finish(store: Path, work: Path, journal: Journal, sdata: SpatialData) -> No
                     write_json(store / kind / "zarr.json", group, scratch=work)
             placed = [move.path for move in journal.moves if _place(store, work, move)]
             _list_labels(store, work, [path.partition("/")[2] for path in placed if path.startswith("labels/")])
-            _publish(store, work, journal, placed, sdata.attrs.get(ATTRS_KEY))
+            _publish(store, work, journal, placed, sdata)
             # renamed, so that a kill cannot leave a half-deleted folder that looks like unfinished work
             for name in {COMMIT, *(move.place.partition("/")[0] for move in journal.moves)}:
                 if (work / name).exists():
@@ -398,21 +406,16 @@ def _finish(store: Path, work: Path, journal: Journal, sdata: SpatialData) -> No
 
 def _check_folders(store: Path, work: Path, journal: Journal) -> None:
     """Raise when a folder that something is moved from or to is a link."""
-    places = [path for move in journal.moves for path in _up_to(work, f"{move.place}/{move.path}")]
-    olds = [path for move in journal.moves for path in _up_to(work, f"old/{move.path}")]
-    for path in (store, work, *(store / move.kind for move in journal.moves), *places, *olds):
-        if path.is_symlink():
+    folders = [store, work, *(store / move.kind for move in journal.moves)]
+    for move in journal.moves:
+        for end in (work / move.place / move.path, work / "old" / move.path):
+            folders += [end, *(folder for folder in end.parents if folder.is_relative_to(work))]
+    for folder in folders:
+        if folder.is_symlink():
             raise StoreError(
-                f"{path} is a link, and nothing is moved through one. Look at it, and delete {work} if you miss no "
+                f"{folder} is a link, and nothing is moved through one. Look at it, and delete {work} if you miss no "
                 "results that are in it."
             )
-
-
-def _up_to(folder: Path, relative: str) -> Iterator[Path]:
-    """All of the folders on the way, the last included."""
-    for part in relative.split("/"):
-        folder = folder / part
-        yield folder
 
 
 def _is_under(key: str, path: str) -> bool:
@@ -458,13 +461,10 @@ def _list_labels(store: Path, work: Path, names: list[str]) -> None:
         write_json(path, group, scratch=work)
 
 
-def _publish(store: Path, work: Path, journal: Journal, placed: list[str], notes_in_memory: Any) -> None:
+def _publish(store: Path, work: Path, journal: Journal, placed: list[str], sdata: SpatialData) -> None:
     """Replace the root ``zarr.json``: consolidated metadata, where the store has it, and provenance."""
     root = read_json(store / "zarr.json")
-    attributes = root.setdefault("attributes", {})
-    notes = merged_notes(attributes.get(ATTRS_KEY), notes_in_memory, journal.notes)
-    if notes:
-        attributes[ATTRS_KEY] = notes
+    merge_notes(root, sdata, journal.notes)
     consolidated = root.get("consolidated_metadata")
     if consolidated:
         nodes = consolidated["metadata"]
@@ -480,9 +480,3 @@ def _set(sdata: SpatialData, elements: Mapping[str, Any]) -> None:
     """Set elements in memory."""
     for name, element in elements.items():
         getattr(sdata, _type_of(element))[name] = element
-
-
-def _set_notes(sdata: SpatialData, notes: dict[str, Any]) -> None:
-    """Keep the attribute away from objects that pixnet_sd has nothing to say about."""
-    if notes:
-        sdata.attrs[ATTRS_KEY] = notes
