@@ -46,7 +46,6 @@ HUGE = 10**400  # no float
 ODD: list[Any] = [object(), 1j, {}, b"8", io.BytesIO(), Decimal("8")]
 NO_NUMBER = [*ODD, True, "8", [8], math.nan, math.inf, -math.inf, HUGE, np.array([8.0]), pd.NA]
 NO_SIZE = [*NO_NUMBER, 0, -1, -1e-9]
-NO_SHARE = [*NO_NUMBER, 0, 1, 1.5, -0.1]
 NO_WHOLE = [*NO_NUMBER, 1.5, 64.0, np.float64(64), -1]
 NO_TILE = [*NO_WHOLE, 0, 32, 100, np.int64(65)]
 NO_FLAG = [*ODD, 0, 1, "True", "no", [], math.nan, np.int64(1)]
@@ -97,7 +96,6 @@ WRONG: dict[str, list[Any]] = {
     **same(("model_params", "train_params", "predict_params", "fit_params"), NO_GROUP),
     "size_um": [*NO_SIZE, 99, 1e9, 1e300],
     "validation": [*ODD, True, 0, 1, -0.1, 1.5, math.nan, [], [5], {"a"}, iter("a"), HUGE],
-    "cross_validate.validation": [*NO_SHARE, ["a"]],
     **same(("max_epochs", "max_steps", "patience", "batch_size", "n_workers"), [*NO_WHOLE, 0, 2**64]),
     **same(("n_genes", "decoder_width"), [*NO_WHOLE, 0, 10**9]),
     "batch_size": [*NO_WHOLE, 0, 10**9],

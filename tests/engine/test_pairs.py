@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pixnet_sd.engine import Pairs
-from pixnet_sd.engine.predict import InferSettings, infer, plan_regions
+from pixnet_sd.engine.predict import PredictPlan, Tiling, Walk, plan_regions, window_side
 from pixnet_sd.geometry import Circles, Grid
 from pixnet_sd.model import receptive_radius_px
 
@@ -46,32 +46,19 @@ def test_order_and_threads(two_threads) -> None:
 def test_prediction_is_the_same(two_threads, make_network, draw, reader, fabric) -> None:
     network, read = make_network(), reader(draw(160, 192))
     tissue = np.ones((40, 48), bool)
-    plan = plan_regions(Circles(np.empty((0, 2)), np.empty(0)), Grid(40, 48, 4), tissue, 16)
-    settings = InferSettings(64, receptive_radius_px(network))
-
-    class Blocks:
-        def __init__(self) -> None:
-            self.values = np.zeros((3, 40, 48), np.float32)
-            self.pending = [(r, min(r + 16, 40), c, c + 16) for r in range(0, 40, 16) for c in range(0, 48, 16)]
-
-        def write(self, block, values) -> None:
-            self.values[:, block[0] : block[1], block[2] : block[3]] = values
+    regions = plan_regions(Circles(np.empty((0, 2)), np.empty(0)), Grid(40, 48, 4), tissue, 16)
+    head, tiling = network.head.select(np.arange(3)), Tiling(64, receptive_radius_px(network))
+    plan = PredictPlan(regions, tiling, window_side(64, 16), head, shown=head)
+    visits = plan.visits([(r, min(r + 16, 40), c, c + 16) for r in range(0, 40, 16) for c in range(0, 48, 16)], None)
 
     maps = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        blocks = Blocks()
-        infer(
-            network,
-            read,
-            plan,
-            head=network.head.select(np.arange(3)),
-            fabric=fabric,
-            settings=settings,
-            blocks=blocks,
-            block_px=16,
-            show_progress_bar=False,
-        )
-        maps.append(blocks.values)
+        maps.append(np.zeros((3, 40, 48), np.float32))
+        with Walk(network, read, plan, visits, fabric) as walk:
+            for result in walk.results(show_progress_bar=False):
+                for (row0, row1, col0, col1), lent in result.blocks:
+                    with lent() as values:
+                        maps[-1][:, row0:row1, col0:col1] = values
         assert torch.get_num_threads() == threads
     np.testing.assert_allclose(maps[1], maps[0], atol=1e-5 * maps[0].std())

@@ -69,10 +69,7 @@ _TABLE: list[tuple[r.Rule, str]] = [
     (r.text("the name of a coordinate system"), "coordinate_system"),
     (r.raising(ResolutionError, r.either(_MPP, r.choice("coordinate_system"))), "mpp"),
     (r.raising(DataError, _GENES), "genes"),
-    (
-        r.raising(DataError, r.either(_N_GENES, r.choice("all"), _GENES)),
-        "fit.genes cross_validate.genes",
-    ),
+    (r.raising(DataError, r.either(_N_GENES, r.choice("all"), _GENES)), "fit.genes"),
     (r.text("the name of a gene"), "gene"),
     # the model and its training
     (_group("ModelParams"), "model_params"),
@@ -94,7 +91,6 @@ _TABLE: list[tuple[r.Rule, str]] = [
     (r.whole(1, _MOST_AT_ONCE), "batch_size decoder_width"),
     (r.whole(2 * COARSEST_STRIDE, 2**20, multiple=COARSEST_STRIDE), "tile_px predict_tile_px"),
     (r.optional(r.either(_SHARE, r.names("names of slides"))), "validation"),
-    (r.optional(_SHARE), "cross_validate.validation"),
     (_DEVICE, "device"),
     (r.whole(0, _MOST), "seed"),
     (r.raising(CheckpointError, r.new_folder("a folder that can be made or written")), "checkpoint_dir"),

@@ -181,7 +181,7 @@ def _prediction(slide: Slide, folder: str | None) -> list[str]:
     """Describe a gene map, at most: as if all of the slide were tissue, before compression."""
     from pixnet_sd.geometry import MAP_STRIDE
     from pixnet_sd.store import size_text
-    from pixnet_sd.store.gene_map import estimate_bytes
+    from pixnet_sd.store.gene_map import map_layout
 
     n_outputs, working_mpp = COMMANDS["fit"].flags["genes"].default, ModelParams().working_mpp
     whose = "a model with the defaults of fit"
@@ -192,7 +192,7 @@ def _prediction(slide: Slide, folder: str | None) -> list[str]:
         n_outputs, working_mpp, whose = len(record.outputs), record.working_mpp, "this model"
     height_mm, width_mm = (size * slide.mpp / 1000 for size in (slide.height_px, slide.width_px))
     height, width = slide.at(working_mpp).map_shape
-    n_bytes = size_text(estimate_bytes(n_outputs, height, width))
+    n_bytes = size_text(map_layout(n_outputs, (height, width)).nbytes)
     return [
         f"slide image: {slide.image_key!r} in coordinate system {slide.coordinate_system!r}",
         f"resolution: {slide.mpp:.6g} µm per pixel, from the {slide.mpp_rule}; {height_mm:.2f} x {width_mm:.2f} mm",

@@ -209,9 +209,11 @@ def evaluate(call: Call) -> None:
 
 def cross_validate(call: Call) -> None:
     """Print scores by slide and over all of them, and write those of each gene."""
-    arguments = _arguments(call, model_params=ModelParams, train_params=TrainParams)
+    fit_params = _arguments(call, model_params=ModelParams, train_params=TrainParams)
+    own = [flag.name for title in ("Folds", "Output") for flag in call.command.groups[title]]
+    arguments = {name: fit_params.pop(name) for name in own if name in fit_params}
     output = _writable(call.own.get("output"))
-    scores = ps.tl.cross_validate(_open_slides(call), **arguments)
+    scores = ps.tl.cross_validate(_open_slides(call), fit_params=fit_params, **arguments)
     print(scores.per_slide.to_string(index=False, float_format=_number))
     print(f"\n{scores.summary.to_string(index=False, float_format=_number)}")
     _write(scores.per_gene, output)
