@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "CheckpointError",
     "DataError",
@@ -19,12 +21,14 @@ class PixNetError(ValueError):
     Attributes
     ----------
     argument
-        Name of the argument whose value is to blame; None where it is not one argument's.
+        Name of the argument whose value is to blame: the one that is given, or with which the message begins, as in
+        ``radius_um=9000: ...``. None where it is not one argument's.
     """
 
     def __init__(self, message: str = "", *, argument: str | None = None) -> None:
         super().__init__(message)
-        self.argument = argument
+        begins_with = re.match(r"(\w+)=", str(message))
+        self.argument = begins_with[1] if argument is None and begins_with else argument
 
 
 class ElementError(PixNetError):

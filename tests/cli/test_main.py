@@ -39,9 +39,10 @@ def raising(error: BaseException) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (DataError("table_key=5?", argument="table_key"), "--table-key: table_key=5?"),
-        (DataError("table_key=5?"), "table_key=5?"),
-        (DataError("x=5?", argument="x"), "x=5?"),  # no option of this command
+        (DataError("Lost. Give table_key=.", argument="table_key"), "--table-key: Lost. Give table_key=."),
+        (DataError("table_key=5?"), "--table-key: table_key=5?"),
+        (DataError("x=5?"), "x=5?"),  # no option of this command
+        (DataError("Lost. Give table_key=."), "Lost. Give table_key=."),
         (ImportError("pip install 'pixnet_sd[io]'"), "pip install 'pixnet_sd[io]'"),
     ],
 )
