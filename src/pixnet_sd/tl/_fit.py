@@ -118,7 +118,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 
 @checked()
-def fit(
+def fit(  # noqa: PLR0913
     sdata: SpatialData | Mapping[str, SpatialData],
     *,
     image_key: str | None = None,

@@ -635,7 +635,7 @@ _BATCH_SIZE = {"cuda": 4}
 
 
 @checked()
-def predict(
+def predict(  # noqa: PLR0913
     sdata: SpatialData,
     model: PixNet | str | Path | None = None,
     *,
