@@ -21,19 +21,6 @@ from torch import Tensor
 
 from pixnet_sd.errors import PixNetError
 
-__all__ = [
-    "AHEAD",
-    "BLOCK_WRITERS",
-    "Buffers",
-    "Copies",
-    "Pairs",
-    "Writer",
-    "fixed_shapes",
-    "kept_memory",
-    "make_fabric",
-    "prefetch",
-]
-
 T = TypeVar("T")
 
 _N_DEVICES: dict[str, Callable[[], int]] = {
@@ -46,15 +33,7 @@ _N_DEVICES: dict[str, Callable[[], int]] = {
 def make_fabric(device: str | torch.device | None = None) -> Fabric:
     """Make the Fabric of a run: bf16 autocast on a GPU that computes in bf16, float32 elsewhere.
 
-    Parameters
-    ----------
-    device
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None takes a CUDA GPU if there is one, else the CPU.
-
-    Raises
-    ------
-    PixNetError
-        The device does not exist here.
+    None takes a CUDA GPU if there is one, else the CPU; a device that does not exist here is refused.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,21 +15,6 @@ from torch import Tensor
 from pixnet_sd.errors import PixNetError
 from pixnet_sd.geometry import STRIDES, Regions, chunks
 
-__all__ = [
-    "ALIGN_PX",
-    "MARGIN_SHARE",
-    "N_SYMMETRIES",
-    "MeasuredRegions",
-    "ReadTile",
-    "Tile",
-    "TrainingSlide",
-    "TrainingTiles",
-    "apply_symmetry",
-    "jitter_stain",
-    "training_tiles",
-    "undo_symmetry",
-]
-
 N_SYMMETRIES = 8
 
 ALIGN_PX = STRIDES[-1]
@@ -116,26 +101,14 @@ class MeasuredRegions:
 
 @dataclass(frozen=True)
 class TrainingSlide:
-    """A slide to train or validate on.
-
-    Attributes
-    ----------
-    read
-        Tile reader.
-    height, width
-        Size, working pixels.
-    measured
-        Its measured regions, one entry a size.
-    depth
-        Counts per tissue relative to the mean of all training slides; 1 where targets are log-normalised.
-    """
+    """A slide to train or validate on; sides in working pixels."""
 
     name: str
     read: ReadTile
     height: int
     width: int
-    measured: tuple[MeasuredRegions, ...]
-    depth: float = 1.0
+    measured: tuple[MeasuredRegions, ...]  # one entry a size
+    depth: float = 1.0  # counts per tissue relative to the mean of all training slides; 1 where targets are logarithms
 
     def subset(self, indices: tuple[NDArray[np.intp], ...]) -> TrainingSlide:
         """Keep only the regions picked, by one index a size; sizes left empty are dropped."""
@@ -160,22 +133,12 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TrainingTiles:
-    """Tiles of one size on one slide. Which regions lie wholly inside a tile is found when the tile is used.
-
-    Attributes
-    ----------
-    tiles
-        The tiles, each with at least one region.
-    margin
-        Pixels that a region keeps from a tile's border.
-    once
-        Starts of all tiles, rows and columns, when a region belongs to the first tile only that holds it.
-    """
+    """Tiles of one size on one slide. Which regions lie wholly inside a tile is found when the tile is used."""
 
     slide: TrainingSlide
-    tiles: list[Tile]
-    margin: int
-    once: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    tiles: list[Tile]  # each with at least one region
+    margin: int  # pixels that a region keeps from a tile's border
+    once: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None  # see `training_tiles`: starts of rows and columns
 
     def members(self, tile: Tile) -> tuple[NDArray[np.intp], ...]:
         """Find the regions of a tile: ascending indices, per size."""
@@ -213,21 +176,9 @@ def training_tiles(
     Tiles overlap by the largest region and its margin, so that every region lies wholly inside at least one. A slide
     whose regions fit into one tile gets one, no larger than they need.
 
-    Parameters
-    ----------
-    slide
-        The slide.
-    tile_px
-        Largest side, working pixels, a multiple of 32.
-    shift
-        Offset of the tiling, as a share of its step, rows and columns, in [0, 1).
-    once
-        Give each region to the first tile that holds it only (validation counts it once).
-
-    Raises
-    ------
-    PixNetError
-        A region and its margin leave tiles no room to overlap.
+    `tile_px` is their largest side, a multiple of 32; `shift` moves the tiling by shares of its step, rows and columns;
+    `once` gives each region to the first tile that holds it only, so that validation counts it once. Regions that leave
+    tiles no room to overlap are refused.
     """
     margin = tile_px // MARGIN_SHARE
     left, top, right, bottom, side = slide.cover + np.array([-margin, -margin, margin, margin, 2 * margin])

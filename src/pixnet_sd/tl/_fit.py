@@ -18,6 +18,7 @@ from spatialdata import SpatialData
 from pixnet_sd._arguments import checked
 from pixnet_sd._files import folder_for, home_expanded, no_empty_folders_left
 from pixnet_sd._fingerprint import as_json, differing_parts, fingerprint
+from pixnet_sd._notes import remember
 from pixnet_sd._util import logger, warn
 from pixnet_sd.engine import MARGIN_SHARE, make_fabric
 from pixnet_sd.engine.train import Run, RunState, train, warn_of_versions
@@ -43,9 +44,7 @@ from pixnet_sd.store import hold_lock
 from pixnet_sd.store import record as note
 
 from ._checks import check_batch, check_decoder, pixels_of, quality_of, training_parts, values_per_px, why_poor
-from ._training_data import data_parts, describe, held_out_names, open_sources, training_data
-
-__all__ = ["decoder_config", "fit"]
+from ._training_data import TrainingData, data_parts, describe, held_out_names, open_sources, training_data
 
 _DROPOUT = 0.5  # of channels of the decoder's laterals
 _MIN_WIDTH = 32  # fewest channels of a level, unless `decoder_width` itself is smaller
@@ -217,14 +216,15 @@ def fit(  # noqa: PLR0913
     """
     slides = {"slide": sdata} if isinstance(sdata, SpatialData) else dict(sdata)
     params, train_params = ModelParams.read(model_params), TrainParams.read(train_params)
+    aggregation = _aggregation(params, objective)
+    held_out_names(validation, list(slides))
+    fabric = make_fabric(device)
+    schedule = {"max_epochs": max_epochs, "batch_size": batch_size or _BATCH_SIZE[fabric.device.type], "seed": seed}
     folder = None if checkpoint_dir is None else home_expanded(checkpoint_dir)
+    home = _models_folder(slides) if folder is None else folder.parent
     with contextlib.ExitStack() as held:
         if folder is not None:  # a folder that was given is held before anything that takes long
             held.enter_context(_alone_in(folder))
-        aggregation = _aggregation(params, objective)
-        held_out_names(validation, list(slides))
-        fabric = make_fabric(device)
-        batch_size = batch_size or _BATCH_SIZE.get(fabric.device.type, 2)
         torch.manual_seed(seed)
         encoder = build_encoder(params.encoder, params.encoder_weights, frozen=params.freeze_encoder)
         shape = decoder_config(params)
@@ -240,8 +240,7 @@ def fit(  # noqa: PLR0913
         )
         tile_px, values = train_params.tile_px, values_per_px(encoder.channels, shape)
         sides = [_tile_sides(source.slide, tile_px) for source in sources.values()]
-        check_batch(sides, batch_size, tile_px, values, fabric.device)
-        home = _models_folder(slides) if folder is None else folder.parent
+        check_batch(sides, schedule["batch_size"], tile_px, values, fabric.device)
         data = training_data(
             sources,
             genes=None if genes == "all" or isinstance(genes, int) else genes,
@@ -252,31 +251,25 @@ def fit(  # noqa: PLR0913
             seed=seed,
             cache=home / "pixnet_sd_cache",
         )
-        described = describe(sources, data)
         images = {name: (source.slide, pixels_of(slides[name], source.slide)) for name, source in sources.items()}
+        names, described = [str(gene) for gene in data.genes], describe(sources, data)
         del sources  # of millions of bins it holds what the training does not need
-        names = [str(gene) for gene in data.genes]
         network = Network(encoder, shape, len(outputs_of(names, objective)), aggregation, link_of(objective))
         record = _record(network, params, objective, genes=names, slides=described, tile_px=tile_px)
-        record.training = {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed, **asdict(train_params)}
-        del record.training["allow_any_mpp"]
-        record.depends_on = as_json(training_parts(record, record.training, images, data_parts(data)))
-        record.training["fingerprint"] = identity = fingerprint(record.depends_on)
-        record.check()
+        identity = _identify(record, {**schedule, **asdict(train_params)}, images, data)
         if folder is None:
             folder = home / identity[:12]
             held.enter_context(_alone_in(folder))
+        directory, scale = folder / "training", params.target_sum
         run = Run(
             data.training,
             data.held_out,
             train_params,
-            folder / "training",
+            directory,
             identity,
-            max_epochs=max_epochs,
-            batch_size=batch_size,
             objective=objective,
-            target_sum=params.target_sum,
-            seed=seed,
+            target_sum=scale,
+            **schedule,
         )
         model = _finished(folder, record)
         if model is None:
@@ -317,6 +310,20 @@ def _record(network: Network, params: ModelParams, objective: ObjectiveName, **k
         versions=library_versions(),
         **known,
     )
+
+
+def _identify(
+    record: ModelRecord,
+    training: dict[str, Any],
+    images: Mapping[str, tuple[Slide, PixelContent]],
+    data: TrainingData,
+) -> str:
+    """Write into a record how it is trained and on what, and return the fingerprint of all that decides about it."""
+    record.training = {name: value for name, value in training.items() if name != "allow_any_mpp"}
+    record.depends_on = as_json(training_parts(record, record.training, images, data_parts(data)))
+    record.training["fingerprint"] = identity = fingerprint(record.depends_on)
+    record.check()
+    return identity
 
 
 def _finished(folder: Path, record: ModelRecord) -> PixNet | None:
@@ -371,5 +378,5 @@ def _note(sdata: SpatialData, folder: str, image_key: str, pixels: PixelContent)
         if pixels.is_settled:
             note(sdata, "content", image_key, pixels.note())
     except StoreError as error:
-        sdata.attrs["pixnet_sd"] = {**(sdata.attrs.get("pixnet_sd") or {}), "model": folder}
+        remember(sdata, "model", folder)
         logger.warning("the model is recorded in memory only: %s", error)

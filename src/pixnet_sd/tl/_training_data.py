@@ -22,8 +22,6 @@ from pixnet_sd.slide.tables import Measured, StoredTargets, choose_genes, measur
 
 from ._checks import check_working_size
 
-__all__ = ["Source", "TrainingData", "Validation", "held_out_names", "open_sources", "split_slides", "training_data"]
-
 Validation = float | Sequence[str] | None
 
 _FEW_REGIONS = 20

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from pixnet_sd.engine.train import BatchLoss, SparseTargets, output_blocks
+from pixnet_sd.engine.train import BatchLoss, output_blocks
 from pixnet_sd.geometry import Circles, Grid
 from pixnet_sd.model import Network, build_operator, make_objective
 
@@ -27,7 +27,7 @@ def loss_of(network: Network, name: str, *, sparsely: bool = False, **options: A
     rng = np.random.default_rng(0)
     values = [rng.poisson(0.7, (len(r), M)).astype(np.float32) for r in REGIONS]
     values[1][:, 3] = 2  # does not vary
-    targets = [SparseTargets(sparse.csc_matrix(v)) if sparsely else torch.from_numpy(v) for v in values]
+    targets = [sparse.csc_matrix(v) if sparsely else torch.from_numpy(v) for v in values]
     objective = make_objective(name, pcc_weight=0.5, target_sum=1e4, n_sizes=2, n_outputs=M)
     return BatchLoss(network, objective, [build_operator(r, GRID) for r in REGIONS], targets, [0, 1], **options)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._batches import Batch, BatchPlan, SparseTargets, make_batch, output_blocks, plan_batches
+from ._batches import Batch, BatchPlan, make_batch, output_blocks, plan_batches
 from ._features import FeatureMaps, PyramidCache, calibrate
 from ._loop import Trainer, TrainResult, train
 from ._loss import BatchLoss
@@ -21,7 +21,6 @@ __all__ = [
     "Run",
     "RunState",
     "Scores",
-    "SparseTargets",
     "TrainResult",
     "Trainer",
     "calibrate",

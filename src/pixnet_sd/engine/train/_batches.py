@@ -19,20 +19,6 @@ from pixnet_sd.engine import N_SYMMETRIES, MeasuredRegions, Tile, TrainingSlide,
 from pixnet_sd.geometry import MAP_STRIDE, Grid, Regions, Window
 from pixnet_sd.model import Move, Operator, TiledOperator, build_operator
 
-__all__ = [
-    "DENSE_OUTPUTS",
-    "Batch",
-    "BatchPlan",
-    "Pyramid",
-    "SparseTargets",
-    "Target",
-    "block_of",
-    "make_batch",
-    "output_blocks",
-    "plan_batches",
-    "tile_operators",
-]
-
 DENSE_OUTPUTS = 1024
 """Most outputs that are held for all regions of a batch."""
 
@@ -43,24 +29,14 @@ Pyramid: TypeAlias = list[Tensor]
 """F_1..F_L of a tile, each (1, C_l, h_l, w_l)."""
 
 
-@dataclass(frozen=True, eq=False)
-class SparseTargets:
-    """Targets (n, M) of regions on the host, SciPy's compressed columns."""
-
-    columns: Any
-
-    def __len__(self) -> int:
-        return int(self.columns.shape[0])
-
-
-Target: TypeAlias = "Tensor | SparseTargets"
+Target: TypeAlias = "Tensor | sparse.csc_matrix"
+"""Targets (regions, M): dense, or on the host as compressed columns."""
 
 
 def block_of(target: Target, outputs: slice, device: torch.device) -> Tensor:
     """Copy the targets of a group of outputs to a device, dense, float32."""
-    if isinstance(target, SparseTargets):
-        return torch.from_numpy(target.columns[:, outputs].toarray().astype(np.float32, copy=False)).to(device)
-    return target[:, outputs].to(device)
+    block = target[:, outputs]
+    return (block if isinstance(block, Tensor) else torch.from_numpy(block.toarray().astype(np.float32))).to(device)
 
 
 def output_blocks(n_outputs: int, n_rows: int, size: int | None = None) -> list[slice]:
@@ -91,21 +67,11 @@ class BatchPlan:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Tiles of one slide, all of one size.
-
-    Attributes
-    ----------
-    image
-        uint8, shape (b, 3, H, W), of the tiles whose pyramid is not kept; None: there are none.
-    kept
-        Pyramid of each tile, or None where its pixels are in `image`.
-    operators, targets
-        Per size, the operator of all regions over the tiles' map pixels, and their targets (regions, M).
-    """
+    """Tiles of one slide, all of one size; operators (over the tiles' map pixels) and targets (regions, M) per size."""
 
     plan: BatchPlan
-    image: Tensor | None
-    kept: list[Pyramid | None]
+    image: Tensor | None  # uint8 (b, 3, H, W) of the tiles whose pyramid is not kept; None: there are none
+    kept: list[Pyramid | None]  # of each tile; None where its pixels are in the image
     operators: list[Operator]
     targets: list[Target]
 
@@ -172,16 +138,8 @@ def make_batch(
 ) -> Batch:
     """Read a batch's pixels, build its operators and collect its targets.
 
-    Parameters
-    ----------
-    plan
-        Its tiles.
-    kept
-        Reads the kept pyramid of a turned tile, if there is one: then its pixels are not read.
-    pin
-        Put everything into page-locked memory and operators into torch's form, which a GPU copies while it computes.
-    gradient
-        Whether such operators are to be differentiable.
+    `kept` reads the kept pyramid of a turned tile, if there is one: then its pixels are not read. To pin puts all into
+    page-locked memory and operators into torch's form, differentiable or not, which a GPU copies while it computes.
     """
     members = [plan.tiling.members(tile) for tile in plan.tiles]
     targets = [
@@ -209,7 +167,7 @@ def _targets(measured: MeasuredRegions, members: Sequence[NDArray[np.intp]], *, 
     values = measured.values
     if isinstance(values, np.ndarray) or values.shape[1] <= DENSE_OUTPUTS:
         return _joined([values[k] for k in members], pin=pin)
-    return SparseTargets(sparse.vstack([values.rows(k) for k in members], format="csc"))
+    return sparse.vstack([values.rows(k) for k in members], format="csc")
 
 
 def _joined(pieces: list[NDArray[Any]], *, pin: bool) -> Tensor:

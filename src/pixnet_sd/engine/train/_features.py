@@ -38,8 +38,6 @@ from pixnet_sd.model import Encoder, Network
 from ._batches import Batch, BatchPlan, Pyramid, make_batch, plan_batches, tile_operators
 from ._run import Run
 
-__all__ = ["FeatureMaps", "PyramidCache", "calibrate"]
-
 _FREE_SHARE = 0.5  # of the free disk that the cache may take
 _AHEAD_BYTES = 2**30  # of pyramids that are read ahead: a ViT's of one batch may have 300 MB
 
@@ -106,19 +104,11 @@ def _key(slide: TrainingSlide, tile: Tile, symmetry: int) -> int:
 
 
 class FeatureMaps:
-    """Makes batches ahead, and their feature maps D, turned back to the slide's orientation.
-
-    Attributes
-    ----------
-    frozen
-        Whether pyramids are kept, so that tiles have to stay in their places.
-    copies
-        To and from the network's device.
-    """
+    """Makes batches ahead, and their feature maps D, turned back to the slide's orientation."""
 
     def __init__(self, network: Network, run: Run, fabric: Fabric) -> None:
         self.network, self.run, self.fabric = network, run, fabric
-        self.frozen = network.encoder.frozen
+        self.frozen = network.encoder.frozen  # then pyramids are kept, and tiles stay in their places
         self.copies = Copies(fabric.device)
         if self.copies.gpu:
             network.to(memory_format=torch.channels_last)

@@ -25,37 +25,23 @@ from ._loss import BatchLoss
 from ._run import BestEpoch, Run, RunState
 from ._validate import Scores, gene_means, score_regions
 
-__all__ = ["TrainResult", "Trainer", "train"]
-
 _ABSURD = 100.0  # times the loss at the start, where the head predicts the genes' means
 _SAMPLE = 1024  # regions whose pixels are counted for a typical size
 _SMALL_BYTES = 64 << 20  # of a state: history, scores, dispersions
 _LOOK_EVERY = 16  # steps between looks at the loss, each of which waits for the device
 _STEPS_A_SCORE = 50  # of training for one batch that is scored where nothing is held out
 _MOST_SCORED = 8  # batches
+_QUALITY = ("mse", "gene_mean_mse", "pcc")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves besides the network's weights.
+    """What a run leaves besides the network's weights."""
 
-    Attributes
-    ----------
-    history
-        One row an epoch: epoch, loss, val_pcc, val_mse, val_gene_mean_mse, lr, seconds.
-    best_epoch
-        The epoch whose weights the network has.
-    pcc_per_gene
-        Held-out PCC of each gene at that epoch; empty without held-out regions.
-    quality
-        Of these weights: ``mse``, ``gene_mean_mse`` (of predicting the genes' means over the training regions) and
-        ``pcc``, and ``scored_on`` which regions: ``"held_out"``, or else some for ``"training"``.
-    """
-
-    history: list[dict[str, float]]
-    best_epoch: int
-    pcc_per_gene: list[float]
-    quality: dict[str, Any]
+    history: list[dict[str, float]]  # one row an epoch: epoch, loss, val_pcc, val_mse, val_gene_mean_mse, lr, seconds
+    best_epoch: int  # whose weights the network has
+    pcc_per_gene: list[float]  # held out, at that epoch; empty without held-out regions
+    quality: dict[str, Any]  # of these weights: mse, gene_mean_mse, pcc, and scored_on "held_out" or "training" regions
 
 
 def _seed_epoch(seed: int, epoch: int) -> np.random.Generator:
@@ -157,21 +143,19 @@ class Trainer:
         """Pass over all tiles once, or until the run has taken its steps; returns the mean loss and the steps taken."""
         rng = _seed_epoch(self.run.seed, epoch)
         plans = plan_batches(self.tiles(rng), self.run.batch_size, rng)
-        if self.run.params.max_steps is not None:
-            plans = plans[: self.run.params.max_steps - steps_before]
+        most = self.run.params.max_steps
+        if most is not None:
+            plans = plans[: most - steps_before]
         self.network.train()
         losses: list[Tensor] = []
         for step, batch in enumerate(self.features.batches(plans)):
-            losses.append(self.step(batch, self.rate(epoch - 1 + step / len(plans), steps_before + step)))
+            progress = (epoch - 1 + step / len(plans)) / self.run.max_epochs
+            progress = progress if most is None else max(progress, (steps_before + step) / most)
+            losses.append(self.step(batch, self.run.learning_rate(progress)))
             if step % _LOOK_EVERY == 0:
                 value = self.checked_loss(losses[-1], batch)
                 bar.set_postfix_str(f"step {step + 1}/{len(plans)}, loss {value:.4f}")
         return self.checked_loss(torch.stack(losses).mean(), batch), len(losses)
-
-    def rate(self, epochs: float, steps: int) -> float:
-        """Learning rate after so many epochs and steps."""
-        most = self.run.params.max_steps
-        return self.run.learning_rate(max(epochs / self.run.max_epochs, 0.0 if most is None else steps / most))
 
     def step(self, batch: Batch, rate: float) -> Tensor:
         """Take one step of the optimizer; returns the loss, which nothing waits for."""
@@ -221,39 +205,31 @@ class Trainer:
         """Score, and write the epoch into the state: not at all if its weights are absurd."""
         row = {"epoch": float(epoch), "loss": loss}
         if self.run.held_out:
-            scores = self.score(self.run.held_out)
-            self.checked_scores(scores, "held-out")
+            scores = self.checked_scores(self.score(self.run.held_out), "held-out")
             row |= {"val_pcc": scores.pcc, "val_mse": scores.mse, "val_gene_mean_mse": scores.gene_mean_mse}
             keep_best = self.run.params.keep_best
             if scores.pcc > state.best.pcc or not keep_best:
                 weights = {k: v.detach().cpu().clone() for k, v in _trained(self.network).items()} if keep_best else {}
                 state.best = BestEpoch(epoch, scores.pcc, scores.pcc_per_gene, weights)
-        else:
-            self.score_training(state.steps + steps, steps, is_last=self.is_last(epoch, state.steps + steps))
+        else:  # weights that the last step left, which no loss has seen, are looked at now and then, and at the end
+            self.unscored, is_last = self.unscored + steps, self.is_last(epoch, state.steps + steps)
+            if is_last or self.unscored >= _STEPS_A_SCORE:
+                scores = self.score(self.run.training, state.steps + steps if is_last else 1)
+                self.unscored, self.last = 0, self.checked_scores(scores, "training")
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
         state.history.append(row)
         state.epoch, state.steps = epoch, state.steps + steps
         return row
-
-    def score(self, slides: Sequence[TrainingSlide], n_batches: int | None = None) -> Scores:
-        """Score the network on slides' regions, or on so many batches of them."""
-        return score_regions(self.network, self.objective, self.features, slides, self.means, n_batches)
 
     def is_last(self, epoch: int, steps: int) -> bool:
         """Tell whether the run ends here, early stopping aside."""
         most = self.run.params.max_steps
         return epoch >= self.run.max_epochs or (most is not None and steps >= most)
 
-    def score_training(self, n_steps: int, new_steps: int, *, is_last: bool) -> None:
-        """Look at the weights that the last step left, which no loss has seen: now and then, and at the end."""
-        self.unscored += new_steps
-        if is_last or self.unscored >= _STEPS_A_SCORE:
-            self.unscored = 0
-            self.last = self.checked_scores(self.training_scores(n_steps if is_last else 1), "training")
-
-    def training_scores(self, n_steps: int) -> Scores:
-        """Score training regions, in a small share of the time that so many steps took."""
-        return self.score(self.run.training, min(max(1, n_steps // _STEPS_A_SCORE), _MOST_SCORED))
+    def score(self, slides: Sequence[TrainingSlide], n_steps: int | None = None) -> Scores:
+        """Score the network on slides' regions, or on some in a small share of the time that so many steps took."""
+        n_batches = None if n_steps is None else min(max(1, n_steps // _STEPS_A_SCORE), _MOST_SCORED)
+        return score_regions(self.network, self.objective, self.features, slides, self.means, n_batches)
 
     def has_ended(self, state: RunState) -> bool:
         """Tell whether all steps are taken, or the held-out PCC was not better for `patience` epochs."""
@@ -267,21 +243,17 @@ class Trainer:
         kept = state.best.epoch or state.epoch
         if self.run.held_out:
             row = state.history[kept - 1]
-            quality: dict[str, Any] = {
-                name: row.get(f"val_{name}", np.nan) for name in ("mse", "gene_mean_mse", "pcc")
-            } | {"scored_on": "held_out"}
+            quality = [row.get(f"val_{name}", np.nan) for name in _QUALITY]
         else:
-            scores = self.last or self.training_scores(state.steps)  # of a run that was killed when it had ended
-            quality = {"mse": scores.mse, "gene_mean_mse": scores.gene_mean_mse, "pcc": scores.pcc}
-            quality["scored_on"] = "training"
+            scores = self.last or self.score(self.run.training, state.steps)  # of a run that was killed when it ended
+            quality = [getattr(scores, name) for name in _QUALITY]
         self.network.eval()
         self.features.clear()
-        return TrainResult(state.history, kept, state.best.pcc_per_gene, quality)
-
-
-def _describe(row: dict[str, float]) -> str:
-    val = f", val PCC {row['val_pcc']:.3f}, val MSE {row['val_mse']:.4f}" if "val_pcc" in row else ""
-    return f"loss {row['loss']:.4f}{val}"
+        worth = {
+            **dict(zip(_QUALITY, quality, strict=True)),
+            "scored_on": "held_out" if self.run.held_out else "training",
+        }
+        return TrainResult(state.history, kept, state.best.pcc_per_gene, worth)
 
 
 def train(network: Network, run: Run, fabric: Fabric, *, show_progress_bar: bool = True) -> TrainResult:
@@ -290,15 +262,7 @@ def train(network: Network, run: Run, fabric: Fabric, *, show_progress_bar: bool
     The state is written when a minute has passed since it was last, after the first epoch (a disk that cannot be
     written to is known soon) and at the end, so that nothing is lost until the model is saved: then call
     `RunState.remove`. What is interrupted loses its epoch and at most a minute before.
-
-    Raises
-    ------
-    CheckpointError
-        The run's directory holds the state of another run, or cannot be written.
-    PixNetError
-        Tiles too small for the regions, or a loss that is not finite.
-    DivergenceError
-        Losses or scores that no training comes back from; the last state that was written is still there.
+    A run that diverges raises, unless a good epoch came before; the last state that was written is still there.
     """
     # Twice what network, best network and the optimizer's two moments take, and room for what is small.
     most_bytes = 8 * sum(t.numel() * t.element_size() for t in network.state_dict().values()) + _SMALL_BYTES
@@ -328,6 +292,7 @@ def train(network: Network, run: Run, fabric: Fabric, *, show_progress_bar: bool
             if trainer.has_ended(state) or time.monotonic() - saved_at >= run.save_every_s:
                 trainer.save(state)
                 saved, saved_at = state.epoch, time.monotonic()
-            bar.set_description_str(_describe(row), refresh=False)
+            val = f", val PCC {row['val_pcc']:.3f}, val MSE {row['val_mse']:.4f}" if run.held_out else ""
+            bar.set_description_str(f"loss {row['loss']:.4f}{val}", refresh=False)
             bar.update()
     return trainer.finish(state)

@@ -12,38 +12,27 @@ from pixnet_sd.model import Densities, Network, Objective, Operator, Part
 
 from ._batches import Target, block_of, output_blocks
 
-__all__ = ["BatchLoss"]
-
 
 @dataclass(frozen=True)
 class BatchLoss:
     """Mean over region sizes of the objective, every size with the same weight, however many regions it has.
 
     A tile holds 64 times as many 2 µm bins as 16 µm ones; weighted by their number, the noisiest size would decide.
-
-    Attributes
-    ----------
-    operators, targets, sizes
-        Of each size, and its number among all sizes of the run.
-    depth
-        Counts of this slide relative to the mean of all, where they are what is learnt.
-    block_size
-        Outputs that are held together; None: as many as memory allows.
     """
 
     network: Network
     objective: Objective
-    operators: list[Operator]
+    operators: list[Operator]  # of each size
     targets: list[Target]
-    sizes: list[int]
-    depth: float = 1.0
-    block_size: int | None = None
+    sizes: list[int]  # numbers among all sizes of the run
+    depth: float = 1.0  # counts of this slide relative to the mean of all, where they are what is learnt
+    block_size: int | None = None  # outputs that are held together; None: as many as memory allows
 
     def backward(self, features: Tensor, fabric: Fabric) -> Tensor:
         """Add the gradient to that of all parameters, from D (B, C, h, w); returns the loss, detached."""
-        used = [k for k, target in enumerate(self.targets) if len(target)]  # sizes with regions in these tiles
+        used = [k for k, target in enumerate(self.targets) if target.shape[0]]  # sizes with regions in these tiles
         inputs = [self.network.region_inputs(features, self.operators[k]) for k in used]
-        n_rows = max(max(len(rows), len(self.targets[k])) for k, rows in zip(used, inputs, strict=True))
+        n_rows = max(max(len(rows), self.targets[k].shape[0]) for k, rows in zip(used, inputs, strict=True))
         blocks = output_blocks(self.network.head.n_outputs, n_rows, self.block_size)
         varying = [
             self.objective.n_varying(block_of(self.targets[k], block, features.device) for block in blocks)

@@ -23,46 +23,24 @@ from pixnet_sd.errors import CheckpointError
 from pixnet_sd.model import library_versions
 from pixnet_sd.params import ObjectiveName, TrainParams
 
-__all__ = ["BestEpoch", "Run", "RunState", "seal", "warn_of_versions"]
-
 _WARM_UP = 0.2
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run.
-
-    Attributes
-    ----------
-    training, held_out
-        Slides with the regions to train on, and with those to validate on (there may be none).
-    params
-        Optimizer, schedule and tiles; `patience` and `keep_best` matter only when regions are held out.
-    directory
-        For the state and, with a frozen encoder, for kept features.
-    fingerprint
-        Identifies data and settings: a state in the directory is taken up if it has the same.
-    max_epochs, batch_size
-        Most passes over the tiles, and tiles of one slide per step.
-    objective
-        What is minimised, and so what targets are: log-normalised expression, or raw counts with their sum last.
-    target_sum
-        Of the log-normalised values by which models of counts are compared.
-    save_every_s
-        Seconds after which the state is written again.
-    """
+    """A training run: on what, how, and where its state goes."""
 
     training: Sequence[TrainingSlide]
-    held_out: Sequence[TrainingSlide]
+    held_out: Sequence[TrainingSlide]  # may be empty: then `patience` and `keep_best` of the parameters do not matter
     params: TrainParams
-    directory: Path
-    fingerprint: str
+    directory: Path  # of the state and, with a frozen encoder, of kept features
+    fingerprint: str  # of data and settings: a state in the directory is taken up if it has the same
+    objective: ObjectiveName = "mse_pcc"  # decides what targets are: logarithms, or raw counts with their sum last
+    target_sum: float = 1e4  # of the log-normalised values by which models of counts are compared
     max_epochs: int = 500
-    batch_size: int = 8
-    objective: ObjectiveName = "mse_pcc"
-    target_sum: float = 1e4
+    batch_size: int = 8  # tiles of one slide
     seed: int = 0
-    save_every_s: float = 60.0
+    save_every_s: float = 60.0  # after which the state is written again
 
     def learning_rate(self, progress: float) -> float:
         """Compute the rate at a share of the run, 0 to 1; of progress alone, so that a resumed run agrees."""
@@ -87,15 +65,7 @@ def seal(file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def _open_sealed(path: Path, most_bytes: int | None) -> Iterator[mmap.mmap]:
-    """Map the content of a sealed file, so that what is read is what was hashed.
-
-    Raises
-    ------
-    CheckpointError
-        No regular file, too large, or it may not be read.
-    ValueError
-        It is not as it was written.
-    """
+    """Map the content of a sealed file, so that what is read is what was hashed; refuse one that was changed."""
     with open_regular(path, most_bytes=most_bytes) as file:
         n_bytes = file.seek(0, 2) - _SEAL_BYTES
         file.seek(max(n_bytes, 0))
@@ -122,61 +92,30 @@ def warn_of_versions(before: Mapping[str, str], what: str) -> None:
 
 @dataclass
 class BestEpoch:
-    """The epoch that did best on held-out regions.
-
-    Attributes
-    ----------
-    epoch
-        Its number, from 1; 0 before any.
-    pcc, pcc_per_gene
-        Held-out PCC, mean over sizes and genes, and per gene over slides and sizes.
-    weights
-        The network's trained part; empty when the last epoch is kept.
-    """
+    """The epoch, from 1, that did best on held-out regions; 0 before any."""
 
     epoch: int = 0
-    pcc: float = float("-inf")
-    pcc_per_gene: list[float] = field(default_factory=list)
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    pcc: float = float("-inf")  # held out, mean over sizes and genes
+    pcc_per_gene: list[float] = field(default_factory=list)  # mean over slides and sizes
+    weights: dict[str, Tensor] = field(default_factory=dict)  # what is trained; empty when the last epoch is kept
 
 
 @dataclass
 class RunState:
-    """All that the next epoch depends on; everything random is drawn from the seed and the epoch's number.
+    """All that the next epoch depends on; everything random is drawn from the seed and the epoch's number."""
 
-    Attributes
-    ----------
-    fingerprint
-        Of the run: a state is only taken up by the same.
-    epoch, steps
-        Epochs and optimizer steps done.
-    network, optimizer, extras
-        State dicts of what is trained: the network without a frozen encoder, the optimizer, and what the objective
-        learns beside it (dispersions of counts).
-    history
-        One row an epoch.
-    versions
-        Libraries that it was made with.
-    """
-
-    fingerprint: str
-    epoch: int = 0
+    fingerprint: str  # of the run
+    epoch: int = 0  # done, as are steps
     steps: int = 0
-    network: dict[str, Tensor] = field(default_factory=dict)
+    network: dict[str, Tensor] = field(default_factory=dict)  # what is trained: without a frozen encoder
     optimizer: dict[str, Any] = field(default_factory=dict)
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
+    extras: dict[str, Tensor] = field(default_factory=dict)  # what the objective learns: dispersions of counts
+    history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch
     best: BestEpoch = field(default_factory=BestEpoch)
-    versions: dict[str, str] = field(default_factory=library_versions)
+    versions: dict[str, str] = field(default_factory=library_versions)  # that it was made with
 
     def save(self, directory: Path) -> None:
-        """Write atomically: a kill in the middle leaves the state that was there.
-
-        Raises
-        ------
-        CheckpointError
-            The disk is full, or the folder cannot be written; the state that was there still is.
-        """
+        """Write atomically: a kill, a full disk or a folder that cannot be written leave the state that was there."""
         content = {k: v for k, v in vars(self).items() if k != "best"} | {"best": vars(self.best)}
         try:
             with replace_file(directory / _FILE) as aside, aside.open("w+b") as file:
@@ -190,13 +129,7 @@ class RunState:
 
     @classmethod
     def load(cls, directory: Path, fingerprint: str, *, most_bytes: int | None = None) -> RunState:
-        """Read the state of the same run, or begin a new one; a file of more than `most_bytes` is not believed.
-
-        Raises
-        ------
-        CheckpointError
-            The state is of another run, or damaged.
-        """
+        """Read the state of the same run, or begin a new one; refuse one of another run, damaged, or too large."""
         path = directory / _FILE
         if not path.exists():
             return cls(fingerprint)

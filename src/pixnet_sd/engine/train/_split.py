@@ -9,8 +9,6 @@ from pixnet_sd.engine import TrainingSlide
 from pixnet_sd.errors import PixNetError
 from pixnet_sd.geometry import Regions, chunks
 
-__all__ = ["hold_out_blocks"]
-
 _BLOCKS_A_SIDE = 8
 
 
@@ -20,24 +18,6 @@ def hold_out_blocks(slide: TrainingSlide, fraction: float, seed: int) -> tuple[T
     The regions' extent is cut into at most 8 × 8 blocks, and a share of the blocks that hold regions is drawn; all
     sizes share the blocks. A region goes where its centre is; training regions that touch a held-out block from
     outside, by up to their own size, are left out of both, so that no held-out tissue is trained on.
-
-    Parameters
-    ----------
-    slide
-        The slide.
-    fraction
-        Share of occupied blocks to hold out, in (0, 1).
-    seed
-        Draws the blocks.
-
-    Returns
-    -------
-    The slide with its training regions, and with its held-out regions.
-
-    Raises
-    ------
-    PixNetError
-        All regions lie in one block.
     """
     low, side = _block_grid(slide)
     blocks = [_block_of(m.regions, low, side) for m in slide.measured]

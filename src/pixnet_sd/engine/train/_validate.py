@@ -17,8 +17,6 @@ from pixnet_sd.model import Network, Objective, Operator
 from ._batches import DENSE_OUTPUTS, Target, block_of, plan_batches
 from ._features import FeatureMaps
 
-__all__ = ["GeneMeans", "Moments", "Scores", "gene_means", "score_regions"]
-
 GeneMeans = Mapping[str, NDArray[np.float64]]
 """What the mean of each gene predicts for regions of each size, by which a network is measured; "" for other sizes."""
 
@@ -28,24 +26,14 @@ _ABSURD_COUNTS = 1000.0  # times the counts that were measured
 
 
 class Scores(NamedTuple):
-    """Scores on regions, each averaged over slides and sizes.
+    """Scores on regions, each averaged over slides and sizes."""
 
-    Attributes
-    ----------
-    pcc, pcc_per_gene
-        Pearson correlation over regions, mean over genes, and of each gene; NaN for genes constant everywhere.
-    mse, gene_mean_mse, zero_mse
-        Mean squared error, and that of predicting each gene's mean over the training regions, and nothing.
-    count_ratio
-        Of a model of counts, predicted counts over measured ones: of the genes, or of all, whichever is further off.
-    """
-
-    pcc: float
+    pcc: float  # Pearson correlation over regions, mean over genes
     mse: float
-    pcc_per_gene: list[float]
-    gene_mean_mse: float = float("nan")
-    zero_mse: float = float("nan")
-    count_ratio: float = 1.0
+    pcc_per_gene: list[float]  # NaN for genes constant everywhere
+    gene_mean_mse: float = float("nan")  # of predicting each gene's mean over the training regions
+    zero_mse: float = float("nan")  # of predicting nothing
+    count_ratio: float = 1.0  # predicted over measured counts, of the genes or of all, whichever is further off
 
     @property
     def is_absurd(self) -> bool:
