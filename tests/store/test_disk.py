@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import zarr
+from tests.store.putting import enter
 
 from pixnet_sd.errors import StoreError
-from pixnet_sd.store import check_target, hold_lock, local_store
+from pixnet_sd.store import hold_lock, local_store
 from pixnet_sd.store._disk import check_free_disk, check_writable
 
 
@@ -38,7 +39,7 @@ def test_disk_too_small_says_needed_and_free(slide, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10 * 10**9))
     check_free_disk(slide.path, int(9.5e9))
     with pytest.raises(StoreError, match=r"10\.29 GB, but only 10\.00 GB"):
-        check_target(slide, {"pixnet_map": "images"}, needed_bytes=int(9.8e9))
+        enter(slide, {"pixnet_map": "images"}, n_bytes=int(9.8e9))
 
 
 def test_read_only_file_system(slide, monkeypatch):
@@ -51,7 +52,7 @@ def test_read_only_file_system(slide, monkeypatch):
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(StoreError, match=r"read-only.*tables.*Read-only file system"):
-        check_target(slide, {"x": "images"})
+        enter(slide, {"x": "images"})
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs POSIX users")

@@ -228,12 +228,14 @@ def test_averaged_copies_are_turned_back(landmark_slide, darkness, predict, map_
 
 
 @pytest.mark.parametrize("factor", [2, 3])
-def test_coarser_map_in_several_blocks(landmark_slide, darkness, predict, map_values, monkeypatch, factor):
-    sdata, _ = landmark_slide
-    monkeypatch.setattr("pixnet_sd.tl._predict._BLOCK_PX", 64)
-    predict(sdata, darkness, mpp="coordinate_system")
-    predict(sdata, darkness, mpp="coordinate_system", key_added="coarse", map_um=4.0 * factor, tile_px=64)
-    native = map_values(sdata)[0, :74, :98]
+def test_coarser_map_in_several_blocks(darkness, predict, map_values, factor):
+    """A strip wider than a block of the native map, 512 pixels of 4 working ones."""
+    rng = np.random.default_rng(0)
+    pixels = np.repeat(rng.integers(100, 180, (3, 60, 150), dtype=np.uint8), 16, axis=2)
+    sdata = sd.SpatialData(images={"he": Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=list("rgb"))})
+    predict(sdata, darkness, mpp=1.0)
+    predict(sdata, darkness, mpp=1.0, key_added="coarse", map_um=4.0 * factor, tile_px=64)
+    native = map_values(sdata)[0, :15, :600]
     native = np.pad(native, [(0, -side % factor) for side in native.shape])
     height, width = (side // factor for side in native.shape)
     expected = native.reshape(height, factor, width, factor).mean(axis=(1, 3))

@@ -14,7 +14,7 @@ from pixnet_sd.geometry import MAP_STRIDE
 from pixnet_sd.slide import Slide, open_slide
 from pixnet_sd.slide.elements import bin_lattice, coordinate_systems, names, open_store, scale0, shapes_of, tables_of
 from pixnet_sd.store import recorded, size_text
-from pixnet_sd.store.gene_map import estimate_bytes
+from pixnet_sd.store.gene_map import map_layout
 
 from ._messages import as_options
 from ._verbs import read_verb
@@ -120,7 +120,7 @@ def _estimate(slide: Slide, folder: str | Path | None) -> list[str]:
     """What a gene map takes, at most: as if all of the slide were tissue, before compression."""
     n_outputs, working_mpp, whose = _outputs(folder)
     at = slide.at(working_mpp)
-    n_bytes = size_text(estimate_bytes(n_outputs, *at.map_shape))
+    n_bytes = size_text(map_layout(n_outputs, at.map_shape).nbytes)
     height, width = at.map_shape
     return [
         f"gene map of {whose}: {height:,} x {width:,} px of {MAP_STRIDE * working_mpp:g} µm, {n_outputs} channels",

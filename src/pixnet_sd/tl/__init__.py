@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ._evaluate import matched_values as matched_values
     from ._fit import fit
     from ._predict import predict
+    from ._predict import predict_regions as predict_regions
     from ._training_data import Source as Source
     from ._training_data import Validation as Validation
     from ._training_data import open_sources as open_sources
@@ -28,6 +29,7 @@ _LATER = {
     "matched_values": "_evaluate",
     "open_sources": "_training_data",
     "predict": "_predict",
+    "predict_regions": "_predict",
     "split_slides": "_training_data",
 }
 
