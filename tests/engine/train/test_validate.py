@@ -61,13 +61,6 @@ def test_a_network_that_knows_scores_high(score, learnable) -> None:
     assert 0 < len(slides[0].read.calls) <= 3
 
 
-def test_regions_are_scored_in_their_order(score, learnable) -> None:
-    slide = learnable(150, 200)
-    (measured,) = slide.measured
-    measured.values[:] = measured.values[::-1].copy()
-    assert abs(score([slide], weight=KNOWS).pcc) < 0.6
-
-
 def test_constant_genes_take_no_part(score, learnable) -> None:
     one, other = learnable(), learnable(seed=1)
     one.measured[0].values[:, :2] = 1
