@@ -8,6 +8,7 @@ import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,6 @@ from pixnet_sd._schemas import StateSchema, validated, what_is_wrong
 from pixnet_sd._util import logger
 from pixnet_sd.engine import TrainingSlide
 from pixnet_sd.errors import CheckpointError
-from pixnet_sd.model import library_versions
 from pixnet_sd.params import ObjectiveName, TrainParams
 
 _WARM_UP = 0.2
@@ -82,10 +82,17 @@ _FILE = "training_state.pt"
 _DECIDING = ("pixnet_sd", "torch", "timm", "numpy")  # libraries that make a network's numbers
 
 
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _DECIDING:
+        with contextlib.suppress(PackageNotFoundError):  # a source tree that was never installed
+            versions[name] = version(name)
+    return versions
+
+
 def warn_of_versions(before: Mapping[str, str], what: str) -> None:
     """Log that a model or state was made with other versions of the libraries that make a network's numbers."""
-    now = library_versions()
-    changed = [f"{k} {before[k]} (now {now[k]})" for k in _DECIDING if before.get(k, now[k]) != now[k]]
+    changed = [f"{k} {before[k]} (now {now})" for k, now in _versions().items() if before.get(k, now) != now]
     if changed:
         logger.warning("%s was made with %s: numbers may differ in their last digits.", what, ", ".join(changed))
 
@@ -112,7 +119,7 @@ class RunState:
     extras: dict[str, Tensor] = field(default_factory=dict)  # what the objective learns: dispersions of counts
     history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch
     best: BestEpoch = field(default_factory=BestEpoch)
-    versions: dict[str, str] = field(default_factory=library_versions)  # that it was made with
+    versions: dict[str, str] = field(default_factory=_versions)  # that it was made with
 
     def save(self, directory: Path) -> None:
         """Write atomically: a kill, a full disk or a folder that cannot be written leave the state that was there."""
