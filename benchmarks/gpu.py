@@ -12,7 +12,7 @@ pixel, on a lattice turned by 0.5°; targets are rows gathered from a table in m
 Weights are random.
 
 - forward: the network on tiles that are on the device already, halo included, without gradients.
-- predict, results dropped: `engine.infer.infer`, map of all genes and sums of all 2 µm bins; every value is copied to
+- predict, results dropped: `engine.predict.Walk`, map of all genes and sums of all 2 µm bins; every value is copied to
   the host, and dropped there.
 - predict, results kept: the same, each block and each window's sums copied once more, into memory of the sink.
 - forward + backward: the network on a batch that is on the device already, backwards from the mean square of D.

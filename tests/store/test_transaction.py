@@ -180,7 +180,7 @@ def test_leftovers_of_a_run_killed_before_its_journal_are_swept(slide, monkeypat
     (work / "commit" / "new.zarr" / "labels").mkdir(parents=True)
     (work / "old" / "images").mkdir(parents=True)
     (work / "map-x").mkdir()
-    (work / "abc.json.tmp").touch()
+    (work / ".pixnet_sd-abc.partial").mkdir()
     enter(slide)
     assert not work.exists()
 

@@ -75,8 +75,8 @@ class Staged:
 
 
 def element_type(element: Any) -> str:
-    """Tell an element's type: ``"images"``, ``"labels"``, ``"points"``, ``"shapes"`` or ``"tables"``."""
-    return _TYPES[get_model(element)]
+    """Tell the type of an element, or of a staged one: ``"images"``, ``"labels"``, ``"shapes"`` and so on."""
+    return element.kind if isinstance(element, Staged) else _TYPES[get_model(element)]
 
 
 def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged, ...]:
@@ -271,6 +271,7 @@ class _Filler:
         self._waiting: list[NDArray[Any]] = []
 
     def add(self, values: NDArray[Any]) -> None:
+        values = np.asarray(values)  # ids may come as an index of pandas, which zarr does not take
         if {values.dtype.kind, self.array.dtype.kind} & set("OUT"):
             values = values.astype(np.dtypes.StringDType())
         self._waiting.append(values)

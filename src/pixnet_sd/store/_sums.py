@@ -357,8 +357,10 @@ class FileSums(RegionSums):
         total = np.zeros((len(rows), self.n_columns))
         step = max(1, PIECE_BYTES // (4 * self.n_columns))
         for piece in (slice(k, k + step) for k in range(0, len(row), step)):
-            share = np.empty((len(row[piece]), self.n_columns), "<f4")
-            self._read_sums(offset[piece], share, np.arange(len(share)))
+            ascending = np.argsort(offset[piece], kind="stable")
+            share = np.empty((len(ascending), self.n_columns), "<f4")
+            self._read_sums(offset[piece][ascending], share, np.arange(len(share)))
+            share = share[np.argsort(ascending)]
             first = np.flatnonzero(np.diff(place[piece], prepend=-1))
             count = np.diff(first, append=len(share))
             for k in range(int(count.max(initial=0))):  # the k-th share of each

@@ -25,11 +25,12 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pixnet_sd._files import clear_left_over
 from pixnet_sd._notes import ATTRS_KEY
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
@@ -50,7 +51,6 @@ from ._disk import (
     plain_files,
     read_json,
     secret,
-    sweep_drafts,
     work_folder,
     write_json,
 )
@@ -149,7 +149,7 @@ class Transaction:
             Element name → element, as the models of `spatialdata.models` parse them, or `Staged`; the folder of its
             scratch store goes afterwards, with all that is in it.
         provenance
-            Section → key → info, noted in ``sdata.attrs["pixnet_sd"]`` together with the elements.
+            Section → key → info, noted in the object (`record`) together with the elements.
 
         Raises
         ------
@@ -258,7 +258,7 @@ class Journal:
     moves: list[Move] = field(default_factory=list)
     nodes: dict[str, Any] = field(default_factory=dict)  # consolidated metadata of the elements, key → node
     groups: dict[str, Any] = field(default_factory=dict)  # element type → metadata of its group
-    notes: dict[str, Any] = field(default_factory=dict)  # for ``attrs["pixnet_sd"]``
+    notes: dict[str, Any] = field(default_factory=dict)  # section → key → info
 
 
 def _write_journal(work: Path, store: Path, journal: Journal) -> None:
@@ -335,7 +335,7 @@ def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
         _finish(store, work, journal, sdata)
     for leftover in (work / COMMIT, work / "old", *work.glob("view-*")):
         shutil.rmtree(leftover, ignore_errors=True)
-    sweep_drafts(work)
+    clear_left_over(work)
     for name in {path.name.removesuffix(".lock") for kind in ("map", "table") for path in work.glob(f"{kind}-*")}:
         # the lock file of a run that was killed goes, and its folder unless the same call can go on from it
         lock = hold_lock(work / f"{name}.lock", wait_s=0, busy="that run is alive")
@@ -398,21 +398,16 @@ def _finish(store: Path, work: Path, journal: Journal, sdata: SpatialData) -> No
 
 def _check_folders(store: Path, work: Path, journal: Journal) -> None:
     """Raise when a folder that something is moved from or to is a link."""
-    places = [path for move in journal.moves for path in _up_to(work, f"{move.place}/{move.path}")]
-    olds = [path for move in journal.moves for path in _up_to(work, f"old/{move.path}")]
-    for path in (store, work, *(store / move.kind for move in journal.moves), *places, *olds):
-        if path.is_symlink():
+    folders = [store, work, *(store / move.kind for move in journal.moves)]
+    for move in journal.moves:
+        for end in (work / move.place / move.path, work / "old" / move.path):
+            folders += [end, *(folder for folder in end.parents if folder.is_relative_to(work))]
+    for folder in folders:
+        if folder.is_symlink():
             raise StoreError(
-                f"{path} is a link, and nothing is moved through one. Look at it, and delete {work} if you miss no "
+                f"{folder} is a link, and nothing is moved through one. Look at it, and delete {work} if you miss no "
                 "results that are in it."
             )
-
-
-def _up_to(folder: Path, relative: str) -> Iterator[Path]:
-    """All of the folders on the way, the last included."""
-    for part in relative.split("/"):
-        folder = folder / part
-        yield folder
 
 
 def _is_under(key: str, path: str) -> bool:

@@ -37,7 +37,7 @@ from pixnet_sd.engine.predict import (
     window_side,
 )
 from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError
-from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, Regions, RegionShare, Window
+from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, Regions, RegionShare
 from pixnet_sd.model import Factors, Head, PixNet, outputs_of
 from pixnet_sd.params import PredictParams
 from pixnet_sd.slide import PixelContent, Slide, check_on_disk, check_same_pixels, open_slide, tissue_mask
@@ -58,7 +58,6 @@ from pixnet_sd.store import (
 )
 from pixnet_sd.store.gene_map import (
     FactorHead,
-    GeneMapReader,
     GeneMapWriter,
     MapLayout,
     factor_names,
@@ -319,12 +318,10 @@ class _Job:
 
     @property
     def map_key(self) -> str:
-        """Name of the image that is written."""
         return factors_key(self.key_added) if self.write == "factors" else map_key(self.key_added)
 
     @property
     def map_names(self) -> dict[str, str]:
-        """Name → type of the map's elements."""
         names = {self.map_key: "images", f"{self.map_key}_tissue": "labels"}
         return {None: {}, "map": names, "factors": names | {head_key(self.map_key): "tables"}}[self.write]
 
@@ -348,7 +345,6 @@ class _Job:
 
     @property
     def channels(self) -> list[str]:
-        """Names of the map's channels."""
         return factor_names(self.model.network.head.in_features) if self.write == "factors" else self.outputs
 
     @property
@@ -433,12 +429,8 @@ def _stored_maps(job: _Job) -> dict[str, StoredMap]:
             channels = [reader.genes.index(gene) for gene in job.outputs]
         else:
             continue
-        stored[key] = StoredMap(partial(_read, reader, channels), reader.shape, has_features)
+        stored[key] = StoredMap(partial(reader.read, channels), reader.shape, has_features)
     return stored
-
-
-def _read(reader: GeneMapReader, channels: list[int], window: Window) -> NDArray[np.float32]:
-    return reader.read(*window, channels)
 
 
 def _why_not(job: _Job, key: str, note: Mapping[str, Any]) -> str:

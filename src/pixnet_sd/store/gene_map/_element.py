@@ -206,19 +206,18 @@ class GeneMapReader:
     shape: tuple[int, int]  # map pixels, padding included
     _array: Any = field(repr=False)
 
-    def read(
-        self, row0: int, row1: int, col0: int, col1: int, channels: Sequence[int] | None = None
-    ) -> NDArray[np.float32]:
-        """Read (channels, row1 - row0, col1 - col0); ``channels`` None: all of them.
+    def read(self, channels: Sequence[int], window: Sequence[int]) -> NDArray[np.float32]:
+        """Read (channels, rows, columns) of a window, row0, row1, col0, col1.
 
         Raises
         ------
         DataError
-            When the range leaves the map.
+            When the window leaves the map.
         """
+        row0, row1, col0, col1 = window
         if not (0 <= row0 <= row1 <= self.shape[0] and 0 <= col0 <= col1 <= self.shape[1]):
             raise DataError(f"Rows {row0}:{row1}, columns {col0}:{col1} leave the map of {self.shape} pixels.")
-        wanted = slice(None) if channels is None else np.asarray(channels, dtype=np.intp)
+        wanted = np.asarray(channels, dtype=np.intp)
         if isinstance(self._array, zarr.Array):
             values = self._array.oindex[wanted, slice(row0, row1), slice(col0, col1)]
         else:

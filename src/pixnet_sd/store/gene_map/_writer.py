@@ -36,7 +36,7 @@ from pixnet_sd.store import (
 )
 
 from ._element import image_pyramid, map_transforms
-from ._layout import Block, MapLayout
+from ._layout import FLOAT_BYTES, Block, MapLayout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,6 +47,7 @@ __all__ = ["GeneMapWriter"]
 FAST = BloscCodec(typesize=4, cname="lz4", clevel=5, shuffle="shuffle")
 """For channels that are always read together: as small as the library's default, read three times as fast."""
 
+_UNDER_WAY = 4  # blocks that are computed, written and encoded at a time
 _DRAFT = re.compile(r"\.[0-9a-f]{32}\.partial")  # as zarr calls a file that it has not finished
 
 
@@ -98,6 +99,7 @@ class GeneMapWriter:
         self.layout, self._key, self._channels = layout, key, list(channels)
         self._out, self._transforms = out, map_transforms(transforms, pitch_image_px)
         self._blocks = frozenset(layout.blocks())
+        _check_memory(layout, in_memory=out.store is None)
         self._levels: _DiskLevels | _MemoryLevels
         if out.store is None:
             self._levels = _MemoryLevels(layout)
@@ -188,17 +190,27 @@ def _halved(image: NDArray[np.float32]) -> NDArray[np.float32]:
     return halved
 
 
+def _check_memory(layout: MapLayout, *, in_memory: bool) -> None:
+    """Refuse what would take more than half of the memory that is free: a map, or the blocks that are under way."""
+    available, block_bytes = available_memory(), FLOAT_BYTES * layout.n_genes * layout.block_px**2
+    needed = layout.nbytes if in_memory else _UNDER_WAY * block_bytes
+    if needed > available / 2:
+        remedy = (
+            "Write the object to disk first: `sdata.write('/some/folder.zarr')`; the map is then streamed into that "
+            "store."
+            if in_memory
+            else "Predict fewer genes (`genes=`), a coarser map (`map_um=`), or `write='factors'`."
+        )
+        raise StoreError(
+            f"Writing the gene map takes {size_text(needed)} of memory, more than half of the {size_text(available)} "
+            f"that are free. {remedy}"
+        )
+
+
 class _MemoryLevels:
     """NumPy levels, for objects that are not backed."""
 
     def __init__(self, layout: MapLayout) -> None:
-        available = available_memory()
-        if layout.nbytes > available / 2:
-            raise StoreError(
-                f"The gene map takes {size_text(layout.nbytes)}, more than half of the {size_text(available)} of "
-                "memory that are free. Write the object to disk first: `sdata.write('/some/folder.zarr')`; the map is "
-                "then streamed into that store."
-            )
         self.arrays: list[Any] = [np.zeros(layout.level_shape(k), np.float32) for k in range(layout.n_levels)]
         self._done: set[Block] = set()
 
