@@ -177,9 +177,9 @@ def _counts(found: Measured, genes: Sequence[str]) -> tuple[NDArray[np.float64],
     known = np.flatnonzero(columns >= 0)
     for place, block, sums in checked_blocks(found.counts, found.var_names, found.what):
         total[place] = sums
-        counts[place, known] = sparse.csr_matrix(block)[:, columns[known]].toarray()
+        counts[np.ix_(np.arange(len(found))[place], known)] = sparse.csr_matrix(block)[:, columns[known]].toarray()
     counts[:, [gene == TOTAL for gene in genes]] = total[:, None]
-    return (counts, total) if found.place is None else (counts[found.place], total[found.place])
+    return counts, total
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
-from pixnet_sd._fingerprint import content_sha256, release
+from pixnet_sd._fingerprint import content_sha256
 from pixnet_sd._notes import stored_note
 from pixnet_sd.errors import PixNetError, ResolutionError
 from pixnet_sd.geometry import MAP_STRIDE, STRIDES
@@ -63,10 +63,6 @@ def slide_parts(slide: Slide, pixels: PixelContent) -> dict[str, Any]:
     }
 
 
-_DECIDING = ("torch", "timm", "pixnet_sd")
-"""Libraries that make a network's numbers; a patch release is taken to make the same."""
-
-
 def training_parts(
     record: ModelRecord,
     settings: Mapping[str, Any],
@@ -93,12 +89,7 @@ def training_parts(
         "settings": dict(settings),
         "order of slides": list(slides),
         "slides": {name: slide_parts(*of_slide) | {"tables": data[name]} for name, of_slide in slides.items()},
-        "libraries": _libraries(record),
     }
-
-
-def _libraries(record: ModelRecord) -> dict[str, str]:
-    return {name: release(record.versions[name]) for name in _DECIDING}
 
 
 def model_parts(model: PixNet) -> dict[str, Any]:

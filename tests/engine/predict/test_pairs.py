@@ -1,4 +1,4 @@
-"""Two tiles at a time give what one at a time gives, and torch has its threads back afterwards."""
+"""Two tiles at a time give what one at a time gives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from pixnet_sd.engine import Pairs
 from pixnet_sd.engine.predict import PredictPlan, Tiling, Walk, plan_regions, window_side
 from pixnet_sd.geometry import Circles, Grid
 from pixnet_sd.model import receptive_radius_px
@@ -20,27 +19,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-def test_one_thread_or_a_gpu_has_no_pairs() -> None:
-    assert torch.get_num_threads() == 1
-    assert not Pairs(torch.device("cpu"))
-    assert not Pairs(torch.device("cuda"))
-
-
-def test_order_and_threads(two_threads) -> None:
-    pairs = Pairs(torch.device("cpu"))
-    seen = []
-
-    def look(images: list[torch.Tensor]) -> torch.Tensor:
-        seen.append(torch.get_num_threads())
-        return torch.stack(images)
-
-    found = pairs.map(look, [torch.full((2,), k) for k in range(5)])
-    assert found.tolist() == [[k, k] for k in range(5)]
-    assert set(seen) == {1}
-    pairs.close()
-    assert torch.get_num_threads() == 2
 
 
 def test_prediction_is_the_same(two_threads, make_network, draw, reader, fabric) -> None:
