@@ -115,6 +115,7 @@ _RULES: dict[str, Rule] = {
     "model_params": _group("ModelParams"),
     "train_params": _group("TrainParams"),
     "predict_params": _group("PredictParams"),
+    "fit_params": mapping("a dictionary of arguments of fit"),
     "fit.genes": raising(DataError, either(whole(1, _MOST_GENES), choice("all"), names("names of genes"))),
     "max_epochs": whole(1, _MOST),
     "max_steps": whole(1, _MOST),
@@ -146,7 +147,6 @@ _RULES: dict[str, Rule] = {
     # what a table or a plot of one means by it
     "fit.sdata": slides(_SDATA),
     "training_regions.sdata": slides(_SDATA),
-    "cross_validate.validation": optional(_SHARE),
     "evaluate.table_key": _KEY,
     "evaluation.table_key": _KEY,
     "gene_map.table_key": _KEY,
