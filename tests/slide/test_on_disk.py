@@ -131,7 +131,7 @@ def test_not_on_disk(backed: SpatialData, old: str, new: str) -> None:
 
 
 def test_millions_are_compared_by_ids_and_a_sample(backed: SpatialData, monkeypatch) -> None:
-    monkeypatch.setattr("pixnet_sd.slide._find._MANY_SHAPES", 2)
+    monkeypatch.setattr("pixnet_sd.slide._content._MANY_SHAPES", 2)
     check_on_disk(backed, "cells", "circles")
     for name in ("moved shapes", "fewer shapes"):
         copy = sd.read_zarr(backed.path)

@@ -166,7 +166,7 @@ def test_huge_blocks_are_warned_of(caplog: pytest.LogCaptureFixture, monkeypatch
     with caplog.at_level(logging.WARNING, "pixnet_sd"):
         open_slide(sdata, mpp=0.5)
         assert caplog.text == ""
-        monkeypatch.setattr(_slide, "_HUGE_BLOCK_PX", HEIGHT * WIDTH - 1)
+        monkeypatch.setattr(_slide, "HUGE_BLOCK_PX", HEIGHT * WIDTH - 1)
         open_slide(sdata, mpp=0.5)
     assert "write the object first" in caplog.text
 
@@ -178,7 +178,7 @@ def test_a_working_mpp_that_is_no_length_is_refused(working_mpp: float) -> None:
 
 
 def test_what_was_chosen_is_in_the_slide(backed: SpatialData) -> None:
-    slide = open_slide(backed, mpp=0.3, name="first")
+    slide = open_slide(backed, mpp=0.3, working_mpp=0.5).named("first")
     assert (slide.name, slide.image_key, slide.coordinate_system) == ("first", "he", "here")
     assert (slide.mpp, slide.height_px, slide.width_px) == (0.3, HEIGHT, WIDTH)
     assert slide.mpp_rule

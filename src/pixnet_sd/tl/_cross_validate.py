@@ -156,7 +156,7 @@ class Scoring:
         """Image of a slide, and the tables to score."""
         keys = self.score_table_key if self.score_table_key is not None else self.table_key
         regions = measured_regions(sdata, keys)
-        slide = open_slide(sdata, working_mpp=working_mpp, name=name, region_keys=regions, **self.where)
+        slide = open_slide(sdata, working_mpp=working_mpp, region_keys=regions, **self.where).named(name)
         return slide, _tables(sdata, slide, self)
 
     def check(self, slides: Mapping[str, SpatialData]) -> None:

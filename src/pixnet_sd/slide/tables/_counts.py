@@ -20,7 +20,7 @@ from scipy import sparse
 
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import DataError
-from pixnet_sd.slide.image import StoredRows
+from pixnet_sd.slide.image import GuardedArray
 
 from ._kind import Kind, Look
 
@@ -40,7 +40,7 @@ class _CompressedRows:
     """
 
     def __init__(self, group: Any, shape: tuple[int, int]) -> None:
-        self.indptr, self._indices, self._data = (StoredRows(group[name]) for name in ("indptr", "indices", "data"))
+        self.indptr, self._indices, self._data = (GuardedArray(group[name]) for name in ("indptr", "indices", "data"))
         self.shape, self.dtype = shape, self._data.dtype
 
     def __getitem__(self, rows: slice) -> sparse.csr_matrix:
@@ -104,7 +104,7 @@ class Counts:
         elif kind == "csr" and backed:
             matrix = _CompressedRows(matrix.group, matrix.shape)
         elif isinstance(matrix, zarr.Array):
-            matrix = StoredRows(matrix)
+            matrix = GuardedArray(matrix)
         return cls(matrix, np.asarray(rows), files, genes, is_half)
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ from spatialdata.models import Image2DModel, Labels2DModel
 from pixnet_sd.errors import StoreError
 from pixnet_sd.slide import open_slide, tissue_mask
 from pixnet_sd.slide.elements import LazyLabels
-from pixnet_sd.slide.image import ImagePyramid, StoredRows
+from pixnet_sd.slide.image import GuardedArray, ImagePyramid
 from pixnet_sd.slide.tables import Counts
 
 SIDE, CHUNK = 256, 64
@@ -177,4 +177,4 @@ def test_counts(tmp_path, kind, lost):
 def test_rows_of_a_remote_array_are_read_as_they_are():
     array = zarr.create_array(zarr.storage.MemoryStore(), shape=(5, 2), dtype="i4")
     array[:] = np.arange(10).reshape(5, 2)
-    assert StoredRows(array)[1:3].tolist() == [[2, 3], [4, 5]]
+    assert GuardedArray(array)[1:3].tolist() == [[2, 3], [4, 5]]

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixnet_sd.slide.image import make_taps, resample
-from pixnet_sd.slide.image._resample import Taps
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -102,7 +101,7 @@ def test_a_flat_picture_stays_flat(value: int, scale: float) -> None:
 def test_taps_are_whole_and_inside_the_source(size: int, scale: float, data: st.DataObject) -> None:
     n = out_size(size, scale)
     dst0 = data.draw(st.integers(0, n - 1))
-    taps: Taps = make_taps(dst0, data.draw(st.integers(dst0 + 1, min(n, dst0 + 50))), scale, size)
+    taps = make_taps(dst0, data.draw(st.integers(dst0 + 1, min(n, dst0 + 50))), scale, size)
     assert 0 <= taps.start < taps.stop <= size
     assert (taps.weights.sum(axis=1) == 4096).all()
     assert (taps.weights >= 0).all()

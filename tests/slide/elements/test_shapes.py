@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pixnet_sd.errors import DataError
 from pixnet_sd.geometry import Circles, Polygons
-from pixnet_sd.slide.elements._shapes import polygons_from_shapely, regions_from_shapes
+from pixnet_sd.slide.elements import regions_from_shapes
 
 SQUARE = shapely.box(2, 3, 8, 9)
 RING = shapely.Polygon(shapely.box(0, 0, 10, 10).exterior, [shapely.box(2, 2, 5, 6).exterior])
@@ -54,7 +54,7 @@ def test_polygons_holes_and_multipolygons_in_order() -> None:
 
 
 def test_rings_are_not_closed() -> None:
-    regions = polygons_from_shapely(np.array([RING, SQUARE]))
+    regions = regions_from_shapes(frame([RING, SQUARE]), "x")
     np.testing.assert_array_equal(regions.ring_offsets, [0, 4, 8, 12])
     np.testing.assert_array_equal(regions.ring_region, [0, 0, 1])
 

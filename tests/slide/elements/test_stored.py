@@ -148,7 +148,7 @@ def test_stored_table(visium_hd, written, make) -> None:
     [pd.RangeIndex(30), pd.RangeIndex(5, 95, 3), pd.Index(range(30, 0, -1), name="id"), pd.Index(list("abc") * 10)],
 )
 def test_sample_of_shapes(written, monkeypatch, index: pd.Index) -> None:
-    monkeypatch.setattr(_stored_shapes, "SAMPLE", 7)
+    monkeypatch.setattr(_stored_shapes, "_SAMPLE", 7)
     monkeypatch.setattr(_stored_shapes, "_BATCH_ROWS", 4)
     move = Affine(np.array([[2.0, 0, 1], [0, 2, 3], [0, 0, 1]]), input_axes=("x", "y"), output_axes=("x", "y"))
     frame = gpd.GeoDataFrame({"radius": 1.0}, geometry=shapely.points(np.arange(60.0).reshape(-1, 2)), index=index)
@@ -164,7 +164,7 @@ def test_sample_of_shapes(written, monkeypatch, index: pd.Index) -> None:
 
 
 def test_a_sample_is_taken_from_few_groups_of_rows(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(_stored_shapes, "SAMPLE", 5)
+    monkeypatch.setattr(_stored_shapes, "_SAMPLE", 5)
     monkeypatch.setattr(_stored_shapes, "_SAMPLED_GROUPS", 3)
     frame = gpd.GeoDataFrame({"radius": np.ones(30)}, geometry=shapely.points(np.arange(60.0).reshape(-1, 2)))
     sd.SpatialData(shapes={"spots": ShapesModel.parse(frame)}).write(tmp_path / "s.zarr")

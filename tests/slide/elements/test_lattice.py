@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixnet_sd.geometry import Circles, LabelGrid, Polygons
-from pixnet_sd.slide.elements import _lattice, bins_of_table, regions_of, table_link
-from pixnet_sd.slide.elements._lattice import fit_lattice, lattice_pitch
+from pixnet_sd.slide.elements import bins_of_table, fit_lattice, regions_of, table_link
 
 TABLE, SHAPES = "square_008um", "sample_square_008um"
 PLACE = {"coordinate_system": "sample", "from_system": np.diag([2.0, 2.0, 1.0])}
@@ -28,7 +27,6 @@ def test_fit_with_any_gaps(pitch: float, angle: float, points: list[tuple[int, i
     spans = np.linalg.matrix_rank(col_row[1:] - col_row[0]) == 2
     assert (found is not None) == spans
     if spans:
-        assert lattice_pitch(found) == pytest.approx(pitch, rel=1e-6)
         np.testing.assert_allclose(found[:2, :2], turn * pitch, atol=1e-6 * pitch)
 
 
@@ -143,9 +141,3 @@ def test_a_table_of_some_bins_does_not_stand_for_all(visium_hd) -> None:
     regions, ids = regions_of(sdata, SHAPES, **PLACE)
     assert isinstance(regions, Polygons)
     assert len(ids) == len(sdata.shapes[SHAPES])
-
-
-def test_millions_are_looked_up_in_parts(visium_hd, monkeypatch) -> None:
-    whole = bins(visium_hd())
-    monkeypatch.setattr(_lattice, "_CHUNK", 7)
-    np.testing.assert_array_equal(bins(visium_hd()).lattice.to_grid, whole.lattice.to_grid)
