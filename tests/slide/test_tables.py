@@ -110,7 +110,7 @@ def test_no_row_for_the_region(circles, table) -> None:
 def test_instance_twice(circles, table) -> None:
     sdata = SpatialData(shapes={"spots": circles([[1, 2], [3, 4]])}, tables={"t": table("spots", [0, 1])})
     sdata.tables["t"].obs["location_id"] = [1, 1]
-    with pytest.raises(DataError, match=r"1 rows whose instance id occurred before \(first 1\)"):
+    with pytest.raises(DataError, match=r"ids occurred before \(first 1\)"):
         table_link(sdata, table_key="t")
 
 

@@ -176,36 +176,36 @@ def check_on_disk(sdata: SpatialData, *keys: str | None) -> None:
     if not isinstance(sdata.path, Path) or not sdata.path.is_dir():
         return
     for key in keys:
-        for kind in ("images", "labels", "shapes"):
-            if key is not None and key in getattr(sdata, kind):  # what is left on disk cannot differ
-                _check_element(getattr(sdata, kind)[key], sdata.path, kind, key)
+        for group in ("images", "labels", "shapes"):
+            if key is not None and key in getattr(sdata, group):  # what is left on disk cannot differ
+                _check_element(getattr(sdata, group)[key], sdata.path, group, key)
 
 
-def _check_element(element: Any, store: Path, kind: str, key: str) -> None:
-    if not (store / kind / key / "zarr.json").is_file():
+def _check_element(element: Any, store: Path, group: str, key: str) -> None:
+    if not (store / group / key / "zarr.json").is_file():
         raise StoreError(
-            f"{kind} element {key!r} is in memory and not in the store {store}, into which the results go. Write it "
+            f"{group} element {key!r} is in memory and not in the store {store}, into which the results go. Write it "
             f"first: sdata.write_element({key!r})."
         )
-    if kind == "shapes":
-        shapes = StoredShapes(store / kind / key)
+    if group == "shapes":
+        shapes = StoredShapes(store / group / key)
         on_disk: Any = shapes if len(shapes) > _MANY_SHAPES else shapes.load()
     else:
-        on_disk = read_elements(store, {kind: [key]})[key]
+        on_disk = read_elements(store, {group: [key]})[key]
     systems = sorted({*coordinate_systems(element), *coordinate_systems(on_disk)})
     differ = [system for system in systems if not _same_place(element, on_disk, system)]
     if differ:
         raise StoreError(
-            f"{kind} element {key!r} has another transformation in memory than in the store {store}, to coordinate "
+            f"{group} element {key!r} has another transformation in memory than in the store {store}, to coordinate "
             f"system {names(differ)}, so that results there would lie elsewhere. Write it first: "
             f"sdata.write_transformations({key!r}); or read the object again."
         )
-    what = _changed_shapes(element, on_disk) if kind == "shapes" else _changed_pixels(element, on_disk, store)
-    if what:
+    changed = _changed_shapes(element, on_disk) if group == "shapes" else _changed_pixels(element, on_disk, store)
+    if changed:
         raise StoreError(
-            f"{kind} element {key!r} has other {what} in memory than in the store {store}, so that results there would "
-            "not fit. Write it under a name of its own, sdata['new'] = ... and sdata.write_element('new'), or read the "
-            "object again."
+            f"{group} element {key!r} has other {changed} in memory than in the store {store}, so that results there "
+            "would not fit. Write it under a name of its own, sdata['new'] = ... and sdata.write_element('new'), or "
+            "read the object again."
         )
 
 

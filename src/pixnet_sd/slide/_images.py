@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from pixnet_sd._util import logger
@@ -14,10 +15,8 @@ from pixnet_sd.errors import ElementError
 from .elements import (
     affine_matrix,
     coordinate_systems,
-    describe_images,
     image_extent,
     names,
-    overlap,
     scale0,
     shared_systems,
     written_by_pixnet,
@@ -85,15 +84,13 @@ def select_image(sdata: SpatialData, *, image_key: str | None = None, coordinate
     taken = likely[0] if len(likely) == 1 else _full_image_of(sdata, likely)
     if taken is None:
         why = {key: looks[key].describe() for key in likely}
-        raise ElementError(
-            f"Several images could be the slide: {describe_images(sdata, why)}. Name one with image_key=."
-        )
+        raise ElementError(f"Several images could be the slide: {_described(sdata, why)}. Name one with image_key=.")
     if len(likely) > 1:
         copies = names(key for key in likely if key != taken)
         logger.info("Image %r taken as the slide; %s are copies of it.", taken, copies)
     beside = {key: look.describe() for key, look in looks.items() if look.rank > best}
     if any(looks[key].is_rgb for key in beside):
-        logger.info("Image %r taken as the slide; not H&E: %s.", taken, describe_images(sdata, beside))
+        logger.info("Image %r taken as the slide; not H&E: %s.", taken, _described(sdata, beside))
     return taken
 
 
@@ -101,12 +98,17 @@ def other_slides(sdata: SpatialData, *, image_key: str, coordinate_system: str) 
     """Images that overlap one in a coordinate system, look like H&E, and are not copies of it."""
     image = sdata.images[image_key]
     others = [key for key in _placed_images(sdata, coordinate_system) if key != image_key]
-    others = [key for key in others if overlap(image, sdata.images[key], coordinate_system)]
+    others = [key for key in others if _overlap(image, sdata.images[key], coordinate_system)]
     whole = [key for key in others if is_copy(sdata, key, image_key)]  # of which the image is a copy
     others = [key for key in others if not any(is_copy(sdata, large, key) for large in (image_key, *whole))]
     others = [key for key in others if _Looks.of(sdata.images[key]).rank == 0]
     copies = {small for small in others for large in others if small != large and is_copy(sdata, large, small)}
     return [key for key in others if key not in copies] or others[:1]
+
+
+def _overlap(one: Any, other: Any, coordinate_system: str) -> bool:
+    boxes = [shapely.Polygon(image_extent(element, coordinate_system)) for element in (one, other)]
+    return bool(boxes[0].intersection(boxes[1]).area > 0) if all(box.is_valid for box in boxes) else True
 
 
 def _check_image(sdata: SpatialData, image_key: str, coordinate_system: str | None) -> None:
@@ -136,9 +138,21 @@ def _placed_images(sdata: SpatialData, coordinate_system: str | None) -> list[st
     if not placed:
         raise ElementError(
             f"No image is in coordinate system {coordinate_system!r}: "
-            f"{describe_images(sdata, dict.fromkeys(images, ''))}. Check coordinate_system=."
+            f"{_described(sdata, dict.fromkeys(images, ''))}. Check coordinate_system=."
         )
     return placed
+
+
+def _described(sdata: SpatialData, images: Mapping[str, str]) -> str:
+    """One phrase an image: name, shape, channels, what else is said of it, and coordinate systems."""
+    phrases = []
+    for key, said in images.items():
+        image = scale0(sdata.images[key])
+        shape = " x ".join(f"{image.sizes[axis]} {axis}" for axis in ("c", "y", "x"))
+        channels = f"channels {', '.join(map(str, image.coords['c'].values[:6]))}" if "c" in image.coords else ""
+        systems = f"coordinate systems: {names(coordinate_systems(sdata.images[key]))}"
+        phrases.append(f"{key!r} ({'; '.join(filter(None, (shape, channels, said, systems)))})")
+    return "; ".join(phrases)
 
 
 def _full_image_of(sdata: SpatialData, candidates: Sequence[str]) -> str | None:

@@ -21,7 +21,7 @@ from pixnet_sd.geometry import MAP_STRIDE
 from ._images import select_image
 from ._scale import find_mpp, named_as_bins, select_coordinate_system
 from .elements import affine_matrix, bin_lattice, coordinate_systems, scale0
-from .image import HUGE_BLOCK_PX, ImagePyramid, largest_block_px, make_taps, resample
+from .image import HUGE_BLOCK_PX, ImagePyramid, loaded_px, make_taps, resample
 
 _WHITE = 255
 _READ_PX = 4096  # side of the boxes that `read_picture` reads at once, in pixels of the level they come from
@@ -163,8 +163,7 @@ def open_slide(
         working_mpp=working_mpp,
     )
     logger.info("%s", slide.taken())
-    _warn_if_enlarged(slide)
-    _warn_if_huge_blocks(slide)
+    _warn_if_poor(slide)
     return slide
 
 
@@ -202,18 +201,15 @@ def _checked(working_mpp: float) -> float:
     return float(working_mpp)
 
 
-def _warn_if_enlarged(slide: Slide) -> None:
+def _warn_if_poor(slide: Slide) -> None:
     if slide.mpp > slide.working_mpp * (1 + 1e-3):
         logger.warning(
             "image %r has %.4g µm/px and is enlarged to the working %.4g µm/px: detail finer than its pixels is not "
             "there. If a larger image of the slide exists, give image_key=, or set working_mpp=%.2g.",
             *(slide.image_key, slide.mpp, slide.working_mpp, slide.mpp),
         )
-
-
-def _warn_if_huge_blocks(slide: Slide) -> None:
-    block_px = largest_block_px(slide.pyramid.level_for(slide.working_scale))
-    if block_px > HUGE_BLOCK_PX:
+    n_px = loaded_px(slide.pyramid.level_for(slide.working_scale).pixels.data)
+    if n_px > HUGE_BLOCK_PX:
         remedy = (
             "parse it anew with Image2DModel.parse(..., chunks=(3, 1024, 1024)) and write it"
             if slide.is_backed
@@ -221,7 +217,7 @@ def _warn_if_huge_blocks(slide: Slide) -> None:
         )
         logger.warning(
             "every tile of image %r loads a block of about %.0f million pixels, which is slow: %s.",
-            *(slide.image_key, block_px / 1e6, remedy),
+            *(slide.image_key, n_px / 1e6, remedy),
         )
 
 

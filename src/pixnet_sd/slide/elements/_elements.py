@@ -5,7 +5,7 @@ Maps are 3 x 3 matrices of (x, y, 1); coordinates of a raster element are pixels
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,20 +49,6 @@ def shared_systems(*elements: Any) -> list[str]:
 def names(keys: Iterable[str]) -> str:
     """Quoted, comma-separated names; the empty name, which readers do produce, stays visible."""
     return ", ".join(repr(key) for key in keys) or "none"
-
-
-def describe_images(sdata: SpatialData, keys: Mapping[str, str]) -> str:
-    """One phrase an image: name, shape, channels, what else is said of it, and coordinate systems."""
-    return "; ".join(_describe_image(key, sdata.images[key], what) for key, what in keys.items())
-
-
-def _describe_image(key: str, element: Any, what: str) -> str:
-    image = scale0(element)
-    shape = " x ".join(f"{image.sizes[axis]} {axis}" for axis in ("c", "y", "x"))
-    channels = ", ".join(map(str, image.coords["c"].values[:6])) if "c" in image.coords else ""
-    systems = f"coordinate systems: {names(coordinate_systems(element))}"
-    phrases = [shape, f"channels {channels}" if channels else "", what, systems]
-    return f"{key!r} ({'; '.join(filter(None, phrases))})"
 
 
 def region_element(sdata: SpatialData, key: str) -> Any:
@@ -130,12 +116,6 @@ def moved(points: NDArray[np.float64], matrix: NDArray[np.float64]) -> NDArray[n
 def image_extent(element: Any, coordinate_system: str) -> NDArray[np.float64]:
     """Corners of a raster element in a coordinate system, (4, 2)."""
     return moved(_corners_px(element), affine_matrix(element, coordinate_system))
-
-
-def overlap(one: Any, other: Any, coordinate_system: str) -> bool:
-    """Whether raster elements share a part of a coordinate system."""
-    boxes = [shapely.Polygon(image_extent(element, coordinate_system)) for element in (one, other)]
-    return bool(boxes[0].intersection(boxes[1]).area > 0) if all(box.is_valid for box in boxes) else True
 
 
 def _points_of(sdata: SpatialData, key: str) -> NDArray[np.float64]:

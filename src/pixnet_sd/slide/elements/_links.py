@@ -38,16 +38,16 @@ def plain_ids(ids: pd.Index, what: str, element_key: str) -> pd.Index:
     """
     if isinstance(ids, pd.CategoricalIndex):
         ids = ids.astype(ids.categories.dtype)
-    kind = "a MultiIndex" if isinstance(ids, pd.MultiIndex) else pd.api.types.infer_dtype(ids, skipna=False)
-    if kind == "integer" and ids.hasnans:
-        kind = "numbers, some of them missing"
-    if kind not in ("integer", "string", "empty") or (kind == "string" and not _can_be_written(ids)):
+    inferred = "a MultiIndex" if isinstance(ids, pd.MultiIndex) else pd.api.types.infer_dtype(ids, skipna=False)
+    if inferred == "integer" and ids.hasnans:
+        inferred = "numbers, some of them missing"
+    if inferred not in ("integer", "string", "empty") or (inferred == "string" and not _can_be_written(ids)):
         raise DataError(
             f"{what} {element_key!r}: a table names regions by whole numbers or by text, and the ids of these are "
-            f"{_KINDS.get(kind, kind)} (first: {ids[:1].tolist()[0]!r}). Give each its own: "
-            f"{_remedy(ids, kind, f'sdata[{element_key!r}]')}, and the ids in its tables alike."
+            f"{_KINDS.get(inferred, inferred)} (first: {ids[:1].tolist()[0]!r}). Give each its own: "
+            f"{_remedy(ids, inferred, f'sdata[{element_key!r}]')}, and the ids in its tables alike."
         )
-    if kind == "integer":
+    if inferred == "integer":
         ids = ids.astype(np.uint64 if ids.max() > np.iinfo(np.int64).max else np.int64)
     check_unique(ids, f"{what} {element_key!r}")
     return pd.Index(ids.array, name=None)
@@ -63,10 +63,10 @@ def _can_be_written(ids: pd.Index) -> bool:
     return True
 
 
-def _remedy(ids: pd.Index, kind: str, element: str) -> str:
-    if kind == "floating" and np.isfinite(values := ids.to_numpy(np.float64)).all() and (values % 1 == 0).all():
+def _remedy(ids: pd.Index, inferred: str, element: str) -> str:
+    if inferred == "floating" and np.isfinite(values := ids.to_numpy(np.float64)).all() and (values % 1 == 0).all():
         return f"{element}.index = {element}.index.astype(int)"
-    if kind == "string":
+    if inferred == "string":
         return f"{element}.index = [name.encode(errors='replace').decode() for name in {element}.index]"
     return f"{element}.index = {element}.index.map(str)"
 

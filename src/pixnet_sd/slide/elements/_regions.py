@@ -256,8 +256,8 @@ def bin_lattice(sdata: SpatialData, key: str, *, exact: bool = False) -> BinLatt
     for is_indexed in (indexed_first, not indexed_first):
         pitch = _indexed_pitch(sdata, key) if is_indexed else _drawn_pitch(neighbouring_shapes(shapes))
         if pitch is not None:
-            what = "lattice pitch" if is_indexed else "neighbour distance"
-            return BinLattice(key, size, pitch, f"{what} of the {size} µm bins {key!r}")
+            method = "lattice pitch" if is_indexed else "neighbour distance"
+            return BinLattice(key, size, pitch, f"{method} of the {size} µm bins {key!r}")
     return None
 
 

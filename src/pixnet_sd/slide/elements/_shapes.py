@@ -51,12 +51,12 @@ def regions_from_shapes(shapes: GeoDataFrame, what: str) -> Circles | Polygons:
     if not len(geometry):
         raise DataError(f"{what} is empty.")
     refuse(shapely.is_missing(geometry) | shapely.is_empty(geometry), "missing or empty", "Drop them.")
-    kind = shapely.get_type_id(geometry)
-    is_circles = (kind == _POINT).all()
+    type_id = shapely.get_type_id(geometry)
+    is_circles = (type_id == _POINT).all()
     if is_circles and "radius" not in shapes:
         raise DataError(f"{what} holds points without a column 'radius', so their extent is unknown.")
     if not is_circles:
-        other = ~np.isin(kind, (_POLYGON, _MULTIPOLYGON))
+        other = ~np.isin(type_id, (_POLYGON, _MULTIPOLYGON))
         refuse(other, "neither polygons nor multipolygons", "Keep one kind: circles or polygons.")
     xy, owner = shapely.get_coordinates(geometry, return_index=True)
     not_finite = np.zeros(len(geometry), bool)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
 
-_LEFT = "_pixnet_sd_left"  # attribute of an object: names by kind of what `open_store` left on disk; copies keep it
+_LEFT = "_pixnet_sd_left"  # attribute of an object: names by group of what `open_store` left on disk; copies keep it
 _SMALL_BYTES = 2**25  # of an element that `open_store` loads
 _BYTES_A_SHAPE, _BYTES_A_ROW = 500, 200  # in memory: a quadrangle; a name and some columns
 _SAMPLE = 5000
@@ -45,21 +45,21 @@ _BATCH_ROWS = 2**16
 _FILE = "shapes.parquet"
 
 
-def _left_on_disk(sdata: SpatialData, kind: str, file: str) -> dict[str, Path]:
+def _left_on_disk(sdata: SpatialData, group: str, file: str) -> dict[str, Path]:
     """Folders of the shapes or tables, told by a file in them, that the store has and the object was opened without.
 
-    These are what `open_store` left. An object that was opened otherwise and holds elements of the kind was opened with
+    These are what `open_store` left. An object that was opened otherwise and holds elements of the type was opened with
     them, and what it lacks was taken out of it. Results of this package do not count for that, and are always there.
     """
     if not isinstance(sdata.path, Path):
         return {}
-    in_memory = getattr(sdata, kind)
-    folders = sorted(path for path in (sdata.path / kind).glob("*") if path.name not in in_memory)
+    in_memory = getattr(sdata, group)
+    folders = sorted(path for path in (sdata.path / group).glob("*") if path.name not in in_memory)
     stored = {path.name: path for path in folders if (path / file).exists()}
     left: Mapping[str, Iterable[str]] | None = getattr(sdata, _LEFT, None)
     if left is None and all(_is_result(sdata, sdata.path, key) for key in in_memory):
         return stored
-    wanted = set() if left is None else set(left[kind])
+    wanted = set() if left is None else set(left[group])
     return {key: path for key, path in stored.items() if key in wanted or _is_result(sdata, sdata.path, key)}
 
 
@@ -115,13 +115,13 @@ def open_store(path: str | Path) -> SpatialData:
         )
     sdata = read_zarr(store, selection=("images", "labels", "points"))
     stored: dict[str, Mapping[str, Any]] = {"shapes": shapes_of(sdata), "tables": tables_of(sdata)}
-    left = {kind: [key for key in stored[kind] if stored[kind][key].n_bytes > _SMALL_BYTES] for kind in stored}
-    small = {kind: [key for key in stored[kind] if key not in left[kind]] for kind in stored}
+    left = {group: [key for key in stored[group] if stored[group][key].n_bytes > _SMALL_BYTES] for group in stored}
+    small = {group: [key for key in stored[group] if key not in left[group]] for group in stored}
     loaded = read_elements(store, small)
     with _no_region_warnings():
-        for kind, keys in small.items():
+        for group, keys in small.items():
             for key in keys:
-                getattr(sdata, kind)[key] = loaded[key]
+                getattr(sdata, group)[key] = loaded[key]
     setattr(sdata, _LEFT, left)
     if any(left.values()):
         logger.info("left on disk, to be read when needed: %s", ", ".join([*left["shapes"], *left["tables"]]))
@@ -129,14 +129,14 @@ def open_store(path: str | Path) -> SpatialData:
 
 
 def read_elements(store: Path, keys: Mapping[str, Iterable[str]]) -> SpatialData:
-    """Read elements of a store, named by kind, with spatialdata's own reader, and nothing else of it."""
+    """Read elements of a store, named by group of it, with spatialdata's own reader, and nothing else."""
     with TemporaryDirectory() as folder:
         scratch = Path(folder) / "part.zarr"
         root = _skeleton(store, scratch)
-        for kind in keys:
-            root.create_group(kind)
-            for key in keys[kind]:
-                (scratch / kind / key).symlink_to((store / kind / key).resolve(), target_is_directory=True)
+        for group in keys:
+            root.create_group(group)
+            for key in keys[group]:
+                (scratch / group / key).symlink_to((store / group / key).resolve(), target_is_directory=True)
         with _no_region_warnings():
             return read_zarr(scratch)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ._arrays import GuardedArray, computed, stored_array
-from ._image import HUGE_BLOCK_PX, ImageLevel, ImagePyramid, is_cheap_to_look_at, largest_block_px
+from ._arrays import GuardedArray, computed, loaded_px, stored_array
+from ._image import HUGE_BLOCK_PX, ImageLevel, ImagePyramid, is_cheap_to_look_at
 from ._pixels import Naming, coarsest, is_bright_field, levels_of, naming_of, pixel_sample
 from ._resample import make_taps, resample
 
@@ -17,8 +17,8 @@ __all__ = [
     "computed",
     "is_bright_field",
     "is_cheap_to_look_at",
-    "largest_block_px",
     "levels_of",
+    "loaded_px",
     "make_taps",
     "naming_of",
     "pixel_sample",

@@ -47,9 +47,8 @@ class ChunkGuard:
             return None
         folder = Path(root, *array.path.split("/"))
         identity = _identity(folder)
-        names = {
-            os.path.relpath(os.path.join(path, name), folder) for path, _, files in os.walk(folder) for name in files
-        }
+        start = len(os.fspath(folder)) + 1
+        names = {f"{path}/{name}"[start:] for path, _, files in os.walk(folder) for name in files}
         chunk = array.shards or array.chunks
         grid = tuple(-(-size // side) for size, side in zip(array.shape, chunk, strict=True))
         held = [array.metadata.encode_chunk_key(index) in names for index in np.ndindex(grid)]
@@ -134,7 +133,7 @@ def stored_array(data: Any) -> zarr.Array[Any] | None:
     return stored[0] if stored[0].shape == data.shape and stored[0].dtype == data.dtype else None
 
 
-def block_px(data: Any) -> float:
+def loaded_px(data: Any) -> float:
     """How many pixels (height x width) have to be loaded to get one of (c, y, x) data, about; 0 for those in memory.
 
     A lazy image may show small chunks that are cut from one big one further down (so does the reader of Visium HD,

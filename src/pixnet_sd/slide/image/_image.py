@@ -14,7 +14,7 @@ from xarray import DataArray, DataTree
 
 from pixnet_sd.errors import DataError, StoreError
 
-from ._arrays import ChunkGuard, GuardedArray, block_px
+from ._arrays import ChunkGuard, GuardedArray, loaded_px
 from ._pixels import check_uint8, is_bright_field, levels_of, pixel_sample, rgb_channels
 
 HUGE_BLOCK_PX = 64e6
@@ -80,7 +80,13 @@ class ImagePyramid:
                 "give image_key= of one, or parse this one with spatialdata.models.Image2DModel."
             )
         names = finest.coords["c"].values.tolist() if "c" in finest.coords else range(finest.sizes["c"])
-        channels = rgb_channels(names, image_key, partial(_look, element))
+
+        def look(at_any_cost: bool) -> bool | None:
+            """Whether the image is bright-field; None if it cannot be told, or only by loading all of it."""
+            is_cheap = at_any_cost or is_cheap_to_look_at(arrays[-1])
+            return is_bright_field(pixel_sample(element)) if is_cheap else None
+
+        channels = rgb_channels(names, image_key, look)
         sample = partial(pixel_sample, finest if is_cheap_to_look_at(finest) else element)
         check_uint8(finest.dtype, sample, image_key, is_multiscale=isinstance(element, DataTree))
         levels = []
@@ -122,21 +128,9 @@ def _placed(size: int, level_size: int) -> tuple[float, float]:
     return float(whole), float(max(0, size - whole * level_size))
 
 
-def _look(element: DataArray | DataTree, at_any_cost: bool) -> bool | None:
-    """Whether an image is bright-field; None if it cannot be told, or only by loading all of it."""
-    if not at_any_cost and not is_cheap_to_look_at(levels_of(element)[-1]):
-        return None
-    return is_bright_field(pixel_sample(element))
-
-
 def is_cheap_to_look_at(level: DataArray) -> bool:
     """Whether a few pixels of a level can be had without loading one huge block."""
-    return block_px(level.data) <= HUGE_BLOCK_PX
-
-
-def largest_block_px(level: ImageLevel) -> float:
-    """How many pixels (height x width) have to be loaded to get one of a level, about; 0 for pixels in memory."""
-    return block_px(level.pixels.data)
+    return loaded_px(level.data) <= HUGE_BLOCK_PX
 
 
 def _check_holes(levels: Sequence[ImageLevel], image_key: str) -> None:
