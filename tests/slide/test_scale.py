@@ -89,15 +89,6 @@ def test_lattice_without_a_table_may_be_turned_and_have_holes(visium_hd, angle: 
     assert find_mpp(without_tables(sdata), **FULL)[0] == pytest.approx(0.4, rel=1e-6)
 
 
-def test_shuffled_table_rows_are_joined_by_id(visium_hd) -> None:
-    sdata = visium_hd(mpp=0.4, bins=(8,))
-    order = np.random.default_rng(0).permutation(sdata.tables["square_008um"].n_obs)
-    sdata.tables["square_008um"] = sdata.tables["square_008um"][order].copy()
-    value, rule = find_mpp(sdata, **FULL)
-    assert value == pytest.approx(0.4, rel=1e-9)
-    assert "lattice" in rule
-
-
 def test_bins_elsewhere_and_stretched_bins_are_passed_over(visium_hd, caplog) -> None:
     caplog.set_level("INFO", "pixnet_sd")
     sdata = visium_hd()

@@ -135,11 +135,6 @@ def test_shapes_round_up(
     assert slide.map_shape == map_shape
 
 
-def test_reads_come_from_the_nearest_finer_level() -> None:
-    slide = open_slide(objects([2, 2]), mpp=MPP, working_mpp=0.6)
-    assert slide.pyramid.level_for(slide.working_scale) is slide.pyramid.levels[1]
-
-
 def test_an_image_coarser_than_working_is_enlarged_and_said_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "pixnet_sd"):
         slide = open_slide(objects(None), mpp=1.0)

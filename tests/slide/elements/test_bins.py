@@ -8,7 +8,7 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixnet_sd.geometry import Circles, LabelGrid, Polygons
+from pixnet_sd.geometry import Circles, LabelGrid, Lattice, Polygons
 from pixnet_sd.slide.elements import bins_of_table, fit_lattice, regions_of, table_link
 
 TABLE, SHAPES = "square_008um", "sample_square_008um"
@@ -51,6 +51,10 @@ def test_bins_lie_on_their_centres_and_are_turned(visium_hd, circles: bool, angl
     np.testing.assert_allclose(found.lattice.area, (2 * 8 / 0.5) ** 2)
     turn = found.lattice.to_grid[:2, 0]
     assert np.arctan2(turn[1], turn[0]) == pytest.approx(angle, abs=1e-9)
+    regions, ids = regions_of(sdata, SHAPES, **PLACE)
+    assert isinstance(regions, Lattice)
+    np.testing.assert_array_equal(ids, found.instances)
+    np.testing.assert_array_equal(regions.centre_xy, found.lattice.centre_xy)
 
 
 def test_labels_give_the_same_lattice_as_shapes(visium_hd) -> None:

@@ -18,7 +18,7 @@ from spatialdata.models import Labels2DModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Scale, get_transformation, set_transformation
 
 from pixnet_sd.errors import DataError, ElementError, ResolutionError
-from pixnet_sd.geometry import Circles, LabelGrid, Lattice, Polygons
+from pixnet_sd.geometry import Circles, LabelGrid, Polygons
 from pixnet_sd.slide.elements import LazyLabels, check_regions_on_image, regions_from_shapes, regions_of
 
 XY = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
@@ -117,23 +117,6 @@ def test_circles_through_two_maps(scale: float, angle: float, flip: bool, scale2
     np.testing.assert_allclose(regions.radius, np.array([2, 5]) * scale * scale2)
     expected = (from_system @ to_system @ [[10, 30], [20, 5], [1, 1]])[:2].T
     np.testing.assert_allclose(regions.centre_xy, expected, atol=1e-9)
-
-
-@pytest.mark.parametrize("dataset_id", ["sample", ""])
-def test_square_bins(visium_hd, dataset_id: str) -> None:
-    sdata = visium_hd(dataset_id=dataset_id, mpp=0.25)
-    key = f"{dataset_id}_square_008um"
-    place = {"coordinate_system": dataset_id, "from_system": np.diag([0.5, 0.5, 1])}
-    regions, ids = regions_of(sdata, key, **place)
-    assert isinstance(regions, Lattice)
-    assert list(ids) == list(sdata.shapes[key].index)
-    np.testing.assert_allclose(regions.area, (8 / 0.5) ** 2)
-    centres = shapely.get_coordinates(shapely.centroid(sdata.shapes[key].geometry.to_numpy()))
-    np.testing.assert_allclose(regions.centre_xy, centres / 2)
-    del sdata.tables["square_008um"]
-    regions, ids = regions_of(sdata, key, **place)
-    assert isinstance(regions, Polygons)
-    assert list(ids) == list(sdata.shapes[key].index)
 
 
 def labels_of(values: np.ndarray, **options: Any) -> Any:

@@ -187,12 +187,12 @@ class StoredShapes:
     @property
     def sample(self) -> GeoDataFrame:
         """At most 5,000 of the shapes, spread over all, with the element's transformations."""
-        return _sampled(self, self._version())
+        return _read_some(self, self._version(), in_sequence=False)
 
     @property
     def stretch(self) -> GeoDataFrame:
         """Shapes that follow one another in the file, from its middle: of bins, some rows of their lattice."""
-        return _stretched(self, self._version())
+        return _read_some(self, self._version(), in_sequence=True)
 
     def _version(self) -> tuple[int, ...]:
         """Dates and size of the file: one that changed is read again."""
@@ -224,37 +224,29 @@ Shapes: TypeAlias = "GeoDataFrame | StoredShapes"
 
 
 @lru_cache(maxsize=16)
-def _sampled(shapes: StoredShapes, version: tuple[int, ...]) -> GeoDataFrame:  # noqa: ARG001
-    groups, start, n_rows = _groups(shapes._file)
-    positions = sample_positions(n_rows.sum())
-    sample = _read_rows(shapes, groups, positions)
-    name, index = shapes._index
-    if name is None:
-        before = np.cumsum(n_rows) - n_rows
-        group = np.searchsorted(before, positions, side="right") - 1
-        sample.index = index[positions + (start - before)[group]]
-    return sample
-
-
-@lru_cache(maxsize=4)
-def _stretched(shapes: StoredShapes, version: tuple[int, ...]) -> GeoDataFrame:  # noqa: ARG001
-    groups, _, n_rows = _groups(shapes._file)
-    middle = len(groups) // 2
-    n = int(n_rows[middle])
-    first = max(0, (n - _STRETCH) // 2)
-    return _read_rows(shapes, groups[middle : middle + 1], np.arange(first, min(first + _STRETCH, n)))
-
-
-def _groups(file: pq.ParquetFile) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]]:
-    """Groups of rows of a file, spread evenly over it, with their first rows and sizes."""
-    n_rows = np.array([file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)])
+def _read_some(shapes: StoredShapes, version: tuple[int, ...], *, in_sequence: bool) -> GeoDataFrame:  # noqa: ARG001
+    """Shapes spread over groups of rows of the file, or a sequence from the middle group, with transformations."""
+    metadata = shapes._file.metadata
+    n_rows = np.array([metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)])
     filled = np.flatnonzero(n_rows)
-    chosen = filled[_spread(len(filled), _SAMPLED_GROUPS)]
-    return chosen.tolist(), (np.cumsum(n_rows) - n_rows)[chosen], n_rows[chosen]
+    groups = filled[_spread(len(filled), _SAMPLED_GROUPS)]
+    if in_sequence:
+        groups = groups[[len(groups) // 2]]
+        first = max(0, (n_rows[groups[0]] - _STRETCH) // 2)
+        positions = np.arange(first, min(first + _STRETCH, n_rows[groups[0]]))
+    else:
+        positions = sample_positions(n_rows[groups].sum())
+    rows = _read_rows(shapes, groups.tolist(), positions)
+    name, index = shapes._index
+    if name is None:  # counted: where in the file each of the positions is
+        before = np.cumsum(n_rows[groups]) - n_rows[groups]
+        group = np.searchsorted(before, positions, side="right") - 1
+        rows.index = index[positions - before[group] + (np.cumsum(n_rows) - n_rows)[groups][group]]
+    return rows
 
 
 def _read_rows(shapes: StoredShapes, groups: list[int], positions: NDArray[np.int64]) -> GeoDataFrame:
-    """Shapes at ascending positions, counted over groups of rows, with the element's transformations."""
+    """Shapes at ascending positions, counted over groups of rows."""
     store, key = shapes.path.parents[1], shapes.path.name
     with TemporaryDirectory() as folder:
         scratch = Path(folder) / "sample.zarr"

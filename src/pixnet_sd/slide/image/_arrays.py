@@ -66,9 +66,14 @@ class ChunkGuard:
 
     def read(self, array: Any, box: Box) -> NDArray[Any]:
         """Read ``array[box]``; `StoreError` where the folder, or a file that was there, is away."""
-        values = self._values(array, box)
-        if self._has_suspects(values, box):  # files that were away while they were read, and are back now
-            values = self._values(array, box)
+        for _ in range(2):
+            try:
+                values = np.asarray(array[box])
+            except OSError as error:
+                raise StoreError(f"{self.folder} cannot be read: {error.strerror or error}.") from error
+            self.check(box)
+            if not self._has_suspects(values, box):
+                break  # else files may have been away while they were read, and are back now
         return values
 
     def check(self, box: Box | None = None) -> None:
@@ -79,14 +84,6 @@ class ChunkGuard:
             file = self.folder / self.metadata.encode_chunk_key(index)
             if not os.path.exists(file):
                 raise StoreError(_away(file))
-
-    def _values(self, array: Any, box: Box) -> NDArray[Any]:
-        try:
-            values = np.asarray(array[box])
-        except OSError as error:
-            raise StoreError(f"{self.folder} cannot be read: {error.strerror or error}.") from error
-        self.check(box)
-        return values
 
     def _held(self, box: Box | None) -> Iterator[tuple[int, ...]]:
         """Chunks with a file that a box touches."""
