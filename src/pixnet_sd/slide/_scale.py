@@ -37,6 +37,7 @@ from .elements import (
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
+_RECORD = f"sdata.attrs[{ATTRS_KEY!r}]['mpp']"  # by name of the image
 _PLAUSIBLE = (0.1, 2.0)  # µm/px: from 100x objectives to overviews in which nuclei are still seen
 _SPOT_PITCH_UM = 100.0
 # A Visium spot is 55 µm wide; Space Ranger writes the diameter of a 65 µm one (89.5 px at a pitch of 138 px).
@@ -155,8 +156,8 @@ def find_mpp(
 ) -> tuple[float, str]:
     """Micrometres per pixel of an image at scale 0, and a phrase on where they come from.
 
-    In this order: `mpp` of the caller, or that the coordinate system is in µm; what ``sdata.attrs["pixnet_sd"]["mpp"]``
-    records for the image; Visium HD bins, which are lattices of touching squares; Visium spots. `region_keys` are asked
+    In this order: `mpp` of the caller, or that the coordinate system is in µm; what the object's notes
+    record for the image; Visium HD bins, which are lattices of touching squares; Visium spots. `region_keys` are asked
     before other elements. What bins or spots contradict is said: of the caller with a warning, of a record with a
     `ResolutionError`, as is a value that cannot be told, is contradictory or outside 0.1-2 µm/px (unless
     `allow_any_mpp`), or a transformation of the image that is no similarity.
@@ -169,7 +170,7 @@ def find_mpp(
     if mpp is not None:
         value, rule = _from_caller(coordinate_system, mpp, scale, sizes)
     elif (recorded := note_of(sdata.attrs.get(ATTRS_KEY), "mpp", image_key)) is not None:
-        value, rule = float(recorded), 'value recorded in sdata.attrs["pixnet_sd"]["mpp"]'
+        value, rule = float(recorded), f"value recorded in {_RECORD}"
         _check_record(value, stored_note(sdata, "mpp", image_key), image_key, sizes)
     else:
         value, rule = _measured(sdata, image_key, coordinate_system, sizes, region_keys)
@@ -208,7 +209,7 @@ def _from_caller(
 
 def _check_record(value: float, stored: Any, image_key: str, sizes: list[KnownSize]) -> None:
     """Refuse a record that differs from the store's, where only one was corrected, or that bins or spots refute."""
-    record = f"sdata.attrs['pixnet_sd']['mpp'] records {value:.4g} µm/px for image {image_key!r}, and the"
+    record = f"{_RECORD} records {value:.4g} µm/px for image {image_key!r}, and the"
     if stored is not None and stored != value:
         raise ResolutionError(
             f"{record} store {stored} µm/px: another session has corrected one of them. Say which is right with mpp=, "
