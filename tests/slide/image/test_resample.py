@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixnet_sd.slide.image import make_taps, resample
-from pixnet_sd.slide.image._resample import Taps
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -47,7 +46,7 @@ scales = st.one_of(
 sizes = st.integers(1, 70)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(height=sizes, width=sizes, scale=scales, data=st.data())
 def test_any_tiling_gives_the_same_pixels(height: int, width: int, scale: float, data: st.DataObject) -> None:
     source = picture(height, width)
@@ -58,7 +57,7 @@ def test_any_tiling_gives_the_same_pixels(height: int, width: int, scale: float,
             np.testing.assert_array_equal(box(source, scale, row0, row1, col0, col1), full[row0:row1, col0:col1])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(height=sizes, width=sizes, scale=scales)
 def test_follows_the_definition(height: int, width: int, scale: float) -> None:
     source = picture(height, width)
@@ -97,12 +96,12 @@ def test_a_flat_picture_stays_flat(value: int, scale: float) -> None:
     assert (whole(np.full((33, 41, 3), value, np.uint8), scale) == value).all()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(size=st.integers(1, 4000), scale=st.floats(0.2, 64.0), data=st.data())
 def test_taps_are_whole_and_inside_the_source(size: int, scale: float, data: st.DataObject) -> None:
     n = out_size(size, scale)
     dst0 = data.draw(st.integers(0, n - 1))
-    taps: Taps = make_taps(dst0, data.draw(st.integers(dst0 + 1, min(n, dst0 + 50))), scale, size)
+    taps = make_taps(dst0, data.draw(st.integers(dst0 + 1, min(n, dst0 + 50))), scale, size)
     assert 0 <= taps.start < taps.stop <= size
     assert (taps.weights.sum(axis=1) == 4096).all()
     assert (taps.weights >= 0).all()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
+from spatialdata.transformations import Scale, get_transformation
 
 from pixnet_sd.errors import DataError
-from pixnet_sd.slide import open_slide
+from pixnet_sd.slide.image import ImagePyramid
 
 SIDE = 160
 
@@ -49,38 +48,37 @@ KINDS: dict[str, np.ndarray] = {
 }
 
 
-def lines_for(sdata: SpatialData) -> str:
-    with pytest.raises(DataError, match="'he'.*uint8") as caught:
-        open_slide(sdata, image_key="he", mpp=0.5)
-    return str(caught.value).partition(":\n")[2]
+def converted(pixels: np.ndarray, scale_factors: list[int] | None = None) -> SpatialData:
+    """An object with the image, and with that which the proposed lines make of it."""
+    um = {"um": Scale([0.5, 0.5], axes=("x", "y"))}
+    dims, names = ("c", "y", "x"), ["r", "g", "b"]
+    image = Image2DModel.parse(pixels, dims=dims, c_coords=names, scale_factors=scale_factors, transformations=um)
+    sdata = SpatialData(images={"he": image})
+    with pytest.raises(DataError, match=f"'he' has {pixels.dtype} pixels.*'he_uint8'") as caught:
+        ImagePyramid.of(sdata["he"], "he")
+    exec(str(caught.value).partition(":\n")[2], {"sdata": sdata})
+    assert get_transformation(sdata["he_uint8"], get_all=True).keys() == {"um"}
+    return sdata
 
 
-@pytest.mark.parametrize(("kind", "scale_factors"), zip(KINDS, [None, [2, 2]] * 8, strict=False))
+@pytest.mark.parametrize(("kind", "scale_factors"), [(kind, ([2, 2], None)[k % 2]) for k, kind in enumerate(KINDS)])
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
 def test_proposed_lines_give_a_picture(kind: str, scale_factors: list[int] | None) -> None:
-    """G7: neither black nor clipped, and the same picture."""
-    image = Image2DModel.parse(KINDS[kind], dims=("c", "y", "x"), c_coords=["r", "g", "b"], scale_factors=scale_factors)
-    sdata = SpatialData(images={"he": image})
-    exec(lines_for(sdata), {"sdata": sdata})
-    slide = open_slide(sdata, image_key="he_uint8", mpp=0.5)
-    pixels = slide.read(0, SIDE, 0, SIDE)[12:].transpose(2, 0, 1).astype(float)
-    expected = he()[:, 12:]
+    """Neither black nor clipped, and the same picture."""
+    sdata = converted(KINDS[kind], scale_factors)
+    whole = ImagePyramid.of(sdata["he_uint8"], "he_uint8").levels[0].read(0, SIDE, 0, SIDE).transpose(2, 0, 1)
+    pixels, expected = whole[:, 12:].astype(float), he()[:, 12:]
     assert np.corrcoef(pixels.ravel(), expected.ravel())[0, 1] > 0.999
     assert 200 < np.percentile(pixels, 95) <= 255
     assert (pixels == 255).mean() < 0.01
     assert (pixels == 0).mean() < 0.01
     assert pixels.std() > 0.1 * 255
+    if kind == "8 of 16 bits":
+        np.testing.assert_array_equal(whole, KINDS[kind])
+    elif kind == "float, infinite and missing":
+        assert list(whole[0, 3:6, 5]) == [255, 0, 255]
 
 
-def test_missing_pixels_become_white() -> None:
-    sdata = SpatialData(images={"he": Image2DModel.parse(KINDS["float, infinite and missing"], dims=("c", "y", "x"))})
-    exec(lines_for(sdata), {"sdata": sdata})
-    row = sdata["he_uint8"]["scale0"].image.values[0, 3:6, 5]
-    assert list(row) == [255, 0, 255]
-
-
-@pytest.mark.parametrize("make", [np.zeros, lambda shape: np.full(shape, np.nan)])
-def test_nothing_to_go_by(make: Callable[..., np.ndarray]) -> None:
-    sdata = SpatialData(images={"he": Image2DModel.parse(make((3, 64, 64)), dims=("c", "y", "x"))})
-    exec(lines_for(sdata), {"sdata": sdata})
-    assert sdata["he_uint8"]["scale0"].image.dtype == np.uint8
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_nothing_to_go_by(value: float) -> None:
+    assert converted(np.full((3, 64, 64), value))["he_uint8"]["scale0"].image.dtype == np.uint8
