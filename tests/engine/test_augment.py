@@ -7,7 +7,6 @@ import torch
 from pixnet_sd.engine import N_SYMMETRIES, apply_symmetry, jitter_stain, undo_symmetry
 from pixnet_sd.geometry import Grid, Polygons
 from pixnet_sd.model import build_operator
-from pixnet_sd.model._operators import aggregate
 
 EVERY = range(N_SYMMETRIES)
 
@@ -49,10 +48,10 @@ def test_turning_the_map_back_equals_moving_the_regions(k: int) -> None:
 
     back = build_operator(regions, Grid(height, width, stride))
     there = build_operator(moved(regions, k, height * stride, width * stride), Grid(*turned.shape[-2:], stride))
-    undone = aggregate(undo_symmetry(turned, k).flatten(1).T, back.matrix)
+    undone = back.apply(undo_symmetry(turned, k).flatten(1).T)
     assert back.n_px.sum() > 200
     np.testing.assert_array_equal(back.n_px, there.n_px)
-    torch.testing.assert_close(undone, aggregate(turned.flatten(1).T, there.matrix), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(undone, there.apply(turned.flatten(1).T), rtol=1e-5, atol=1e-4)
 
 
 def test_jitter_keeps_the_range_and_white_nearly_white() -> None:

@@ -9,8 +9,7 @@ from torch.nn.functional import interpolate
 
 from pixnet_sd.engine.predict import RegionPlan, plan_regions
 from pixnet_sd.engine.predict._plan import windows_of
-from pixnet_sd.geometry import Circles, Grid
-from pixnet_sd.geometry._regions import squares
+from pixnet_sd.geometry import Circles, Grid, squares
 from pixnet_sd.model import build_operator
 
 GRID = Grid(30, 41, 4)

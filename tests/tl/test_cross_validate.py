@@ -15,7 +15,7 @@ import torch
 
 import pixnet_sd as ps
 from pixnet_sd.errors import CheckpointError, PixNetError
-from pixnet_sd.model._objectives import pearson_per_gene
+from pixnet_sd.model import pearson_per_gene
 from pixnet_sd.tl._evaluate import METRICS, moments, pooled
 
 TABLE, BINS = "square_008um", "sample_square_008um"
