@@ -67,7 +67,7 @@ _TARGET_SUM = 1e4
 
 
 @checked()
-def gene_map(
+def gene_map(  # noqa: PLR0913
     sdata: SpatialData,
     genes: str | Sequence[str],
     *,

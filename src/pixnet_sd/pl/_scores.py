@@ -35,7 +35,7 @@ _DEFAULT = ("loss", "val_pcc", "val_mse")
 
 
 @checked()
-def evaluation(
+def evaluation(  # noqa: PLR0913
     evaluation: pd.DataFrame | Mapping[str, pd.DataFrame],
     *,
     gene: str | None = None,

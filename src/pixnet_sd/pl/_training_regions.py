@@ -51,7 +51,7 @@ _TITLE_CHARACTERS = 60
 
 
 @checked()
-def training_regions(
+def training_regions(  # noqa: PLR0913
     sdata: SpatialData | Mapping[str, SpatialData],
     *,
     image_key: str | None = None,
