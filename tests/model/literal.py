@@ -1,6 +1,6 @@
 """Eq. 4-5 to the letter: every gene resized to the slide, every region a boolean mask. The fast path must equal it.
 
-Nothing here is shared with `pixnet_sd.model._aggregation`: points are tested one by one, and torch does the resizing.
+Nothing here is shared with `pixnet_sd.model`: points are tested one by one, and torch does the resizing.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from pixnet_sd.geometry import Circles, Grid, LabelGrid, Lattice, Polygons, Regions
-from pixnet_sd.geometry._regions import squares
+from pixnet_sd.geometry import Circles, Grid, LabelGrid, Lattice, Polygons, Regions, squares
 
 Float = NDArray[np.float64]
 
@@ -55,15 +54,9 @@ def circles(draw: st.DrawFn, grid: Grid) -> Circles:
 
 
 @st.composite
-def aligned_squares(draw: st.DrawFn, grid: Grid) -> Polygons:
+def any_squares(draw: st.DrawFn, grid: Grid) -> Polygons:
     centres = draw(st.lists(points(grid), min_size=1, max_size=4))
-    return squares(np.stack(centres), 2 * draw(half_size(0.05, 12)))
-
-
-@st.composite
-def rotated_squares(draw: st.DrawFn, grid: Grid) -> Polygons:
-    centres = draw(st.lists(points(grid), min_size=1, max_size=4))
-    return squares(np.stack(centres), 2 * draw(half_size(0.05, 12)), draw(angles))
+    return squares(np.stack(centres), 2 * draw(half_size(0.05, 12)), draw(either_angle))
 
 
 @st.composite
@@ -92,11 +85,8 @@ def multipolygons(draw: st.DrawFn, grid: Grid) -> Polygons:
 @st.composite
 def similarities(draw: st.DrawFn, grid: Grid) -> Float:
     """Rotation, scale, perhaps a mirror, and a shift of some pixels."""
-    angle, scale, flip = draw(either_angle), draw(number(0.3, 5)), draw(st.sampled_from([-1, 1]))
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
-    matrix = np.eye(3)
-    matrix[:2, :2], matrix[:2, 2] = turn @ np.diag([1, flip]), draw(points(grid, beyond=4.0))
-    return matrix
+    angle, scale, mirror = draw(either_angle), draw(number(0.3, 5)), draw(st.sampled_from([1, -1]))
+    return turned(scale, angle, draw(points(grid, beyond=4.0)), mirror)
 
 
 def turned(pitch: float, angle: float, origin: tuple[float, float], mirror: int = 1) -> Float:
@@ -110,9 +100,8 @@ def turned(pitch: float, angle: float, origin: tuple[float, float], mirror: int 
 @st.composite
 def lattices(draw: st.DrawFn, grid: Grid) -> Lattice:
     """Squares or circles on some points of a lattice that is turned a little, much, or not at all."""
-    few = draw(st.integers(1, 5)), draw(st.integers(1, 5))
-    start = draw(st.tuples(st.integers(-3, 3), st.integers(-3, 3)))
-    row, col = (part.ravel() + first for part, first in zip(np.mgrid[: few[0], : few[1]], start, strict=True))
+    n_rows, n_cols, row0, col0 = draw(st.tuples(*[st.integers(1, 5)] * 2, *[st.integers(-3, 3)] * 2))
+    row, col = (part.ravel() for part in np.mgrid[row0 : row0 + n_rows, col0 : col0 + n_cols])
     order = np.array(draw(st.permutations(range(len(row)))))[: draw(st.integers(1, len(row)))]
     small_angle = st.integers(-300, 300).map(lambda v: np.deg2rad(v / 100 + 0.00271828))
     angle = draw(st.one_of(st.just(0.0), small_angle, angles, st.just(np.pi / 2)))
@@ -132,8 +121,7 @@ def label_grids(draw: st.DrawFn, grid: Grid) -> LabelGrid:
 
 KINDS = {
     "circles": circles,
-    "aligned squares": aligned_squares,
-    "rotated squares": rotated_squares,
+    "squares": any_squares,
     "multipolygons": multipolygons,
     "labels": label_grids,
 }
