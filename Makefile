@@ -21,7 +21,7 @@ help:
 	@echo 'make setup        create $(VENV) and install the pinned dependencies (done once, by the others too)'
 	@echo 'make demo         sample slide -> fit -> predict -> evaluate -> picture'
 	@echo 'make test         all tests; PYTEST_ARGS="tests/nn -k circles" for some'
-	@echo 'make lint         ruff and mypy'
+	@echo 'make lint         ruff, import rules and mypy'
 	@echo 'make format       ruff, with fixes'
 	@echo 'make docs         HTML pages in docs/_build/html, warnings are errors'
 	@echo 'make package      wheel and sdist in dist/, checked, and the wheel tried alone in a fresh environment'
@@ -53,6 +53,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 format: $(STAMP)

@@ -57,21 +57,16 @@ import matplotlib.pyplot as plt
 
 MODELS: dict[str, dict[str, Any]] = {
     "sum": {"aggregation": "sum"},
-    "mean": {"aggregation": "mean"},
+    "mean": {},
     "poisson": {"objective": "poisson"},
     "nb": {"objective": "nb"},
 }
+MODEL: dict[str, Any] = {"encoder": ENCODER, "freeze_encoder": True, "working_mpp": 1.0, "decoder_width": 64}
+TRAIN: dict[str, Any] = {"tile_px": 640, "lr": 2e-3, "weight_decay": 1e-2}
 FIT: dict[str, Any] = {
-    "encoder": ENCODER,
-    "freeze_encoder": True,
-    "working_mpp": 1.0,
-    "tile_px": 640,
-    "batch_size": 1,
-    "decoder_width": 64,
-    "max_epochs": 10**4,
-    "lr": 2e-3,
-    "weight_decay": 1e-2,
     "validation": None,
+    "max_epochs": 10**4,
+    "batch_size": 1,
     "device": "cpu",
     "show_progress_bar": False,
 }
@@ -109,8 +104,8 @@ class Bench:
                     self.training,
                     table_key=tables,
                     genes=self.genes,
-                    encoder_weights=self.weights,
-                    max_steps=self.options.steps,
+                    model_params=MODEL | {"encoder_weights": self.weights},
+                    train_params=TRAIN | {"max_steps": self.options.steps},
                     checkpoint_dir=self.folder / f"{part} {trained} {name}",
                     **(FIT | options),
                 )
@@ -126,10 +121,11 @@ class Bench:
         self, sdata: sd.SpatialData, model: ps.PixNet, tests: list[TestRegions], about: dict[str, Any]
     ) -> None:
         side = -(-int(self.options.size_um) // 32) * 32  # one tile
-        options = {"mpp": MPP, "overwrite": True, "device": "cpu", "show_progress_bar": False, "tile_px": side}
+        options = {"mpp": MPP, "overwrite": True, "device": "cpu", "show_progress_bar": False}
+        options["predict_params"] = {"tile_px": side}
         ps.tl.predict(sdata, model, **options)
         for regions in tests:
-            ps.tl.predict(sdata, model, shapes_key=regions.key, write_map=False, **options)
+            ps.tl.predict(sdata, model, shapes_key=regions.key, write=None, **options)
             table = sdata.tables.pop(f"pixnet_{regions.key}")
             order = pd.Index(table.obs["instance_id"]).get_indexer(sdata.shapes[regions.key].index)
             total = table.obs.get("expected_total_counts")

@@ -64,15 +64,14 @@ def model(folder: Path, n_channels: int, n_genes: int) -> ps.PixNet:
     small = ps.datasets.sample(size_um=200, mpp=1.0, bin_um=(16,))
     options = {
         "checkpoint_dir": folder / "model",
-        "max_steps": 2,
+        "genes": 5,
         "validation": None,
         "device": "cpu",
+        "train_params": {"max_steps": 2},
         "show_progress_bar": False,
-        "n_genes": 5,
     }
-    fitted = ps.tl.fit(
-        small, encoder="test_resnet", encoder_weights=None, decoder_width=n_channels, working_mpp=1.0, **options
-    )
+    params = ps.ModelParams(encoder="test_resnet", encoder_weights=None, decoder_width=n_channels, working_mpp=1.0)
+    fitted = ps.tl.fit(small, model_params=params, **options)
     genes = [f"gene {k}" for k in range(n_genes)]
     network = Network(fitted.network.encoder, fitted.record.decoder, n_genes, "mean")
     return ps.PixNet(network, replace(fitted.record, genes=genes, held_out_pcc=[], weights_sha256="random"))
@@ -116,8 +115,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         store = Path(str(sdata.path))
         for key, kept in (("full", "map"), ("factors", "factors")):
             started = time.monotonic()
-            ps.tl.predict(sdata, network, store=kept, key_added=key, **settings)
-            print(f"predict, store={kept!r}: {time.monotonic() - started:.0f} s", flush=True)
+            ps.tl.predict(sdata, network, write=kept, key_added=key, **settings)
+            print(f"predict, write={kept!r}: {time.monotonic() - started:.0f} s", flush=True)
         bytes_ = {"full": size(store / "images" / "full_map"), "factors": size(store / "images" / "factors_factors")}
         bytes_["factors"] += size(store / "tables" / "factors_factors_head")
         times = {

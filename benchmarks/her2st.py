@@ -50,27 +50,24 @@ TARGET_SUM = 1e4
 TEST_SECTIONS = ("C2", "C3", "C4")
 ALWAYS_TRAINING = ("B4",)
 ALPHAS = 10.0 ** np.arange(1, 6.5, 0.5)
-PIXNET: dict[str, Any] = {
+MODEL: dict[str, Any] = {
     "encoder": ENCODER,
     "freeze_encoder": True,
     "working_mpp": WORKING_MPP,
-    "tile_px": 3072,  # the spots of a section fit into one tile
-    "batch_size": 1,
     "decoder_width": 128,
-    "max_epochs": 60,
-    "lr": 2e-3,
-    "weight_decay": 1e-2,
-    "validation": None,
+    "target_sum": TARGET_SUM,
 }
+TRAIN: dict[str, Any] = {"tile_px": 3072, "lr": 2e-3, "weight_decay": 1e-2}  # the spots of a section fit into one tile
+PIXNET: dict[str, Any] = {"validation": None, "max_epochs": 60, "batch_size": 1}
 N_SYMMETRIES = 8
 MODELS: dict[str, dict[str, Any]] = {
     "default": {},
-    "weak": {"pcc_weight": 0.5},
-    "sum": {"aggregation": "sum"},
+    "weak": {"train_params": TRAIN | {"pcc_weight": 0.5}},
+    "sum": {"model_params": MODEL | {"aggregation": "sum"}},
     "poisson": {"objective": "poisson"},
     "nb": {"objective": "nb"},
 }
-"""Models that can be trained, and what of `PIXNET` is different in each."""
+"""Models that can be trained, and what is different in each."""
 FEWER_SYMMETRIES = (1, 4)
 """The default is also predicted with these."""
 TRIALS = {"C3": ["B4", "C4"], "C4": ["B4", "C3"]}
@@ -184,22 +181,22 @@ class Runs:
             print(f"{test}: {method} took {time.monotonic() - started:.0f} s", flush=True)
 
     def _fit(self, training: list[str], genes: pd.Index, checkpoint: Path, different: dict[str, Any]) -> ps.PixNet:
+        params = {"model_params": MODEL, "train_params": TRAIN} | different
+        params["model_params"] = params["model_params"] | {"encoder_weights": self.weights}
         with shared_pyramids(self.folder / "pyramids"):
             return ps.tl.fit(
                 {name: sd.read_zarr(self.stores[name]) for name in training},
                 genes=list(genes),
-                target_sum=TARGET_SUM,
-                encoder_weights=self.weights,
                 seed=self.seed,
                 checkpoint_dir=checkpoint,
-                **(PIXNET | different),
+                **(PIXNET | params),
             )
 
     def _predict(self, test: str, model: ps.PixNet, n_symmetries: int) -> tuple[Array, pd.Index]:
         sdata = sd.read_zarr(self.stores[test])
         spots = next(iter(sdata.shapes))
-        options = {"write_map": False, "tile_px": 1728, "n_symmetries": n_symmetries, "overwrite": True}
-        ps.tl.predict(sdata, model, shapes_key=spots, **options)
+        params = {"tile_px": 1728, "n_symmetries": n_symmetries}
+        ps.tl.predict(sdata, model, shapes_key=spots, write=None, predict_params=params, overwrite=True)
         table = sdata.tables[f"pixnet_{spots}"]
         return np.asarray(table.X, dtype=np.float64), pd.Index(table.obs["instance_id"])
 

@@ -37,14 +37,11 @@ from typing import Any
 SIZE_UM, MPP, N_GENES, PANEL = 4500.0, 0.25, 18_000, 250
 STEPS, TILE_PX, BATCH = 12, 512, 2
 FIT = {
-    "encoder": "test_resnet",
-    "encoder_weights": None,
-    "decoder_width": 32,
-    "n_genes": PANEL,
-    "tile_px": TILE_PX,
-    "batch_size": BATCH,
+    "genes": PANEL,
     "max_epochs": 1,
-    "max_steps": STEPS,
+    "batch_size": BATCH,
+    "model_params": {"encoder": "test_resnet", "encoder_weights": None, "decoder_width": 32},
+    "train_params": {"tile_px": TILE_PX, "max_steps": STEPS},
     "device": "cpu",
     "show_progress_bar": False,
 }
@@ -229,6 +226,7 @@ def bare_write(options: argparse.Namespace) -> float:
             str(target / path.relative_to(result)),
             shape=source.shape,
             chunks=source.chunks,
+            shards=source.shards,
             dtype=source.dtype,
             compressors=source.compressors,
             fill_value=source.fill_value,

@@ -3,8 +3,8 @@
     python benchmarks/whole_transcriptome.py --data ../shared/data/her2st
 
 Trained on two sections for an epoch (memory does not depend on how many), on every gene that both measured: the
-most that there is here, as ``n_genes=None`` leaves out genes of fewer than 10 counts. A third section is predicted with
-``store="factors"``.
+most that there is here, as ``genes="all"`` leaves out genes of fewer than 10 counts. A third section is predicted with
+``write="factors"``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import spatialdata as sd
-from her2st import PIXNET, packaged_weights
+from her2st import MODEL, PIXNET, TRAIN, packaged_weights
 
 import pixnet_sd as ps
 
@@ -40,17 +40,18 @@ def main(arguments: list[str] | None = None) -> tuple[int, float]:
             sdata.write(stores[name])
         slides = {name: sd.read_zarr(stores[name]) for name in TRAINING}
         genes = [set(table.var_names) for sdata in slides.values() for table in sdata.tables.values()]
-        settings = PIXNET | {"max_epochs": options.epochs, "objective": options.objective, "tile_px": 1536}
+        settings = PIXNET | {"max_epochs": options.epochs, "objective": options.objective}
         model = ps.tl.fit(
             slides,
             genes=sorted(set.intersection(*genes)),
-            encoder_weights=packaged_weights(folder),
+            model_params=MODEL | {"encoder_weights": packaged_weights(folder)},
+            train_params=TRAIN | {"tile_px": 1536},
             checkpoint_dir=folder / "model",
             **settings,
         )
         fitted = time.monotonic()
         sdata = sd.read_zarr(stores[TEST])
-        ps.tl.predict(sdata, model, store="factors")
+        ps.tl.predict(sdata, model, write="factors")
         predicted = time.monotonic()
         gene = ps.get.gene_map(sdata, "ERBB2")["scale0"]["image"].values
         print(f"fit {fitted - started:.0f} s, factors {predicted - fitted:.0f} s", flush=True)

@@ -28,22 +28,21 @@ from typing import Any
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(?P<skip>% not run:[^\n]*\n)?```python\n(?P<code>.*?)```", re.DOTALL)
 SMALL: dict[str, Any] = {
-    "n_genes": 34,
-    "encoder": "resnet10t",
-    "encoder_weights": None,
-    "decoder_width": 8,
-    "tile_px": 128,
+    "genes": 34,
     "max_epochs": 1,
-    "max_steps": 2,
     "device": "cpu",
     "show_progress_bar": False,
 }
+GROUPS: dict[str, dict[str, Any]] = {
+    "model_params": {"encoder": "resnet10t", "encoder_weights": None, "decoder_width": 8},
+    "train_params": {"tile_px": 128, "max_steps": 2},
+}
 INSTEAD = {
     "size_um=2000, n_genes=500": "size_um=200, n_genes=40",
-    "max_steps=2000, max_epochs=100": "max_steps=2, max_epochs=1",
-    "decoder_width=128": "decoder_width=16",
-    'encoder="convnext_tiny"': 'encoder="test_convnext"',
-    "fit(spots)": "fit(spots, tile_px=256)",
+    'max_epochs=100, train_params={"max_steps": 2000}': 'max_epochs=1, train_params={"max_steps": 2}',
+    '"decoder_width": 128': '"decoder_width": 16',
+    '"encoder": "convnext_tiny"': '"encoder": "test_convnext"',
+    "fit(spots)": 'fit(spots, train_params={"tile_px": 256})',
 }
 """What pages say, and what is run in its place."""
 
@@ -120,6 +119,9 @@ def use_small_networks() -> None:
 
     @functools.wraps(fit)
     def small(sdata: Any, **options: Any) -> Any:
+        for name, params in GROUPS.items():
+            given = options.get(name, {})
+            options[name] = params | given if isinstance(given, dict) else given
         return fit(sdata, **{**SMALL, **options})
 
     ps.tl.fit = small

@@ -50,22 +50,20 @@ USERS = (
     "tables/square_008um",
 )
 SMALL: dict[str, Any] = {
-    "encoder": "test_resnet",
-    "encoder_weights": None,
-    "decoder_width": 16,
-    "working_mpp": 1.0,
-    "tile_px": 128,
-    "batch_size": 4,
-    "n_genes": 6,
-    "max_epochs": 4,
+    "genes": 6,
     "validation": 0.25,
+    "max_epochs": 4,
+    "batch_size": 4,
+    "model_params": {"encoder": "test_resnet", "encoder_weights": None, "decoder_width": 16, "working_mpp": 1.0},
+    "train_params": {"tile_px": 128},
     "device": "cpu",
     "show_progress_bar": False,
 }
+QUIET: dict[str, Any] = {"predict_params": {"tile_px": 128}, "device": "cpu", "show_progress_bar": False}
 KINDS: dict[str, dict[str, Any]] = {
     "fresh": {"shapes_key": "sample_square_008um"},
     "overwrite": {"radius_um": 8, "overwrite": True},
-    "factors": {"bin_um": 8, "store": "factors"},
+    "factors": {"bin_um": 8, "write": "factors"},
 }
 NAMES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 LEFT = ("*.pixnet_sd", "*.partial", "*.json.tmp", "*.pixnet_sd-*")
@@ -74,7 +72,7 @@ LEFT = ("*.pixnet_sd", "*.partial", "*.json.tmp", "*.pixnet_sd-*")
 def predict(store: Path, kind: str) -> None:
     """Many small windows; regions on the borders between them have shares in several."""
     layout.MAX_BLOCK_PX = 32
-    tl.predict(sd.read_zarr(store), tile_px=128, device="cpu", show_progress_bar=False, **KINDS[kind])
+    tl.predict(sd.read_zarr(store), **QUIET, **KINDS[kind])
 
 
 def fit(store: Path, checkpoint: Path) -> None:
@@ -91,7 +89,8 @@ def draw(folder: Path) -> None:
         shutil.copytree(folder / "fresh.zarr", folder / f"{kind}.zarr")
     sdata = sd.read_zarr(folder / "overwrite.zarr")
     genes = [str(gene) for gene in ps.PixNet.load(folder / "fitted").genes[:2]]
-    tl.predict(sdata, radius_um=8, genes=genes, n_symmetries=4, tile_px=128, device="cpu", show_progress_bar=False)
+    params = QUIET["predict_params"] | {"n_symmetries": 4}
+    tl.predict(sdata, radius_um=8, genes=genes, **(QUIET | {"predict_params": params}))
     (folder / "modules.json").write_text(json.dumps(sorted(sys.modules)))
 
 

@@ -38,12 +38,19 @@ def use(folder: Path) -> None:
     """Fit, predict, save and load."""
     ps.settings.verbosity = "warning"
     slide = ps.datasets.sample(size_um=150, mpp=1.0, bin_um=(8,))
-    quiet = {"device": "cpu", "tile_px": 128, "show_progress_bar": False}
+    quiet = {"device": "cpu", "show_progress_bar": False}
+    tiles = {"tile_px": 128}
     network = {"encoder": "test_resnet", "encoder_weights": None, "decoder_width": 8, "working_mpp": 1.0}
     model = ps.tl.fit(
-        slide, n_genes=5, max_steps=2, validation=None, checkpoint_dir=folder / "model", **network, **quiet
+        slide,
+        genes=5,
+        validation=None,
+        model_params=network,
+        train_params=tiles | {"max_steps": 2},
+        checkpoint_dir=folder / "model",
+        **quiet,
     )
-    ps.tl.predict(slide, model, radius_um=8, **quiet)
+    ps.tl.predict(slide, model, radius_um=8, predict_params=tiles, **quiet)
     table = slide.tables["pixnet_circles_8um"]
     assert list(table.var_names) == model.genes
     assert len(model.genes) == 5

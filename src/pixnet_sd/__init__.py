@@ -7,10 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import datasets, errors, get, io, pl, tl
+    from ._settings import settings
     from .model import PixNet
-    from .settings import settings
+    from .params import ModelParams, PredictParams, TrainParams
 
-__all__ = ["PixNet", "__version__", "datasets", "errors", "get", "io", "pl", "settings", "tl"]
+__all__ = [
+    "ModelParams",
+    "PixNet",
+    "PredictParams",
+    "TrainParams",
+    "__version__",
+    "datasets",
+    "errors",
+    "get",
+    "io",
+    "pl",
+    "settings",
+    "tl",
+]
 
 __version__: str
 
@@ -21,8 +35,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name == "PixNet":
         return importlib.import_module(".model", __name__).PixNet
+    if name in ("ModelParams", "PredictParams", "TrainParams"):
+        return getattr(importlib.import_module(".params", __name__), name)
     if name == "settings":
-        return importlib.import_module(".settings", __name__).settings
+        return importlib.import_module("._settings", __name__).settings
     if name == "__version__":
         return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

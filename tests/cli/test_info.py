@@ -19,16 +19,13 @@ def checkpoint(drawn, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
     ps.tl.fit(
         sd.read_zarr(drawn),
-        encoder="test_resnet",
-        encoder_weights=None,
-        decoder_width=16,
-        working_mpp=1.0,
-        tile_px=128,
         genes=["ACTB", "COL1A1", "MKI67"],
         max_epochs=1,
         validation=0.25,
         objective="poisson",
         device="cpu",
+        model_params={"encoder": "test_resnet", "encoder_weights": None, "decoder_width": 16, "working_mpp": 1.0},
+        train_params={"tile_px": 128},
         checkpoint_dir=folder,
         record_model=False,
         show_progress_bar=False,

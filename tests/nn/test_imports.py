@@ -9,7 +9,8 @@ import sys
 LOAD_ALL = """
 import importlib, json, pkgutil, sys
 import pixnet_sd.geometry, pixnet_sd.model
-names = [f"{room.__name__}.{m.name}" for room in (pixnet_sd.geometry, pixnet_sd.model) for m in pkgutil.iter_modules(room.__path__)]
+rooms = (pixnet_sd.geometry, pixnet_sd.model)
+names = [f"{room.__name__}.{m.name}" for room in rooms for m in pkgutil.iter_modules(room.__path__)]
 for name in names:
     importlib.import_module(name)
 print(json.dumps([names, sorted({m.split(".")[0] for m in sys.modules})]))

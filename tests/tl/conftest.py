@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import spatialdata as sd
 import torch
+from tests.grouped import FIT, PREDICT, grouped
 
 import pixnet_sd as ps
 from pixnet_sd.model import Network
@@ -26,12 +27,12 @@ FAST: dict[str, Any] = {
     "working_mpp": 1.0,
     "tile_px": 128,
     "batch_size": 4,
-    "n_genes": 6,
+    "genes": 6,
     "max_epochs": 2,
     "device": "cpu",
     "show_progress_bar": False,
 }
-"""Arguments of `fit` that make it take half a second."""
+"""Parameters of `fit`, flat, that make it take half a second."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,7 +57,7 @@ def _fitted(_drawn: Path, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("fitted")
     shutil.copytree(_drawn, folder / "slide.zarr")
     sdata = sd.read_zarr(folder / "slide.zarr")
-    ps.tl.fit(sdata, checkpoint_dir=folder / "model", validation=0.25, **FAST)
+    ps.tl.fit(sdata, checkpoint_dir=folder / "model", validation=0.25, **grouped(FIT, **FAST))
     return folder / "slide.zarr", folder / "model"
 
 
@@ -79,7 +80,12 @@ def _counted(_drawn: Path, tmp_path_factory) -> Path:
     """Folder of a slide and of a model of its counts."""
     folder = tmp_path_factory.mktemp("counted")
     shutil.copytree(_drawn, folder / "slide.zarr")
-    ps.tl.fit(sd.read_zarr(folder / "slide.zarr"), checkpoint_dir=folder / "model", objective="poisson", **FAST)
+    ps.tl.fit(
+        sd.read_zarr(folder / "slide.zarr"),
+        checkpoint_dir=folder / "model",
+        objective="poisson",
+        **grouped(FIT, **FAST),
+    )
     return folder
 
 
@@ -103,21 +109,20 @@ def checkpoint(_fitted: tuple[Path, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def fast() -> dict[str, Any]:
-    return FAST
+    return grouped(FIT, **FAST)
 
 
 @pytest.fixture
 def fit() -> Callable[..., ps.PixNet]:
-    """`tl.fit`, small."""
-    return lambda sdata, **arguments: ps.tl.fit(sdata, **(FAST | arguments))
+    """`tl.fit`, small, of flat parameters."""
+    return lambda sdata, **flat: ps.tl.fit(sdata, **grouped(FIT, **(FAST | flat)))
 
 
 @pytest.fixture
 def predict() -> Callable[..., None]:
-    """`tl.predict` without a bar, on small tiles."""
-    return lambda sdata, model=None, **arguments: ps.tl.predict(
-        sdata, model, **({"tile_px": 256, "device": "cpu", "show_progress_bar": False} | arguments)
-    )
+    """`tl.predict` without a bar, on small tiles, of flat parameters."""
+    small = {"tile_px": 256, "device": "cpu", "show_progress_bar": False}
+    return lambda sdata, model=None, **flat: ps.tl.predict(sdata, model, **grouped(PREDICT, **(small | flat)))
 
 
 @pytest.fixture

@@ -45,13 +45,13 @@ def test_tables_say_what_they_hold(counted, predict, backed) -> None:
 
 def test_totals_are_those_measured(counted, predict) -> None:
     """Not of each bin after two epochs, but of all together."""
-    predict(counted, shapes_key=BINS, write_map=False)
+    predict(counted, shapes_key=BINS, write=None)
     observed = counted.tables[TABLE].X.sum()
     assert counted.tables[f"pixnet_{BINS}"].obs["expected_total_counts"].sum() == pytest.approx(observed, rel=0.25)
 
 
 def test_evaluates_like_logarithms(counted, predict) -> None:
-    predict(counted, shapes_key=BINS, write_map=False)
+    predict(counted, shapes_key=BINS, write=None)
     scores = ps.tl.evaluate(counted, table_key=TABLE, predicted_key=f"pixnet_{BINS}")
     assert scores.attrs["n_genes"] == 6
     assert scores.attrs["MSE"] < 20
@@ -83,7 +83,7 @@ def test_the_map_has_densities_per_um2(counted, predict) -> None:
 
 
 def test_the_map_is_reused(counted, predict, forward_passes) -> None:
-    predict(counted, shapes_key=BINS, write_map=False)
+    predict(counted, shapes_key=BINS, write=None)
     direct = counts(counted.tables[f"pixnet_{BINS}"])
     del counted.tables[f"pixnet_{BINS}"]
     counted.delete_element_from_disk(f"pixnet_{BINS}")
@@ -95,8 +95,8 @@ def test_the_map_is_reused(counted, predict, forward_passes) -> None:
 
 
 def test_some_genes_have_the_same_logarithms(counted, predict) -> None:
-    predict(counted, shapes_key=BINS, write_map=False)
+    predict(counted, shapes_key=BINS, write=None)
     every = counted.tables[f"pixnet_{BINS}"]
     genes = list(every.var_names[[4, 1]])
-    predict(counted, shapes_key=BINS, write_map=False, genes=genes, overwrite=True)
+    predict(counted, shapes_key=BINS, write=None, genes=genes, overwrite=True)
     np.testing.assert_allclose(counted.tables[f"pixnet_{BINS}"].X, every[:, genes].X, rtol=1e-5)

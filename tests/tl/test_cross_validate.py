@@ -76,7 +76,7 @@ def test_scores_are_those_of_predict_and_evaluate(finished, stores, predict, tmp
     result, folder, _ = finished
     store = shutil.copytree(stores["A"], tmp_path / "A.zarr")
     sdata = sd.read_zarr(store)
-    predict(sdata, folder / "one", shapes_key=BINS, write_map=False)
+    predict(sdata, folder / "one", shapes_key=BINS, write=None)
     expected = ps.tl.evaluate(sdata, table_key=TABLE, predicted_key=f"pixnet_{BINS}")
     found = result.per_gene.query("slide == 'A'").set_index("gene")
     pd.testing.assert_frame_equal(found[["pcc", "mse", "mae"]], expected.loc[found.index], rtol=1e-4, atol=1e-5)

@@ -81,7 +81,7 @@ def test_against_numpy(sdata, counts, predictions):
             "PCC@S": np.median(known),
             "PCC@M": known.mean(),
             "n_regions": N - 3,
-            "n_genes": 5,
+            "genes": 5,
         },
         rel=1e-5,
     )
@@ -215,7 +215,7 @@ def test_genes_named_twice(sdata):
 
 
 def test_after_predict(fitted, predict):
-    predict(fitted, shapes_key="sample_square_008um", write_map=False)
+    predict(fitted, shapes_key="sample_square_008um", write=None)
     found = evaluate(sd.read_zarr(fitted.path), table_key="square_008um", predicted_key="pixnet_sample_square_008um")
     assert found.attrs["n_regions"] == 408
     assert np.isfinite(found.to_numpy()).all()

@@ -38,7 +38,7 @@ def test_factors_give_the_map(backed, predict, in_memory) -> None:
         elements = {name: element for _, name, element in backed.gen_elements()}
         sdata = sd.SpatialData.init_from_elements(elements, attrs=dict(backed.attrs))
     predict(sdata)
-    predict(sdata, store="factors", key_added="lean")
+    predict(sdata, write="factors", key_added="lean")
     full = sdata.images["pixnet_map"]
     genes = [str(gene) for gene in full["scale0"]["image"].c.values]
     for wanted in (None, genes[::-2]):
@@ -51,7 +51,7 @@ def test_factors_give_the_map(backed, predict, in_memory) -> None:
 
 
 def test_read_back_and_kept_as_an_element(backed, predict) -> None:
-    predict(backed, store="factors")
+    predict(backed, write="factors")
     gene = ps.PixNet.load(backed.attrs["pixnet_sd"]["model"]).genes[1]
     again = sd.read_zarr(backed.path)
     expected = ps.get.gene_map(backed, gene)
@@ -65,7 +65,7 @@ def test_read_back_and_kept_as_an_element(backed, predict) -> None:
 
 def test_regions_and_map_come_from_factors(backed, predict, forward_passes) -> None:
     predict(backed, shapes_key=BINS, key_added="direct")
-    predict(backed, store="factors")
+    predict(backed, write="factors")
     del forward_passes[:]
     predict(backed, shapes_key=BINS)
     assert not forward_passes
@@ -78,28 +78,28 @@ def test_regions_and_map_come_from_factors(backed, predict, forward_passes) -> N
 
 def test_all_genes_whatever_regions_are_predicted_for(fitted, predict) -> None:
     genes = ps.PixNet.load(fitted.attrs["pixnet_sd"]["model"]).genes
-    predict(fitted, store="factors", genes=genes[:1], shapes_key=BINS)
+    predict(fitted, write="factors", genes=genes[:1], shapes_key=BINS)
     assert list(fitted.tables[f"pixnet_{BINS}"].var_names) == genes[:1]
     assert list(ps.get.gene_map(fitted)["scale0"]["image"].c.values) == genes
 
 
 def test_is_there_already(fitted, predict, forward_passes) -> None:
-    predict(fitted, store="factors")
+    predict(fitted, write="factors")
     del forward_passes[:]
-    predict(fitted, store="factors")
+    predict(fitted, write="factors")
     assert not forward_passes
 
 
 def test_refusals(fitted, predict) -> None:
     with pytest.raises(PixNetError, match=r"native pitch only: leave out map_um=8 or store"):
-        predict(fitted, store="factors", map_um=8)
+        predict(fitted, write="factors", map_um=8)
     fitted.tables["pixnet_factors_head"] = fitted.tables["square_008um"]
     with pytest.raises(StoreError, match="pixnet_factors_head"):
-        predict(fitted, store="factors")
+        predict(fitted, write="factors")
 
 
 def test_a_cut_off_run_goes_on(fitted, predict, monkeypatch) -> None:
-    predict(fitted, store="factors", key_added="whole")
+    predict(fitted, write="factors", key_added="whole")
     monkeypatch.setattr("pixnet_sd.store.gene_map._layout.MAX_BLOCK_PX", 32)
     write, calls = ps.store.GeneMapWriter.write, []
 
@@ -112,9 +112,9 @@ def test_a_cut_off_run_goes_on(fitted, predict, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(ps.store.GeneMapWriter, "write", breaking)
         with pytest.raises(KeyboardInterrupt):
-            predict(fitted, store="factors", tile_px=128)
+            predict(fitted, write="factors", tile_px=128)
     assert "pixnet_factors" not in sd.read_zarr(fitted.path).images
-    predict(fitted, store="factors", tile_px=128)
+    predict(fitted, write="factors", tile_px=128)
     found, expected = (fitted.images[f"{key}_factors"]["scale0"]["image"].values for key in ("pixnet", "whole"))
     height, width = (min(a, b) for a, b in zip(found.shape[1:], expected.shape[1:], strict=True))
     np.testing.assert_allclose(found[:, :height, :width], expected[:, :height, :width], atol=1e-5 * np.ptp(expected))

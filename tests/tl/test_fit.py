@@ -173,7 +173,7 @@ def test_aggregation_starts_at_the_mean(slide, fit, predict, tmp_path, aggregati
     """With either, predictions are on the scale of the targets from the start."""
     model = fit(slide, checkpoint_dir=tmp_path / "model", aggregation=aggregation, max_epochs=1, lr=1e-5)
     assert model.record.aggregation == aggregation
-    predict(slide, shapes_key=BINS, write_map=False)
+    predict(slide, shapes_key=BINS, write=None)
     scores = ps.tl.evaluate(slide, table_key=TABLE, predicted_key=f"pixnet_{BINS}")
     counts = slide.tables[TABLE].to_df()
     target = np.log1p(1e4 * counts.div(counts.sum(axis=1), axis=0))[model.genes]
@@ -188,13 +188,15 @@ def test_few_regions(slide, fit, tmp_path):
 
 
 def test_paper_preset(slide, fit, predict, tmp_path):
-    model = fit(slide, checkpoint_dir=tmp_path / "model", preset="paper", aggregation="sum", max_epochs=1)
+    paper = {**vars(ps.ModelParams.paper()), **vars(ps.TrainParams.paper())}
+    own = {k: v for k, v in paper.items() if k in ("decoder", "aggregation", *vars(ps.TrainParams()))}
+    model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1, **{**own, "tile_px": 128})
     settings = model.record.training
     assert (settings["optimizer"], settings["anneal"], settings["patience"]) == ("adam", False, None)
     assert settings["pcc_weight"] == 0.5
     assert model.record.decoder.widths is None
     assert model.record.decoder.hidden == (16, 16, 16)
-    predict(slide, bin_um=16, write_map=False)
+    predict(slide, bin_um=16, write=None)
     assert np.isfinite(slide.tables["pixnet_bins_16um"].X).all()
 
 
@@ -239,7 +241,7 @@ def test_the_whole_transcriptome(slide, fit, tmp_path, monkeypatch):
         monkeypatch.setattr(targets, "DENSE_OUTPUTS", most)
         monkeypatch.setattr(targets, "_BLOCK_BYTES", 0)
         monkeypatch.setattr(targets, "_FEWEST", 16)
-        model = fit(slide, checkpoint_dir=tmp_path / name, n_genes=None, max_epochs=1, lr=1e-3)
+        model = fit(slide, checkpoint_dir=tmp_path / name, genes="all", max_epochs=1, lr=1e-3)
         assert len(model.genes) == (counts >= 10).sum() > 16
         weights.append(model.network.head.weight)
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
@@ -297,7 +299,6 @@ def test_it_learns(slide, fit, tmp_path):
         ({"device": "cuda:7"}, "cuda"),
         ({"device": "gpu"}, "gpu"),
         ({"objective": "poisson", "aggregation": "mean"}, "objective='poisson' sums densities: leave out aggregation="),
-        ({"objective": "nb", "preset": "paper"}, "objective='nb' sums densities"),
     ],
 )
 def test_arguments_that_do_not_fit(slide, fit, tmp_path, monkeypatch, arguments, message):
@@ -327,7 +328,7 @@ def test_gene_without_counts(slide, fit, predict, tmp_path):
     with pytest.warns(UserWarning, match=r"1 of the genes named have no counts in the training slides \('GENE004'\)"):
         model = fit(slide, checkpoint_dir=tmp_path / "named", genes=["CD68", "GENE004"], max_epochs=1)
     assert model.record.held_out_pcc[1] is None
-    predict(slide, shapes_key=BINS, write_map=False)
+    predict(slide, shapes_key=BINS, write=None)
     assert np.isfinite(slide.tables[f"pixnet_{BINS}"].X).all()
     scores = ps.tl.evaluate(slide, table_key=TABLE, predicted_key=f"pixnet_{BINS}")
     assert np.isnan(scores.loc["GENE004", "pcc"])

@@ -78,8 +78,10 @@ def _at_rest(_fitted, tmp_path_factory) -> Path:
     """The slide with a map, bins and circles of before it is moved."""
     store = shutil.copytree(_fitted[0], tmp_path_factory.mktemp("at_rest") / "slide.zarr")
     sdata = sd.read_zarr(store)
-    for regions in ({"shapes_key": BINS}, {"radius_um": 12, "write_map": False}):
-        ps.tl.predict(sdata, **regions, tile_px=256, device="cpu", key_added="before", show_progress_bar=False)
+    for regions in ({"shapes_key": BINS}, {"radius_um": 12, "write": None}):
+        ps.tl.predict(
+            sdata, **regions, predict_params={"tile_px": 256}, device="cpu", key_added="before", show_progress_bar=False
+        )
     return store
 
 
@@ -103,7 +105,7 @@ def test_slide_moved_in_its_coordinate_system(at_rest, predict, map_values, move
     del at_rest.images["sample_hires_image"], at_rest.images["sample_lowres_image"]  # they were not moved
     at_rest.write_transformations()
     predict(at_rest, shapes_key=BINS, key_added="after", coordinate_system=SYSTEM)
-    predict(at_rest, radius_um=12, key_added="after", coordinate_system=SYSTEM, write_map=False)
+    predict(at_rest, radius_um=12, key_added="after", coordinate_system=SYSTEM, write=None)
 
     for name in (BINS, "circles_12um"):
         before, after = (at_rest.tables[f"{when}_{name}"] for when in ("before", "after"))
@@ -127,7 +129,7 @@ def test_shapes_moved_alone_are_followed(fitted, predict):
     fitted.shapes["elsewhere"] = ShapesModel.parse(moved, transformations={SYSTEM: affine(np.linalg.inv(away))})
     fitted.write_element(["here", "elsewhere"])
     for key in ("here", "elsewhere", BINS):
-        predict(fitted, shapes_key=key, write_map=False)
+        predict(fitted, shapes_key=key, write=None)
     here, elsewhere, bins = (fitted.tables[f"pixnet_{key}"].X for key in ("here", "elsewhere", BINS))
     np.testing.assert_allclose(elsewhere, here, atol=1e-4)
     np.testing.assert_allclose(bins, here, atol=5e-3)  # the bins of the lattice, which are turned by half a degree
@@ -174,7 +176,7 @@ def weighted_centre(xy: np.ndarray, values: np.ndarray) -> np.ndarray:
 def test_landmark(landmark_slide, darkness, predict, map_values, map_um):
     sdata, spot = landmark_slide
     predict(sdata, darkness, mpp="coordinate_system", radius_um=4, map_um=map_um)
-    predict(sdata, darkness, mpp="coordinate_system", shapes_key="landmarks", write_map=False)
+    predict(sdata, darkness, mpp="coordinate_system", shapes_key="landmarks", write=None)
     half_map_px = (map_um or 4.0) / 2  # µm, the unit of the system
 
     picture = map_values(sdata)[0]
@@ -209,7 +211,7 @@ def test_landmark_levels_of_the_map_agree(landmark_slide, darkness, predict):
 def test_values_are_means_over_the_pixels_below(landmark_slide, darkness, predict):
     """Against the image itself: the mean darkness in a circle, of working pixels read by hand."""
     sdata, _ = landmark_slide
-    predict(sdata, darkness, mpp="coordinate_system", shapes_key="landmarks", write_map=False)
+    predict(sdata, darkness, mpp="coordinate_system", shapes_key="landmarks", write=None)
     pixels = 255 - sdata.images["he"]["scale0"]["image"].values.mean(axis=0)
     y, x = np.mgrid[:420, :560] + 0.5
     inside = [(x - cx) ** 2 + (y - cy) ** 2 <= (6.0 / MPP) ** 2 for cx, cy in LANDMARKS]
@@ -241,7 +243,7 @@ def test_coarser_map_in_several_blocks(landmark_slide, darkness, predict, map_va
 def test_map_read_back_in_several_windows(landmark_slide, darkness, predict, caplog):
     """Circles across the windows' borders get the same from the map as from the network."""
     sdata, _ = landmark_slide
-    predict(sdata, darkness, mpp="coordinate_system", radius_um=10, write_map=False, key_added="run")
+    predict(sdata, darkness, mpp="coordinate_system", radius_um=10, write=None, key_added="run")
     predict(sdata, darkness, mpp="coordinate_system")
     caplog.set_level("INFO", "pixnet_sd")
     predict(sdata, darkness, mpp="coordinate_system", radius_um=10, tile_px=64)

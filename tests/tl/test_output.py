@@ -30,7 +30,7 @@ def predicted(_fitted, tmp_path_factory) -> sd.SpatialData:
     store = shutil.copytree(_fitted[0], tmp_path_factory.mktemp("predicted") / "slide.zarr")
     sdata = sd.read_zarr(store)
     for regions in ({"radius_um": 8}, {"shapes_key": BINS}):
-        ps.tl.predict(sdata, **regions, tile_px=256, device="cpu", show_progress_bar=False)
+        ps.tl.predict(sdata, **regions, predict_params={"tile_px": 256}, device="cpu", show_progress_bar=False)
     return sdata
 
 

@@ -49,7 +49,7 @@ def test_circles_lie_on_tissue(fitted, predict):
 
 
 def test_spacing(fitted, predict):
-    predict(fitted, radius_um=4, spacing_um=32, write_map=False)
+    predict(fitted, radius_um=4, spacing_um=32, write=None)
     centres = shapely.get_coordinates(fitted.shapes["pixnet_circles_4um_shapes"].geometry.to_numpy())
     assert (centres % 32 == 16).all()
     assert len(np.unique(centres, axis=0)) == len(centres)
@@ -71,7 +71,7 @@ def test_bins(fitted, predict, map_values):
 
 
 def test_shapes(fitted, predict):
-    predict(fitted, shapes_key=BINS, write_map=False)
+    predict(fitted, shapes_key=BINS, write=None)
     table = fitted.tables[f"pixnet_{BINS}"]
     assert table.uns["spatialdata_attrs"]["region"] == BINS
     assert list(table.obs["instance_id"]) == list(fitted.shapes[BINS].index)
@@ -80,7 +80,7 @@ def test_shapes(fitted, predict):
 
 
 def test_circles_at_shapes(fitted, predict):
-    predict(fitted, shapes_key=BINS, radius_um=10, write_map=False)
+    predict(fitted, shapes_key=BINS, radius_um=10, write=None)
     key = f"pixnet_{BINS}_circles_10um"
     table, circles = fitted.tables[key], fitted.shapes[f"{key}_shapes"]
     assert list(circles.index) == list(fitted.shapes[BINS].index)
@@ -107,8 +107,8 @@ def test_labels(fitted, predict, model):
     frame.attrs = {}
     fitted.shapes["squares"] = sd.models.ShapesModel.parse(frame, transformations={"sample": Identity()})
     fitted.write_element(["cells", "squares"])
-    predict(fitted, shapes_key="cells", write_map=False)
-    predict(fitted, shapes_key="squares", write_map=False)
+    predict(fitted, shapes_key="cells", write=None)
+    predict(fitted, shapes_key="squares", write=None)
     table = fitted.tables["pixnet_cells"]
     assert list(table.obs["instance_id"]) == [3, 7]
     assert table.uns["spatialdata_attrs"]["region"] == "cells"
@@ -151,7 +151,7 @@ def test_map_that_would_have_to_be_interpolated(fitted, predict, map_um, advice)
 
 
 def test_without_map(fitted, predict):
-    predict(fitted, radius_um=8, write_map=False)
+    predict(fitted, radius_um=8, write=None)
     assert not fitted.labels
     assert "pixnet_map" not in fitted.images
     assert "pixnet_circles_8um" in fitted.tables
@@ -160,7 +160,7 @@ def test_without_map(fitted, predict):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"write_map": False}, "Nothing to predict: write_map=False and no radius_um, bin_um or shapes_key"),
+        ({"write": None}, "Nothing to predict: write=None and no radius_um, bin_um or shapes_key"),
         ({"radius_um": 8, "bin_um": 8}, "leave out radius_um and shapes_key, or call twice"),
         ({"spacing_um": 8}, "give it with radius_um"),
         ({"radius_um": 1e-9}, r"radius_um=1e-09: these are about \d"),
@@ -194,7 +194,7 @@ class TestReuse:
     """A second call reads the map instead of running the network, and says so."""
 
     def test_values_are_the_same(self, fitted, predict, forward_passes, caplog):
-        predict(fitted, shapes_key=BINS, write_map=False, key_added="run")
+        predict(fitted, shapes_key=BINS, write=None, key_added="run")
         predict(fitted)
         del forward_passes[:]
         caplog.set_level("INFO", "pixnet_sd")
@@ -229,7 +229,7 @@ class TestReuse:
     def test_more_genes_than_the_map_has(self, fitted, predict, model, forward_passes):
         predict(fitted, genes=model.genes[:2])
         del forward_passes[:]
-        predict(fitted, bin_um=16, write_map=False)
+        predict(fitted, bin_um=16, write=None)
         assert forward_passes == [1]
 
     def test_regions_on_glass_are_run(self, fitted, predict, forward_passes, caplog):
@@ -251,7 +251,7 @@ class TestReuse:
     def test_a_coarser_map_is_not_enough(self, fitted, predict, forward_passes):
         predict(fitted, map_um=8)
         del forward_passes[:]
-        predict(fitted, bin_um=16, write_map=False)
+        predict(fitted, bin_um=16, write=None)
         assert forward_passes == [1]
 
     @pytest.mark.parametrize("change", ["model", "image", "symmetries"])
@@ -285,17 +285,17 @@ class TestReuse:
 
 
 def test_existing_table(fitted, predict, model):
-    predict(fitted, bin_um=16, write_map=False)
+    predict(fitted, bin_um=16, write=None)
     first = fitted.tables["pixnet_bins_16um"].X.copy()
     with pytest.raises(StoreError, match=r"tables\['pixnet_bins_16um'\] exists already. Pass `overwrite=True`"):
-        predict(fitted, bin_um=16, write_map=False, genes=model.genes[:2])
+        predict(fitted, bin_um=16, write=None, genes=model.genes[:2])
     fitted.tables["pixnet_bins_16um"].X[:] = -1
-    predict(fitted, bin_um=16, write_map=False, overwrite=True)
+    predict(fitted, bin_um=16, write=None, overwrite=True)
     for sdata in (fitted, sd.read_zarr(fitted.path)):
         np.testing.assert_array_equal(sdata.tables["pixnet_bins_16um"].X, first)
 
 
-@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"store": "factors", "radius_um": 16}, {"bin_um": 16}])
+@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"write": "factors", "radius_um": 16}, {"bin_um": 16}])
 def test_the_same_call_finds_its_results(fitted, predict, forward_passes, arguments):
     predict(fitted, **arguments)
     del forward_passes[:]
@@ -342,10 +342,10 @@ def test_slide_with_only_an_image(fitted, checkpoint, predict, tmp_path):
 
 def test_other_resolution(fitted, model, predict):
     """At twice the mpp the slide is twice as wide: as many circles as on a slide of that size."""
-    predict(fitted, radius_um=8, write_map=False)
+    predict(fitted, radius_um=8, write=None)
     fewer = fitted.tables["pixnet_circles_8um"].n_obs
     with pytest.warns(UserWarning, match=r"mpp = 2 µm/px .* disagrees with 1 µm/px"):
-        predict(fitted, radius_um=8, mpp=2, write_map=False, overwrite=True)
+        predict(fitted, radius_um=8, mpp=2, write=None, overwrite=True)
     assert fitted.tables["pixnet_circles_8um"].n_obs > 3 * fewer
     assert (fitted.shapes["pixnet_circles_8um_shapes"]["radius"] == 4).all()
 
@@ -353,13 +353,13 @@ def test_other_resolution(fitted, model, predict):
 def test_model_given_as_text(fitted, checkpoint, predict, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "copy")
     del fitted.attrs["pixnet_sd"]
-    predict(fitted, str(tmp_path / "copy"), bin_um=16, write_map=False)
+    predict(fitted, str(tmp_path / "copy"), bin_um=16, write=None)
     assert "pixnet_bins_16um" in fitted.tables
 
 
 def test_alpha_is_left_out(fitted, predict):
     fitted = in_memory(fitted)
-    predict(fitted, bin_um=16, write_map=False)
+    predict(fitted, bin_um=16, write=None)
     pixels = fitted.images[FULL]["scale0"]["image"].values
     fitted.images[FULL] = sd.models.Image2DModel.parse(
         np.concatenate([pixels, np.full_like(pixels[:1], 255)]),
@@ -368,7 +368,7 @@ def test_alpha_is_left_out(fitted, predict):
         transformations={"sample": Identity()},
         scale_factors=[2] * (len(fitted.images[FULL]) - 1),
     )
-    predict(fitted, bin_um=16, write_map=False, key_added="rgba", image_key=FULL)
+    predict(fitted, bin_um=16, write=None, key_added="rgba", image_key=FULL)
     np.testing.assert_array_equal(fitted.tables["rgba_bins_16um"].X, fitted.tables["pixnet_bins_16um"].X)
 
 
@@ -379,7 +379,7 @@ def test_shapes_partly_off_the_image(fitted, predict):
     )
     fitted.write_element("spots")
     with pytest.warns(UserWarning, match="1 of 3 regions lie wholly outside the image"):
-        predict(fitted, shapes_key="spots", radius_um=5, write_map=False)
+        predict(fitted, shapes_key="spots", radius_um=5, write=None)
     assert list(fitted.tables["pixnet_spots_circles_5um"].obs["instance_id"]) == [5, 6]
     assert list(fitted.shapes["pixnet_spots_circles_5um_shapes"].index) == [5, 6]
 
@@ -392,7 +392,7 @@ def test_region_too_small_for_a_pixel(fitted, predict):
             xy, geometry=0, radius=radius, transformations={"sample": Identity()}
         )
         fitted.write_element(key)
-        predict(fitted, shapes_key=key, write_map=False)
+        predict(fitted, shapes_key=key, write=None)
     assert np.isfinite(fitted.tables["pixnet_dots"].X).all()
     assert fitted.tables["pixnet_dots"].n_obs == 2
 

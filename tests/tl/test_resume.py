@@ -113,7 +113,7 @@ def assert_same_model(one, other) -> None:
     assert one.history.drop(columns="seconds").equals(other.history.drop(columns="seconds"))
 
 
-@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"radius_um": 16, "write_map": False}, {"store": "factors"}])
+@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"radius_um": 16, "write": None}, {"write": "factors"}])
 @pytest.mark.parametrize("when", ["moving", "attaching"])
 def test_interrupted_while_results_are_moved_in(fitted, predict, forward_passes, monkeypatch, arguments, when):
     """Ctrl-C waits until store and object agree; the same call then has nothing to do."""
@@ -147,7 +147,7 @@ def test_interrupted_while_results_are_moved_in(fitted, predict, forward_passes,
     assert not list(Path(fitted.path).parent.glob(".*.pixnet_sd"))
 
 
-@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"radius_um": 16, "write_map": False}, {"store": "factors"}])
+@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"radius_um": 16, "write": None}, {"write": "factors"}])
 def test_disk_full_while_results_are_moved_in(fitted, predict, forward_passes, monkeypatch, arguments):
     """The same call finishes what is there, and returns; another one is still told that the name is taken."""
     rename = Path.rename
@@ -205,5 +205,5 @@ def test_nothing_is_left_of_a_run_that_did_nothing(fitted, predict, fit, monkeyp
     with pytest.raises(error):
         predict(fitted, radius_um=8)
     with pytest.raises(error):
-        fit(fitted, n_genes=5)
+        fit(fitted, genes=5)
     assert [path.name for path in fitted.path.parent.iterdir()] == ["fitted.zarr"]

@@ -72,7 +72,7 @@ def data_hash(data: TrainingData) -> str:
 def test_hash_says_what_is_trained_on_not_how_it_was_opened(store, tmp_path) -> None:
     same = {data_hash(data_of(s, tmp_path / "a")) for s in (light(store), sd.read_zarr(store), open_store(store))}
     assert len(same) == 1
-    others = [{"n_genes": 5}, {"target_sum": 1e3}, {"seed": 1}, {"validation": None}]
+    others = [{"genes": 5}, {"target_sum": 1e3}, {"seed": 1}, {"validation": None}]
     hashes = {data_hash(data_of(light(store), tmp_path / "b", **other)) for other in others}
     changed = sd.read_zarr(store)
     changed.tables["square_002um"].X[5, 30] += 1

@@ -22,7 +22,7 @@ from pixnet_sd.store.gene_map import image_transforms
 
 io = pytest.importorskip("spatialdata_io")
 
-DRAWN: dict[str, Any] = {"size_um": 160.0, "mpp": 1.0, "n_genes": 12}
+DRAWN: dict[str, Any] = {"size_um": 160.0, "mpp": 1.0, "genes": 12}
 READ: dict[str, Any] = {"load_segmentations_only": False}
 
 
@@ -70,7 +70,7 @@ def expected(folders, fast, tmp_path_factory) -> tuple[str, np.ndarray]:
     root = tmp_path_factory.mktemp("expected")
     sdata = read(folders, VARIANTS["squares"], root / "slide.zarr")
     model = ps.tl.fit(sdata, checkpoint_dir=root / "model", **fast)
-    ps.tl.predict(sdata, shapes_key=VARIANTS["squares"].bins, write_map=False, device="cpu", show_progress_bar=False)
+    ps.tl.predict(sdata, shapes_key=VARIANTS["squares"].bins, write=None, device="cpu", show_progress_bar=False)
     return model.record.weights_sha256, by_id(sdata.tables[f"pixnet_{VARIANTS['squares'].bins}"])
 
 
@@ -86,7 +86,7 @@ def test_every_variant_is_the_same_slide(folders, fit, predict, expected, varian
     model = fit(sdata, checkpoint_dir=tmp_path / "model")
     (used,) = model.record.slides.values()
     assert set(used["tables"]) == {"square_002um", "square_008um", "square_016um"}
-    predict(sdata, shapes_key=variant.bins, write_map=False)
+    predict(sdata, shapes_key=variant.bins, write=None)
     table = sdata.tables[f"pixnet_{variant.bins}"]
     measured = sdata.tables["square_008um"]
     assert sorted(table.obs["instance_id"]) == sorted(measured.obs[measured.uns["spatialdata_attrs"]["instance_key"]])
@@ -100,7 +100,7 @@ def test_segmented_cells(folders, fit, predict, tmp_path):
     sdata = read(folders, VARIANTS["squares"], tmp_path / "slide.zarr")
     fit(sdata, checkpoint_dir=tmp_path / "model", table_key="square_008um")
     cells = "sample_cell_segmentations"
-    predict(sdata, shapes_key=cells, write_map=False)
+    predict(sdata, shapes_key=cells, write=None)
     table = sdata.tables[f"pixnet_{cells}"]
     assert list(table.obs["instance_id"]) == list(sdata.shapes[cells].index)
     scores = ps.tl.evaluate(sdata, table_key="cell_segmentations", predicted_key=f"pixnet_{cells}")
@@ -110,7 +110,7 @@ def test_segmented_cells(folders, fit, predict, tmp_path):
 
 
 def test_visium_spots(fit, predict, tmp_path):
-    folder = ps.datasets.write_visium(tmp_path / "outs", size_um=900.0, mpp=1.0, n_genes=12)
+    folder = ps.datasets.write_visium(tmp_path / "outs", size_um=900.0, mpp=1.0, genes=12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         io.visium(folder, fullres_image_file="sample_tissue_image.tif").write(tmp_path / "slide.zarr")
@@ -119,7 +119,7 @@ def test_visium_spots(fit, predict, tmp_path):
     (used,) = model.record.slides.values()
     assert used["mpp"] == pytest.approx(1.0, rel=1e-3)
     (spots,) = used["tables"].values()
-    predict(sdata, shapes_key=spots, write_map=False, image_key="sample_full_image")
+    predict(sdata, shapes_key=spots, write=None, image_key="sample_full_image")
     assert len(sdata.tables[f"pixnet_{spots}"]) == len(sdata.shapes[spots])
 
 
@@ -139,7 +139,7 @@ def test_the_short_way_in(folder_and_store, fit, predict, expected, monkeypatch,
     assert not len(sdata.shapes)
     model = fit(sdata, checkpoint_dir=tmp_path / "model")
     assert model.record.weights_sha256 == expected[0]
-    predict(sdata, shapes_key="sample_square_008um", write_map=False)
+    predict(sdata, shapes_key="sample_square_008um", write=None)
     np.testing.assert_allclose(by_id(sdata.tables["pixnet_sample_square_008um"]), expected[1], atol=1e-5)
 
 
@@ -164,8 +164,8 @@ def test_bins_are_the_turned_squares(turn, darkness, predict):
     assert not bins.is_aligned
     transforms = image_transforms(turned, slide.image_key)
     turned.shapes["polygons"] = squares_element(bins.centre_xy, bins.pitch, transforms, angle_rad=np.deg2rad(4))
-    predict(turned, darkness, shapes_key="polygons", write_map=False)
-    predict(turned, darkness, shapes_key="sample_square_002um", write_map=False)
+    predict(turned, darkness, shapes_key="polygons", write=None)
+    predict(turned, darkness, shapes_key="sample_square_002um", write=None)
     lattice, polygons = (turned.tables[f"pixnet_{key}"].X for key in ("sample_square_002um", "polygons"))
     np.testing.assert_allclose(lattice, polygons, atol=1e-5 * np.ptp(polygons))
 
@@ -173,7 +173,7 @@ def test_bins_are_the_turned_squares(turn, darkness, predict):
 def test_ignoring_the_rotation_loses_the_truth(turn, darkness, predict):
     """Nuclei are dark and express: darkness per bin follows the truth, unless bins are taken for unturned ones."""
     turned = turn(400.0, 8)
-    predict(turned, darkness, shapes_key="sample_square_008um", write_map=False)
+    predict(turned, darkness, shapes_key="sample_square_008um", write=None)
     slide = open_slide(turned, working_mpp=darkness.record.working_mpp)
     bins, ids = regions_of(
         turned,
@@ -186,7 +186,7 @@ def test_ignoring_the_rotation_loses_the_truth(turn, darkness, predict):
     wrong = Lattice(bins.row, bins.col, unturned)
     transforms = image_transforms(turned, slide.image_key)
     turned.shapes["unturned"] = squares_element(wrong.centre_xy, wrong.pitch, transforms, index=list(ids))
-    predict(turned, darkness, shapes_key="unturned", write_map=False)
+    predict(turned, darkness, shapes_key="unturned", write=None)
     truth = ps.datasets.sample_truth_bins(8, **DRAWN | {"size_um": 400.0}, library_size=False).sum(axis=1).to_numpy()
     right, ignored = (
         np.corrcoef(by_id(turned.tables[f"pixnet_{key}"])[:, 0], truth)[0, 1]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ._checked import checked
+from ._checked import check_fields, checked
 
-__all__ = ["checked"]
+__all__ = ["check_fields", "checked"]

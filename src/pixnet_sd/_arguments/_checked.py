@@ -8,6 +8,7 @@ The door of a public verb: what comes in is what its rules read, or an error tha
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -27,6 +28,7 @@ from ._objects import (
     hub_name,
     instance,
     keywords,
+    mapping,
     path,
     slides,
     texts_by_name,
@@ -48,7 +50,7 @@ from ._rules import (
     whole,
 )
 
-__all__ = ["checked", "rule_of"]
+__all__ = ["check_fields", "checked", "rule_of"]
 
 _MOST = 2**63 - 1  # what a tensor and a file of settings can hold
 _MOST_GENES = 1_000_000  # more than any genome has
@@ -71,6 +73,12 @@ _FOLDER = path("the path of a folder")
 _PATTERNS = names("patterns")
 _LICENSE = text("a licence")
 _CARD = ("repo_id", "license", "license_name", "license_link", "datasets", "language")
+
+
+def _group(name: str) -> Rule:
+    """Parameters in a group, or a mapping of its fields; the group checks them itself."""
+    return either(instance(f"pixnet_sd.params.{name}", f"a {name}"), mapping("a dictionary of its fields"))
+
 
 _RULES: dict[str, Rule] = {
     # the object and what is in it
@@ -99,7 +107,15 @@ _RULES: dict[str, Rule] = {
     "objective": choice("mse_pcc", "poisson", "nb"),
     "aggregation": choice("mean", "sum"),
     "pcc_weight": number(low=0),
-    "preset": choice("paper"),
+    "decoder": choice("laterals", "paper"),
+    "optimizer": choice("adamw", "adam"),
+    "anneal": _FLAG,
+    "keep_best": _FLAG,
+    "stain_jitter": number(low=0, high=1),
+    "model_params": _group("ModelParams"),
+    "train_params": _group("TrainParams"),
+    "predict_params": _group("PredictParams"),
+    "fit.genes": raising(DataError, either(whole(1, _MOST_GENES), choice("all"), names("names of genes"))),
     "max_epochs": whole(1, _MOST),
     "max_steps": whole(1, _MOST),
     "lr": number(above=0),
@@ -123,11 +139,10 @@ _RULES: dict[str, Rule] = {
     "spacing_um": _UM,
     "bin_um": _UM,
     "map_um": _UM,
-    "write_map": _FLAG,
     "n_symmetries": choice(1, 4, 8),
     "key_added": raising(StoreError, element_name("the first part of names")),
     "overwrite": _FLAG,
-    "predict.store": choice("map", "factors"),
+    "write": choice("map", "factors"),
     # what a table or a plot of one means by it
     "fit.sdata": slides(_SDATA),
     "training_regions.sdata": slides(_SDATA),
@@ -263,6 +278,18 @@ def checked(
         return door
 
     return decorate
+
+
+def check_fields(group: Any) -> dict[str, Any]:
+    """Read the fields of a dataclass by the table, as :func:`checked` reads arguments."""
+    owner = type(group).__name__
+    rules = {}
+    for field in dataclasses.fields(group):
+        rule = rule_of(owner, field.name)
+        if rule is None:
+            raise TypeError(f"{owner}: the field {field.name!r} has no rule in pixnet_sd._arguments.")
+        rules[field.name] = optional(rule) if "None" in str(field.type) else rule
+    return _read_all(rules, {name: getattr(group, name) for name in rules}, PixNetError)
 
 
 def _own(signature: inspect.Signature) -> list[inspect.Parameter]:

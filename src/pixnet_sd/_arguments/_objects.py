@@ -29,6 +29,7 @@ __all__ = [
     "hub_name",
     "instance",
     "keywords",
+    "mapping",
     "path",
     "slides",
     "texts_by_name",
@@ -145,6 +146,17 @@ def texts_by_name(what: str) -> Rule:
         if not isinstance(value, Mapping) or not value:
             raise Unfit
         return {word.read(key): word.read(item) for key, item in value.items()}
+
+    return Rule(what, read)
+
+
+def mapping(what: str) -> Rule:
+    """A mapping with texts for keys."""
+
+    def read(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise Unfit
+        return dict(value)
 
     return Rule(what, read)
 

@@ -141,16 +141,17 @@ def fit(slide: SpatialData, options: Options) -> ps.PixNet:
     return ps.tl.fit(
         training,
         genes=list(slide.tables[TABLE].var_names),
-        encoder="resnet10t",
-        encoder_weights=None,
-        decoder_width=64,
-        working_mpp=WORKING_MPP,
-        tile_px=256,
-        batch_size=2,
-        lr=3e-3,
-        max_epochs=options.epochs,
         validation=None,
+        max_epochs=options.epochs,
+        batch_size=2,
         seed=options.seed,
+        model_params={
+            "encoder": "resnet10t",
+            "encoder_weights": None,
+            "decoder_width": 64,
+            "working_mpp": WORKING_MPP,
+        },
+        train_params={"lr": 3e-3, "tile_px": 256},
         checkpoint_dir=options.output / "model",
     )
 

@@ -31,6 +31,7 @@ from pixnet_sd._schemas import ScoresSchema, parse_json, validated, what_is_wron
 from pixnet_sd._util import logger
 from pixnet_sd.errors import CheckpointError, ElementError, PixNetError
 from pixnet_sd.model import PixNet
+from pixnet_sd.params import TrainParams
 from pixnet_sd.slide import Slide, open_slide
 from pixnet_sd.slide.elements import StoredShapes, TableLink, obs_column, obs_names, shapes_of, table_link, tables_of
 from pixnet_sd.slide.tables import content_key, measured, measured_regions, select_tables
@@ -109,7 +110,7 @@ def _frame(part: Mapping[str, Any]) -> pd.DataFrame:
 
 _MOST_ROWS = 500_000
 _LATTICE = ("array_row", "array_col")
-_WHERE = ("image_key", "coordinate_system", "mpp", "allow_any_mpp")
+_WHERE = ("image_key", "coordinate_system", "mpp")
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class Scoring:
     ) -> Scoring:
         """From the arguments of `cross_validate`, `options` being those of `fit`."""
         where = {name: options[name] for name in _WHERE if name in options}
+        where["allow_any_mpp"] = TrainParams.read(options.get("train_params")).allow_any_mpp
         table_key, device = options.get("table_key"), options.get("device")
         return cls(where, table_key, score_table_key, n_symmetries, tile_px, device, show_progress_bar)
 
@@ -234,12 +236,14 @@ class LeftOut:
             image_key=self.slide.image_key,
             coordinate_system=self.slide.coordinate_system,
             mpp=self.slide.mpp,
-            allow_any_mpp=True,  # was checked when the slide was opened
-            write_map=False,
-            tile_px=self.scoring.tile_px,
-            n_symmetries=self.scoring.n_symmetries,
+            write=None,
             device=self.scoring.device,
-            allow_poor_model=True,  # its scores say it
+            predict_params={
+                "tile_px": self.scoring.tile_px,
+                "n_symmetries": self.scoring.n_symmetries,
+                "allow_any_mpp": True,  # was checked when the slide was opened
+                "allow_poor_model": True,  # its scores say it
+            },
             show_progress_bar=self.scoring.show_progress_bar,
         )
         key = f"pixnet_{link.element_key}"

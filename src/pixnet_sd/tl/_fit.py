@@ -32,11 +32,9 @@ from pixnet_sd.errors import CheckpointError, PixNetError, StoreError
 from pixnet_sd.geometry import STRIDES
 from pixnet_sd.model import (
     CHECKSUMS,
-    Aggregation,
     DecoderConfig,
     ModelRecord,
     Network,
-    ObjectiveName,
     PixNet,
     build_encoder,
     hash_weights,
@@ -46,6 +44,7 @@ from pixnet_sd.model import (
     receptive_radius_px,
     sees_whole_tile,
 )
+from pixnet_sd.params import Aggregation, ModelParams, ObjectiveName, TrainParams
 from pixnet_sd.slide import PixelContent, Slide, check_same_pixels
 from pixnet_sd.store import hold_lock
 from pixnet_sd.store import record as note
@@ -54,17 +53,13 @@ from ._checks import check_batch, check_decoder, pixels_of, quality_of, training
 from ._training_data import TrainingData, check_validation, data_parts, describe, open_sources, training_data
 
 __all__ = [
-    "Preset",
+    "aggregation_of",
     "alone_in",
     "alone_in_checkpoint_dir",
-    "check_choices",
     "decoder_config",
-    "default_aggregation",
     "fit",
     "train_settings",
 ]
-
-Preset = Literal["paper"] | None
 
 DROPOUT = 0.5
 """Channel dropout of the decoder's laterals."""
@@ -72,83 +67,52 @@ DROPOUT = 0.5
 MIN_WIDTH = 32
 """Fewest channels of a level, unless `decoder_width` itself is smaller."""
 
-PCC_WEIGHT, PAPER_PCC_WEIGHT = 2.0, 0.5
-"""λ of Eq. 6: the weight with the best correlation over left-out sections (`benchmarks/her2st.py`), and the paper's."""
-
 _LEVELS = len(STRIDES)
 
 
-def decoder_config(decoder_width: int, preset: Preset) -> DecoderConfig:
+def decoder_config(params: ModelParams) -> DecoderConfig:
     """Shape of the decoder.
 
     By default every level of the pyramid is standardised and projected, to `decoder_width` channels at the coarsest
     stride and half as many at each finer one, where maps have four times the pixels, down to 32: the finest width is
-    the rank of the gene map. ``preset="paper"`` feeds in the encoder's own channels, and every feed-forward is
+    the rank of the gene map. ``decoder="paper"`` feeds in the encoder's own channels, and every feed-forward is
     `decoder_width` wide (Eq. 3).
     """
-    if preset == "paper":
-        return DecoderConfig(widths=None, hidden=(decoder_width,) * (_LEVELS - 1))
-    least = min(decoder_width, MIN_WIDTH)
-    widths = tuple(max(decoder_width >> (_LEVELS - 1 - k), least) for k in range(_LEVELS))
+    width = params.decoder_width
+    if params.decoder == "paper":
+        return DecoderConfig(widths=None, hidden=(width,) * (_LEVELS - 1))
+    least = min(width, MIN_WIDTH)
+    widths = tuple(max(width >> (_LEVELS - 1 - k), least) for k in range(_LEVELS))
     return DecoderConfig(widths=widths, hidden=tuple(2 * w for w in widths[:-1]), dropout=DROPOUT)
 
 
-def default_aggregation(preset: Preset, objective: ObjectiveName) -> Aggregation:
-    """Eq. 5 sums, and so do counts; the mean is what puts logarithms of several sizes on one scale."""
-    return "sum" if preset == "paper" or objective != "mse_pcc" else "mean"
+def aggregation_of(params: ModelParams, objective: ObjectiveName) -> Aggregation:
+    """Choose sum or mean: counts are summed, and the mean puts logarithms of several sizes on one scale.
 
-
-def check_choices(preset: Preset, objective: ObjectiveName, aggregation: Aggregation | None) -> None:
-    """Options that do not go together."""
-    if objective != "mse_pcc" and (preset == "paper" or aggregation == "mean"):
-        raise PixNetError(
-            f"objective={objective!r} sums densities: leave out aggregation= and preset=, which belong to 'mse_pcc'."
-        )
+    Raises
+    ------
+    PixNetError
+        The mean of counts.
+    """
+    if objective == "mse_pcc":
+        return params.aggregation or "mean"
+    if params.aggregation == "mean":
+        raise PixNetError(f"objective={objective!r} sums densities: leave out aggregation='mean'.")
+    return "sum"
 
 
 def train_settings(
-    *,
-    preset: Preset,
-    max_epochs: int,
-    max_steps: int | None = None,
-    lr: float,
-    weight_decay: float,
-    objective: ObjectiveName,
-    pcc_weight: float | None,
-    target_sum: float,
-    tile_px: int,
-    batch_size: int,
-    patience: int | None,
-    holds_out: bool,
-    compile: bool,
-    seed: int,
+    params: TrainParams, *, objective: ObjectiveName, target_sum: float, holds_out: bool, **given: Any
 ) -> TrainSettings:
-    """Settings of a run.
+    """Settings of a run; `given` are max_epochs, batch_size and seed.
 
     A run with held-out regions may stop at any epoch, so its rate stays constant; one of known length anneals it.
-    ``preset="paper"``: Adam at a constant rate for all epochs, the last of which is kept; nothing jittered.
     """
-    paper = preset == "paper"
-    if pcc_weight is None:
-        pcc_weight = PAPER_PCC_WEIGHT if paper else PCC_WEIGHT
-    return TrainSettings(
-        max_epochs=max_epochs,
-        max_steps=max_steps,
-        lr=lr,
-        weight_decay=weight_decay,
-        optimizer="adam" if paper else "adamw",
-        anneal=not paper and not holds_out,
-        objective=objective,
-        pcc_weight=pcc_weight,
-        target_sum=target_sum,
-        tile_px=tile_px,
-        batch_size=batch_size,
-        patience=None if paper or not holds_out else patience,
-        keep_best=not paper,
-        stain_jitter=0.0 if paper else 0.05,
-        compile=compile,
-        seed=seed,
-    )
+    shared = asdict(params)
+    del shared["allow_any_mpp"]
+    shared["anneal"] = not holds_out if params.anneal is None else params.anneal
+    shared["patience"] = params.patience if holds_out else None
+    return TrainSettings(objective=objective, target_sum=target_sum, **shared, **given)
 
 
 _LOCK = ".training.lock"
@@ -224,37 +188,22 @@ _BATCH_SIZE = {"cuda": 8, "mps": 4, "cpu": 2}
 
 @checked()
 @alone_in_checkpoint_dir
-def fit(
+def fit(  # noqa: PLR0913
     sdata: SpatialData | Mapping[str, SpatialData],
     *,
     image_key: str | None = None,
     table_key: str | Sequence[str] | None = None,
     coordinate_system: str | None = None,
     mpp: float | Literal["coordinate_system"] | None = None,
-    allow_any_mpp: bool = False,
-    genes: Sequence[str] | None = None,
-    n_genes: int | None = 250,
-    target_sum: float = 1e4,
-    encoder: str = "resnet18",
-    encoder_weights: str | Path | None = "imagenet",
-    freeze_encoder: bool = False,
-    decoder_width: int = 512,
-    working_mpp: float = 0.5,
+    genes: Sequence[str] | int | Literal["all"] = 250,
     objective: ObjectiveName = "mse_pcc",
-    aggregation: Aggregation | None = None,
-    pcc_weight: float | None = None,
-    preset: Literal["paper"] | None = None,
-    max_epochs: int = 500,
-    max_steps: int | None = None,
-    lr: float = 5e-4,
-    weight_decay: float = 1e-4,
-    tile_px: int = 512,
-    batch_size: int | None = None,
     validation: float | Sequence[str] | None = 0.1,
-    patience: int | None = 30,
-    compile: bool = False,
+    max_epochs: int = 500,
+    batch_size: int | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
+    model_params: ModelParams | Mapping[str, Any] | None = None,
+    train_params: TrainParams | Mapping[str, Any] | None = None,
     checkpoint_dir: str | Path | None = None,
     record_model: bool = True,
     show_progress_bar: bool = True,
@@ -277,63 +226,30 @@ def fit(
     mpp
         Micrometres per pixel of the image's scale 0, or ``"coordinate_system"`` when `coordinate_system` is in
         micrometres; default: from the bins, spots or ``sdata.attrs``.
-    allow_any_mpp
-        Accept a resolution outside 0.1-2 µm per pixel.
     genes
-        Genes to learn; default: the `n_genes` with the highest mean expression on the training slides.
-    n_genes
-        How many genes, when they are not named; None: the whole transcriptome, that is all genes with at least 10
-        counts; the loss takes them some at a time.
-    target_sum
-        Targets are ``log1p(target_sum * x / sum(x))``, natural logarithm, the sum over all genes of a region.
-    encoder
-        timm model: a ConvNet with maps at strides 4 to 32, or a ViT.
-    encoder_weights
-        ``"imagenet"``, a path to a safetensors or torch file, or None for random weights.
-    freeze_encoder
-        Keep encoder weights and batch-norm statistics. Its features are then computed once and kept on disk during
-        the run, which makes training on a CPU several times faster.
-    decoder_width
-        Channels of the decoder at the coarsest stride; each finer level has half. With ``preset="paper"`` the hidden
-        width of all feed-forwards.
-    working_mpp
-        Micrometres per pixel at which the network sees a slide; the map's pixels are four times as large.
+        Genes to learn, or how many: those with the highest mean expression on the training slides. ``"all"``: the whole
+        transcriptome, that is all genes with at least 10 counts; the loss takes them some at a time.
     objective
         ``"mse_pcc"``: Eq. 6, on log-normalised expression. ``"poisson"`` or ``"nb"`` (negative binomial): the
         likelihood of raw counts, whose means are sums of a density over the region, so that what is predicted adds up
         from the smallest regions to the largest. Genes are learnt relative to the counts that each region has, and
         these relative to the slide's counts per area.
-    aggregation
-        ``"mean"`` over a region's pixels (the default), or ``"sum"`` (Eq. 5 to the letter, and what the paper's preset
-        uses). Log-normalised targets do not add up, so with regions of several sizes only the mean puts them on one
-        scale; at one size the two differ by a constant. Counts are always summed.
-    pcc_weight
-        λ of Eq. 6; default: 2, or the paper's 0.5 with its preset.
-    preset
-        ``"paper"``: decoder, aggregation, λ, optimizer and schedule as in the paper, the last epoch kept; None: this
-        package's.
-    max_epochs
-        Most passes over the tiles.
-    max_steps
-        Most steps of the optimizer, each on `batch_size` tiles; None: as many as `max_epochs` takes. On a large slide,
-        where a pass over all tiles is long, this bounds the time.
-    lr, weight_decay
-        Of AdamW (Adam for the paper's preset). The rate is constant when `validation` is given, and follows one cycle
-        otherwise.
-    tile_px
-        Side of a training tile in working pixels, a multiple of 32.
-    batch_size
-        Tiles of one slide per step; default 8 on a CUDA GPU, 2 on a CPU.
     validation
         Share of spatial blocks to hold out on every slide, names of slides to hold out, or None.
-    patience
-        Stop after so many epochs without a better held-out PCC; None never stops early.
-    compile
-        Run the network through ``torch.compile``.
+    max_epochs
+        Most passes over the tiles.
+    batch_size
+        Tiles of one slide per step; default 8 on a CUDA GPU, 2 on a CPU.
     device
         ``"cpu"``, ``"cuda"`` ...; default: a CUDA GPU if there is one.
     seed
-        Of everything random.
+        Random seed.
+    model_params
+        Encoder, decoder and targets: a :class:`~pixnet_sd.ModelParams`, or some of its fields as a dictionary.
+        ``ModelParams.paper()`` is the paper's network.
+    train_params
+        Optimizer, schedule and tiles: a :class:`~pixnet_sd.TrainParams`, or some of its fields as a dictionary.
+        ``TrainParams.paper()`` is the paper's training.
     checkpoint_dir
         Where the model goes; default: a folder ``pixnet_sd_models/<hash of data and settings>`` beside the (first)
         backed store, else in the working directory. Counts of millions of bins are kept compact in a folder
@@ -370,45 +286,41 @@ def fit(
     Zhang et al., arXiv 2503.01347, Eq. 1-6.
     """
     slides = {"slide": sdata} if isinstance(sdata, SpatialData) else dict(sdata)
-    check_choices(preset, objective, aggregation)
+    model_params, train_params = ModelParams.read(model_params), TrainParams.read(train_params)
+    aggregation = aggregation_of(model_params, objective)
     check_validation(validation, list(slides))
     fabric = make_fabric(device)
     settings = train_settings(
-        preset=preset,
-        max_epochs=max_epochs,
-        max_steps=max_steps,
-        lr=lr,
-        weight_decay=weight_decay,
+        train_params,
         objective=objective,
-        pcc_weight=pcc_weight,
-        target_sum=target_sum,
-        tile_px=tile_px,
-        batch_size=batch_size or _BATCH_SIZE.get(fabric.device.type, 2),
-        patience=patience,
+        target_sum=model_params.target_sum,
         holds_out=validation is not None,
-        compile=compile,
+        max_epochs=max_epochs,
+        batch_size=batch_size or _BATCH_SIZE.get(fabric.device.type, 2),
         seed=seed,
     )
     torch.manual_seed(seed)
-    backbone = build_encoder(encoder, encoder_weights, frozen=freeze_encoder)
-    shape = decoder_config(decoder_width, preset)
-    check_decoder(backbone.channels, shape, decoder_width, fabric.device)
+    weights = model_params.encoder_weights
+    backbone = build_encoder(model_params.encoder, weights, frozen=model_params.freeze_encoder)
+    shape = decoder_config(model_params)
+    check_decoder(backbone.channels, shape, model_params.decoder_width, fabric.device)
     sources = open_sources(
         slides,
         image_key=image_key,
         table_key=table_key,
         coordinate_system=coordinate_system,
         mpp=mpp,
-        allow_any_mpp=allow_any_mpp,
-        working_mpp=working_mpp,
+        allow_any_mpp=train_params.allow_any_mpp,
+        working_mpp=model_params.working_mpp,
     )
-    tiles = [_tile(source.slide, tile_px) for source in sources.values()]
-    check_batch(tiles, settings.batch_size, tile_px, values_per_px(backbone.channels, shape), fabric.device)
+    tiles = [_tile(source.slide, settings.tile_px) for source in sources.values()]
+    check_batch(tiles, settings.batch_size, settings.tile_px, values_per_px(backbone.channels, shape), fabric.device)
+    n_genes = genes if isinstance(genes, int) else None
     data = training_data(
         sources,
-        genes=genes,
+        genes=None if genes == "all" or isinstance(genes, int) else genes,
         n_genes=n_genes,
-        target_sum=target_sum,
+        target_sum=model_params.target_sum,
         objective=objective,
         validation=validation,
         seed=seed,
@@ -422,7 +334,7 @@ def fit(
         backbone,
         shape,
         len(outputs_of(genes_learnt, objective)),
-        aggregation or default_aggregation(preset, objective),
+        aggregation,
         link_of(objective),
     )
     record = _record(
@@ -430,11 +342,10 @@ def fit(
         settings,
         genes=genes_learnt,
         objective=objective,
-        target_sum=target_sum,
-        working_mpp=working_mpp,
-        encoder=encoder,
-        encoder_weights=None if encoder_weights is None else Path(encoder_weights).name,
-        preset=preset,
+        target_sum=model_params.target_sum,
+        working_mpp=model_params.working_mpp,
+        encoder=model_params.encoder,
+        encoder_weights=None if weights is None else Path(weights).name,
         slides=described,
         images=images,
         data=data_parts(data),
@@ -462,7 +373,6 @@ def _record(
     network: Network,
     settings: TrainSettings,
     *,
-    preset: str | None,
     images: Mapping[str, tuple[Slide, PixelContent]],
     data: Mapping[str, Any],
     **known: Any,
@@ -480,7 +390,7 @@ def _record(
         versions=library_versions(),
         **known,
     )
-    record.training = {"preset": preset, **asdict(settings)}
+    record.training = asdict(settings)
     record.depends_on = as_json(training_parts(record, record.training, images, data))
     record.training["fingerprint"] = fingerprint(record.depends_on)
     return record

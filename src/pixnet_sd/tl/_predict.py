@@ -34,6 +34,7 @@ from pixnet_sd.engine.predict import BlockSink, Inference, InferSettings, Region
 from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError
 from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, Window
 from pixnet_sd.model import Factors, Head, ModelRecord, PixNet, apply_head, log_normalised, outputs_of
+from pixnet_sd.params import PredictParams
 from pixnet_sd.slide import PixelContent, Slide, check_on_disk, check_same_pixels, open_slide, tissue_mask
 from pixnet_sd.slide.elements import affine_matrix
 from pixnet_sd.slide.tables import check_genes
@@ -634,29 +635,25 @@ _BATCH_SIZE = {"cuda": 4}
 
 
 @checked()
-def predict(
+def predict(  # noqa: PLR0913
     sdata: SpatialData,
     model: PixNet | str | Path | None = None,
     *,
+    shapes_key: str | None = None,
     radius_um: float | None = None,
     spacing_um: float | None = None,
     bin_um: float | None = None,
-    shapes_key: str | None = None,
     genes: Sequence[str] | None = None,
+    write: Literal["map", "factors"] | None = "map",
+    map_um: float | None = None,
     image_key: str | None = None,
     coordinate_system: str | None = None,
     mpp: float | Literal["coordinate_system"] | None = None,
-    allow_any_mpp: bool = False,
-    map_um: float | None = None,
-    write_map: bool = True,
-    store: Literal["map", "factors"] = "map",
-    tile_px: int | None = None,
-    batch_size: int | None = None,
-    n_symmetries: Literal[1, 4, 8] = 1,
     device: str | torch.device | None = None,
+    batch_size: int | None = None,
+    predict_params: PredictParams | Mapping[str, Any] | None = None,
     key_added: str = "pixnet",
     overwrite: bool = False,
-    allow_poor_model: bool = False,
     show_progress_bar: bool = True,
 ) -> None:
     """Predict gene expression over a slide.
@@ -673,6 +670,8 @@ def predict(
         Object with an RGB H&E image; expression is not needed.
     model
         A model, a checkpoint folder, or None: the one that :func:`fit` recorded in the object.
+    shapes_key
+        Predict the regions of this shapes or labels element.
     radius_um
         Predict circles of this radius: on a grid over the tissue, or with `shapes_key` at the centroids of its
         regions.
@@ -680,37 +679,27 @@ def predict(
         Pitch of the grid of circles; default: touching.
     bin_um
         Predict square bins of this side over the tissue.
-    shapes_key
-        Predict the regions of this shapes or labels element.
     genes
         Genes to predict; default: all of the model's.
-    image_key, coordinate_system, mpp, allow_any_mpp
-        As in :func:`fit`.
+    write
+        What of the map is written: ``"map"``, all genes, ready to be plotted; ``"factors"``, the C channels of the
+        feature map that all genes are made of, for any number of genes in the room of C
+        (:func:`~pixnet_sd.get.gene_map` makes genes of either); None predicts regions only.
     map_um
         Pixel size of the map, a whole multiple of the native one (4 times the model's working µm per pixel).
-    write_map
-        Write the map; False predicts regions only.
-    store
-        What of the map is written: ``"map"``, all genes, ready to be plotted; or ``"factors"``, the C channels of the
-        feature map that all genes are made of, for any number of genes in the room of C.
-        :func:`~pixnet_sd.get.gene_map` makes genes of either.
-    tile_px
-        Side of a tile, working pixels; decides about memory, not about the result (for encoders with global
-        operations it does, and the training tile size is the default). Default 1024.
-    batch_size
-        Tiles per forward pass; default 4 on a CUDA GPU, 1 on a CPU.
-    n_symmetries
-        Average the prediction over 1, 4 (mirrored) or 8 (mirrored and turned) copies of each tile.
+    image_key, coordinate_system, mpp
+        As in :func:`fit`.
     device
         ``"cpu"``, ``"cuda"`` ...; default: a CUDA GPU if there is one.
+    batch_size
+        Tiles per forward pass; default 4 on a CUDA GPU, 1 on a CPU.
+    predict_params
+        Tiles, symmetries and what is refused otherwise: a :class:`~pixnet_sd.PredictParams`, or some of its fields as
+        a dictionary.
     key_added
         First part of all names.
     overwrite
         Replace results of the same names.
-    allow_poor_model
-        Predict with a model whose record says that it is worse than predicting the mean of each gene: its mean squared
-        error (``model.record.training["mse"]``) is more than 1.5 times that of the means (``"gene_mean_mse"``) with a
-        PCC of at most 0.1, or more than ten times it.
     show_progress_bar
         Show a bar over tiles; where nobody watches, lines in the log.
 
@@ -719,11 +708,11 @@ def predict(
     Nothing; adds to `sdata`, and to its store when backed:
 
     ``images["{key_added}_map"]``
-        Gene map (``store="map"``), multiscale, float32, ``c`` = genes, 0 off tissue: log-normalised expression, or of a
+        Gene map (``write="map"``), multiscale, float32, ``c`` = genes, 0 off tissue: log-normalised expression, or of a
         model of counts densities in counts per µm², with one more channel ``total_counts``; with
         ``labels["{key_added}_map_tissue"]``.
     ``images["{key_added}_factors"]``, ``tables["{key_added}_factors_head"]``
-        Factors (``store="factors"``), multiscale, float32, 0 off tissue, the last channel 1 on tissue, and the weights
+        Factors (``write="factors"``), multiscale, float32, 0 off tissue, the last channel 1 on tissue, and the weights
         that make genes of them, for all genes of the model; with ``labels["{key_added}_factors_tissue"]``.
     ``tables["{key_added}_circles_8um"]``, ``shapes["{key_added}_circles_8um_shapes"]``
         For ``radius_um=8``; ``_bins_8um`` for ``bin_um=8``.
@@ -751,26 +740,27 @@ def predict(
         otherwise than in the store.
     """
     check_together(radius_um, spacing_um, bin_um, shapes_key)
-    if not write_map and radius_um is None and bin_um is None and shapes_key is None:
-        raise PixNetError("Nothing to predict: write_map=False and no radius_um, bin_um or shapes_key.")
+    if write is None and radius_um is None and bin_um is None and shapes_key is None:
+        raise PixNetError("Nothing to predict: write=None and no radius_um, bin_um or shapes_key.")
+    params, store = PredictParams.read(predict_params), write or "map"
     recover(sdata)
     fabric = make_fabric(device)
     found = _model(sdata, model)
-    _check_quality(found, allow_poor_model)
+    _check_quality(found, params.allow_poor_model)
     index, names = _genes(found, genes)
     slide = open_slide(
         sdata,
         image_key=image_key,
         coordinate_system=coordinate_system,
         mpp=mpp,
-        allow_any_mpp=allow_any_mpp,
+        allow_any_mpp=params.allow_any_mpp,
         working_mpp=found.record.working_mpp,
         element_key=shapes_key,
     )
     check_on_disk(sdata, slide.image_key, shapes_key)
     check_working_size(slide)
     batch_size = _BATCH_SIZE.get(fabric.device.type, 1) if batch_size is None else batch_size
-    settings = _settings(found, tile_px, batch_size, n_symmetries)
+    settings = _settings(found, params.tile_px, batch_size, params.n_symmetries)
     side = settings.tile_px + 2 * settings.halo_px
     values = values_per_px(found.network.encoder.channels, found.record.decoder)
     check_batch([(side, side)], batch_size, settings.tile_px, values, fabric.device)
@@ -787,10 +777,10 @@ def predict(
         key_added=key_added,
     )
     pixels = pixels_of(sdata, slide)
-    parts = map_parts(found, slide, pixels, tissue, n_symmetries=n_symmetries, tile_px=settings.tile_px)
+    parts = map_parts(found, slide, pixels, tissue, n_symmetries=params.n_symmetries, tile_px=settings.tile_px)
     info = MapInfo(fingerprint(parts), factor, parts)
     job = PredictJob(sdata, found, slide, pixels, tissue, request, index, names, info, key_added, store, overwrite)
-    job.run(settings, fabric, write_map=write_map, show_progress_bar=show_progress_bar)
+    job.run(settings, fabric, write_map=write is not None, show_progress_bar=show_progress_bar)
 
 
 def _model(sdata: SpatialData, model: PixNet | str | Path | None) -> PixNet:
@@ -808,7 +798,8 @@ def _check_quality(model: PixNet, allow_poor_model: bool) -> None:
     elif poor:
         raise CheckpointError(
             f"The model is worse than none: {poor}. Train it again, with a lower lr= (it was "
-            f"{model.record.training.get('lr')}) or for longer; allow_poor_model=True predicts all the same."
+            f"{model.record.training.get('lr')}) or for longer; predict_params={{'allow_poor_model': True}} predicts "
+            "all the same."
         )
 
 
@@ -836,7 +827,9 @@ def _factor(store: str, map_um: float | None, slide: Slide, n_values: int) -> in
     """Native map pixels per pixel of what is stored."""
     factor = map_factor(map_um, slide, n_values)
     if store == "factors" and factor != 1:
-        raise PixNetError(f"Factors are kept at the native pitch only: leave out map_um={map_um:g} or store.")
+        raise PixNetError(
+            f"Factors are kept at the native pitch only: leave out map_um={map_um:g}, or write='factors'."
+        )
     return factor
 
 
