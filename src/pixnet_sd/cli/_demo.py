@@ -162,7 +162,8 @@ def score(slide: SpatialData, truth: pd.DataFrame, options: Options) -> pd.DataF
     against_counts = ps.tl.evaluate(right, table_key=TABLE, predicted_key=PREDICTED).loc[genes, "pcc"]
     name_of = pd.Series(measured.obs_names, index=instances(measured))
     bins = pd.DataFrame(predicted.X, index=name_of[instances(predicted)], columns=predicted.var_names)
-    expected = np.log1p(TARGET_SUM * truth.div(truth.sum(axis=1), axis=0)).loc[held_out.obs_names, genes]
+    shares: Any = truth.div(truth.sum(axis=1), axis=0)
+    expected = np.log1p(TARGET_SUM * shares).loc[held_out.obs_names, genes]
     against_truth = bins.loc[held_out.obs_names, genes].corrwith(expected).fillna(0)  # 0 where it predicts a constant
     scores = pd.DataFrame({"counts": against_counts, "truth": against_truth})
     scores.loc["mean"] = scores.mean()
@@ -190,7 +191,7 @@ def draw_picture(slide: SpatialData, truth: pd.DataFrame, options: Options) -> N
         tables={TABLE: expected},
         attrs=slide.attrs,
     )
-    figure = ps.pl.gene_map(drawn, DRAWN, table_key=TABLE, return_fig=True)
+    figure: Any = ps.pl.gene_map(drawn, DRAWN, table_key=TABLE, return_fig=True)
     for axes in figure.axes:
         if title := axes.get_title():
             axes.set_title(title.replace("measured", "truth"))

@@ -67,7 +67,7 @@ def set_up_logging(*, verbose: bool, quiet: bool) -> None:
     for name in _CHATTY:
         logging.getLogger(name).filters[:] = [divert]
     warnings.simplefilter("default")
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]  # the rest of its arguments is not looked at
 
 
 def is_store(path: Path) -> bool:
