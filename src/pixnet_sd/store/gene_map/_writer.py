@@ -279,7 +279,7 @@ class _DiskLevels:
                 dtype=theirs.dtype,
                 compressors=FAST if layout.whole_channels else theirs.compressors,
                 fill_value=theirs.fill_value,
-                dimension_names=theirs.metadata.dimension_names,
+                dimension_names=("c", "y", "x"),
                 overwrite=True,
             )
         consolidate(self._folder / "map.zarr")
