@@ -149,6 +149,11 @@ class GeneMapWriter:
         """Bytes that the blocks to come take at most."""
         return int(self.layout.nbytes * len(self.pending) / len(self._blocks))
 
+    @property
+    def missing_files(self) -> int:
+        """Files that the blocks to come take at most."""
+        return self.layout.n_levels * len(self.pending)
+
     def summary(self) -> str:
         """Say what will be written."""
         layout, n_done = self.layout, len(self._blocks) - len(self.pending)
