@@ -288,12 +288,17 @@ class TestSameQuestionAskedOfOtherData:
 
     def test_scores_of_another_slide(self, folder):
         slides = {"a": Slide(0).build(), "b": Slide(1).build()}
-        options = {k: v for k, v in FIT.items() if k not in ("n_genes", "record_model")} | {"genes": ["g0", "g1"]}
+        own = ("record_model", "show_progress_bar")
+        options = {k: v for k, v in FIT.items() if k not in own} | {"genes": ["g0", "g1"]}
+
+        def scores(place):
+            given = {"checkpoint_dir": place, "fit_params": options, "show_progress_bar": False}
+            return ps.tl.cross_validate(slides, folds=["a"], **given).per_gene
+
         place = folder()
-        first = ps.tl.cross_validate(slides, folds=["a"], checkpoint_dir=place, **options).per_gene
+        first = scores(place)
         slides["a"] = Slide(9).build()
-        second = ps.tl.cross_validate(slides, folds=["a"], checkpoint_dir=place, **options).per_gene
-        fresh = ps.tl.cross_validate(slides, folds=["a"], checkpoint_dir=folder(), **options).per_gene
+        second, fresh = scores(place), scores(folder())
         assert first.pcc.tolist() != second.pcc.tolist() == fresh.pcc.tolist()
 
     @pytest.mark.parametrize("change", ["cells", "pixels"])
