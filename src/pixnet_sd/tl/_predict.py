@@ -192,22 +192,22 @@ def predict(  # noqa: PLR0913
         raise PixNetError("Nothing to predict: write=None and no radius_um, bin_um or shapes_key.")
     params = PredictParams.read(predict_params)
     recover(sdata)
-    fabric, found = make_fabric(device), _model(sdata, model)
-    _check_quality(found, params.allow_poor_model)
-    names = found.genes if genes is None else [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
-    check_genes(names, found.genes, "the model")
+    fabric, trained = make_fabric(device), _model(sdata, model)
+    _check_quality(trained, params.allow_poor_model)
+    names = trained.genes if genes is None else [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
+    check_genes(names, trained.genes, "the model")
     slide = open_slide(
         sdata,
         image_key=image_key,
         coordinate_system=coordinate_system,
         mpp=mpp,
         allow_any_mpp=params.allow_any_mpp,
-        working_mpp=found.record.working_mpp,
+        working_mpp=trained.record.working_mpp,
         element_key=shapes_key,
     )
     check_on_disk(sdata, slide.image_key, shapes_key)
-    tiling = _tiling(found, slide, params, batch_size, fabric)
-    factor = _map_factor(map_um, slide, found.network.head.in_features + len(names))
+    tiling = _tiling(trained, slide, params, batch_size, fabric)
+    factor = _map_factor(map_um, slide, trained.network.head.in_features + len(names))
     if write == "factors" and factor != 1:
         raise PixNetError(
             f"Factors are kept at the native pitch only: leave out map_um={map_um:g}, or write='factors'."
@@ -224,8 +224,8 @@ def predict(  # noqa: PLR0913
         key_added=key_added,
     )
     pixels = pixels_of(sdata, slide)
-    parts = map_parts(found, slide, pixels, tissue, n_symmetries=params.n_symmetries, tile_px=tiling.tile_px)
-    job = _Job(sdata, found, slide, pixels, tissue, request, names, factor, parts, key_added, write, overwrite)
+    parts = map_parts(trained, slide, pixels, tissue, n_symmetries=params.n_symmetries, tile_px=tiling.tile_px)
+    job = _Job(sdata, trained, slide, pixels, tissue, request, names, factor, parts, key_added, write, overwrite)
     attach_written(sdata, job.names)
     stored = _stored_maps(job)
     to_do = job.without_results(stored)
