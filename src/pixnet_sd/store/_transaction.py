@@ -81,22 +81,9 @@ class Transaction:
 
     Entering it checks all that can be refused before any work is done, and finishes what a killed run left behind;
     results that are streamed go into a `folder` that it locks; `commit` puts everything in at once.
-
-    Parameters
-    ----------
-    sdata
-        The object that results will be written to.
-    names
-        Element name → element type of the coming results.
-    overwrite
-        Whether elements of the same name and type may be replaced.
-    wait_s
-        Seconds to wait for another run that streams a result of the same name.
-
-    Raises
-    ------
-    StoreError
-        Name taken or not allowed, store read-only, old, away or not local.
+    ``names`` are the coming results, element name → element type; ``wait_s`` is how long to wait for another run that
+    streams a result of the same name. A StoreError tells what cannot be: a name that is taken or not allowed, a store
+    that is read-only, old, away or not local.
     """
 
     def __init__(
@@ -124,13 +111,7 @@ class Transaction:
         self._locks.close()
 
     def folder(self, name: str) -> Path:
-        """Lock the folder of a result that is streamed, for a backed object, until the transaction is left.
-
-        Raises
-        ------
-        StoreError
-            Another run holds it.
-        """
+        """Lock the folder of a result that is streamed, for a backed object, until the transaction is left."""
         assert self.store is not None  # in memory nothing is streamed
         path = work_folder(self.store) / name
         busy = f"Another run is writing {name} of {self.store}. Wait for it, or choose another key."
@@ -138,13 +119,7 @@ class Transaction:
         return path
 
     def check_room(self, n_bytes: int, n_files: int) -> None:
-        """Compare bytes and files that are still to be written, at most, with what the disk has free.
-
-        Raises
-        ------
-        StoreError
-            Too little is free.
-        """
+        """Raise unless the disk has room for the bytes and files that are still to be written, at most."""
         if self.store is None:
             return
         check_free_disk(self.store.parent, n_bytes)
@@ -160,22 +135,9 @@ class Transaction:
         """Add elements to the object, and to its store when it is backed, all at once.
 
         Rasters that were written are replaced in memory by what is read back lazily; tables and shapes stay as given,
-        and staged ones are read as `read_back` says.
-
-        Parameters
-        ----------
-        elements
-            Element name → element, as the models of `spatialdata.models` parse them, or `Staged`; the folder of its
-            scratch store goes afterwards, with all that is in it.
-        provenance
-            Section → key → info, noted in the object (`record`) together with the elements.
-
-        Raises
-        ------
-        StoreError
-            As on entering, and when writing fails.
-        KeyboardInterrupt
-            Once it is too late to stop, when everything is in the store and in the object.
+        and `Staged` ones are read as `read_back` says; the folder of their scratch store goes, with all that is in it.
+        ``provenance``, section → key → info, is noted (`record`) together with them. A KeyboardInterrupt that comes too
+        late to stop is raised when everything is in the store and in the object.
         """
         names = {name: _type_of(element) for name, element in elements.items()}
         notes = dict(provenance or {})
@@ -224,10 +186,7 @@ class Transaction:
 def recover(sdata: SpatialData) -> None:
     """Finish a commit that was killed half-way and remove what it left; attach what it brought in.
 
-    Raises
-    ------
-    StoreError
-        When what lies there was not left by a run of this user on this store.
+    Raises a StoreError when what lies there was not left by a run of this user on this store.
     """
     store = local_store(sdata)
     if store is None or not work_folder(store).is_dir():
