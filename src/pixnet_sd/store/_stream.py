@@ -245,6 +245,7 @@ class _Filler:
         self._waiting: list[NDArray[Any]] = []
 
     def add(self, values: NDArray[Any]) -> None:
+        values = np.asarray(values)  # ids may come as an index of pandas, which zarr does not take
         if {values.dtype.kind, self.array.dtype.kind} & set("OUT"):
             values = values.astype(np.dtypes.StringDType())
         self._waiting.append(values)
