@@ -17,9 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
-from scipy import sparse
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
-from spatialdata.transformations import Affine, Identity, Scale, Translation, get_transformation, set_transformation
+from spatialdata.transformations import Affine, Identity, Translation, get_transformation, set_transformation
 
 from pixnet_sd import tl
 from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError, ResolutionError, StoreError
@@ -73,11 +72,6 @@ def two_images(sdata):
     sdata.images["one"] = Image2DModel.parse(pixels_of(sdata)[:, ::-1], transformations={"sample": Identity()})
 
 
-def smaller_copy(sdata):
-    scale = {"sample": Scale([5, 5], axes=("x", "y"))}
-    sdata.images["small"] = Image2DModel.parse(np.full((3, 40, 40), 200, np.uint8), transformations=scale)
-
-
 def with_pixels(change: Callable[..., Any], names="rgb") -> Callable[..., None]:
     return lambda sdata: replaced(sdata, change(pixels_of(sdata)), names)
 
@@ -94,28 +88,10 @@ def moved_regions(sdata):
     set_transformation(sdata.shapes[BINS], Translation([5000, 0], axes=("x", "y")), "sample")
 
 
-def swapped_axes(sdata):
-    """On a slide that is wider than high, with tissue on its right."""
-    wide = np.full((3, 200, 600), 240, np.uint8)
-    wide[:, :, 400:] = pixels_of(sdata)
-    replaced(sdata, wide)
-    del sdata.images["sample_hires_image"], sdata.images["sample_lowres_image"]  # which are no longer of it
-    swap = Affine([[0, 1, 0], [1, 0, 0], [0, 0, 1]], ("x", "y"), ("x", "y"))
-    moved = sd.transformations.Sequence([swap, Translation([0, 400], axes=("x", "y"))])
-    set_transformation(sdata.shapes[BINS], moved, "sample")
-
-
-def blank_labels(sdata):
-    sdata.labels["blank"] = Labels2DModel.parse(np.zeros((20, 20), np.int32), transformations={"sample": Identity()})
-
-
 def with_ids(change: Any) -> Callable[..., None]:
-    """Found before the network has run for them, as the fixture of this module checks."""
-
     def break_(sdata):
-        index = sdata.shapes[BINS].index
         sdata.shapes["cells"] = sdata.shapes[BINS].copy()
-        sdata.shapes["cells"].index = index.map(change) if callable(change) else index.astype(change)
+        sdata.shapes["cells"].index = sdata.shapes[BINS].index.map(change)
 
     return break_
 
@@ -147,25 +123,14 @@ def two_tables(sdata):
         sdata.tables[key] = TableModel.parse(other, **link)
 
 
-def part_of_table(*index: slice) -> Callable[..., None]:
-    return lambda sdata: sdata.tables.data.__setitem__(TABLE, sdata.tables[TABLE][index].copy())
-
-
 def other_ids(sdata):
     sdata.tables[TABLE].obs["location_id"] += 1000
 
 
-def with_counts(counts: Any) -> Callable[..., None]:
-    return lambda sdata: setattr(sdata.tables[TABLE], "X", counts)
-
-
-def one_count(value: float) -> Callable[..., None]:
-    def break_(sdata):
-        x = sdata.tables[TABLE].X.tolil()
-        x[7, sdata.tables[TABLE].var_names.get_loc("ACTB")] = value
-        sdata.tables[TABLE].X = x.tocsr()
-
-    return break_
+def one_nan(sdata):
+    x = sdata.tables[TABLE].X.tolil()
+    x[7, sdata.tables[TABLE].var_names.get_loc("ACTB")] = np.nan
+    sdata.tables[TABLE].X = x.tocsr()
 
 
 def doubled_gene(sdata):
@@ -193,8 +158,6 @@ BAD = {
     "only maps": Bad(only_our_own, ElementError, "pixnet_map"),
     "several images": Bad(two_images, ElementError, "one.*image_key="),
     "no such image": Bad(nothing, ElementError, FULL, "", {"image_key": "full"}),
-    "smaller copy": Bad(smaller_copy, ResolutionError, "mpp = 5.*small", "", {"image_key": "small"}),
-    "1 channel": Bad(with_pixels(lambda p: p[:1], ["he"]), DataError, "1 channel.*he", "", IMAGE_ASKED),
     "4 stains": Bad(
         with_pixels(lambda p: np.concatenate([p, p[:1]]), ["DAPI", "CD3", "CD20", "CK"]),
         DataError,
@@ -203,38 +166,22 @@ BAD = {
         IMAGE_ASKED,
     ),
     "uint16": Bad(with_pixels(lambda p: p.astype(np.uint16) * 257), DataError, "uint16", "", IMAGE_ASKED),
-    "float": Bad(with_pixels(lambda p: p.astype(np.float32) / 255), DataError, "float32", "", IMAGE_ASKED),
     "glass": Bad(with_pixels(glass), DataError, "image_key=", "predict"),
     "mpp unknown": Bad(renamed_bins, ResolutionError, "bins.*mpp=", "predict"),
     "mpp too large": Bad(nothing, ResolutionError, "mpp = 8", "", {"mpp": 8.0}),
-    "mpp in mm": Bad(nothing, ResolutionError, "mpp = 0.0005", "", {"mpp": 0.0005}),
     "shear": Bad(sheared, ResolutionError, FULL, "", IMAGE_ASKED),
     "no such system": Bad(nothing, ElementError, "global", "", {"coordinate_system": "global"}),
     "off the image": Bad(moved_regions, ResolutionError, BINS, "predict", BINS_ASKED),
     "off the image, fit": Bad(moved_regions, ResolutionError, BINS, "fit"),
-    "swapped axes": Bad(swapped_axes, ResolutionError, "x and y", "predict", BINS_ASKED),
-    "swapped axes, fit": Bad(swapped_axes, ResolutionError, "x and y", "fit"),
-    "empty labels": Bad(blank_labels, DataError, "blank", "predict", {"shapes_key": "blank"}),
     "image as shapes": Bad(nothing, ElementError, FULL, "predict", {"shapes_key": FULL}),
-    "float ids": Bad(with_ids(float), DataError, "cells", "predict", CELLS_ASKED),
-    "dates as ids": Bad(with_ids("datetime64[ns]"), DataError, "cells", "predict", CELLS_ASKED),
     "mixed ids": Bad(with_ids(lambda k: "a" if k == 3 else k), DataError, "cells", "predict", CELLS_ASKED),
-    "pairs as ids": Bad(with_ids(lambda k: (k, k)), DataError, "cells", "predict", CELLS_ASKED),
     "missing id": Bad(with_ids(lambda k: None if k == 3 else k), DataError, "cells", "predict", CELLS_ASKED),
     "a bin twice": Bad(twice, DataError, BINS),
     "no shared system": Bad(elsewhere, ElementError, "elsewhere", "predict", BINS_ASKED),
-    "no shared system, fit": Bad(elsewhere, PixNetError, "elsewhere|mpp=", "fit"),
     "table of no region": Bad(no_region, ElementError, TABLE, "fit", TABLE_ASKED),
-    "region is gone": Bad(renamed_bins, ElementError, f"{BINS}.*bins", "fit", TABLE_ASKED),
     "several tables": Bad(two_tables, ElementError, "one.*two.*table_key=", "fit"),
-    "no rows": Bad(part_of_table(slice(0)), DataError, TABLE, "fit", TABLE_ASKED),
-    "no genes": Bad(part_of_table(slice(None), slice(0)), DataError, TABLE, "fit", TABLE_ASKED),
     "ids do not match": Bad(other_ids, DataError, "1000", "fit"),
-    "all zero": Bad(with_counts(sparse.csr_matrix((408, 40), dtype=np.float32)), DataError, "408", "fit"),
-    "NaN": Bad(one_count(np.nan), DataError, "ACTB.*row 7", "fit"),
-    "infinite": Bad(one_count(np.inf), DataError, "ACTB", "fit"),
-    "negative": Bad(one_count(-2.0), DataError, "negative", "fit"),
-    "no matrix": Bad(with_counts(None), DataError, "X", "fit"),
+    "NaN": Bad(one_nan, DataError, "ACTB.*row 7", "fit"),
     "a gene twice": Bad(doubled_gene, DataError, "var_names", "fit"),
 }
 

@@ -38,10 +38,13 @@ __all__ = [
     "element_stamp",
     "image_stamp",
     "json_safe",
+    "merge_notes",
     "merged_notes",
+    "note_in_memory",
     "read_back",
     "record",
     "recorded",
+    "take_notes",
     "written_by",
 ]
 
@@ -71,18 +74,36 @@ def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None
     notes = {section: info if key is None else {key: info}}
     store = local_store(sdata)
     if store is None:
-        sdata.attrs[ATTRS_KEY] = merged_notes({}, sdata.attrs.get(ATTRS_KEY), notes)
+        note_in_memory(sdata, notes)
         return
     scratch = work_folder(store)
     with hold_lock(scratch / "lock", wait_s=60, busy=f"Another run is writing into {store}; try again later."):
         root = read_json(store / "zarr.json")
-        attributes = root.setdefault("attributes", {})
-        attributes[ATTRS_KEY] = merged_notes(attributes.get(ATTRS_KEY), sdata.attrs.get(ATTRS_KEY), notes)
+        merge_notes(root, sdata, notes)
         try:
             write_json(store / "zarr.json", root, scratch=scratch)
         except OSError as error:
             raise StoreError(f"{store / 'zarr.json'} cannot be replaced: {error.strerror or error}.") from error
-    sdata.attrs[ATTRS_KEY] = attributes[ATTRS_KEY]
+    sdata.attrs[ATTRS_KEY] = root["attributes"][ATTRS_KEY]
+
+
+def note_in_memory(sdata: SpatialData, new: Mapping[str, Any]) -> None:
+    """Merge notes into those of an object in memory."""
+    if notes := merged_notes({}, sdata.attrs.get(ATTRS_KEY), new):
+        sdata.attrs[ATTRS_KEY] = notes
+
+
+def merge_notes(root: dict[str, Any], sdata: SpatialData, new: Mapping[str, Any]) -> None:
+    """Merge notes into the metadata of a store's root, together with those that the object remembers."""
+    attributes = root.setdefault("attributes", {})
+    if notes := merged_notes(attributes.get(ATTRS_KEY), sdata.attrs.get(ATTRS_KEY), new):
+        attributes[ATTRS_KEY] = notes
+
+
+def take_notes(sdata: SpatialData, store: Path) -> None:
+    """Give an object the notes that its store has."""
+    if notes := _stored_notes(store):
+        sdata.attrs[ATTRS_KEY] = notes
 
 
 def recorded(sdata: SpatialData, section: str, key: str | None = None) -> Any:

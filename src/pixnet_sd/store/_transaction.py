@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pixnet_sd._files import clear_left_over
-from pixnet_sd._notes import ATTRS_KEY
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
 
@@ -54,7 +53,16 @@ from ._disk import (
     work_folder,
     write_json,
 )
-from ._notes import WRITTEN, element_stamp, image_stamp, json_safe, merged_notes, read_back
+from ._notes import (
+    WRITTEN,
+    element_stamp,
+    image_stamp,
+    json_safe,
+    merge_notes,
+    note_in_memory,
+    read_back,
+    take_notes,
+)
 from ._stream import Staged, element_type, write_scratch_store
 
 if TYPE_CHECKING:
@@ -165,7 +173,7 @@ class Transaction:
             stamps = {name: image_stamp(elements[name]) for name, kind in names.items() if kind == "images"}
             notes |= {WRITTEN: stamps} if stamps else {}
             _set(self.sdata, elements)
-            _set_notes(self.sdata, merged_notes({}, self.sdata.attrs.get(ATTRS_KEY), notes))
+            note_in_memory(self.sdata, notes)
             return
         work = work_folder(self.store)
         with _commit_lock(self.store):
@@ -233,7 +241,7 @@ def recover(sdata: SpatialData) -> None:
         names = {name: kind for name, kind in names.items() if kind == before.get(name, kind)}
         read_back(sdata, store, names, scratch=work)
     if names:
-        _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
+        take_notes(sdata, store)
 
 
 @dataclass(frozen=True)
@@ -366,7 +374,7 @@ def _bring_in(store: Path, work: Path, journal: Journal, sdata: SpatialData, in_
     names = {move.name: move.kind for move in journal.moves if move.name not in in_memory}
     read_back(sdata, store, names, scratch=work)
     _set(sdata, in_memory)
-    _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
+    take_notes(sdata, store)
 
 
 def _finish(store: Path, work: Path, journal: Journal, sdata: SpatialData) -> None:
@@ -381,7 +389,7 @@ def _finish(store: Path, work: Path, journal: Journal, sdata: SpatialData) -> No
                     write_json(store / kind / "zarr.json", group, scratch=work)
             placed = [move.path for move in journal.moves if _place(store, work, move)]
             _list_labels(store, work, [path.partition("/")[2] for path in placed if path.startswith("labels/")])
-            _publish(store, work, journal, placed, sdata.attrs.get(ATTRS_KEY))
+            _publish(store, work, journal, placed, sdata)
             # renamed, so that a kill cannot leave a half-deleted folder that looks like unfinished work
             for name in {COMMIT, *(move.place.partition("/")[0] for move in journal.moves)}:
                 if (work / name).exists():
@@ -453,13 +461,10 @@ def _list_labels(store: Path, work: Path, names: list[str]) -> None:
         write_json(path, group, scratch=work)
 
 
-def _publish(store: Path, work: Path, journal: Journal, placed: list[str], notes_in_memory: Any) -> None:
+def _publish(store: Path, work: Path, journal: Journal, placed: list[str], sdata: SpatialData) -> None:
     """Replace the root ``zarr.json``: consolidated metadata, where the store has it, and provenance."""
     root = read_json(store / "zarr.json")
-    attributes = root.setdefault("attributes", {})
-    notes = merged_notes(attributes.get(ATTRS_KEY), notes_in_memory, journal.notes)
-    if notes:
-        attributes[ATTRS_KEY] = notes
+    merge_notes(root, sdata, journal.notes)
     consolidated = root.get("consolidated_metadata")
     if consolidated:
         nodes = consolidated["metadata"]
@@ -475,9 +480,3 @@ def _set(sdata: SpatialData, elements: Mapping[str, Any]) -> None:
     """Set elements in memory."""
     for name, element in elements.items():
         getattr(sdata, _type_of(element))[name] = element
-
-
-def _set_notes(sdata: SpatialData, notes: dict[str, Any]) -> None:
-    """Keep the attribute away from objects that pixnet_sd has nothing to say about."""
-    if notes:
-        sdata.attrs[ATTRS_KEY] = notes

@@ -7,12 +7,12 @@ away while the next is computed, and a transaction moves all results in at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -248,34 +248,18 @@ def predict_regions(
     device: str | torch.device | None = None,
     show_progress_bar: bool = True,
 ) -> NDArray[np.float32]:
-    """Predict regions in memory: log-normalised expression, as ``X`` of the table that `predict` writes.
+    """Predict n regions, working pixels, in memory: log-normalised expression, as ``X`` of the table of `predict`.
 
-    Parameters
-    ----------
-    model
-        The model; how good it is is not asked.
-    slide
-        The slide, opened at the model's working resolution.
-    regions
-        n regions in working pixels.
-    params, batch_size, device, show_progress_bar
-        As in `predict`.
-
-    Returns
-    -------
-    Shape (n, genes of the model), NaN for a region that holds no pixel of the slide.
+    The slide is opened at the model's working resolution; how good the model is is not asked. Returns (n, genes of the
+    model), NaN for a region that holds no pixel of the slide.
     """
     fabric = make_fabric(device)
     tiling = _tiling(model, slide, params or PredictParams(), batch_size, fabric)
     plan = _plan(slide, _tissue(slide), regions, tiling, _head(model, range(len(model.genes))))
     n, n_genes = len(regions), len(model.genes)
     rows = MemorySums(n, plan.n_columns, n_genes * (1 + len(units_of(model.record).layers)))
-    with (
-        Walk(model.network, slide.read, plan, plan.visits([], rows.is_done), fabric) as walk,
-        _Output(None, rows) as out,
-    ):
-        for result in walk.results(show_progress_bar=show_progress_bar):
-            out.put(result)
+    with Walk(model.network, slide.read, plan, plan.visits([], rows.is_done), fabric) as walk:
+        _put_away(walk.results(show_progress_bar=show_progress_bar), rows, None, {})
     sums, weight = rows.rows(0, n)
     keep = weight > 0
     values = np.full((n, n_genes), np.nan, np.float32)
@@ -505,12 +489,11 @@ def _run(
         with ExitStack() as stack:
             blocks = None if layout is None else stack.enter_context(_map_writer(out, job, layout))
             rows = None if request is None else stack.enter_context(_region_writer(out, job, request, plan))
-            output = _Output(blocks, rows, job.factor, job.slide.map_shape)
-            visits = plan.visits(output.pending, None if rows is None else rows.is_done)
-            with Walk(job.model.network, job.slide.read, plan, visits, fabric) as walk, output:
+            to_write = {} if blocks is None else _native_blocks(blocks.pending, job.factor, job.slide.map_shape)
+            visits = plan.visits(list(to_write), None if rows is None else rows.is_done)
+            with Walk(job.model.network, job.slide.read, plan, visits, fabric) as walk:
                 _announce(walk, blocks, rows)
-                for result in walk.results(show_progress_bar=show_progress_bar):
-                    output.put(result)
+                _put_away(walk.results(show_progress_bar=show_progress_bar), rows, blocks, to_write, job.factor)
             if reused is not None and request is not None:
                 logger.info(
                     "gene map %r reused for the regions: %d tiles run, %d windows read back",
@@ -553,55 +536,40 @@ def _region_writer(out: Transaction, job: _Job, request: RegionRequest, plan: Pr
     )
 
 
-class _Output:
-    """Puts results of windows away in threads, while the next window is computed.
+def _native_blocks(stored: Sequence[Block], factor: int, shape: tuple[int, int]) -> dict[Block, Block]:
+    """Native map pixels of blocks of a map that is ``factor`` times as coarse → the blocks."""
+    native = {}
+    for block in stored:
+        row0, row1, col0, col1 = (v * factor for v in block)
+        native[row0, min(row1, shape[0]), col0, min(col1, shape[1])] = block
+    return native
 
-    Blocks of a coarser map are averaged over ``factor`` x ``factor`` native pixels.
-    """
 
-    def __init__(
-        self,
-        blocks: GeneMapWriter | None,
-        rows: RegionWriter | MemorySums | None,
-        factor: int = 1,
-        shape: tuple[int, int] = (0, 0),
-    ) -> None:
-        self._blocks, self._rows, self._factor = blocks, rows, factor
-        self._stored: dict[Block, Block] = {}  # native → stored
-        for block in [] if blocks is None else blocks.pending:
-            row0, row1, col0, col1 = (v * factor for v in block)
-            self._stored[row0, min(row1, shape[0]), col0, min(col1, shape[1])] = block
-        self._writers = ExitStack()
+def _put_away(
+    results: Iterable[WindowResult],
+    rows: RegionWriter | MemorySums | None,
+    blocks: GeneMapWriter | None,
+    to_write: Mapping[Block, Block],
+    factor: int = 1,
+) -> None:
+    """Write the results of windows in threads, few at a time, while the next window is computed."""
 
-    @property
-    def pending(self) -> list[Block]:
-        """Blocks, native map pixels, that are still to be written."""
-        return list(self._stored)
-
-    def put(self, result: WindowResult) -> None:
-        """Take the results of a window; waits while too many wait to be written."""
-        for block, values in result.blocks:
-            self._block_writer.submit(self._write, block, values)
-        if result.share is not None:
-            self._row_writer.submit(self._sum, result.share)
-
-    def _write(self, block: Block, lent: Lent[NDArray[np.float32]]) -> None:
-        assert self._blocks is not None  # blocks are only planned with it
+    def write(block: Block, lent: Lent[NDArray[np.float32]]) -> None:
+        assert blocks is not None  # blocks are only planned with it
         with lent() as values:
-            self._blocks.write(self._stored[block], _averaged(values, self._factor))
+            blocks.write(to_write[block], _averaged(values, factor))
 
-    def _sum(self, lent: Lent[RegionShare]) -> None:
-        assert self._rows is not None  # regions are only planned with them
+    def add(lent: Lent[RegionShare]) -> None:
+        assert rows is not None  # regions are only planned with them
         with lent() as share:
-            self._rows.put(share)
+            rows.put(share)
 
-    def __enter__(self) -> Self:
-        self._block_writer = self._writers.enter_context(Writer(BLOCK_WRITERS))
-        self._row_writer = self._writers.enter_context(Writer())
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._writers.__exit__(*error)
+    with Writer(BLOCK_WRITERS) as block_writer, Writer() as row_writer:
+        for result in results:
+            for block, values in result.blocks:
+                block_writer.submit(write, block, values)
+            if result.share is not None:
+                row_writer.submit(add, result.share)
 
 
 def _averaged(values: NDArray[np.float32], factor: int) -> NDArray[np.float32]:

@@ -64,8 +64,7 @@ def open_sources(
             allow_any_mpp=allow_any_mpp,
             working_mpp=working_mpp,
             region_keys=measured_regions(sdata, table_key),
-            name=name,
-        )
+        ).named(name)
         check_working_size(slide)
         sources[name] = Source(slide, measured(sdata, slide, table_key=table_key))
     return sources

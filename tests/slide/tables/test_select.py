@@ -27,8 +27,8 @@ def test_named(visium_hd) -> None:
     sdata = visium_hd()
     assert select_tables(sdata, table_key="square_016um") == ["square_016um"]
     assert select_tables(sdata, table_key=["square_016um", "square_008um"]) == ["square_016um", "square_008um"]
-    for missing in (["square_016um", "other"], []):
-        with pytest.raises(ElementError, match="Tables: 'square_008um', 'square_016um'"):
+    for missing in (["square_016um", "other"], [], ["square_016um", "square_016um"]):
+        with pytest.raises(ElementError, match="'square_016um'.*table_key="):
             select_tables(sdata, table_key=missing)
 
 
@@ -37,18 +37,15 @@ def test_the_only_table_but_not_ours(circles, table) -> None:
     own.uns["pixnet_sd"] = {}
     sdata = SpatialData(shapes={"spots": circles([[1, 2]])}, tables={"a": table("spots", [0]), "pixnet": own})
     assert select_tables(sdata) == ["a"]
-
-
-def test_several_tables_are_listed(circles, table) -> None:
-    sdata = SpatialData(shapes={"spots": circles([[1, 2]])}, tables={k: table("spots", [0]) for k in "ab"})
-    with pytest.raises(ElementError, match=r"'a', 'b'.*table_key="):
+    sdata["b"] = table("spots", [0])
+    with pytest.raises(ElementError, match="'a', 'b'.*table_key="):
         select_tables(sdata)
 
 
 @pytest.mark.filterwarnings("ignore:The table is annotating")
-def test_no_table(circles, table) -> None:
+def test_no_table(table) -> None:
     sdata = SpatialData(tables={"free": ad.AnnData(np.ones((2, 2))), "lost": table("gone", [0])})
-    with pytest.raises(ElementError, match=r"No table annotates.*'free', 'lost'"):
+    with pytest.raises(ElementError, match="'free', 'lost'"):
         select_tables(sdata)
 
 
@@ -56,68 +53,46 @@ def test_tables_of_another_slide_are_not_found(circles, table) -> None:
     shapes = {"a": circles([[1, 2]], system="A"), "b": circles([[1, 2]], system="B")}
     sdata = SpatialData(shapes=shapes, tables={"ta": table("a", [0]), "tb": table("b", [0])})
     assert select_tables(sdata, coordinate_system="B") == ["tb"]
-    with pytest.raises(ElementError, match="in coordinate system 'C'"):
+    with pytest.raises(ElementError, match="'C'.*coordinate_system='A'"):
         select_tables(sdata, coordinate_system="C")
 
 
 def test_link(circles, table) -> None:
-    shapes = {"spots": circles([[1, 2], [3, 4]], index=["u", "v"])}
-    link = table_link(SpatialData(shapes=shapes, tables={"t": table("spots", ["v", "u"])}), table_key="t")
-    assert (link.table_key, link.element_key, list(link.instances)) == ("t", "spots", ["v", "u"])
-    np.testing.assert_array_equal(link.rows, [0, 1])
-
-
-def test_rows_of_the_region_on_this_slide(circles, table) -> None:
-    shapes = {"a": circles([[1, 2], [5, 6]], system="A"), "b": circles([[1, 2]], system="B")}
-    sdata = SpatialData(shapes=shapes, tables={"t": table(["a", "b", "a"], [1, 0, 0])})
+    shapes = {"a": circles([[1, 2], [5, 6]], system="A", index=["u", "v"]), "b": circles([[1, 2]], system="B")}
+    sdata = SpatialData(shapes=shapes, tables={"t": table(["a", "b", "a"], ["v", "w", "u"])})
     link = table_link(sdata, table_key="t", coordinate_system="A")
-    assert link.element_key == "a"
+    assert (link.table_key, link.element_key, list(link.instances)) == ("t", "a", ["v", "u"])
     np.testing.assert_array_equal(link.rows, [0, 2])
-    np.testing.assert_array_equal(link.instances, [1, 0])
-    with pytest.raises(ElementError, match="several elements on this slide: 'a', 'b'"):
+    with pytest.raises(ElementError, match="'a', 'b'"):
         table_link(sdata, table_key="t")
-    with pytest.raises(ElementError, match="nothing in the slide's coordinate system 'C'"):
+    with pytest.raises(ElementError, match="'C'"):
         table_link(sdata, table_key="t", coordinate_system="C")
 
 
-def test_table_without_region() -> None:
-    with pytest.raises(ElementError, match="'free' annotates no region"):
-        table_link(SpatialData(tables={"free": ad.AnnData(np.ones((2, 2)))}), table_key="free")
+def changed(table, **obs):
+    table.obs = table.obs.assign(**obs)
+    return table
 
 
 @pytest.mark.filterwarnings("ignore:The table is annotating")
-def test_region_is_gone(table) -> None:
-    with pytest.raises(ElementError, match="annotates 'gone', not in this SpatialData object"):
-        table_link(SpatialData(tables={"lost": table("gone", [0])}), table_key="lost")
-
-
-def test_empty_table(circles, table) -> None:
-    empty = {"t": ad.AnnData(np.ones((0, 5))), "g": table("spots", [0])[:, :0].copy()}
-    sdata = SpatialData(shapes={"spots": circles([[1, 2]])}, tables=empty)
-    with pytest.raises(DataError, match="'t' is empty: 0 rows x 5 genes"):
-        table_link(sdata, table_key="t")
-    with pytest.raises(DataError, match="'g' is empty: 1 rows x 0 genes"):
-        table_link(sdata, table_key="g")
-
-
-def test_no_row_for_the_region(circles, table) -> None:
-    sdata = SpatialData(shapes={"spots": circles([[1, 2]])}, tables={"t": table("spots", [0])})
-    sdata.tables["t"].obs["region"] = pd.Categorical(["other"])
-    with pytest.raises(DataError, match="no row for its region 'spots'"):
-        table_link(sdata, table_key="t")
-
-
-def test_instance_twice(circles, table) -> None:
-    sdata = SpatialData(shapes={"spots": circles([[1, 2], [3, 4]])}, tables={"t": table("spots", [0, 1])})
-    sdata.tables["t"].obs["location_id"] = [1, 1]
-    with pytest.raises(DataError, match=r"1 rows whose instance id occurred before \(first 1\)"):
-        table_link(sdata, table_key="t")
-
-
-def test_instance_missing(circles, table) -> None:
-    sdata = SpatialData(shapes={"spots": circles([[1, 2], [3, 4]])}, tables={"t": table("spots", [0, 1])})
-    sdata.tables["t"].obs["location_id"] = [0.0, np.nan]
-    with pytest.raises(DataError, match="1 rows without an instance id"):
+@pytest.mark.parametrize(
+    ("make", "error", "names"),
+    [
+        (lambda table: ad.AnnData(np.ones((2, 2))), ElementError, "'t'"),
+        (lambda table: table("gone", [0]), ElementError, "'t'.*'gone'"),
+        (lambda table: ad.AnnData(np.ones((0, 5))), DataError, "'t'.*0 rows x 5 genes"),
+        (lambda table: table("spots", [0])[:, :0].copy(), DataError, "'t'.*1 rows x 0 genes"),
+        (lambda table: changed(table("spots", [0]), region=pd.Categorical(["other"])), DataError, "'t'.*'spots'"),
+        (lambda table: changed(table("spots", [0, 1]), location_id=[1, 1]), DataError, "1 rows .*first 1"),
+        (lambda table: changed(table("spots", [0, 1]), location_id=[0.0, np.nan]), DataError, "1 rows"),
+    ],
+    ids=["no region", "region is gone", "no rows", "no genes", "no row of the region", "id twice", "no id"],
+)
+def test_tables_that_cannot_be_linked(circles, table, make, error, names) -> None:
+    sdata = SpatialData(shapes={"spots": circles([[1, 2], [3, 4]])}, tables={"t": table("spots", [0])})
+    del sdata.tables["t"]
+    sdata.tables["t"] = make(table)
+    with pytest.raises(error, match=names):
         table_link(sdata, table_key="t")
 
 
