@@ -127,8 +127,8 @@ class _SizeMoments:
             values = predict(genes), measure(genes)
             if self.objective.has_total:
                 self._count(0, *values)
-            both = (self.objective.comparable(*each)[kept] for each in zip(values, totals, strict=True))
-            self.moments.add(*both, genes)
+            predicted, measured = map(self.objective.comparable, values, totals)
+            self.moments.add(predicted[kept], measured[kept], genes)
 
     def _count(self, which: int, predicted: Tensor, measured: Tensor) -> None:
         self.counts[:, which] += [float(predicted.double().sum()) * self.depth, float(measured.double().sum())]
