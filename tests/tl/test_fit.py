@@ -349,5 +349,5 @@ def test_store_that_cannot_be_written(slide, fit, tmp_path, monkeypatch, caplog)
 @pytest.mark.parametrize("folder", ["file", "file/model"])
 def test_checkpoint_dir_that_cannot_be_made(slide, fit, tmp_path, no_training, folder):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="checkpoint_dir=.*file'"):
+    with pytest.raises(CheckpointError, match="checkpoint_dir="):
         fit(slide, checkpoint_dir=tmp_path / folder)
