@@ -68,11 +68,12 @@ def put_all(writer, n_windows=4):
 def open_writer(sdata, *, fingerprint="f", overwrite=False, n_bytes=0, wait_s=15.0, **options):
     names = {"pixnet_t": "tables", "pixnet_t_shapes": "shapes"}
     with (
-        Transaction(sdata, names, overwrite=overwrite, n_bytes=n_bytes, wait_s=wait_s) as out,
+        Transaction(sdata, names, overwrite=overwrite, wait_s=wait_s) as out,
         RegionWriter.open(
             out, table_key="pixnet_t", n_regions=N, genes=GENES, fingerprint=fingerprint, **options
         ) as writer,
     ):
+        out.check_room(n_bytes, 0)
         writer.commit = out.commit
         yield writer
 

@@ -22,7 +22,7 @@ from pixnet_sd.store.gene_map import image_transforms
 
 io = pytest.importorskip("spatialdata_io")
 
-DRAWN: dict[str, Any] = {"size_um": 160.0, "mpp": 1.0, "genes": 12}
+DRAWN: dict[str, Any] = {"size_um": 160.0, "mpp": 1.0, "n_genes": 12}
 READ: dict[str, Any] = {"load_segmentations_only": False}
 
 
@@ -109,7 +109,7 @@ def test_segmented_cells(folders, fit, predict, tmp_path):
 
 
 def test_visium_spots(fit, predict, tmp_path):
-    folder = ps.datasets.write_visium(tmp_path / "outs", size_um=900.0, mpp=1.0, genes=12)
+    folder = ps.datasets.write_visium(tmp_path / "outs", size_um=900.0, mpp=1.0, n_genes=12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         io.visium(folder, fullres_image_file="sample_tissue_image.tif").write(tmp_path / "slide.zarr")
