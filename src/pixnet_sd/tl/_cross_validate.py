@@ -144,8 +144,8 @@ def cross_validate(  # noqa: PLR0913
         training = {name: sdata for name, sdata in slides.items() if name not in members[fold]}
         left_out = {name: slides[name] for name in members[fold]}
         logger.info("fold %d of %d, %s left out: training on %s", k, len(chosen), [*left_out], [*training])
-        own = {"checkpoint_dir": directory / fold, "record_model": False, "show_progress_bar": show_progress_bar}
-        model = fit(training, **options, **own)
+        options |= {"checkpoint_dir": directory / fold, "record_model": False, "show_progress_bar": show_progress_bar}
+        model = fit(training, **options)
         scores[fold] = _fold_scores(model, left_out, scoring, directory / fold, show_progress_bar=show_progress_bar)
     result = _result(scores, {fold: directory / fold for fold in chosen})
     if set(chosen) == set(members):
@@ -375,7 +375,8 @@ def _cannot_write(folder: Path, error: OSError) -> CheckpointError:
 
 def _result(scores: Mapping[str, FoldScores], folders: dict[str, Path]) -> CrossValidation:
     group_of = _scored_together([key for of_fold in scores.values() for key in of_fold])
-    genes, slides, parts = [], [], {}
+    genes, slides = [], []
+    parts: dict[str, list[tuple[pd.DataFrame, dict[str, Any]]]] = {}
     for fold, of_fold in scores.items():
         for (slide, table), of_regions in of_fold.items():
             of_genes, names = pooled([of_regions]), {"fold": fold, "slide": slide, "table": table}
@@ -383,7 +384,7 @@ def _result(scores: Mapping[str, FoldScores], folders: dict[str, Path]) -> Cross
             n = {"n_regions": int(of_regions["n"].max()), "n_genes": len(of_regions)}
             slides.append(names | summary(of_genes) | n)
             parts.setdefault(group_of[slide, table], []).append((of_regions, slides[-1]))
-    rows = [row for group, of_group in parts.items() for row in _summary_rows(group, *zip(*of_group, strict=True))]
+    rows = [row for group, of_group in parts.items() for row in _summary_rows(group, of_group)]
     columns = ["fold", "slide", "table", "gene", "n_regions", "pcc", "mse", "mae"]
     per_gene = pd.concat(genes, ignore_index=True)[columns]
     return CrossValidation(per_gene, pd.DataFrame(slides), pd.DataFrame(rows), folders)
@@ -397,10 +398,9 @@ def _scored_together(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], s
     return {key: key[1] for key in keys}
 
 
-def _summary_rows(
-    group: str, parts: Sequence[pd.DataFrame], slides: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    each, together = pd.DataFrame(slides), pooled(parts)
+def _summary_rows(group: str, parts: Sequence[tuple[pd.DataFrame, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Average the scores of slides, and score their regions together."""
+    each, together = pd.DataFrame([of_slide for _, of_slide in parts]), pooled([of_regions for of_regions, _ in parts])
     n = {"n_slides": len(each), "n_regions": int(each["n_regions"].sum())}
     # a slide without a score makes the mean unknown: leaving it out would flatter
     mean = {name: float(each[name].mean(skipna=False)) for name in METRICS}
