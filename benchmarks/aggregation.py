@@ -36,12 +36,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pixnet_sd.geometry import Circles, Grid, Regions
-from pixnet_sd.geometry._regions import squares
+from pixnet_sd.geometry import Circles, Grid, Regions, squares
 from pixnet_sd.model import DecoderConfig, Network, Operator, build_operator
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from tests.nn.literal import inside, resize
+from tests.model.literal import inside, resize
 
 STRIDE, BIN_PX, RADIUS_PX, LATTICE_ANGLE = 4, 4.0, 50.0, 0.01
 

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pixnet_sd.model import Encoder, Part
-from pixnet_sd.model._objectives import MsePcc
+from pixnet_sd.model import Encoder, Part, make_objective
 
 __all__ = ["CropNetwork", "Crops"]
 
@@ -100,7 +99,8 @@ class CropNetwork(nn.Module):
 
 def _loss(predicted: Tensor, target: Tensor, sizes: Sequence[slice]) -> Tensor:
     """Eq. 6, mean over sizes: the loss that PixNet has."""
-    objective, every = MsePcc(0.5), slice(None)
+    every = slice(None)
+    objective = make_objective("mse_pcc", pcc_weight=0.5, target_sum=1e4, n_sizes=1, n_outputs=1)
     parts = []
     for size in sizes:
         n_varying = objective.n_varying([target[size]])

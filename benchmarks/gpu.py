@@ -48,11 +48,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pixnet_sd.engine import BLOCK_WRITERS, MeasuredRegions, TrainingSlide, Writer, fixed_shapes, make_fabric
 from pixnet_sd.engine.predict import Lent, PredictPlan, Tiling, Walk, plan_regions, window_side
-from pixnet_sd.engine.train import TrainSettings
-from pixnet_sd.engine.train import _loop as training
-from pixnet_sd.engine.train._batches import make_batch, plan_batches
+from pixnet_sd.engine.train import Run, Trainer, make_batch, plan_batches, train
 from pixnet_sd.geometry import MAP_STRIDE, Grid, Lattice, RegionShare
 from pixnet_sd.model import DecoderConfig, Network, build_encoder, receptive_radius_px
+from pixnet_sd.params import TrainParams
 
 MPP, BIN_UM, LATTICE_DEGREES = 0.5, (2, 8, 16), 0.5
 KEPT_SHARE, TRAIN_GB = 0.7, 8.0
@@ -287,14 +286,11 @@ class Bench:
 
     def fit(self) -> list[Figure]:
         scale, steps = self.scale, self.scale.steps
-        settings = TrainSettings(
-            max_epochs=10**6, tile_px=scale.train_px, batch_size=scale.train_batch, compile=self.compile
-        )
         network = self.prepared()
         bare_network = torch.compile(network, dynamic=False) if self.compile else network
         image = self.random_image(scale.train_batch, scale.train_px)
         with tempfile.TemporaryDirectory() as folder:
-            one_step = self.resident_step(network, settings, Path(folder))
+            one_step = self.resident_step(network, self.run(Path(folder)))
 
             def bare() -> None:
                 network.train()
@@ -306,26 +302,31 @@ class Bench:
                 {
                     "forward + backward": lambda: self.seconds(bare),
                     "fit, batch on the device": lambda: self.seconds(lambda: [one_step() for _ in range(steps)]),
-                    "fit": lambda: self.train(network, settings),
+                    "fit": lambda: self.train(network),
                 }
             )
         per_tile = {name: s / (steps * scale.train_batch) for name, s in taken.items()}
         return figures(per_tile, peak, scale.train_px, "forward + backward")
 
-    def resident_step(self, network: Network, settings: TrainSettings, folder: Path) -> Callable[[], Tensor]:
+    def run(self, folder: Path, max_steps: int | None = None) -> Run:
+        scale = self.scale
+        params = TrainParams(tile_px=scale.train_px, compile=self.compile, max_steps=max_steps, anneal=False)
+        return Run([self.slide], [], params, folder, "benchmark", max_epochs=10**6, batch_size=scale.train_batch)
+
+    def resident_step(self, network: Network, run: Run) -> Callable[[], Tensor]:
         """The engine's step on a batch that is on the device."""
-        run = training._Run(network, [self.slide], [], settings, self.fabric, folder)
-        plan = plan_batches(run.fixed_tiles, settings.batch_size, None)[0]
-        host = make_batch(self.slide, run.fixed_tiles[0], plan, MAP_STRIDE, pin=run.features.pins)
-        batch = host.moved(run.features.copies.up) if self.gpu else host
+        trainer = Trainer(network, run, self.fabric)
+        plan = plan_batches(trainer.fixed_tiles, run.batch_size)[0]
+        host = make_batch(plan, pin=self.gpu)
+        batch = host.moved(trainer.features.copies.up) if self.gpu else host
 
         def step() -> Tensor:
             network.train()
-            return run.step(batch, run.fixed_tiles, settings.lr)
+            return trainer.step(batch, run.params.lr)
 
         return step
 
-    def train(self, network: Network, settings: TrainSettings) -> float:
+    def train(self, network: Network) -> float:
         """Seconds of the steps after the first ones, taken where a step ends."""
         first, last = self.scale.warm_up_steps, self.scale.warm_up_steps + self.scale.steps
         n_done, times = itertools.count(1), []
@@ -337,23 +338,11 @@ class Bench:
 
         hook = register_optimizer_step_post_hook(look)
         try:
-            self.run_training(network, replace(settings, max_steps=last))
+            with tempfile.TemporaryDirectory() as folder:  # a new one, or the run would go on from the last one's state
+                train(network, self.run(Path(folder), last), self.fabric, show_progress_bar=False)
         finally:
             hook.remove()
         return times[1] - times[0]
-
-    def run_training(self, network: Network, settings: TrainSettings) -> None:
-        with tempfile.TemporaryDirectory() as folder:  # a new one, or the run would go on from the last one's state
-            training.train(
-                network,
-                [self.slide],
-                [],
-                settings,
-                fabric=self.fabric,
-                directory=Path(folder),
-                fingerprint="benchmark",
-                show_progress_bar=False,
-            )
 
 
 def figures(per_tile: dict[str, float], peak: dict[str, float | None], tile_px: int, bare: str) -> list[Figure]:

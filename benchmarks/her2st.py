@@ -37,8 +37,7 @@ from safetensors.torch import save_file
 from shared_pyramids import shared_pyramids
 
 import pixnet_sd as ps
-from pixnet_sd.geometry import STRIDES, Circles, Grid, Regions
-from pixnet_sd.geometry._regions import squares
+from pixnet_sd.geometry import STRIDES, Circles, Grid, Regions, squares
 from pixnet_sd.model import Encoder, build_encoder, build_operator
 from pixnet_sd.slide import open_slide
 from pixnet_sd.slide.tables import choose_genes, measured, targets_of

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.store.sealing import sealed
-from tests.store.test_pixnet import make_model
+from tests.model.models import make_model, sealed
 
 from pixnet_sd.errors import CheckpointError
 from pixnet_sd.model import PixNet, read_record
@@ -313,7 +312,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     def full(*_) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pixnet_sd.model._checkpoint.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         make_model().save(tmp_path / "models" / "new")
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from ._grid import MAP_STRIDE, STRIDES, Grid, RegionShare, Window, cumulated_weights, reach, resize_taps
 from ._lattice import Lattice
-from ._regions import SNAP_PX, Circles, Float, Int, LabelGrid, Polygons, Regions, Spans, chunks, ranges
+from ._regions import (
+    SNAP_PX,
+    Circles,
+    Float,
+    Int,
+    LabelGrid,
+    Polygons,
+    Regions,
+    Spans,
+    chunks,
+    first_centre,
+    ranges,
+    squares,
+)
 
 __all__ = [
     "MAP_STRIDE",
@@ -23,7 +36,9 @@ __all__ = [
     "Window",
     "chunks",
     "cumulated_weights",
+    "first_centre",
     "ranges",
     "reach",
     "resize_taps",
+    "squares",
 ]

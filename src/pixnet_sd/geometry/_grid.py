@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 
 from ._regions import Float, Int
 
-__all__ = ["MAP_STRIDE", "STRIDES", "Grid", "RegionShare", "Window", "cumulated_weights", "reach", "resize_taps"]
-
 STRIDES = (4, 8, 16, 32)
-"""Of the feature pyramid F_1..F_L, pixels of the slide."""
+"""Slide pixels per pixel of each level of the feature pyramid F_1..F_L."""
 
 MAP_STRIDE = STRIDES[0]
 """Working pixels per pixel of the gene map: the finest stride of the pyramid."""
@@ -33,7 +31,7 @@ class Window(NamedTuple):
         return self.row1 - self.row0, self.col1 - self.col0
 
     def times(self, factor: int) -> Window:
-        """The same rectangle on a grid that is `factor` times as fine."""
+        """Return the same rectangle on a grid that is `factor` times as fine."""
         return Window(*(v * factor for v in self))
 
 
@@ -69,15 +67,7 @@ class RegionShare(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """The low-resolution grid that is resized by `stride` to the slide.
-
-    Parameters
-    ----------
-    height, width
-        Low-resolution pixels; the resized map has ``height * stride`` by ``width * stride``.
-    stride
-        Pixels of the resized map per low-resolution pixel.
-    """
+    """The low-resolution grid; the resized map has ``height * stride`` by ``width * stride`` pixels."""
 
     height: int
     width: int
@@ -90,31 +80,20 @@ class Grid:
 
 
 def resize_taps(position: NDArray[np.floating[Any]], size: int, stride: int) -> tuple[Int, Int, Float]:
-    """Two low-resolution neighbours of each resized pixel coordinate and the weight of the second."""
+    """Return the two low-resolution neighbours of resized pixel coordinates and the weight of the second."""
     source = np.clip(position / stride - 0.5, 0, size - 1)
     low = np.minimum(np.floor(source).astype(np.int64), max(size - 2, 0))
     return low, np.minimum(low + 1, size - 1), source - low
 
 
 def reach(low0: int, low1: int, size: int, stride: int) -> tuple[int, int]:
-    """Resized pixels whose weights touch the low-resolution pixels [low0, low1)."""
+    """Return the resized pixels [first, last) whose weights touch the low-resolution pixels [low0, low1)."""
     return max(low0 - 1, 0) * stride, min(low1 + 1, size) * stride
 
 
 def cumulated_weights(low0: int, low1: int, size: int, stride: int) -> Float:
-    """Resize weights of some low-resolution pixels, cumulated over the 3 strides of pixels that touch each.
+    """Cumulate the resize weights of low-resolution pixels [low0, low1) of `size` over the 3 strides that touch each.
 
-    Parameters
-    ----------
-    low0, low1
-        The low-resolution pixels [low0, low1).
-    size
-        How many there are in all.
-    stride
-        Resized pixels per low-resolution pixel.
-
-    Returns
-    -------
     Shape (low1 - low0, 3 stride + 1): entry (k, d) is the weight on ``low0 + k`` of all resized pixels before
     ``(low0 + k - 1) * stride + d``.
     """

@@ -1,7 +1,6 @@
 """Regions on the points of a square lattice: Visium HD bins, and grids of circles or squares over a slide.
 
-Millions of bins are two integers each. What is asked of them near a tile is answered by arithmetic on the lattice, and
-polygons are never made of all of them.
+Each of millions of bins is two integers: bins near a tile are found by arithmetic, and polygons are made of those only.
 """
 
 from __future__ import annotations
@@ -14,25 +13,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from ._regions import Circles, Float, Int, Polygons, Spans, squares
 
-__all__ = ["Lattice"]
-
 _AXIS_TOLERANCE = 1e-9  # of a bin's side: what a corner may be off before a lattice counts as turned
 
 
 @dataclass(frozen=True, eq=False)
 class Lattice:
-    """Squares that tile a lattice, or circles on its points, n of them.
+    """Squares that tile a lattice, or circles on its points, at positions `row` and `col`, each of shape (n,).
 
     Bin (row, col) covers [col, col + 1) x [row, row + 1) in lattice coordinates; its centre is (col + ½, row + ½).
-
-    Parameters
-    ----------
-    row, col
-        Lattice position of each region, shape (n,), int32.
-    to_grid
-        3 × 3 similarity from lattice coordinates (col, row, 1) to px.
-    radius
-        Radius of circles, px; None: the squares of the lattice.
+    `to_grid` is the 3 × 3 similarity from lattice coordinates (col, row, 1) to px, `radius` that of circles in px; with
+    None the regions are the squares.
     """
 
     row: NDArray[np.int32]
@@ -50,7 +40,7 @@ class Lattice:
 
     @property
     def pitch(self) -> float:
-        """Distance of neighbouring points, px."""
+        """Distance between neighbouring points, px."""
         return float(np.sqrt(abs(np.linalg.det(self.to_grid[:2, :2]))))
 
     @property
@@ -86,55 +76,45 @@ class Lattice:
         return np.full(len(self), one)
 
     def transform(self, matrix: ArrayLike) -> Lattice:
-        """Map by a similarity."""
+        """Map the lattice by a similarity."""
         matrix = np.asarray(matrix, np.float64)
         scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
         radius = None if self.radius is None else self.radius * float(scale)
         return Lattice(self.row, self.col, matrix @ self.to_grid, radius)
 
     def subset(self, index: ArrayLike) -> Lattice:
-        """The regions picked by an index."""
+        """Pick regions by an index."""
         index = np.asarray(index)
         return Lattice(self.row[index], self.col[index], self.to_grid, self.radius)
 
     def plain(self) -> Circles | Polygons:
-        """The same regions one by one; for some of them at a time."""
+        """Make the regions one by one; meant for a few of them at a time."""
         if self.radius is not None:
             return Circles(self.centre_xy, np.broadcast_to(self.radius, len(self)))
         x, y = self.to_grid[:2, 0]
         return squares(self.centre_xy, self.pitch, float(np.arctan2(y, x)))
 
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
-        """Runs of pixels inside, see `Regions.spans`."""
+        """See `Regions.spans`."""
         return self.plain().spans(row0, row1, col0, col1)
 
     def index_of(self, row: ArrayLike, col: ArrayLike) -> Int:
-        """Which region stands on each lattice position, -1 for none.
-
-        Parameters
-        ----------
-        row, col
-            Positions, any one shape.
-
-        Returns
-        -------
-        Indices, of that shape.
-        """
+        """Return the region on each lattice position, -1 for none; of the shape of `row` and `col`."""
         table, (row0, col0) = self._table
         r, c = np.asarray(row) - row0, np.asarray(col) - col0
         inside = (r >= 0) & (r < table.shape[0]) & (c >= 0) & (c < table.shape[1])
         return np.where(inside, table[np.where(inside, r, 0), np.where(inside, c, 0)], -1)
 
     def touching(self, x0: float, y0: float, x1: float, y1: float) -> NDArray[np.intp]:
-        """Regions whose bounding box meets a closed box, ascending."""
+        """See `Regions.touching`."""
         return self._centred(x0 - self.reach, y0 - self.reach, x1 + self.reach, y1 + self.reach)
 
     def within(self, x0: float, y0: float, x1: float, y1: float) -> NDArray[np.intp]:
-        """Regions whose bounding box lies inside a closed box, ascending."""
+        """See `Regions.within`."""
         return self._centred(x0 + self.reach, y0 + self.reach, x1 - self.reach, y1 - self.reach)
 
     def _centred(self, x0: float, y0: float, x1: float, y1: float) -> NDArray[np.intp]:
-        """Regions whose centre lies in a box."""
+        """Return the regions whose centre lies in a closed box, ascending."""
         if x1 < x0 or y1 < y0 or not len(self):
             return np.empty(0, np.intp)
         table, (row0, col0) = self._table
@@ -142,8 +122,8 @@ class Lattice:
         cols, rows, _ = np.linalg.inv(self.to_grid) @ corners
         top, left = (max(int(np.floor(v.min() - 1)) - o, 0) for v, o in ((rows, row0), (cols, col0)))
         bottom, right = (int(np.ceil(v.max() + 1)) - o for v, o in ((rows, row0), (cols, col0)))
-        part = table[top : max(bottom, top), left : max(right, left)]
-        index = np.sort(part[part >= 0]).astype(np.intp)
+        near = table[top : max(bottom, top), left : max(right, left)]
+        index = np.sort(near[near >= 0]).astype(np.intp)
         x, y = self.subset(index).centre_xy.T
         return index[(x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)]
 

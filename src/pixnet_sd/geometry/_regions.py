@@ -1,8 +1,7 @@
-"""Regions to aggregate over, as runs of pixels.
+"""Regions to aggregate over: circles, polygons and labels, all of which become runs of pixels (`Regions.spans`).
 
-A pixel belongs to a region when its centre does. Every kind of region answers the same question, which runs of pixels
-of a window are inside (`spans`), so that the aggregation operator knows one representation only. Coordinates are
-(x, y) in pixels of whatever grid the regions live on; pixel i covers [i, i + 1) and its centre is i + 0.5.
+A pixel belongs to a region when its centre does. Coordinates are (x, y) in pixels of the grid that the regions live on;
+pixel i covers [i, i + 1) and its centre is i + 0.5.
 """
 
 from __future__ import annotations
@@ -15,26 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "SNAP_PX",
-    "Circles",
-    "LabelGrid",
-    "Polygons",
-    "Regions",
-    "Spans",
-    "boxes_touching",
-    "boxes_within",
-    "chunks",
-    "ranges",
-    "squares",
-]
-
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 Index = NDArray[np.intp]
 
 _STRIP_PX = 1024  # rows of a label image read at once
-SNAP_PX = 1e-9  # neighbours share a side but for its rounding: what is as close to a pixel centre lies on it
+SNAP_PX = 1e-9  # neighbours share a side but for its rounding: a side as close to a pixel centre as this lies on it
 
 
 class Spans(NamedTuple):
@@ -46,14 +31,14 @@ class Spans(NamedTuple):
     stop: Int
 
     def clipped(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
-        """The part inside a window, empty runs dropped."""
+        """Clip runs to a window and drop the empty ones."""
         start, stop = np.maximum(self.start, col0), np.minimum(self.stop, col1)
         keep = (stop > start) & (self.row >= row0) & (self.row < row1)
         return Spans(self.region[keep], self.row[keep], start[keep], stop[keep])
 
 
 class Regions(Protocol):
-    """What the aggregation operator needs of a set of regions."""
+    """A set of n regions, as the aggregation operator needs it."""
 
     def __len__(self) -> int: ...
 
@@ -70,33 +55,23 @@ class Regions(Protocol):
         """Areas in px², shape (n,)."""
 
     def transform(self, matrix: ArrayLike) -> Self:
-        """The same regions after a 3 × 3 affine map of (x, y, 1)."""
+        """Map the regions by a 3 × 3 affine map of (x, y, 1)."""
 
     def subset(self, index: ArrayLike) -> Self:
-        """The regions picked by an integer or boolean index, in that order."""
+        """Pick regions by an integer or boolean index, in that order."""
 
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
-        """Runs of the window's pixels whose centre lies in a region."""
+        """Return the runs of the window's pixels whose centre lies in a region."""
 
     def touching(self, x0: float, y0: float, x1: float, y1: float) -> Index:
-        """Regions whose bounding box meets a closed box, ascending."""
+        """Return the regions whose bounding box meets a closed box, ascending."""
 
     def within(self, x0: float, y0: float, x1: float, y1: float) -> Index:
-        """Regions whose bounding box lies inside a closed box, ascending."""
-
-
-def boxes_touching(bounds: Float, x0: float, y0: float, x1: float, y1: float) -> Index:
-    """Which bounding boxes meet a closed box."""
-    return np.flatnonzero((bounds[:, 2] >= x0) & (bounds[:, 0] <= x1) & (bounds[:, 3] >= y0) & (bounds[:, 1] <= y1))
-
-
-def boxes_within(bounds: Float, x0: float, y0: float, x1: float, y1: float) -> Index:
-    """Which bounding boxes lie inside a closed box."""
-    return np.flatnonzero((bounds[:, 0] >= x0) & (bounds[:, 2] <= x1) & (bounds[:, 1] >= y0) & (bounds[:, 3] <= y1))
+        """Return the regions whose bounding box lies inside a closed box, ascending."""
 
 
 class _Boxed:
-    """Regions that are found by their bounding boxes."""
+    """Finds regions by their bounding boxes."""
 
     if TYPE_CHECKING:
 
@@ -105,11 +80,13 @@ class _Boxed:
 
     def touching(self, x0: float, y0: float, x1: float, y1: float) -> Index:
         """See `Regions.touching`."""
-        return boxes_touching(self._boxes, x0, y0, x1, y1)
+        left, top, right, bottom = self._boxes.T
+        return np.flatnonzero((right >= x0) & (left <= x1) & (bottom >= y0) & (top <= y1))
 
     def within(self, x0: float, y0: float, x1: float, y1: float) -> Index:
         """See `Regions.within`."""
-        return boxes_within(self._boxes, x0, y0, x1, y1)
+        left, top, right, bottom = self._boxes.T
+        return np.flatnonzero((left >= x0) & (right <= x1) & (top >= y0) & (bottom <= y1))
 
     @cached_property
     def _boxes(self) -> Float:
@@ -117,7 +94,7 @@ class _Boxed:
 
 
 def chunks(regions: Regions, size: int = 2**16) -> Iterator[tuple[slice, Regions]]:
-    """Consecutive parts of regions and their place among all, so that nothing is made for millions at once."""
+    """Yield consecutive regions and their place among all, so that nothing is made for millions at once."""
     for start in range(0, len(regions), size):
         place = slice(start, min(start + size, len(regions)))
         yield place, regions.subset(np.arange(place.start, place.stop))
@@ -129,29 +106,21 @@ def _apply(matrix: ArrayLike, xy: Float) -> Float:
 
 
 def ranges(first: Int, length: Int) -> tuple[Int, Int]:
-    """Concatenated ``first[k] + arange(length[k])`` and the k of each entry."""
+    """Concatenate ``first[k] + arange(length[k])``; also return the k of each entry."""
     owner = np.repeat(np.arange(len(first)), length)
     value = (first - (np.cumsum(length) - length))[owner]
     value += np.arange(len(owner))
     return value, owner
 
 
-def _first_centre(coordinate: Float) -> Int:
-    """Index of the first pixel whose centre is at or after a coordinate."""
+def first_centre(coordinate: Float) -> Int:
+    """Return the index of the first pixel whose centre is at or after a coordinate."""
     return np.ceil(coordinate - (0.5 + SNAP_PX)).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Circles(_Boxed):
-    """Circles: (x - cx)² + (y - cy)² ≤ r² (Eq. 5).
-
-    Parameters
-    ----------
-    centre_xy
-        Centres, shape (n, 2), px.
-    radius
-        Radii, shape (n,), px.
-    """
+    """Circles (x - cx)² + (y - cy)² ≤ r² (Eq. 5); px, `radius` one for all or of shape (n,)."""
 
     centre_xy: Float
     radius: Float
@@ -179,20 +148,20 @@ class Circles(_Boxed):
         return Circles(_apply(matrix, self.centre_xy), self.radius * scale)
 
     def subset(self, index: ArrayLike) -> Circles:
-        """The circles picked by an index."""
+        """See `Regions.subset`."""
         index = np.asarray(index)
         return Circles(self.centre_xy[index], self.radius[index])
 
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
-        """Runs of pixels inside, see `Regions.spans`."""
+        """See `Regions.spans`."""
         cx, cy = self.centre_xy.T
-        first = np.clip(_first_centre(cy - self.radius), row0, row1)
+        first = np.clip(first_centre(cy - self.radius), row0, row1)
         last = np.clip(np.floor(cy + self.radius - (0.5 - SNAP_PX)).astype(np.int64) + 1, first, row1)
         row, region = ranges(first, last - first)
         cx, radius = cx[region], self.radius[region]
         dy2 = (row + 0.5 - cy[region]) ** 2
         half = np.sqrt(np.maximum(radius**2 - dy2, 0.0))
-        start, stop = _first_centre(cx - half), np.floor(cx + half - 0.5).astype(np.int64) + 1
+        start, stop = first_centre(cx - half), np.floor(cx + half - 0.5).astype(np.int64) + 1
 
         def inside(col: Int) -> NDArray[np.bool_]:
             return np.asarray((col + 0.5 - cx) ** 2 + dy2 <= radius**2)
@@ -207,17 +176,9 @@ class Circles(_Boxed):
 class Polygons(_Boxed):
     """Polygons and multipolygons, filled even-odd.
 
-    Parameters
-    ----------
-    vertices
-        Vertices of all rings, shape (v, 2), px; a ring does not repeat its first vertex.
-    ring_offsets
-        Where each ring starts in `vertices`, and v at the end, shape (rings + 1,).
-    ring_region
-        Region of each ring, ascending, shape (rings,). Holes are rings of the same region, wound the other way round
-        (only `area` looks at the winding).
-    n_regions
-        Number of regions.
+    `vertices` has those of all rings, shape (v, 2), px, a ring's first one only once; `ring_offsets` is where each ring
+    starts in them, and v at the end; `ring_region` is the region of each ring, ascending. Holes are rings of the same
+    region, wound the other way round (only `area` looks at the winding).
     """
 
     vertices: Float
@@ -230,7 +191,7 @@ class Polygons(_Boxed):
 
     @cached_property
     def _region_offsets(self) -> Int:
-        """Where each region starts in `vertices`, shape (n + 1,)."""
+        """Place where each region starts in `vertices`, shape (n + 1,)."""
         return self.ring_offsets[np.searchsorted(self.ring_region, np.arange(self.n_regions + 1))]
 
     @cached_property
@@ -281,7 +242,7 @@ class Polygons(_Boxed):
         return Polygons(_apply(matrix, self.vertices), self.ring_offsets, self.ring_region, self.n_regions)
 
     def subset(self, index: ArrayLike) -> Polygons:
-        """The polygons picked by an index."""
+        """See `Regions.subset`."""
         picked = np.arange(self.n_regions)[np.asarray(index)]
         rings = np.searchsorted(self.ring_region, np.arange(self.n_regions + 1))
         n_rings = np.diff(rings)[picked]
@@ -291,36 +252,22 @@ class Polygons(_Boxed):
         return Polygons(self.vertices[vertex], np.concatenate([[0], np.cumsum(sizes)]), owner, len(picked))
 
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
-        """Runs of pixels inside by scan lines through pixel centres, see `Regions.spans`."""
+        """Run scan lines through pixel centres, see `Regions.spans`."""
         a, b = self._edges
         low, high = np.minimum(a[:, 1], b[:, 1]), np.maximum(a[:, 1], b[:, 1])
-        first = np.clip(_first_centre(low), row0, row1)
-        row, edge = ranges(first, np.clip(_first_centre(high), first, row1) - first)
+        first = np.clip(first_centre(low), row0, row1)
+        row, edge = ranges(first, np.clip(first_centre(high), first, row1) - first)
         (x0, y0), (x1, y1) = a[edge].T, b[edge].T
         crossing = x0 + (row + 0.5 - y0) / (y1 - y0) * (x1 - x0)
         region = self._edge_region[edge]
         order = np.lexsort((crossing, row, region))
         enter, leave = order[::2], order[1::2]  # a closed ring crosses a line an even number of times
-        start, stop = _first_centre(crossing[enter]), _first_centre(crossing[leave])
+        start, stop = first_centre(crossing[enter]), first_centre(crossing[leave])
         return Spans(region[enter], row[enter], start, stop).clipped(row0, row1, col0, col1)
 
 
 def squares(centre_xy: ArrayLike, side: float, angle: float = 0.0) -> Polygons:
-    """Squares of one side and one rotation.
-
-    Parameters
-    ----------
-    centre_xy
-        Centres, shape (n, 2), px.
-    side
-        Side, px.
-    angle
-        Rotation of the squares, radians, from x towards y.
-
-    Returns
-    -------
-    One polygon a centre.
-    """
+    """Make squares of one side (px) and one rotation (radians, from x towards y) around centres, shape (n, 2)."""
     centre_xy = np.asarray(centre_xy, np.float64).reshape(-1, 2)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * side / 2 @ turn
@@ -331,18 +278,10 @@ def squares(centre_xy: ArrayLike, side: float, angle: float = 0.0) -> Polygons:
 
 @dataclass(frozen=True)
 class LabelGrid(_Boxed):
-    """Regions given by a label image: region k is where the image equals ``ids[k]``.
+    """Regions given by a label image, a numpy or zarr array that is sliced lazily: region k equals ``ids[k]``.
 
-    Parameters
-    ----------
-    labels
-        Label image, shape (rows, columns), sliced lazily: a numpy or zarr array.
-    ids
-        Label of each region, unique, shape (n,).
-    to_grid
-        3 × 3 affine map from label pixels (x, y) to the pixels of the grid that regions are asked for on.
-    extent
-        Area, centre and box of each region in label pixels, when known; otherwise read from the labels on first need.
+    `to_grid` maps label pixels (x, y) to the pixels of the grid that regions are asked for on; `extent` is area, centre
+    and box of each region in label pixels, which are read from the labels on first need where it is None.
     """
 
     labels: Any
@@ -359,7 +298,7 @@ class LabelGrid(_Boxed):
         return np.asarray(self.ids)[order], order
 
     def _region_of(self, values: NDArray[Any]) -> Int:
-        """Region index of each label value, -1 for values that are no region."""
+        """Return the region of each label value, -1 for values that are no region."""
         ids, order = self._sorted_ids
         if not len(ids):
             return np.full(values.shape, -1)
@@ -404,18 +343,18 @@ class LabelGrid(_Boxed):
         return np.concatenate([corners.min(axis=0), corners.max(axis=0)], axis=1)
 
     def transform(self, matrix: ArrayLike) -> LabelGrid:
-        """Map by any affine map; the label image itself stays as it is."""
+        """Map by any affine map; the label image itself is not touched."""
         return LabelGrid(self.labels, self.ids, np.asarray(matrix, np.float64) @ self.to_grid, self._extent)
 
     def subset(self, index: ArrayLike) -> LabelGrid:
-        """The labels picked by an index."""
+        """See `Regions.subset`."""
         index = np.asarray(index)
         area, centre, box = self._extent
         extent = area[index], centre[index], box[index]
         return LabelGrid(self.labels, np.asarray(self.ids)[index], self.to_grid, extent)
 
     def _look_up(self, row0: int, row1: int, col0: int, col1: int) -> Int:
-        """Region of each pixel centre of a window, -1 for none, shape (rows, columns)."""
+        """Return the region of each pixel centre of a window, -1 for none, shape (rows, columns)."""
         x, y = np.meshgrid(np.arange(col0, col1) + 0.5, np.arange(row0, row1) + 0.5)
         xy = _apply(np.linalg.inv(self.to_grid), np.stack([x.ravel(), y.ravel()], axis=1))
         xy = np.floor(xy + SNAP_PX).astype(np.int64)
@@ -424,12 +363,12 @@ class LabelGrid(_Boxed):
         region = np.full(len(xy), -1)
         if inside.any():
             (left, top), (right, bottom) = xy[inside].min(axis=0), xy[inside].max(axis=0) + 1
-            part = np.asarray(self.labels[top:bottom, left:right])
-            region[inside] = self._region_of(part[xy[inside, 1] - top, xy[inside, 0] - left])
+            block = np.asarray(self.labels[top:bottom, left:right])
+            region[inside] = self._region_of(block[xy[inside, 1] - top, xy[inside, 0] - left])
         return region.reshape(row1 - row0, col1 - col0)
 
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
-        """Runs of pixels inside, see `Regions.spans`."""
+        """See `Regions.spans`."""
         if row1 <= row0 or col1 <= col0:
             return Spans(*(np.empty(0, np.int64) for _ in range(4)))
         region = self._look_up(row0, row1, col0, col1)

@@ -9,20 +9,20 @@ if TYPE_CHECKING:
     from ._aggregation import build_operator, count_pixels
     from ._checkpoint import PixNet
     from ._encoder import Encoder, build_encoder, hash_weights
-    from ._network import (
-        Aggregation,
-        Decoder,
-        DecoderConfig,
-        Factors,
-        Head,
-        Network,
-        apply_head,
-        receptive_radius_px,
-        sees_whole_tile,
-    )
-    from ._objectives import Densities, Objective, ObjectiveName, Part, log_normalised, make_objective
+    from ._network import Decoder, Factors, Head, Network, apply_head, receptive_radius_px, sees_whole_tile
+    from ._objectives import Densities, Objective, Part, log_normalised, make_objective, pearson_per_gene
     from ._operators import Move, Operator, TiledOperator, staged_array
-    from ._record import CHECKSUMS, ModelRecord, library_versions, link_of, outputs_of, read_record
+    from ._record import (
+        CHECKSUMS,
+        Aggregation,
+        DecoderConfig,
+        ModelRecord,
+        ObjectiveName,
+        library_versions,
+        link_of,
+        outputs_of,
+        read_record,
+    )
 
 __all__ = [
     "CHECKSUMS",
@@ -52,49 +52,21 @@ __all__ = [
     "log_normalised",
     "make_objective",
     "outputs_of",
+    "pearson_per_gene",
     "read_record",
     "receptive_radius_px",
     "sees_whole_tile",
     "staged_array",
 ]
 
-_LATER = {
-    "Aggregation": "_network",
-    "CHECKSUMS": "_record",
-    "Decoder": "_network",
-    "DecoderConfig": "_network",
-    "Densities": "_objectives",
-    "Encoder": "_encoder",
-    "Factors": "_network",
-    "Head": "_network",
-    "ModelRecord": "_record",
-    "Move": "_operators",
-    "Network": "_network",
-    "Objective": "_objectives",
-    "ObjectiveName": "_objectives",
-    "Operator": "_operators",
-    "Part": "_objectives",
-    "PixNet": "_checkpoint",
-    "TiledOperator": "_operators",
-    "apply_head": "_network",
-    "build_encoder": "_encoder",
-    "build_operator": "_aggregation",
-    "count_pixels": "_aggregation",
-    "hash_weights": "_encoder",
-    "library_versions": "_record",
-    "link_of": "_record",
-    "log_normalised": "_objectives",
-    "make_objective": "_objectives",
-    "outputs_of": "_record",
-    "read_record": "_record",
-    "receptive_radius_px": "_network",
-    "sees_whole_tile": "_network",
-    "staged_array": "_operators",
-}
+_MODULES = ("_record", "_operators", "_aggregation", "_objectives", "_encoder", "_network", "_checkpoint")
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: much of it needs torch, and not all that asks for it does."""
-    if name in _LATER:
-        return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    """Import on first use: all but the record needs torch, and not all that asks for the record has it loaded."""
+    if name in __all__:
+        for module in _MODULES:  # each imports only modules before it, the cheapest come first
+            room = import_module(f".{module}", __name__)
+            if hasattr(room, name):
+                return getattr(room, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,4 @@
-"""Aggregation operators of lattices, in closed form.
-
-Every region of a lattice has the same size, so it covers at most K rows of pixels, each in one run, and touches a block
-of at most L × L low-resolution pixels: A's rows have one length, and are computed for all regions at once, without
-sorting edges. Where the sides of the squares lie along rows and columns, A is even the product of a matrix for the rows
-and one for the columns.
-
-Exact aggregation without the full-resolution map.
+"""Exact aggregation without the full-resolution map: building the operator A of any regions.
 
 Eq. 4 resizes the low-resolution gene map D W + b to the slide, Eq. 5 sums it over each region. Both are linear, so
 
@@ -14,6 +7,11 @@ Eq. 4 resizes the low-resolution gene map D W + b to the slide, Eq. 5 sums it ov
 with R the bilinear resize (half-pixel centres, clamped at the border) and mask the pixels of each region. A region is a
 few runs of pixels, and R is separable: along a run the weights are differences of the cumulated column resize, across
 rows they are the row resize. So building A costs the ends of the runs, the regions' outlines, and not their pixels.
+
+Lattices have a closed form. Every region has the same size, so it covers at most K rows of pixels, each in one run, and
+touches a block of at most L × L low-resolution pixels: A's rows have one length, and are computed for all regions at
+once, without sorting edges. Where the squares' sides lie along rows and columns, A is the product of a matrix for the
+rows and one for the columns.
 """
 
 from __future__ import annotations
@@ -36,14 +34,13 @@ from pixnet_sd.geometry import (
     Window,
     chunks,
     cumulated_weights,
+    first_centre,
     ranges,
     reach,
     resize_taps,
 )
 
 from ._operators import Operator, SeparableOperator, SparseOperator
-
-__all__ = ["build_operator", "count_pixels", "lattice_operator"]
 
 _LARGEST_PX = 80.0  # half a side; beyond it a region has so many low-resolution pixels that the general way is as good
 _SMALLEST_PX = 0.75  # half a side; below it a region may hold no pixel centre
@@ -52,196 +49,63 @@ _FLAT = 1e-9  # slope, in lattice units a pixel, below which a side lies along t
 _FAR = 1e6
 
 Whole = NDArray[np.int32]
-
-
-class _Runs(NamedTuple):
-    """Runs of pixels ``[start, stop)`` on K rows from `row0` on, of every region; empty ones stop where they start."""
-
-    row0: Whole
-    start: Whole
-    stop: Whole
-
-
-def lattice_operator(lattice: Lattice, grid: Grid, window: Window, inside: Window) -> Operator | None:
-    """Operator of a lattice over a window, or None where the general way has to be gone.
-
-    Parameters
-    ----------
-    lattice
-        In pixels of the resized map.
-    grid
-        The whole low-resolution grid and its stride.
-    window
-        Part of the grid.
-    inside
-        Pixels of the resized map that count.
-
-    Returns
-    -------
-    The operator; None for regions too small or too large for the closed form, or one that holds no pixel centre.
-    """
-    smallest = lattice.reach if lattice.radius is not None else lattice.pitch / 2
-    if not len(lattice) or smallest < _SMALLEST_PX or lattice.reach > _LARGEST_PX or min(grid.height, grid.width) < 2:
-        return None
-    small = _separable(lattice, grid, window, inside) if lattice.is_aligned else None
-    found = _sparse(lattice, grid, window, inside) if small is None else small
-    return found if found.n_px.all() else None
-
-
-def _first_centre(coordinate: Float) -> Float:
-    """Index of the first pixel whose centre is at or after a coordinate."""
-    return np.ceil(coordinate - (0.5 + SNAP_PX))
-
-
-def _separable(lattice: Lattice, grid: Grid, window: Window, inside: Window) -> SeparableOperator | None:
-    """Two small matrices, where enough of the lattice's box is regions."""
-    (row0, row1), (col0, col1) = ((int(v.min()), int(v.max()) + 1) for v in (lattice.row, lattice.col))
-    n_rows, n_cols = row1 - row0, col1 - col0
-    if len(lattice) < _FILLED * n_rows * n_cols:
-        return None
-    rows, row_px = _one_axis(
-        lattice.to_grid[1, [1, 2]], row0, row1, inside[:2], (grid.height, *window[:2]), grid.stride
-    )
-    cols, col_px = _one_axis(lattice.to_grid[0, [0, 2]], col0, col1, inside[2:], (grid.width, *window[2:]), grid.stride)
-    r, c = (lattice.row - row0).astype(np.int64), (lattice.col - col0).astype(np.int64)
-    return SeparableOperator(rows, cols, c * n_rows + r, row_px[r] * col_px[c])
-
-
-def _one_axis(
-    line: Float, first: int, last: int, inside: tuple[int, int], axis: tuple[int, int, int], stride: int
-) -> tuple[sparse.csr_array, Float]:
-    """Weights of the intervals [k, k + 1) of one axis of a lattice on low-resolution pixels, and pixels in each."""
-    size, low0, low1 = axis
-    edge = np.clip(_first_centre(line[0] * np.arange(first, last + 1) + line[1]), *inside).astype(np.int64)
-    cumulated = cumulated_weights(low0, low1, size, stride)
-    low = np.arange(low1 - low0)
-    before = cumulated[low, np.clip(edge[:, None] - (low0 + low - 1) * stride, 0, 3 * stride)]
-    return sparse.csr_array(np.diff(before, axis=0)), np.diff(edge).astype(np.float64)
-
-
-def _sparse(lattice: Lattice, grid: Grid, window: Window, inside: Window) -> SparseOperator:
-    runs = (_circle_runs if lattice.radius is not None else _square_runs)(lattice)
-    runs = _clipped(runs, inside)
-    blocks, first_row, first_col = _blocks(runs, grid)
-    return SparseOperator(_placed(blocks, first_row, first_col, window), (runs.stop - runs.start).sum(1).astype(float))
-
-
-def _rows(lattice: Lattice) -> tuple[Whole, Float]:
-    """First row of pixels of each region, and the centres of the K rows from there on, (n, K)."""
-    n_rows = int(np.ceil(2 * lattice.reach)) + 1
-    row0 = _first_centre(lattice.centre_xy[:, 1] - lattice.reach).astype(np.int32)
-    return row0, row0[:, None] + (np.arange(n_rows) + 0.5)
-
-
-def _square_runs(lattice: Lattice) -> _Runs:
-    """Where the rows of pixels lie between the four lines that bound each square."""
-    row0, y = _rows(lattice)
-    low, high = np.full(y.shape, -_FAR), np.full(y.shape, _FAR)
-    inverse = np.linalg.inv(lattice.to_grid)
-    for (slope, by_row, offset), position in ((inverse[0], lattice.col), (inverse[1], lattice.row)):
-        here = y * by_row
-        here += offset - position[:, None]  # lattice coordinate at x = 0, from the square's own corner
-        if abs(slope) < _FLAT:
-            high[np.floor(here + SNAP_PX) != 0] = -_FAR
-        else:
-            enter = -here / slope
-            leave = enter + 1 / slope
-            np.maximum(low, np.minimum(enter, leave), out=low)
-            np.minimum(high, np.maximum(enter, leave), out=high)
-    return _Runs(row0, *(np.clip(_first_centre(v), -_FAR, _FAR).astype(np.int32) for v in (low, high)))
-
-
-def _circle_runs(lattice: Lattice) -> _Runs:
-    """The literal inequality of Eq. 5, by `Circles`, put into rows."""
-    row0, y = _rows(lattice)
-    start = np.zeros(y.shape, np.int32)
-    stop = start.copy()
-    far = int(_FAR)
-    spans = lattice.plain().spans(-far, far, -far, far)
-    place = spans.region, spans.row - row0[spans.region]
-    start[place], stop[place] = spans.start, spans.stop
-    return _Runs(row0, start, stop)
-
-
-def _clipped(runs: _Runs, inside: Window) -> _Runs:
-    """What lies inside a box of pixels."""
-    start, stop = (np.clip(v, inside.col0, inside.col1) for v in (runs.start, runs.stop))
-    row = runs.row0[:, None] + np.arange(start.shape[1], dtype=np.int32)
-    outside = (stop <= start) | (row < inside.row0) | (row >= inside.row1)
-    return _Runs(runs.row0, start, np.where(outside, start, stop))
-
-
-def _blocks(runs: _Runs, grid: Grid) -> tuple[NDArray[np.float32], Int, Int]:
-    """Weights of each region on a block of low-resolution pixels, (n, L, L), and the block's first row and column."""
-    n_rows = runs.start.shape[1]
-    side = (n_rows - 1) // grid.stride + 3
-    row = np.clip(runs.row0[:, None] + np.arange(n_rows), 0, grid.height * grid.stride - 1)
-    low, high, weight = resize_taps(row + 0.5, grid.height, grid.stride)
-    first_row = low[:, :1]
-    offset = np.arange(side)
-    share = weight.astype(np.float32)[:, :, None]
-    down = (offset == (low - first_row)[:, :, None]) * (1 - share)
-    down += (offset == (high - first_row)[:, :, None]) * share
-    empty = runs.stop == runs.start
-    leftmost = np.where(empty, np.iinfo(np.int32).max, runs.start).min(axis=1)
-    first_col = resize_taps(np.where(empty.all(axis=1), 0, leftmost) + 0.5, grid.width, grid.stride)[0]
-    across = _between(runs, first_col, side, grid)
-    return np.matmul(down.transpose(0, 2, 1), across), first_row[:, 0], first_col
-
-
-def _between(runs: _Runs, first_col: Int, side: int, grid: Grid) -> NDArray[np.float32]:
-    """Weight of each run on the low-resolution columns of its block, (n, K, L)."""
-    stride = grid.stride
-    cumulated = _columns(grid, side)
-    column = (first_col[:, None] + np.arange(side)).astype(np.int32)
-    row = (column * (3 * stride + 1))[:, None]
-    base = ((column - 1) * stride)[:, None]
-
-    def before(position: Whole) -> NDArray[np.float32]:
-        place = position[:, :, None] - base
-        np.clip(place, 0, 3 * stride, out=place)
-        place += row
-        return cumulated.take(place)
-
-    return before(runs.stop) - before(runs.start)
-
-
-def _columns(grid: Grid, side: int) -> NDArray[np.float32]:
-    """`cumulated_weights` of all columns, and zeros for those that blocks reach beyond the grid."""
-    cumulated = cumulated_weights(0, grid.width, grid.width, grid.stride)
-    return np.pad(cumulated, ((0, side), (0, 0))).astype(np.float32)
-
-
-def _placed(blocks: NDArray[np.float32], first_row: Int, first_col: Int, window: Window) -> sparse.csr_array:
-    """Blocks as rows of A; what lies outside the window weighs nothing."""
-    n, side, _ = blocks.shape
-    row, col = first_row[:, None] + np.arange(side) - window.row0, first_col[:, None] + np.arange(side) - window.col0
-    n_rows, n_cols = window.shape
-    for position, size, axis in ((row, n_rows, 2), (col, n_cols, 1)):
-        outside = (position < 0) | (position >= size)
-        if outside.any():
-            blocks = blocks * np.expand_dims(~outside, axis)
-            np.clip(position, 0, size - 1, out=position)
-    kind: Any = sparse.get_index_dtype(maxval=max(n_rows * n_cols, blocks.size))
-    column = ((row * n_cols).astype(kind)[:, :, None] + col.astype(kind)[:, None]).ravel()
-    indptr = np.arange(0, blocks.size + 1, side * side, dtype=kind)
-    return sparse.csr_array((blocks.ravel(), column, indptr), shape=(n, n_rows * n_cols))
-
-
 _STRIP_PX = 4096  # rows of a label image looked at together when counting pixels
 _ROUNDING = 1e-9  # far above what sums of weights are off by, far below the smallest weight
 
 
+def build_operator(
+    regions: Regions,
+    grid: Grid,
+    *,
+    window: Window | None = None,
+    inside: Window | None = None,
+    n_px: NDArray[Any] | None = None,
+) -> Operator:
+    """Build A = mask · R for regions, in pixels of the resized map, over (a window of) the low-resolution grid.
+
+    Applied to D W + b the operator is Eq. 5 (Zhang et al., arXiv 2503.01347), divided by ``n_px`` it is the mean. The
+    operators of windows that tile the grid add up to the operator of the whole grid, whatever the tiling.
+
+    What lies outside the map, or outside the box `inside` of its pixels, does not count. A region that is inside but
+    holds no pixel centre gets the map's bilinear value at its centre, weighted by its area (by 1 px² if it has none,
+    such as a circle of radius 0). `n_px` is `count_pixels` of the regions, when already known.
+    """
+    window = grid.window if window is None else window
+    slide = grid.window.times(grid.stride)
+    box = slide
+    if inside is not None:
+        lows, highs = (tuple(map(f, slide, inside)) for f in (max, min))
+        box = Window(lows[0], highs[1], lows[2], highs[3])
+    closed = _lattice_operator(regions, grid, window, box) if isinstance(regions, Lattice) else None
+    return _general_operator(regions, grid, window, box, n_px) if closed is None else closed
+
+
+def _general_operator(
+    regions: Regions, grid: Grid, window: Window, box: Window, n_px: NDArray[Any] | None
+) -> SparseOperator:
+    """Build A from the runs of pixels of any regions."""
+    rows = reach(window.row0, window.row1, grid.height, grid.stride)
+    cols = reach(window.col0, window.col1, grid.width, grid.stride)
+    spans = regions.spans(*rows, *cols).clipped(*box)
+    if n_px is None and window == grid.window:
+        n_px = _count(spans, len(regions))
+    elif n_px is None:
+        n_px = count_pixels(regions, grid.height * grid.stride, grid.width * grid.stride)
+    n_px = np.array(n_px, dtype=np.float64)
+    matrix = _sum_matrix(spans, len(regions), grid, window)
+    empty = np.nonzero(n_px == 0)[0]
+    if len(empty):
+        points, n_px[empty] = _point_matrix(regions, empty, grid, window)
+        matrix = sparse.csr_array(matrix + points)
+    return SparseOperator(matrix, n_px)
+
+
 def _column_steps(first: int, last: int, col0: int, col1: int, grid: Grid) -> sparse.csr_array:
-    """How each position between pixels, as the end of a run, changes A from one column of the window to the next.
+    """Return C(p, c) - C(p, c - 1), shape (last - first + 1, col1 - col0 + 1), for positions p between pixels.
 
     A run [a, b) weighs on column c with C(b, c) - C(a, c), where C(p, c) cumulates the resize weights of c over the
     pixels before p. From column to column C changes only near p, so its differences are sparse. Left of the window C
     is taken as constant, which cancels between the ends of a run, and right of it as zero.
-
-    Returns
-    -------
-    C(p, c) - C(p, c - 1), shape (last - first + 1, col1 - col0 + 1).
     """
     stride, n_cols = grid.stride, col1 - col0
     cumulated = np.zeros((n_cols + 2, 3 * stride + 1))
@@ -259,7 +123,7 @@ def _column_steps(first: int, last: int, col0: int, col1: int, grid: Grid) -> sp
 
 
 def _across_rows(spans: Spans, window: Window, grid: Grid) -> tuple[sparse.csr_array, Int]:
-    """Row weights: (region, low row) pairs × runs, and the pairs as ``region * window rows + row``, ascending."""
+    """Weigh runs for (region, low row) pairs; also return the pairs as ``region * window rows + row``, ascending."""
     n_rows, n_runs = window.shape[0], len(spans.row)
     low, high, weight = resize_taps(spans.row + 0.5, grid.height, grid.stride)
     tap = np.concatenate([low, high]) - window.row0
@@ -271,15 +135,15 @@ def _across_rows(spans: Spans, window: Window, grid: Grid) -> tuple[sparse.csr_a
 
 
 def _ends(spans: Spans, first: int, last: int) -> sparse.csr_array:
-    """Runs × positions between the pixels [first, last): one where a run stops, minus one where it starts."""
+    """Mark, runs × positions between the pixels [first, last), where a run stops (1) and starts (-1)."""
     n_runs = len(spans.row)
     position = np.stack([spans.start, spans.stop], axis=1).ravel() - first
-    parts = (np.tile([-1.0, 1.0], n_runs), position, np.arange(0, 2 * n_runs + 1, 2))
-    return sparse.csr_array(parts, shape=(n_runs, last - first + 1))
+    csr = (np.tile([-1.0, 1.0], n_runs), position, np.arange(0, 2 * n_runs + 1, 2))
+    return sparse.csr_array(csr, shape=(n_runs, last - first + 1))
 
 
 def _cumulated(steps: sparse.csr_array) -> sparse.csr_array:
-    """Rows cumulated along their columns; each row of steps adds up to zero, so that it ends where it becomes zero."""
+    """Cumulate rows along their columns; each row of steps adds up to zero, so that it ends where it becomes zero."""
     steps.sort_indices()
     occupied = np.nonzero(np.diff(steps.indptr))[0]
     begin, end = np.zeros((2, steps.shape[0]), np.int64)
@@ -294,7 +158,7 @@ def _cumulated(steps: sparse.csr_array) -> sparse.csr_array:
 
 
 def _sum_matrix(spans: Spans, n_regions: int, grid: Grid, window: Window) -> sparse.csr_array:
-    """A of Eq. 5 restricted to the columns of a window, from the runs that can touch it."""
+    """Make A of Eq. 5, restricted to the columns of a window, from the runs that can touch it."""
     n_rows, n_cols = window.shape
     first, last = reach(window.col0, window.col1, grid.width, grid.stride)
     rows, pairs = _across_rows(spans, window, grid)
@@ -304,9 +168,9 @@ def _sum_matrix(spans: Spans, n_regions: int, grid: Grid, window: Window) -> spa
     column = np.repeat((pairs % n_rows) * n_cols, np.diff(blocks.indptr))
     column += blocks.indices
     indptr = blocks.indptr[np.searchsorted(pairs // n_rows, np.arange(n_regions + 1))]
-    kind = sparse.get_index_dtype(maxval=max(n_rows * n_cols, len(column)))  # 32 bits nearly always, half the memory
-    parts = (blocks.data, column.astype(kind), indptr.astype(kind))
-    matrix = sparse.csr_array(parts, shape=(n_regions, n_rows * n_cols))
+    index = sparse.get_index_dtype(maxval=max(n_rows * n_cols, len(column)))  # 32 bits nearly always, half the memory
+    csr = (blocks.data, column.astype(index), indptr.astype(index))
+    matrix = sparse.csr_array(csr, shape=(n_regions, n_rows * n_cols))
     matrix.eliminate_zeros()  # holes, and between the parts of a region
     return matrix
 
@@ -316,34 +180,22 @@ def _count(spans: Spans, n_regions: int) -> Float:
 
 
 def count_pixels(regions: Regions, height: int, width: int) -> Float:
-    """Pixels of the slide whose centre lies in each region.
-
-    Parameters
-    ----------
-    regions
-        Regions in pixels of the slide.
-    height, width
-        Size of the slide, px.
-
-    Returns
-    -------
-    Counts, shape (n,).
-    """
-    if isinstance(regions, LabelGrid):  # it is read by windows, whatever the regions
+    """Count the slide's pixels whose centre lies in each region, shape (n,)."""
+    if isinstance(regions, LabelGrid):  # labels are read by windows, whatever the regions
         strips = (regions.spans(row, min(row + _STRIP_PX, height), 0, width) for row in range(0, height, _STRIP_PX))
         return np.asarray(sum((_count(spans, len(regions)) for spans in strips), np.zeros(len(regions))))
     total = np.zeros(len(regions))
-    for place, some in chunks(regions):
-        total[place] = _count(some.spans(0, height, 0, width), len(some))
+    for place, chunk in chunks(regions):
+        total[place] = _count(chunk.spans(0, height, 0, width), len(chunk))
     return total
 
 
 def _point_matrix(regions: Regions, empty: Int, grid: Grid, window: Window) -> tuple[sparse.csr_array, Float]:
-    """Rows for regions that hold no pixel centre: the resized map at their centre times their area."""
+    """Make rows for regions that hold no pixel centre: the resized map at their centre times their area."""
     picked = regions.subset(empty)
     x, y = picked.centre_xy.T
     inside = (x >= 0) & (y >= 0) & (x < grid.width * grid.stride) & (y < grid.height * grid.stride)
-    x, y = np.where(inside, x, 0.0), np.where(inside, y, 0.0)  # what is nowhere has NaN
+    x, y = np.where(inside, x, 0.0), np.where(inside, y, 0.0)  # an absent label has NaN
     area = np.where(inside, np.where(picked.area > 0, picked.area, 1.0), 0.0)
     columns, rows = (resize_taps(v, size, grid.stride) for v, size in ((x, grid.width), (y, grid.height)))
     entries: list[tuple[Int, Int, Float]] = []
@@ -352,76 +204,157 @@ def _point_matrix(regions: Regions, empty: Int, grid: Grid, window: Window) -> t
             r, c = row - window.row0, col - window.col0
             keep = inside & (r >= 0) & (r < window.shape[0]) & (c >= 0) & (c < window.shape[1])
             entries.append((empty[keep], (r * window.shape[1] + c)[keep], (area * row_weight * col_weight)[keep]))
-    region, column, value = (np.concatenate(part) for part in zip(*entries, strict=True))
+    region, column, value = map(np.concatenate, zip(*entries, strict=True))
     shape = (len(regions), window.shape[0] * window.shape[1])
     return sparse.csr_array((value, (region, column)), shape=shape), area
 
 
-def build_operator(
-    regions: Regions,
-    grid: Grid,
-    *,
-    window: Window | None = None,
-    inside: Window | None = None,
-    n_px: NDArray[Any] | None = None,
-) -> Operator:
-    """Build A = mask · R for regions over (a window of) the low-resolution grid.
-
-    The operators of windows that tile the grid add up to the operator of the whole grid, whatever the tiling. Lattices
-    get theirs in closed form: two small matrices when aligned with the grid, a sparse one otherwise.
-
-    Parameters
-    ----------
-    regions
-        Regions in pixels of the resized map. What lies outside the map does not count. A region that is inside but
-        holds no pixel centre gets the map's bilinear value at its centre, weighted by its area (by 1 px² if it has
-        none, such as a circle of radius 0).
-    grid
-        The whole low-resolution grid and its stride.
-    window
-        Part of the grid to build columns for; default: all of it.
-    inside
-        Pixels of the resized map that count; default: all of them.
-    n_px
-        `count_pixels` of the regions, when already known.
-
-    Returns
-    -------
-    The operator; applied to D W + b it is Eq. 5, divided by ``n_px`` it is the mean.
-
-    References
-    ----------
-    Zhang et al., arXiv 2503.01347, Eq. 4–5.
-    """
-    window = grid.window if window is None else window
-    slide = grid.window.times(grid.stride)
-    box = slide if inside is None else Window(*_overlap(slide, inside))
-    if isinstance(regions, Lattice):
-        found = lattice_operator(regions, grid, window, box)
-        if found is not None:
-            return found
-    return _general_operator(regions, grid, window, box, n_px)
+# Lattices, in closed form
 
 
-def _overlap(a: Window, b: Window) -> tuple[int, int, int, int]:
-    return max(a.row0, b.row0), min(a.row1, b.row1), max(a.col0, b.col0), min(a.col1, b.col1)
+class _Runs(NamedTuple):
+    """Runs of pixels ``[start, stop)`` on K rows from `row0` on, of every region; empty ones stop where they start."""
+
+    row0: Whole
+    start: Whole
+    stop: Whole
 
 
-def _general_operator(
-    regions: Regions, grid: Grid, window: Window, box: Window, n_px: NDArray[Any] | None
-) -> SparseOperator:
-    """From the runs of pixels of any regions."""
-    rows = reach(window.row0, window.row1, grid.height, grid.stride)
-    cols = reach(window.col0, window.col1, grid.width, grid.stride)
-    spans = regions.spans(*rows, *cols).clipped(*box)
-    if n_px is None and window == grid.window:
-        n_px = _count(spans, len(regions))
-    elif n_px is None:
-        n_px = count_pixels(regions, grid.height * grid.stride, grid.width * grid.stride)
-    n_px = np.array(n_px, dtype=np.float64)
-    matrix = _sum_matrix(spans, len(regions), grid, window)
-    empty = np.nonzero(n_px == 0)[0]
-    if len(empty):
-        points, n_px[empty] = _point_matrix(regions, empty, grid, window)
-        matrix = sparse.csr_array(matrix + points)
-    return SparseOperator(matrix, n_px)
+def _lattice_operator(lattice: Lattice, grid: Grid, window: Window, inside: Window) -> Operator | None:
+    """Build A of a lattice; None for regions too small or too large, or where one holds no pixel centre."""
+    smallest = lattice.reach if lattice.radius is not None else lattice.pitch / 2
+    if not len(lattice) or smallest < _SMALLEST_PX or lattice.reach > _LARGEST_PX or min(grid.height, grid.width) < 2:
+        return None
+    small = _separable(lattice, grid, window, inside) if lattice.is_aligned else None
+    operator = _sparse(lattice, grid, window, inside) if small is None else small
+    return operator if operator.n_px.all() else None
+
+
+def _separable(lattice: Lattice, grid: Grid, window: Window, inside: Window) -> SeparableOperator | None:
+    """Build two small matrices, where enough of the lattice's box is regions."""
+    (row0, row1), (col0, col1) = ((int(v.min()), int(v.max()) + 1) for v in (lattice.row, lattice.col))
+    n_rows, n_cols = row1 - row0, col1 - col0
+    if len(lattice) < _FILLED * n_rows * n_cols:
+        return None
+    # Along one axis of an aligned lattice, position k lies at pitch * k + offset.
+    edges_y = lattice.to_grid[1, 1] * np.arange(row0, row1 + 1) + lattice.to_grid[1, 2]
+    edges_x = lattice.to_grid[0, 0] * np.arange(col0, col1 + 1) + lattice.to_grid[0, 2]
+    rows, row_px = _one_axis(edges_y, inside[:2], window[:2], grid.height, grid.stride)
+    cols, col_px = _one_axis(edges_x, inside[2:], window[2:], grid.width, grid.stride)
+    r, c = (lattice.row - row0).astype(np.int64), (lattice.col - col0).astype(np.int64)
+    return SeparableOperator(rows, cols, c * n_rows + r, row_px[r] * col_px[c])
+
+
+def _one_axis(
+    edges: Float, inside: tuple[int, int], window: tuple[int, int], size: int, stride: int
+) -> tuple[sparse.csr_array, Float]:
+    """Weigh the intervals between edges, px, on the window's pixels of one axis; also count the pixels in each."""
+    low0, low1 = window
+    edge = np.clip(first_centre(edges), inside[0], inside[1])
+    cumulated = cumulated_weights(low0, low1, size, stride)
+    low = np.arange(low1 - low0)
+    before = cumulated[low, np.clip(edge[:, None] - (low0 + low - 1) * stride, 0, 3 * stride)]
+    return sparse.csr_array(np.diff(before, axis=0)), np.diff(edge).astype(np.float64)
+
+
+def _sparse(lattice: Lattice, grid: Grid, window: Window, inside: Window) -> SparseOperator:
+    runs = _clipped((_square_runs if lattice.radius is None else _circle_runs)(lattice), inside)
+    blocks, first_row, first_col = _blocks(runs, grid)
+    return SparseOperator(_placed(blocks, first_row, first_col, window), (runs.stop - runs.start).sum(1).astype(float))
+
+
+def _rows(lattice: Lattice) -> tuple[Whole, Float]:
+    """Return the first row of pixels of each region, and the centres of the K rows from there on, (n, K)."""
+    n_rows = int(np.ceil(2 * lattice.reach)) + 1
+    row0 = first_centre(lattice.centre_xy[:, 1] - lattice.reach).astype(np.int32)
+    return row0, row0[:, None] + (np.arange(n_rows) + 0.5)
+
+
+def _square_runs(lattice: Lattice) -> _Runs:
+    """Cut the rows of pixels by the four lines that bound each square."""
+    row0, y = _rows(lattice)
+    low, high = np.full(y.shape, -_FAR), np.full(y.shape, _FAR)
+    inverse = np.linalg.inv(lattice.to_grid)
+    for (slope, by_row, offset), position in ((inverse[0], lattice.col), (inverse[1], lattice.row)):
+        at_x0 = y * by_row
+        at_x0 += offset - position[:, None]  # lattice coordinate at x = 0, from the square's own corner
+        if abs(slope) < _FLAT:
+            high[np.floor(at_x0 + SNAP_PX) != 0] = -_FAR
+        else:
+            enter = -at_x0 / slope
+            leave = enter + 1 / slope
+            np.maximum(low, np.minimum(enter, leave), out=low)
+            np.minimum(high, np.maximum(enter, leave), out=high)
+    return _Runs(row0, *(np.clip(first_centre(v), -_FAR, _FAR).astype(np.int32) for v in (low, high)))
+
+
+def _circle_runs(lattice: Lattice) -> _Runs:
+    """Put the runs of the literal inequality of Eq. 5, by `Circles`, into rows."""
+    row0, y = _rows(lattice)
+    start = np.zeros(y.shape, np.int32)
+    stop = start.copy()
+    far = int(_FAR)
+    spans = lattice.plain().spans(-far, far, -far, far)
+    place = spans.region, spans.row - row0[spans.region]
+    start[place], stop[place] = spans.start, spans.stop
+    return _Runs(row0, start, stop)
+
+
+def _clipped(runs: _Runs, inside: Window) -> _Runs:
+    """Clip runs to a box of pixels."""
+    start, stop = (np.clip(v, inside.col0, inside.col1) for v in (runs.start, runs.stop))
+    row = runs.row0[:, None] + np.arange(start.shape[1], dtype=np.int32)
+    outside = (stop <= start) | (row < inside.row0) | (row >= inside.row1)
+    return _Runs(runs.row0, start, np.where(outside, start, stop))
+
+
+def _blocks(runs: _Runs, grid: Grid) -> tuple[NDArray[np.float32], Int, Int]:
+    """Weigh each region on a block of low-resolution pixels, (n, L, L); also return the block's row and column."""
+    n_rows = runs.start.shape[1]
+    side = (n_rows - 1) // grid.stride + 3
+    row = np.clip(runs.row0[:, None] + np.arange(n_rows), 0, grid.height * grid.stride - 1)
+    low, high, weight = resize_taps(row + 0.5, grid.height, grid.stride)
+    first_row = low[:, :1]
+    offset = np.arange(side)
+    share = weight.astype(np.float32)[:, :, None]
+    down = (offset == (low - first_row)[:, :, None]) * (1 - share)
+    down += (offset == (high - first_row)[:, :, None]) * share
+    empty = runs.stop == runs.start
+    leftmost = np.where(empty, np.iinfo(np.int32).max, runs.start).min(axis=1)
+    first_col = resize_taps(np.where(empty.all(axis=1), 0, leftmost) + 0.5, grid.width, grid.stride)[0]
+    across = _between(runs, first_col, side, grid)
+    return np.matmul(down.transpose(0, 2, 1), across), first_row[:, 0], first_col
+
+
+def _between(runs: _Runs, first_col: Int, side: int, grid: Grid) -> NDArray[np.float32]:
+    """Weigh each run on the low-resolution columns of its block, (n, K, L)."""
+    stride = grid.stride
+    whole = cumulated_weights(0, grid.width, grid.width, stride)
+    cumulated = np.pad(whole, ((0, side), (0, 0))).astype(np.float32)  # blocks reach beyond the grid
+    column = (first_col[:, None] + np.arange(side)).astype(np.int32)
+    row = (column * (3 * stride + 1))[:, None]
+    base = ((column - 1) * stride)[:, None]
+
+    def before(position: Whole) -> NDArray[np.float32]:
+        place = position[:, :, None] - base
+        np.clip(place, 0, 3 * stride, out=place)
+        place += row
+        return cumulated.take(place)
+
+    return before(runs.stop) - before(runs.start)
+
+
+def _placed(blocks: NDArray[np.float32], first_row: Int, first_col: Int, window: Window) -> sparse.csr_array:
+    """Lay blocks out as rows of A; what lies outside the window weighs nothing."""
+    n, side, _ = blocks.shape
+    row, col = first_row[:, None] + np.arange(side) - window.row0, first_col[:, None] + np.arange(side) - window.col0
+    n_rows, n_cols = window.shape
+    for position, size, axis in ((row, n_rows, 2), (col, n_cols, 1)):
+        outside = (position < 0) | (position >= size)
+        if outside.any():
+            blocks = blocks * np.expand_dims(~outside, axis)
+            np.clip(position, 0, size - 1, out=position)
+    index: Any = sparse.get_index_dtype(maxval=max(n_rows * n_cols, blocks.size))
+    column = ((row * n_cols).astype(index)[:, :, None] + col.astype(index)[:, None]).ravel()
+    indptr = np.arange(0, blocks.size + 1, side * side, dtype=index)
+    return sparse.csr_array((blocks.ravel(), column, indptr), shape=(n, n_rows * n_cols))

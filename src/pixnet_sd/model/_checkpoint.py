@@ -1,8 +1,6 @@
-"""The Hugging Face hub: what is there, and why it could not be had.
+"""The model as users hold it: a network, its record, and a directory or a place on the hub to keep them in.
 
-From a checkpoint's record and weights back to its network, which is measured before it takes any memory.
-
-The model as users hold it: a network, its record, and a directory to keep them in.
+On the way back the network of a record is measured before it takes any memory.
 """
 
 from __future__ import annotations
@@ -14,21 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pandas as pd
+import safetensors.torch
 import torch
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, errors
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from pixnet_sd._arguments import checked
 from pixnet_sd._files import home_expanded, read_regular, replace_file, replace_files
@@ -40,7 +29,6 @@ from ._network import Network, receptive_radius_px
 from ._record import (
     CHECKSUMS,
     CONFIG,
-    TAGS,
     ModelRecord,
     card_text,
     check_file,
@@ -50,209 +38,12 @@ from ._record import (
     write_checksums,
 )
 
-__all__ = ["WEIGHTS", "PixNet", "hub_errors", "is_local", "read_network", "snapshot"]
-
-_LOG_IN = "log in with `hf auth login` or give token="
-
-_UNREACHABLE = (
-    "the hub was not reached, and the cache here does not have it. Check the network; without one, copy the model's "
-    "folder here and give its path"
-)
-
-_CAUSES: tuple[tuple[type[Exception], str], ...] = (
-    (HFValidationError, "names are 'owner/name' there. Check the name"),
-    (GatedRepoError, f"its owner must let you in: ask on its page, then {_LOG_IN}"),
-    (RepositoryNotFoundError, f"there is no such model. Check the name; of a private one, {_LOG_IN}"),
-    (RevisionNotFoundError, "it has no such revision. Give a branch, tag or commit that it has"),
-    (LocalTokenNotFoundError, f"nobody is logged in: {_LOG_IN}"),
-    (LocalEntryNotFoundError, _UNREACHABLE),
-    (EntryNotFoundError, "it lacks a file that a model of pixnet_sd has. Check the name"),
-)
-"""What each error means, the more special ones first."""
-
-_BY_STATUS = {
-    401: f"the hub does not know you: {_LOG_IN}",
-    403: f"you may not: {_LOG_IN}, one that may write there",
-}
-
-
-def is_local(name: str) -> bool:
-    """Whether a name is a folder or file here, or could not be anything else."""
-    return Path(name).expanduser().exists() or name.startswith(("~", "/", "./", "../"))
-
-
-def snapshot(repo_id: str, files: list[str], **options: Any) -> Path:
-    """Fetch files of a model.
-
-    Parameters
-    ----------
-    repo_id
-        ``"owner/name"``.
-    files
-        Names; those that it lacks are left out.
-    options
-        Of `huggingface_hub.snapshot_download`.
-
-    Returns
-    -------
-    The folder in the cache.
-    """
-    return Path(snapshot_download(repo_id, allow_patterns=files, **options))
-
-
-@contextmanager
-def hub_errors(what_failed: str) -> Iterator[None]:
-    """Say what the hub's client means.
-
-    Parameters
-    ----------
-    what_failed
-        Start of the message.
-
-    Raises
-    ------
-    CheckpointError
-        For whatever the client raises; its errors differ between versions, down to the classes of two HTTP libraries.
-    """
-    try:
-        yield
-    except (PixNetError, TypeError):  # the latter: an argument that nobody has
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{what_failed}: {_cause(error)}.") from error
-
-
-def _cause(error: Exception) -> str:
-    for kind, text in _CAUSES:
-        if isinstance(error, kind):
-            return text
-    if isinstance(error, HfHubHTTPError):
-        status = getattr(error.response, "status_code", None)
-        return _BY_STATUS.get(status or 0, f"the hub answered with status {status} ({type(error).__name__})")
-    return _UNREACHABLE if _of_network(error) else f"{type(error).__name__}: {error}"
-
-
-def _of_network(error: Exception) -> bool:
-    """Errors of both HTTP libraries that its client has had, without importing either."""
-    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in {
-        "httpcore",
-        "httpx",
-        "requests",
-        "urllib3",
-    }
-
-
-WEIGHTS = "model.safetensors"
-
-_HEADER_BYTES = 1 << 20
-_BYTES_A_TENSOR = 1 << 10
-"""Most that a tensor takes in the header: name, type, shape and place."""
-
-
-def read_network(folder: Path, record: ModelRecord) -> Network:
-    """Build the network of a record, with the weights beside it.
-
-    Parameters
-    ----------
-    folder
-        Of the model.
-    record
-        Its record.
-
-    Returns
-    -------
-    The network, on the CPU.
-
-    Raises
-    ------
-    CheckpointError
-        Weights are missing, damaged, or of another network than the record says.
-    """
-    path = folder / WEIGHTS
-    outline = _outline(record)
-    check_file(path, most_bytes=None if outline is None else _most_bytes(outline))
-    if outline is not None:
-        _check_shapes(path, outline)
-    network = _network(record)
-    _check_halo(network, record, folder)
-    _load(network, path)
-    if hash_weights(network) != record.weights_sha256:
-        raise CheckpointError(
-            f"The weights in {str(folder)!r} are not those its config.json was written for: one of the two was "
-            "replaced. Restore the folder, or train again."
-        )
-    return network
-
-
-def _network(record: ModelRecord) -> Network:
-    try:
-        encoder = build_encoder(record.encoder, None, frozen=record.freeze_encoder)
-    except PixNetError as error:
-        then, now = record.versions.get("timm", "(unknown)"), library_versions()["timm"]
-        raise CheckpointError(
-            f"The checkpoint was made with encoder {record.encoder!r} of timm {then}, and the timm installed here, "
-            f"{now}, does not have it. Install that version."
-        ) from error
-    try:
-        return Network(encoder, record.decoder, len(record.outputs), record.aggregation, link_of(record.objective))
-    except (MemoryError, RuntimeError) as error:  # torch's own word for no memory is the latter
-        raise CheckpointError(
-            f"The network that the checkpoint describes cannot be built ({str(error)[:200]}): decoder {record.decoder}."
-        ) from error
-
-
-def _outline(record: ModelRecord) -> Network | None:
-    """The network without memory for its weights; None for an encoder that cannot be made so."""
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
-            return _network(record)
-    except (RuntimeError, TypeError, ValueError):
-        return None
-
-
-def _most_bytes(outline: Network) -> int:
-    """Size that a file of a network's weights cannot exceed."""
-    tensors = outline.state_dict().values()
-    return sum(t.numel() * t.element_size() + _BYTES_A_TENSOR for t in tensors) + _HEADER_BYTES
-
-
-def _check_shapes(path: Path, outline: Network) -> None:
-    """Compare tensors by name and shape, before memory is taken for any."""
-    wanted = {key: tuple(tensor.shape) for key, tensor in outline.state_dict().items()}
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(_of_another_network(path, type(error).__name__)) from error
-    if shapes != wanted:
-        other = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
-        raise CheckpointError(_of_another_network(path, f"{len(other)} tensors differ, such as {other[0]!r}"))
-
-
-def _check_halo(network: Network, record: ModelRecord, folder: Path) -> None:
-    """Tiles with too small a halo would show in the map."""
-    needed = receptive_radius_px(network)
-    if record.halo_px < needed:
-        raise CheckpointError(
-            f"{str(folder)!r} is damaged: its record has halo_px {record.halo_px}, and the network sees {needed} px "
-            "around. Restore the folder, or train again."
-        )
-
-
-def _load(network: Network, path: Path) -> None:
-    try:
-        network.load_state_dict(load_file(path))
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(_of_another_network(path, type(error).__name__)) from error
-
-
-def _of_another_network(path: Path, why: str) -> str:
-    return f"{str(path)!r} is truncated or of another network ({why}). Restore the folder, or train again."
-
-
+_WEIGHTS = "model.safetensors"
 _CARD = "README.md"
 _CARD_BYTES = 4 << 20
+_TAGS = ["histology", "pixnet", "spatial-transcriptomics", "spatialdata"]
+_HEADER_BYTES = 1 << 20
+_BYTES_A_TENSOR = 1 << 10  # the most that a tensor takes in the header: name, type, shape and place
 
 
 class PixNet(ModelHubMixin, library_name="pixnet_sd"):
@@ -312,10 +103,10 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
         record = replace(self.record, weights_sha256=hash_weights(self.network))
         record.check()
-        with _writing(directory), replace_files(directory, [WEIGHTS, CONFIG, CHECKSUMS]) as aside:
-            save_file(tensors, aside / WEIGHTS)
+        with _writing(directory), replace_files(directory, [_WEIGHTS, CONFIG, CHECKSUMS]) as aside:
+            safetensors.torch.save_file(tensors, aside / _WEIGHTS)
             (aside / CONFIG).write_text(record.to_json(), encoding="utf-8")
-            write_checksums(aside, [WEIGHTS, CONFIG])
+            write_checksums(aside, [_WEIGHTS, CONFIG])
         self.record = record
         return directory
 
@@ -340,7 +131,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         """
         directory = home_expanded(directory)
         record = read_record(directory)
-        return cls(read_network(directory, record), record)
+        return cls(_read_network(directory, record), record)
 
     @classmethod
     @checked(CheckpointError)
@@ -381,29 +172,30 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
             It cannot be had, or is no checkpoint of ours.
         """
         name = str(pretrained_model_name_or_path)
-        if is_local(name):
+        if Path(name).expanduser().exists() or name.startswith(("~", "/", "./", "../")):  # could be nothing else
             return cls.load(name)
         # Not through the mixin: it would first hand our constructor what any foreign config.json holds.
-        return cls._from_pretrained(
-            model_id=name,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-        )
+        options = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
+        return cls._from_pretrained(model_id=name, **options)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> PixNet:
         unavailable = f"{model_id!r} is no folder here, and cannot be fetched from the hub"
-        with hub_errors(unavailable):
-            folder = snapshot(model_id, [CONFIG, CHECKSUMS], **options)
+        with _hub_errors(unavailable):
+            files = [CONFIG, CHECKSUMS]
+            folder = Path(huggingface_hub.snapshot_download(model_id, allow_patterns=files, **options))
         try:
             read_record(folder)  # before the weights come, which of a foreign model can be any size
         except CheckpointError as error:
             raise CheckpointError(f"{model_id!r} on the hub is no model of pixnet_sd: {error}") from error
-        with hub_errors(unavailable):
-            folder = snapshot(model_id, [CONFIG, CHECKSUMS, WEIGHTS], **options)
+        with _hub_errors(unavailable):
+            huggingface_hub.snapshot_download(model_id, allow_patterns=[*files, _WEIGHTS], **options)
         return cls.load(folder)
 
     @checked(CheckpointError, options_of=ModelHubMixin.push_to_hub)
@@ -453,13 +245,13 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
 
     def _write_card(self, path: Path, options: dict[str, Any]) -> None:
         try:
-            there = read_regular(path, most_bytes=_CARD_BYTES)
+            present = read_regular(path, most_bytes=_CARD_BYTES)
         except FileNotFoundError:
             text = str(self.generate_model_card(**options))
             with _writing(path.parent), replace_file(path) as aside:
                 aside.write_text(text, encoding="utf-8")
             return
-        if self.record.weights_sha256.encode() not in there:
+        if self.record.weights_sha256.encode() not in present:
             logger.warning("%s was not written for this model, and stays as it is; delete it for a new one", path)
 
     @checked(CheckpointError, options_of=ModelHubMixin.push_to_hub)
@@ -497,7 +289,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
             The hub cannot be reached or does not let you; or the disk is full.
         """
         card = {"repo_id": repo_id, "license": license, **(model_card_kwargs or {})}
-        with hub_errors(f"The model cannot be written to {repo_id!r} on the hub"):
+        with _hub_errors(f"The model cannot be written to {repo_id!r} on the hub"):
             return str(super().push_to_hub(repo_id, model_card_kwargs=card, **options))
 
     @checked(CheckpointError)
@@ -535,7 +327,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
             datasets=datasets,
             language=language,
             metrics=["pearsonr"],
-            tags=list(TAGS),
+            tags=_TAGS,
         )
         stated = license_name or license
         return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{card_text(self.record, repo_id=repo_id, license=stated)}")
@@ -549,3 +341,136 @@ def _writing(directory: Path) -> Iterator[None]:
         raise CheckpointError(
             f"The model cannot be written to {str(directory)!r} ({error}). Free some disk, or save it elsewhere."
         ) from error
+
+
+# From a record and weights back to a network
+
+
+def _read_network(folder: Path, record: ModelRecord) -> Network:
+    """Build the network of a record, on the CPU, with the weights beside it.
+
+    CheckpointError where the weights are missing, damaged, or of another network than the record says.
+    """
+    path = folder / _WEIGHTS
+    outline = _outline(record)
+    check_file(path, most_bytes=None if outline is None else _most_bytes(outline))
+    if outline is not None:
+        _check_shapes(path, outline)
+    network = _network(record)
+    if record.halo_px < (needed := receptive_radius_px(network)):  # tiles with too small a halo would show in the map
+        raise CheckpointError(
+            f"{str(folder)!r} is damaged: its record has halo_px {record.halo_px}, and the network sees {needed} px "
+            "around. Restore the folder, or train again."
+        )
+    try:
+        network.load_state_dict(safetensors.torch.load_file(path))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise _of_another_network(path, type(error).__name__) from error
+    if hash_weights(network) != record.weights_sha256:
+        raise CheckpointError(
+            f"The weights in {str(folder)!r} are not those its config.json was written for: one of the two was "
+            "replaced. Restore the folder, or train again."
+        )
+    return network
+
+
+def _network(record: ModelRecord) -> Network:
+    try:
+        encoder = build_encoder(record.encoder, None, frozen=record.freeze_encoder)
+    except PixNetError as error:
+        then, now = record.versions.get("timm", "(unknown)"), library_versions()["timm"]
+        raise CheckpointError(
+            f"The checkpoint was made with encoder {record.encoder!r} of timm {then}, and the timm installed here, "
+            f"{now}, does not have it. Install that version."
+        ) from error
+    try:
+        return Network(encoder, record.decoder, len(record.outputs), record.aggregation, link_of(record.objective))
+    except (MemoryError, RuntimeError) as error:  # torch's own word for no memory is the latter
+        raise CheckpointError(
+            f"The network that the checkpoint describes cannot be built ({str(error)[:200]}): decoder {record.decoder}."
+        ) from error
+
+
+def _outline(record: ModelRecord) -> Network | None:
+    """Build the network without memory for its weights; None for an encoder that cannot be made so."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
+            return _network(record)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _most_bytes(outline: Network) -> int:
+    """Return the size that a file of a network's weights cannot exceed."""
+    tensors = outline.state_dict().values()
+    return sum(t.numel() * t.element_size() + _BYTES_A_TENSOR for t in tensors) + _HEADER_BYTES
+
+
+def _check_shapes(path: Path, outline: Network) -> None:
+    """Compare tensors by name and shape, before memory is taken for any."""
+    wanted = {key: tuple(tensor.shape) for key, tensor in outline.state_dict().items()}
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _of_another_network(path, type(error).__name__) from error
+    if shapes != wanted:
+        other = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+        raise _of_another_network(path, f"{len(other)} tensors differ, such as {other[0]!r}")
+
+
+def _of_another_network(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{str(path)!r} is truncated or of another network ({why}). Restore the folder, or train again."
+    )
+
+
+# The Hugging Face hub
+
+
+_LOG_IN = "log in with `hf auth login` or give token="
+_UNREACHABLE = (
+    "the hub was not reached, and the cache here does not have it. Check the network; without one, copy the model's "
+    "folder here and give its path"
+)
+_CAUSES: tuple[tuple[type[Exception], str], ...] = (  # the more special ones first
+    (errors.HFValidationError, "names are 'owner/name' there. Check the name"),
+    (errors.GatedRepoError, f"its owner must let you in: ask on its page, then {_LOG_IN}"),
+    (errors.RepositoryNotFoundError, f"there is no such model. Check the name; of a private one, {_LOG_IN}"),
+    (errors.RevisionNotFoundError, "it has no such revision. Give a branch, tag or commit that it has"),
+    (errors.LocalTokenNotFoundError, f"nobody is logged in: {_LOG_IN}"),
+    (errors.LocalEntryNotFoundError, _UNREACHABLE),
+    (errors.EntryNotFoundError, "it lacks a file that a model of pixnet_sd has. Check the name"),
+)
+_BY_STATUS = {
+    401: f"the hub does not know you: {_LOG_IN}",
+    403: f"you may not: {_LOG_IN}, one that may write there",
+}
+_HTTP_LIBRARIES = {"httpcore", "httpx", "requests", "urllib3"}  # of both that the client has used
+
+
+@contextmanager
+def _hub_errors(what_failed: str) -> Iterator[None]:
+    """Turn whatever the hub's client raises into a CheckpointError that says what it means.
+
+    Its errors differ between versions, down to the classes of two HTTP libraries.
+    """
+    try:
+        yield
+    except (PixNetError, TypeError):  # the latter: an argument that nobody has
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what_failed}: {_cause(error)}.") from error
+
+
+def _cause(error: Exception) -> str:
+    if text := next((text for cause, text in _CAUSES if isinstance(error, cause)), None):
+        return text
+    if isinstance(error, errors.HfHubHTTPError):
+        status = getattr(error.response, "status_code", None)
+        return _BY_STATUS.get(status or 0, f"the hub answered with status {status} ({type(error).__name__})")
+    from_network = isinstance(error, ConnectionError | TimeoutError)
+    if from_network or type(error).__module__.split(".")[0] in _HTTP_LIBRARIES:
+        return _UNREACHABLE
+    return f"{type(error).__name__}: {error}"

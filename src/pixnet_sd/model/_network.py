@@ -1,18 +1,14 @@
-"""From feature map to genes: the linear head, and the link that makes a density of it.
+"""PixNet's network: encoder, decoder (Eq. 3) and head (Eq. 4), which is applied last while it is linear.
 
-The decoder of Eq. 3: coarse to fine, one transposed convolution and one feed-forward a stage.
-
-PixNet's network: encoder, decoder, and the head, which aggregation lets us apply last while it is linear.
-
-How far a pixel of the map looks, so that tiles can be given a halo that makes their borders invisible.
+At the end: how far a pixel of the map looks, so that tiles get a halo that makes their borders invisible.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
@@ -23,25 +19,9 @@ from pixnet_sd.geometry import MAP_STRIDE, STRIDES
 
 from ._encoder import Encoder
 from ._operators import Operator
+from ._record import Aggregation, DecoderConfig, Link
 
-__all__ = [
-    "Aggregation",
-    "Decoder",
-    "DecoderConfig",
-    "Factors",
-    "Head",
-    "Lateral",
-    "Link",
-    "Network",
-    "apply_head",
-    "receptive_radius_px",
-    "sees_whole_tile",
-]
-
-Link = Literal["identity", "softplus"]
-
-_AT_ONE = math.log(math.e - 1)
-"""Where softplus is 1."""
+_AT_ONE = math.log(math.e - 1)  # where softplus is 1
 
 
 class Head(nn.Module):
@@ -51,23 +31,8 @@ class Head(nn.Module):
     ``t * unit * softplus(D W + b)``: so what a region has of a gene, relative to all, does not depend on how well t is
     known, which on a slide of another depth or thickness it is not.
 
-    Parameters
-    ----------
-    channels
-        C.
-    n_outputs
-        M.
-    link
-        ``"identity"``, or ``"softplus"`` for densities, which are never negative.
-
-    Attributes
-    ----------
-    weight, bias
-        Shapes (M, C) and (M,).
-    unit
-        Density of each output where D W + b is 0, shape (M,); none with the identity.
-    is_total
-        Which output is that of all genes, shape (M,); none with the identity.
+    `weight` (M, C) and `bias` (M,) are learnt. A head of densities (link ``"softplus"``) also has `unit` (M,), the
+    density of each output where D W + b is 0, and `is_total` (M,), which output is that of all genes.
     """
 
     unit: Tensor
@@ -94,67 +59,35 @@ class Head(nn.Module):
 
     @property
     def is_linear(self) -> bool:
-        """Whether it can be applied to sums of D in place of D."""
+        """Whether the head can be applied to sums of D in place of D."""
         return self.link == "identity"
 
     def forward(self, rows: Tensor, outputs: slice = slice(None)) -> Tensor:
-        """Values of some outputs at some pixels.
-
-        Parameters
-        ----------
-        rows
-            D of each pixel, shape (n, C), or with more axes before.
-        outputs
-            Which.
-
-        Returns
-        -------
-        Shape (n, outputs), float32.
-        """
+        """Return the values of outputs at pixels: rows (..., n, C) -> (..., n, outputs), float32."""
         with torch.autocast(rows.device.type, enabled=False):
             rows = rows.float()
-            linear = nn.functional.linear(rows, self.weight[outputs].float(), self.bias[outputs].float())
+            linear = functional.linear(rows, self.weight[outputs].float(), self.bias[outputs].float())
             if self.is_linear:
                 return linear
-            relative = nn.functional.softplus(linear + _AT_ONE) * self.unit[outputs]
+            relative = functional.softplus(linear + _AT_ONE) * self.unit[outputs]
             return relative * torch.where(self.is_total[outputs], 1.0, self._total(rows)[..., None])
 
     def columns(self, d: Tensor, out: Tensor | None = None) -> Tensor:
-        """Values of all outputs at some pixels, pixels last: the layout of a map.
-
-        Parameters
-        ----------
-        d
-            D, shape (C, n), float32.
-        out
-            Where to put them, shape (M, n).
-
-        Returns
-        -------
-        Shape (M, n).
-        """
+        """Return the values of all outputs, pixels last, as a map lies: D (C, n) float32 -> (M, n), put into `out`."""
         linear = torch.addmm(self.bias[:, None], self.weight, d, out=out)
         if self.is_linear:
             return linear
-        relative = nn.functional.softplus(linear.add_(_AT_ONE)).mul_(self.unit[:, None])
+        relative = functional.softplus(linear.add_(_AT_ONE)).mul_(self.unit[:, None])
         return relative.mul_(torch.where(self.is_total[:, None], 1.0, self._total(d.T)))
 
     def _total(self, rows: Tensor) -> Tensor:
-        """Density of all genes at some pixels, relative to the usual one, shape (n,)."""
+        """Return the density of all genes at pixels, relative to the usual one: (n, C) -> (n,)."""
         whole = self if self._whole is None else self._whole
-        return nn.functional.softplus(rows @ whole.weight[-1].float() + whole.bias[-1].float() + _AT_ONE)
+        return functional.softplus(rows @ whole.weight[-1].float() + whole.bias[-1].float() + _AT_ONE)
 
     @torch.no_grad()
     def select(self, index: ArrayLike, scale: float = 1.0) -> Head:
-        """A head of its own for some outputs, in float32; nothing of it is trained.
-
-        Parameters
-        ----------
-        index
-            The outputs.
-        scale
-            Multiplies densities, to give them another unit.
-        """
+        """Make a frozen float32 copy for some outputs; `scale` multiplies densities, to give them another unit."""
         index = torch.as_tensor(index)
         chosen = Head(self.in_features, len(index), self.link)
         for name in ("weight", "bias", *([] if self.is_linear else ["unit", "is_total"])):
@@ -173,11 +106,6 @@ class Factors:
     """In place of a head: D as it is, and a 1, which says where tissue is once a map is 0 elsewhere.
 
     Under a linear head any output is then the weighted sum of these, on tissue and off, and of averages as well.
-
-    Parameters
-    ----------
-    channels
-        C.
     """
 
     is_linear = True
@@ -186,7 +114,7 @@ class Factors:
         self.n_outputs = channels + 1
 
     def columns(self, d: Tensor, out: Tensor | None = None) -> Tensor:
-        """D (C, n) -> D and a 1 (C + 1, n); see `Head.columns`."""
+        """Append a 1: D (C, n) -> (C + 1, n); see `Head.columns`."""
         return torch.cat([d, d.new_ones(1, d.shape[1])], out=out)
 
 
@@ -196,16 +124,6 @@ class Lateral(nn.Module):
     Backbone channels differ in scale by orders of magnitude, which a few hundred spots cannot teach a network. The
     constants are measured once on training tiles (`calibrate`), so they carry no statistics of the batch: batch norm
     would remove what tells one slide from another.
-
-    Dropping a standardised channel everywhere is the same as dropping its column of the projection, which costs
-    nothing however large the map is.
-
-    Parameters
-    ----------
-    channels_in, channels_out
-        Channels before and after.
-    dropout
-        Probability of dropping an input channel in training.
     """
 
     mean: Tensor
@@ -220,53 +138,30 @@ class Lateral(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, mean: Tensor, std: Tensor) -> None:
-        """Set the constants.
-
-        Parameters
-        ----------
-        mean, std
-            Of each channel over the training tiles, shape (channels,).
-        """
+        """Set the constants: mean and standard deviation of each channel over the training tiles, shape (channels,)."""
         self.mean.copy_(mean)
         self.scale.copy_(1 / (std + 1e-3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, h, w) -> (B, C_out, h, w)."""
+        """Project (B, C_in, h, w) -> (B, C_out, h, w), dropping input channels in training."""
+        # Dropping a standardised channel everywhere is dropping its column of the projection, however large the map is.
         keep = functional.dropout(torch.ones_like(self.scale), self.dropout, self.training) * self.scale
         weight = self.project.weight * keep[:, None, None]
         bias = self.project.bias - weight.flatten(1) @ self.mean  # type: ignore[operator]
         return functional.conv2d(x, weight, bias)
 
 
-class FeedForward(nn.Sequential):
-    """DFFN: a 3 × 3 convolution to the hidden width and a 1 × 1 convolution back."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__(
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(width, channels, 1),
-        )
+def _feed_forward(channels: int, width: int) -> nn.Module:
+    """Make a DFFN: a 3 × 3 convolution to the hidden width and a 1 × 1 convolution back."""
+    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, channels, 1))
 
 
 class Decoder(nn.Module):
     """D_0 = F_L; D_l = DFFN(Dconv(D_{l-1}) + δ_l F_{L-l}), l = 1..L-1 (Eq. 3, its index corrected).
 
-    Parameters
-    ----------
-    encoder_channels
-        Channels of F_1..F_L.
-    widths
-        Channels of D at the stride of each F_l, finest first; None: the encoder's own, with F fed in as it is (the
-        paper). Otherwise every F_l passes a `Lateral`.
-    hidden
-        Hidden channels of each feed-forward, finest first, one fewer than levels.
-    dropout
-        Channel dropout of the laterals.
-
-    References
-    ----------
-    Zhang et al., arXiv 2503.01347, Eq. 3.
+    `widths` are the channels of D at the stride of each F_l, and every F_l passes a `Lateral`; with None, F is fed in
+    as it is and D has the encoder's channels (the paper, Zhang et al., arXiv 2503.01347). `hidden` are the channels of
+    each feed-forward, one fewer than levels. All go from the finest level to the coarsest.
     """
 
     def __init__(
@@ -285,13 +180,13 @@ class Decoder(nn.Module):
         )
         finer = range(len(out) - 1)
         self.upsample = nn.ModuleList([nn.ConvTranspose2d(out[k + 1], out[k], 2, stride=2) for k in finer])
-        self.feed_forward = nn.ModuleList([FeedForward(out[k], hidden[k]) for k in finer])
+        self.feed_forward = nn.ModuleList([_feed_forward(out[k], hidden[k]) for k in finer])
         self.skip_scale = nn.Parameter(torch.ones(len(out) - 1))
         self.channels_out = out[0]
         self.apply(_keep_variance)
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
-        """F_1..F_L, each (B, C_l, h_l, w_l), -> the feature map D_{L-1}, (B, C, h_1, w_1)."""
+        """Decode F_1..F_L, each (B, C_l, h_l, w_l), into the feature map D_{L-1}, (B, C, h_1, w_1)."""
         levels = [lateral(level) for lateral, level in zip(self.laterals, pyramid, strict=True)]
         d = levels[-1]
         for k in reversed(range(len(levels) - 1)):
@@ -316,48 +211,13 @@ def _keep_variance(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-Aggregation = Literal["mean", "sum"]
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of the decoder.
-
-    Attributes
-    ----------
-    widths
-        Channels of D per level, finest first; None: the encoder's own channels, without laterals.
-    hidden
-        Hidden channels of the feed-forwards, finest first.
-    dropout
-        Channel dropout of the laterals.
-    """
-
-    widths: tuple[int, ...] | None
-    hidden: tuple[int, ...]
-    dropout: float = 0.0
-
-
 def apply_head(pooled: Tensor, n_px: Tensor, weight: Tensor, bias: Tensor, aggregation: Aggregation) -> Tensor:
-    """Eq. 4-5 of regions whose features are summed already: A (D W + b), over n_px for a mean, from A D.
+    """Finish Eq. 4-5 from summed features: A (D W + b), over n_px for a mean, from A D.
 
-    Parameters
-    ----------
-    pooled
-        A D, shape (n, C).
-    n_px
-        Pixels of each region, shape (n, 1).
-    weight, bias
-        Of the head, shapes (M, C) and (M,).
-    aggregation
-        ``"mean"`` or ``"sum"``.
-
-    Returns
-    -------
-    Shape (n, M).
+    Shapes: pooled (n, C), n_px (n, 1), weight (M, C), bias (M,) -> (n, M).
     """
     if aggregation == "mean":
-        return nn.functional.linear(pooled / n_px.clamp_min(1e-12), weight, bias)
+        return functional.linear(pooled / n_px.clamp_min(1e-12), weight, bias)
     # A sum has n_px times the bias: one channel more, so that nothing of the size of the result is added up.
     return torch.cat([pooled, n_px], dim=1) @ torch.cat([weight, bias[:, None]], dim=1).T
 
@@ -365,18 +225,7 @@ def apply_head(pooled: Tensor, n_px: Tensor, weight: Tensor, bias: Tensor, aggre
 class Network(nn.Module):
     """Image in, feature map D out; regions by `predict_regions`, the gene map by `gene_map`.
 
-    Parameters
-    ----------
-    encoder
-        Feature pyramid.
-    decoder
-        Its shape.
-    n_outputs
-        M.
-    aggregation
-        ``"mean"`` or ``"sum"`` over a region's pixels (Eq. 5 is the sum). Densities are always summed.
-    link
-        Of the head: ``"identity"``, or ``"softplus"`` for densities.
+    Values are averaged or summed over a region's pixels (Eq. 5 is the sum); densities are always summed.
     """
 
     def __init__(
@@ -395,36 +244,28 @@ class Network(nn.Module):
         self.aggregation = aggregation
 
     def forward(self, image: Tensor) -> Tensor:
-        """RGB (B, 3, H, W) on a scale of 0 to 255 -> feature map D (B, C, H / 4, W / 4)."""
+        """Map RGB (B, 3, H, W) on a scale of 0 to 255 to the feature map D (B, C, H / 4, W / 4)."""
         return self.decoder(self.encoder(image))
 
     def gene_map(self, features: Tensor) -> Tensor:
-        """Eq. 4 before its Resize: D (B, C, h, w) -> values of the head (B, M, h, w)."""
+        """Apply the head, Eq. 4 before its Resize: D (B, C, h, w) -> (B, M, h, w)."""
         return self.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def predict_regions(self, features: Tensor, operator: Operator) -> Tensor:
-        """Eq. 4-5 without the map: A (D W + b), over n_px for a mean; of densities, A unit ⊙ softplus(D W + b).
+        """Compute Eq. 4-5 without the map: A (D W + b), over n_px for a mean; of densities, A unit ⊙ softplus(D W + b).
 
-        Parameters
-        ----------
-        features
-            Feature maps in the order of the operator's columns, shape (B, C, h, w) with B h w columns.
-        operator
-            Aggregation operator of n regions.
-
-        Returns
-        -------
-        Shape (n, M); of a region off the slide (n_px 0) the sum is 0 and the mean the bias.
+        Features (B, C, h, w), in the order of the operator's B h w columns -> (n, M). Of a region off the slide (n_px
+        0) the sum is 0 and the mean the bias.
         """
         return self.region_values(self.region_inputs(features, operator), operator)
 
     def region_inputs(self, features: Tensor, operator: Operator) -> Tensor:
-        """All that `region_values` needs of the features: A D under a linear head, D itself otherwise."""
+        """Return all that `region_values` needs of the features: A D under a linear head, D itself otherwise."""
         rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
         return operator.apply(rows) if self.head.is_linear else rows
 
     def region_values(self, inputs: Tensor, operator: Operator, outputs: slice = slice(None)) -> Tensor:
-        """Some outputs of `predict_regions`, shape (n, outputs), from `region_inputs`."""
+        """Compute outputs of `predict_regions`, shape (n, outputs), from `region_inputs`."""
         if not self.head.is_linear:
             return operator.apply(self.head(inputs, outputs))
         n_px = torch.as_tensor(operator.n_px, dtype=inputs.dtype, device=inputs.device)[:, None]
@@ -434,14 +275,9 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def start_from(self, mean_expression: Tensor, n_px: float) -> None:
-        """Start the head at the training mean, so that the first steps do not go into finding it.
+        """Start the head at the mean target of each gene, (M,), so that the first steps do not go into finding it.
 
-        Parameters
-        ----------
-        mean_expression
-            Mean target of each gene, shape (M,).
-        n_px
-            Typical pixels of a region; a sum is that much larger than a mean.
+        `n_px` are the typical pixels of a region: a sum is that much larger than a mean.
         """
         per_pixel = 1.0 if self.aggregation == "mean" else max(n_px, 1.0)
         self.head.bias.copy_(mean_expression / per_pixel)
@@ -449,13 +285,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def start_at(self, density: Tensor) -> None:
-        """Start a head of densities at the training mean.
-
-        Parameters
-        ----------
-        density
-            Mean of each output per working pixel, shape (M,).
-        """
+        """Start a head of densities at the mean of each output per working pixel, shape (M,)."""
         self.head.unit.copy_(density)
         self.head.bias.zero_()
         self.head.weight.mul_(0.1)
@@ -466,13 +296,7 @@ class Network(nn.Module):
         return isinstance(self.decoder.laterals[0], Lateral)
 
     def calibrate(self, samples: Sequence[Tensor]) -> None:
-        """Set the laterals' standardising constants.
-
-        Parameters
-        ----------
-        samples
-            Feature vectors of each level, shapes (n, C_l).
-        """
+        """Set the laterals' standardising constants from feature vectors of each level, shapes (n, C_l)."""
         for lateral, values in zip(self.decoder.laterals, samples, strict=True):
             if isinstance(lateral, Lateral):
                 lateral.calibrate(values.mean(0), values.std(0, correction=0))
@@ -487,45 +311,42 @@ def _pair(value: int | tuple[int, ...]) -> int:
 
 
 def _spread(module: Any) -> int:
-    """Pixels of its input by which a window module reaches to one side."""
+    """Return the input pixels by which a convolution or a pooling layer reaches to one side."""
     dilation = _pair(getattr(module, "dilation", 1))
     return (_pair(module.kernel_size) - 1) * dilation // 2 + (_pair(module.kernel_size) + 1) % 2
 
 
+@contextmanager
+def _evaluating(network: Network) -> Iterator[torch.device]:
+    """Set evaluation mode for a while; yields the network's device."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield next(network.parameters()).device
+    finally:
+        network.train(was_training)
+
+
 @torch.no_grad()
 def receptive_radius_px(network: Network) -> int:
-    """Bound on how far from a map pixel the image can matter.
+    """Bound how far from a map pixel the image can matter, in working pixels, a multiple of 32.
 
     Sums the reach of every convolution and pooling layer on the way, at the resolution it works at; branches are
-    added as if they followed each other, so the bound is safe, and exact for plain residual networks.
-
-    Parameters
-    ----------
-    network
-        The network; global operations (attention, squeeze-excite) are not seen here, see `sees_whole_tile`.
-
-    Returns
-    -------
-    Working pixels, a multiple of 32.
+    added as if they followed each other, so the bound is safe, and exact for plain residual networks. Global operations
+    (attention, squeeze-excite) are not seen here, see `sees_whole_tile`.
     """
     side = 4 * _ALIGN_PX
     reach = float(2 * MAP_STRIDE)  # the bilinear Resize
-    handles = []
 
     def add(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
         nonlocal reach
         reach += _spread(module) * side / args[0].shape[-1]
 
-    for module in network.modules():
-        if isinstance(module, _SPREADING):
-            handles.append(module.register_forward_hook(add))
-    was_training = network.training
+    handles = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, _SPREADING)]
     try:
-        device = next(network.parameters()).device
-        network.eval()
-        network.decoder(network.encoder(torch.zeros(1, 3, side, side, device=device)))
+        with _evaluating(network) as device:
+            network(torch.zeros(1, 3, side, side, device=device))
     finally:
-        network.train(was_training)
         for handle in handles:
             handle.remove()
     return int(-(-reach // _ALIGN_PX) * _ALIGN_PX)
@@ -533,29 +354,15 @@ def receptive_radius_px(network: Network) -> int:
 
 @torch.no_grad()
 def sees_whole_tile(network: Network, radius_px: int) -> bool:
-    """Whether pixels beyond the receptive radius change the map: attention, squeeze-excite and the like.
+    """Tell whether pixels beyond the receptive radius change the map, as with attention and squeeze-excite.
 
-    Parameters
-    ----------
-    network
-        The network.
-    radius_px
-        `receptive_radius_px` of it.
-
-    Returns
-    -------
-    True if the result depends on how the slide is cut into tiles, however wide the halo.
+    The result then depends on how the slide is cut into tiles, however wide the halo.
     """
-    device = next(network.parameters()).device
-    was_training = network.training
-    network.eval()
     generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, _ALIGN_PX, radius_px + 3 * _ALIGN_PX, generator=generator).mul(255).to(device)
+    image = torch.rand(1, 3, _ALIGN_PX, radius_px + 3 * _ALIGN_PX, generator=generator) * 255
     changed = image.clone()
     changed[..., radius_px + _ALIGN_PX :] = 255 - changed[..., radius_px + _ALIGN_PX :]
-    try:
-        near = slice(0, _ALIGN_PX // MAP_STRIDE)
-        before, after = (network(x)[..., near] for x in (image, changed))
-    finally:
-        network.train(was_training)
+    near = slice(0, _ALIGN_PX // MAP_STRIDE)
+    with _evaluating(network) as device:
+        before, after = (network(x.to(device))[..., near] for x in (image, changed))
     return bool((before - after).abs().max() > 1e-5 * before.std())

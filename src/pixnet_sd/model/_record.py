@@ -1,127 +1,69 @@
-"""Hashes of a model's files, in ``checksums.json``: made when they are written, and looked at when they are read.
+"""A checkpoint's record: ``config.json``, the hashes of a checkpoint's files, and the model card made from the record.
 
-What a checkpoint says of its model: ``config.json``.
-
-The model card of a checkpoint: everything in it is read off the checkpoint's record.
+Nothing here needs torch, so that a model can be described without loading it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
+from pydantic_core import to_json
 
 from pixnet_sd._files import hash_regular, read_regular
 from pixnet_sd._schemas import ChecksumsSchema, FileSchema, RecordSchema, parse_json, shown, validated, what_is_wrong
 from pixnet_sd.errors import CheckpointError
-from pixnet_sd.store import json_safe
+from pixnet_sd.geometry import MAP_STRIDE
 
-from ._network import Aggregation, DecoderConfig, Link
-from ._objectives import ObjectiveName
-
-__all__ = [
-    "CHECKSUMS",
-    "CONFIG",
-    "FORMAT",
-    "TAGS",
-    "TOTAL",
-    "ModelRecord",
-    "card_text",
-    "check_file",
-    "library_versions",
-    "link_of",
-    "outputs_of",
-    "read_record",
-    "write_checksums",
-]
+Aggregation = Literal["mean", "sum"]
+ObjectiveName = Literal["mse_pcc", "poisson", "nb"]
+Link = Literal["identity", "softplus"]
 
 CHECKSUMS = "checksums.json"
-
-_MOST_BYTES = 1 << 16
-
-
-def write_checksums(folder: Path, names: list[str]) -> None:
-    """Write the hashes of some files of a folder beside them."""
-    files = {name: _checksum(folder / name).model_dump() for name in names}
-    (folder / CHECKSUMS).write_text(json.dumps({"files": files}, indent=2), encoding="utf-8")
-
-
-def check_file(path: Path, *, most_bytes: int | None = None) -> None:
-    """Look whether a file of a model is as it was written.
-
-    Parameters
-    ----------
-    path
-        The file, in the folder of its model.
-    most_bytes
-        Largest size that it can have, whatever was noted.
-
-    Raises
-    ------
-    CheckpointError
-        It is missing, no regular file or another one than was written; or nothing is known of it.
-    """
-    noted = _noted(path)
-    try:
-        found = _checksum(path, most_bytes=noted.bytes if most_bytes is None else min(noted.bytes, most_bytes))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{str(path)!r} is missing, and a model has it. Restore it, or train again.") from error
-    if found != noted:
-        raise CheckpointError(
-            f"{str(path)!r} is not as it was written, says {CHECKSUMS} beside it: it was truncated, changed by "
-            "hand or replaced, or saving was cut off. Restore the folder, or train again."
-        )
-
-
-def _checksum(path: Path, *, most_bytes: int | None = None) -> FileSchema:
-    n_bytes, sha256 = hash_regular(path, most_bytes=most_bytes)
-    return FileSchema(bytes=n_bytes, sha256=sha256)
-
-
-def _noted(path: Path) -> FileSchema:
-    where = path.with_name(CHECKSUMS)
-    try:
-        noted = validated(ChecksumsSchema, parse_json(read_regular(where, most_bytes=_MOST_BYTES)))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(
-            f"{str(path.parent)!r} has no {CHECKSUMS}, so nobody knows whether the model in it is whole: it was copied "
-            "in part, or saving was cut off. Restore the folder, or train again."
-        ) from error
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(
-            f"{str(where)!r} is damaged ({what_is_wrong(error)}). Restore it, or train again."
-        ) from error
-    if path.name not in noted.files:
-        raise CheckpointError(f"{str(where)!r} is damaged ({path.name} is not in it). Restore it, or train again.")
-    return noted.files[path.name]
-
-
-FORMAT = "pixnet_sd/2"
-
 CONFIG = "config.json"
-_MOST_BYTES_RECORD = 32 << 20
-
+FORMAT = "pixnet_sd/2"
 TOTAL = "total_counts"
 """Name of the output that is the sum over all genes, as scanpy calls it."""
+
+_MOST_CHECKSUMS_BYTES = 1 << 16
+_MOST_CONFIG_BYTES = 32 << 20
 _LIBRARIES = ("pixnet_sd", "torch", "timm", "numpy", "spatialdata", "anndata")
+_REMEDY = "Restore the folder, or train again."
 
 
 def link_of(objective: ObjectiveName) -> Link:
-    """Link of the head for an objective."""
+    """Return the link of the head for an objective."""
     return "identity" if objective == "mse_pcc" else "softplus"
 
 
 def outputs_of(genes: Sequence[str], objective: ObjectiveName) -> list[str]:
-    """What a head gives: the genes, and of counts their sum over all genes that were measured."""
+    """Name the outputs of a head: the genes, and of counts their sum over all genes that were measured."""
     return [*genes] if objective == "mse_pcc" else [*genes, TOTAL]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of the decoder.
+
+    Attributes
+    ----------
+    widths
+        Channels of D per level, finest first; None: the encoder's own channels, without laterals.
+    hidden
+        Hidden channels of the feed-forwards, finest first.
+    dropout
+        Channel dropout of the laterals.
+    """
+
+    widths: tuple[int, ...] | None
+    hidden: tuple[int, ...]
+    dropout: float = 0.0
 
 
 @dataclass
@@ -169,9 +111,9 @@ class ModelRecord:
     history
         One row an epoch.
     versions
-        Of the libraries.
+        Versions of the libraries.
     format
-        Of this file.
+        Format of ``config.json``.
     """
 
     genes: list[str]
@@ -199,15 +141,13 @@ class ModelRecord:
 
     def __post_init__(self) -> None:
         if isinstance(self.decoder, dict):
-            shape = dict(self.decoder)
-            widths = shape.pop("widths")
-            self.decoder = DecoderConfig(
-                widths=None if widths is None else tuple(widths), hidden=tuple(shape.pop("hidden")), **shape
-            )
+            shape: dict[str, Any] = self.decoder
+            sides = {name: value and tuple(value) for name, value in shape.items() if name in ("widths", "hidden")}
+            self.decoder = DecoderConfig(**{**shape, **sides})
 
     @property
     def outputs(self) -> list[str]:
-        """What the head gives."""
+        """Names of the outputs of the head."""
         return outputs_of(self.genes, self.objective)
 
     @property
@@ -219,17 +159,13 @@ class ModelRecord:
         return frame
 
     def to_json(self) -> str:
-        """Text of ``config.json``; NaN becomes null."""
-        return json.dumps(json_safe(asdict(self)), indent=2)
+        """Write ``config.json``'s text; NaN becomes null."""
+        # The fallback is for NumPy's numbers and arrays.
+        text = to_json(asdict(self), indent=2, inf_nan_mode="null", fallback=lambda value: value.tolist())
+        return text.decode()
 
     def check(self) -> None:
-        """Look whether `read_record` will take what `to_json` gives.
-
-        Raises
-        ------
-        CheckpointError
-            A field has a value that no record has.
-        """
+        """Raise CheckpointError where `read_record` will not take what `to_json` gives."""
         try:
             validated(RecordSchema, parse_json(self.to_json().encode()))
         except ValueError as error:
@@ -237,88 +173,116 @@ class ModelRecord:
 
 
 def read_record(folder: Path) -> ModelRecord:
-    """Read ``config.json``.
+    """Read ``config.json``; CheckpointError where it is missing, damaged, or of something else than a model of ours."""
+    path = folder / CONFIG
+    content = _content(path)
+    names = [f.name for f in fields(ModelRecord)]
+    if missing := [name for name in names if name not in content]:
+        raise CheckpointError(f"{str(path)!r} lacks {missing}. {_REMEDY}")
+    try:
+        validated(RecordSchema, content)
+    except ValueError as error:
+        raise _damaged(path, what_is_wrong(error)) from error
+    check_file(path)
+    return ModelRecord(**{name: content[name] for name in names})
 
-    Parameters
-    ----------
-    folder
-        Of the model.
 
-    Returns
-    -------
-    The record.
+def _content(path: Path) -> dict[str, Any]:
+    """Read what ``config.json`` holds, if it says that it is of our format."""
+    try:
+        text = read_regular(path, most_bytes=_MOST_CONFIG_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        folder = path.parent
+        what = "no pixnet_sd checkpoint: it has no config.json" if folder.is_dir() else "a file, not a checkpoint"
+        why = f"{str(folder)!r} is {what}" if folder.exists() else f"There is no folder {str(folder)!r}"
+        raise CheckpointError(f"{why}. Give the folder that fit left.") from error
+    try:
+        content = parse_json(text, allow_nan=True)  # so that the schema names the field that has it
+    except ValueError as error:
+        raise _damaged(path, what_is_wrong(error)) from error
+    stated = content.get("format") if isinstance(content, dict) else None
+    if stated == FORMAT:
+        return dict(content)
+    if isinstance(stated, str) and stated.startswith(FORMAT.partition("/")[0] + "/"):
+        remedy = "Train again, or install the version of pixnet_sd that it was made with."
+    else:
+        remedy = "Weights of an encoder alone go to fit(encoder_weights=...)."
+    raise CheckpointError(
+        f"{str(path)!r} is not a checkpoint of this package: its format is {shown(stated)}, and {FORMAT!r} is needed. "
+        f"{remedy}"
+    )
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{str(path)!r} is damaged ({why}). {_REMEDY}")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that a result depends on."""
+    return {name: _version(name) for name in _LIBRARIES}
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "unknown"
+
+
+def write_checksums(folder: Path, names: Sequence[str]) -> None:
+    """Write the hashes of files of a folder beside them."""
+    files = {name: _checksum(folder / name).model_dump() for name in names}
+    (folder / CHECKSUMS).write_text(json.dumps({"files": files}, indent=2), encoding="utf-8")
+
+
+def check_file(path: Path, *, most_bytes: int | None = None) -> None:
+    """Compare a model's file with the hash that was noted when it was written, and its size with the largest possible.
 
     Raises
     ------
     CheckpointError
-        There is none, it is damaged, or it is not one of ours.
+        It is missing, too large, no regular file or another one than was written; or nothing is known of it.
     """
-    path = folder / CONFIG
-    content = _content(path)
-    missing = [f.name for f in fields(ModelRecord) if f.name not in content]
-    if missing:
-        raise CheckpointError(f"{str(path)!r} lacks {missing}. Restore it, or train again.")
+    noted = _noted(path)
     try:
-        validated(RecordSchema, content)
-    except ValueError as error:
-        raise CheckpointError(_damaged(path, error)) from error
-    check_file(path)
-    return ModelRecord(**{f.name: content[f.name] for f in fields(ModelRecord)})
-
-
-def _content(path: Path) -> dict[str, Any]:
-    """What the file holds, if it says that it is ours."""
-    try:
-        text = read_regular(path, most_bytes=_MOST_BYTES_RECORD)
+        actual = _checksum(path, most_bytes=noted.bytes if most_bytes is None else min(noted.bytes, most_bytes))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{_no_checkpoint(path.parent)} Give the folder that fit left.") from error
+        raise CheckpointError(f"{str(path)!r} is missing, and a model has it. {_REMEDY}") from error
+    if actual != noted:
+        raise CheckpointError(
+            f"{str(path)!r} is not as it was written, says {CHECKSUMS} beside it: it was truncated, changed by "
+            f"hand or replaced, or saving was cut off. {_REMEDY}"
+        )
+
+
+def _checksum(path: Path, *, most_bytes: int | None = None) -> FileSchema:
+    n_bytes, sha256 = hash_regular(path, most_bytes=most_bytes)
+    return FileSchema(bytes=n_bytes, sha256=sha256)
+
+
+def _noted(path: Path) -> FileSchema:
+    """Read size and hash that were noted of a file."""
+    checksums = path.with_name(CHECKSUMS)
     try:
-        content = parse_json(text, allow_nan=True)  # so that the field is named that has it
+        noted = validated(ChecksumsSchema, parse_json(read_regular(checksums, most_bytes=_MOST_CHECKSUMS_BYTES)))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{str(path.parent)!r} has no {CHECKSUMS}, so nobody knows whether the model in it is whole: it was copied "
+            f"in part, or saving was cut off. {_REMEDY}"
+        ) from error
+    except CheckpointError:
+        raise
     except ValueError as error:
-        raise CheckpointError(_damaged(path, error)) from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found == FORMAT:
-        return dict(content)
-    earlier = isinstance(found, str) and found.startswith(FORMAT.partition("/")[0] + "/")
-    remedy = (
-        "Train again, or install the version of pixnet_sd that it was made with."
-        if earlier
-        else "Weights of an encoder alone go to fit(encoder_weights=...)."
-    )
-    raise CheckpointError(
-        f"{str(path)!r} is not a checkpoint of this package: its format is {shown(found)}, and {FORMAT!r} is "
-        f"needed. {remedy}"
-    )
+        raise _damaged(checksums, what_is_wrong(error)) from error
+    if path.name not in noted.files:
+        raise _damaged(checksums, f"{path.name} is not in it")
+    return noted.files[path.name]
 
 
-def _damaged(path: Path, error: ValueError) -> str:
-    return f"{str(path)!r} is damaged ({what_is_wrong(error)}). Restore it, or train again."
+# The model card
 
 
-def _no_checkpoint(folder: Path) -> str:
-    if not folder.exists():
-        return f"There is no folder {str(folder)!r}."
-    if not folder.is_dir():
-        return f"{str(folder)!r} is a file, and a checkpoint is a folder."
-    return f"{str(folder)!r} is no pixnet_sd checkpoint: it has no config.json."
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that a result depends on."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a source tree that was never installed
-            found[name] = "unknown"
-    return found
-
-
-TAGS = ("histology", "pixnet", "spatial-transcriptomics", "spatialdata")
-"""What the hub files a model under."""
-
-_SHOWN = 10
-"""Genes at either end of the table of scores; all of them are in ``config.json``."""
+_SHOWN = 10  # genes at either end of the table of scores; all of them are in config.json
 
 _OBJECTIVES = {
     "mse_pcc": "squared error and correlation of log-normalised expression (Eq. 6 of the paper)",
@@ -328,58 +292,26 @@ _OBJECTIVES = {
 
 
 def card_text(record: ModelRecord, *, repo_id: str, license: str | None) -> str:
-    """Body of the model card, Markdown without the metadata block.
-
-    Parameters
-    ----------
-    record
-        Of the model.
-    repo_id
-        Where the model is, for the example: ``"owner/name"`` or a folder.
-    license
-        Identifier that the metadata has, or None: the card then says that there is none.
-
-    Returns
-    -------
-    The text.
-    """
-    sections = {
-        "Use": _use(record, repo_id),
-        "Training data": _data(record.slides),
-        "Held-out scores": _scores(record),
-        "Model": _model(record),
-        "Training": _training(record),
-        "Intended use and limits": _limits(record),
-        "Licence": _licence(record, license),
-        "Citation": _CITATION,
-    }
-    return "\n\n".join([_summary(record), *(f"## {title}\n\n{text}" for title, text in sections.items())]) + "\n"
-
-
-def _summary(record: ModelRecord) -> str:
-    return (
-        "# PixNet model\n\n"
-        f"Predicts the expression of {len(record.genes):,} genes at every pixel of an H&E image, seen at "
-        f"{record.working_mpp:g} µm per pixel, and sums it up inside circles, bins, cells or annotations. Trained with "
-        "`pixnet_sd`, which takes and returns SpatialData objects. This page was generated from the checkpoint; "
-        f"its weights have the SHA-256 `{record.weights_sha256 or 'unknown'}`."
-    )
-
-
-def _use(record: ModelRecord, repo_id: str) -> str:
-    return (
-        "```python\n"
-        "import pixnet_sd as ps\n"
-        "import spatialdata as sd\n\n"
-        f'model = ps.PixNet.from_pretrained("{repo_id}")\n'
-        'sdata = sd.read_zarr("slide.zarr")               # an H&E image is enough\n'
-        "ps.tl.predict(sdata, model, radius_um=8)         # mpp=... where the store does not tell it\n"
-        "```\n\n"
-        f"Genes: {_listed(record.genes)}."
+    """Write the model card, Markdown without the metadata block; `repo_id` is a name on the hub or a folder."""
+    stated = f"`{license}`." if license else "None was stated, and without one nobody may use the weights."
+    from_elsewhere = f"weights that its encoder started from ({record.encoder_weights}) and the training slides"
+    others = from_elsewhere if record.encoder_weights else "training slides"
+    return _CARD.format(
+        n_genes=f"{len(record.genes):,}",
+        working_mpp=f"{record.working_mpp:g}",
+        sha256=record.weights_sha256 or "unknown",
+        repo_id=repo_id,
+        genes=_listed(record.genes),
+        data=_data(record.slides),
+        scores=_scores(record),
+        model=_model(record),
+        training=_training(record),
+        licence=f"{stated} The {others} have terms of their own.",
     )
 
 
 def _data(slides: dict[str, Any]) -> str:
+    """Tell on which slides a model was trained, and how they were split, as the counts of their regions say."""
     if not slides:
         return "The checkpoint does not say on which slides it was trained."
     columns = ("slide", "µm/px", "regions trained on", "regions held out", "tables")
@@ -393,23 +325,20 @@ def _data(slides: dict[str, Any]) -> str:
         )
         for name, slide in slides.items()
     ]
-    return f"{_table(columns, rows)}\n\n{_split(slides)}"
-
-
-def _split(slides: dict[str, Any]) -> str:
-    """How the slides were split, as the counts of their regions say."""
-    trained, held = (
+    trained, held_out = (
         {name for name, slide in slides.items() if any(slide.get(regions, {}).values())}
         for regions in ("training_regions", "held_out_regions")
     )
-    if not held:
-        return "Nothing was held out."
-    if trained & held:
-        return (
+    if not held_out:
+        split = "Nothing was held out."
+    elif trained & held_out:
+        split = (
             "Held out: square blocks of every slide, with a margin of one region around them. Tissue next to training "
             "tissue is easier than a new slide."
         )
-    return f"Held out: whole slides ({_listed(sorted(held))})."
+    else:
+        split = f"Held out: whole slides ({_listed(sorted(held_out))})."
+    return f"{_table(columns, rows)}\n\n{split}"
 
 
 def _scores(record: ModelRecord) -> str:
@@ -417,88 +346,59 @@ def _scores(record: ModelRecord) -> str:
     known = pcc.dropna().sort_values(ascending=False, kind="stable")
     if known.empty:
         return "None: nothing was held out, or no score could be computed. How good this model is, is not known."
-    quartile, median, three = known.quantile([0.25, 0.5, 0.75])
-    summary = _table(
-        ("genes scored", "mean", "first quartile", "median", "third quartile", "best", "worst"),
-        [
-            (
-                f"{len(known):,} of {len(pcc):,}",
-                *map(_score, (known.mean(), quartile, median, three, *known.iloc[[0, -1]])),
-            )
-        ],
+    values = (known.mean(), *known.quantile([0.25, 0.5, 0.75]), *known.iloc[[0, -1]])
+    columns = ("genes scored", "mean", "first quartile", "median", "third quartile", "best", "worst")
+    summary = _table(columns, [(f"{len(known):,} of {len(pcc):,}", *(f"{value:.3f}" for value in values))])
+    flattering = (
+        " Training ended with the epoch that did best on these very regions, so the scores flatter it a little."
     )
     return (
         "Pearson correlation between predicted and measured expression over the held-out regions, gene by gene, "
-        f"averaged over slides and sizes of regions.{_chosen(record)}\n\n{summary}\n\n{_ends(known)}"
+        f"averaged over slides and sizes of regions.{flattering if record.training.get('keep_best') else ''}\n\n"
+        f"{summary}\n\n{_ends(known)}"
     )
 
 
-def _chosen(record: ModelRecord) -> str:
-    """What makes the scores better than those of new tissue."""
-    if not record.training.get("keep_best"):
-        return ""
-    return " Training ended with the epoch that did best on these very regions, so the scores flatter it a little."
-
-
 def _ends(known: pd.Series) -> str:
-    """Table of the genes at both ends, or of all when they are few."""
-    if len(known) <= 2 * _SHOWN:
-        return _table(("gene", "PCC"), [(gene, _score(value)) for gene, value in known.items()])
-    best, worst = known.head(_SHOWN), known.tail(_SHOWN)[::-1]
-    rows = [
-        (high, _score(best[high]), low, _score(worst[low])) for high, low in zip(best.index, worst.index, strict=True)
-    ]
+    """Make the table of the genes at both ends, or of all when they are few."""
+    scores = [(gene, f"{value:.3f}") for gene, value in known.items()]
+    if len(scores) <= 2 * _SHOWN:
+        return _table(("gene", "PCC"), scores)
+    rows = [(*best, *worst) for best, worst in zip(scores[:_SHOWN], scores[: -_SHOWN - 1 : -1], strict=True)]
     return _table(("best predicted", "PCC", "worst predicted", "PCC"), rows)
 
 
 def _model(record: ModelRecord) -> str:
     weights = record.encoder_weights or "random weights"
-    return _table(
-        ("", ""),
-        [
-            ("encoder", f"timm `{record.encoder}`, from {weights}{', frozen' if record.freeze_encoder else ''}"),
-            ("encoder's weights before training", f"SHA-256 `{record.encoder_sha256 or 'unknown'}`"),
-            ("image seen at", f"{record.working_mpp:g} µm per pixel"),
-            ("pitch of the map", f"{4 * record.working_mpp:g} µm"),
-            ("objective", f"`{record.objective}`: {_OBJECTIVES[record.objective]}"),
-            ("aggregation", f"`{record.aggregation}` over a region's pixels"),
-            ("expression", f"log(1 + {record.target_sum:g} · share of the region's counts), natural logarithm"),
-        ],
-    )
+    rows = {
+        "encoder": f"timm `{record.encoder}`, from {weights}{', frozen' if record.freeze_encoder else ''}",
+        "encoder's weights before training": f"SHA-256 `{record.encoder_sha256 or 'unknown'}`",
+        "image seen at": f"{record.working_mpp:g} µm per pixel",
+        "pitch of the map": f"{MAP_STRIDE * record.working_mpp:g} µm",
+        "objective": f"`{record.objective}`: {_OBJECTIVES[record.objective]}",
+        "aggregation": f"`{record.aggregation}` over a region's pixels",
+        "expression": f"log(1 + {record.target_sum:g} · share of the region's counts), natural logarithm",
+    }
+    return _table(("", ""), rows.items())
 
 
 def _training(record: ModelRecord) -> str:
     training = {k: v for k, v in record.training.items() if k != "fingerprint" and v is not None}
     if not training and not record.versions:
         return "The checkpoint does not say how it was trained."
-    versions = [(f"version of {name}", value) for name, value in record.versions.items()]
-    rows = [("epochs run", len(record.history)), *training.items(), *versions]
-    return _table(("", ""), [(f"{name}".replace("_", " "), f"`{value}`") for name, value in rows])
-
-
-def _limits(record: ModelRecord) -> str:
-    return _LIMITS.format(working_mpp=f"{record.working_mpp:g}")
-
-
-def _licence(record: ModelRecord, license: str | None) -> str:
-    stated = f"`{license}`." if license else "None was stated, and without one nobody may use the weights."
-    others = "The training slides have"
-    if record.encoder_weights:
-        others = f"The weights that its encoder started from ({record.encoder_weights}) and the training slides have"
-    return f"{stated} {others} terms of their own."
+    versions = {f"version of {name}": value for name, value in record.versions.items()}
+    rows = {"epochs run": len(record.history), **training, **versions}
+    return _table(("", ""), [(name.replace("_", " "), f"`{value}`") for name, value in rows.items()])
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Make a Markdown table that no name of a slide or a gene can break."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(_cell(value) for value in line)} |" for line in lines)
+    cells = ([" ".join(str(value).replace("|", "\\|").split()) for value in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _cell(value: Any) -> str:
-    """Text that cannot break a table, whatever a slide or a gene is called."""
-    return " ".join(str(value).replace("|", "\\|").split())
-
-
-def _counts(regions: dict[str, int]) -> str:
+def _counts(regions: Mapping[str, int]) -> str:
     return ", ".join(f"{n:,} {size}" for size, n in regions.items() if n) or "none"
 
 
@@ -507,11 +407,44 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[: 2 * _SHOWN]) + rest
 
 
-def _score(value: float) -> str:
-    return f"{value:.3f}"
+_CARD = """\
+# PixNet model
 
+Predicts the expression of {n_genes} genes at every pixel of an H&E image, seen at {working_mpp} µm per pixel, and sums
+it up inside circles, bins, cells or annotations. Trained with `pixnet_sd`, which takes and returns SpatialData objects.
+This page was generated from the checkpoint; its weights have the SHA-256 `{sha256}`.
 
-_LIMITS = """\
+## Use
+
+```python
+import pixnet_sd as ps
+import spatialdata as sd
+
+model = ps.PixNet.from_pretrained("{repo_id}")
+sdata = sd.read_zarr("slide.zarr")               # an H&E image is enough
+ps.tl.predict(sdata, model, radius_um=8)         # mpp=... where the store does not tell it
+```
+
+Genes: {genes}.
+
+## Training data
+
+{data}
+
+## Held-out scores
+
+{scores}
+
+## Model
+
+{model}
+
+## Training
+
+{training}
+
+## Intended use and limits
+
 - For research. Not for diagnosis, nor for any decision about a patient.
 - Predicted expression is an estimate from morphology. A gene that morphology does not tell of is predicted poorly,
   however smooth its map looks: see the scores above before reading a map.
@@ -519,17 +452,23 @@ _LIMITS = """\
 - Images coarser than {working_mpp} µm per pixel lack detail that the network was trained to see, and wrong µm per pixel
   give wrong predictions without an error.
 - Values are relative to the counts over all genes of the training tables, and compare with other measurements only as
-  far as these do."""
+  far as these do.
 
-_CITATION = """\
+## Licence
+
+{licence}
+
+## Citation
+
 The method is PixNet, implemented independently of its authors:
 
 ```bibtex
-@misc{zhang2025,
-  title = {Spatial Transcriptomics Analysis of Spatially Dense Gene Expression Prediction},
-  author = {Zhang, Ruikun and Yang, Yan and Pan, Liyuan},
-  year = {2025},
-  eprint = {2503.01347},
-  archiveprefix = {arXiv}
-}
-```"""
+@misc{{zhang2025,
+  title = {{Spatial Transcriptomics Analysis of Spatially Dense Gene Expression Prediction}},
+  author = {{Zhang, Ruikun and Yang, Yan and Pan, Liyuan}},
+  year = {{2025}},
+  eprint = {{2503.01347}},
+  archiveprefix = {{arXiv}}
+}}
+```
+"""

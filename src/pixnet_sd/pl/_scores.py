@@ -1,7 +1,4 @@
-"""How good a prediction is, gene by gene.
-
-How a training went.
-"""
+"""How good a prediction is, gene by gene, and how a training went."""
 
 from __future__ import annotations
 
@@ -18,21 +15,27 @@ from spatialdata import SpatialData
 
 from pixnet_sd._arguments import checked
 from pixnet_sd.errors import PixNetError
-from pixnet_sd.tl import matched_values
 
 from ._draw import AxesLike, Drawn, axes_grid, figure_of, finish
 
 if TYPE_CHECKING:
     from pixnet_sd.model import PixNet
 
-__all__ = ["evaluation", "history"]
-
 _PANEL_IN = (4.2, 3.6)
+_HISTORY_PANEL_IN = (3.8, 3.0)
 _MANY = 2000  # regions; more are counted in hexagons
+_LABELS = {
+    "loss": "training loss",
+    "val_pcc": "held-out PCC, mean over genes",
+    "val_mse": "held-out MSE",
+    "lr": "learning rate",
+    "seconds": "seconds per epoch",
+}
+_DEFAULT = ("loss", "val_pcc", "val_mse")
 
 
 @checked()
-def evaluation(
+def evaluation(  # noqa: PLR0913
     evaluation: pd.DataFrame | Mapping[str, pd.DataFrame],
     *,
     gene: str | None = None,
@@ -93,7 +96,7 @@ def evaluation(
 
 
 def _named(evaluation: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
-    """Correlations by gene, the highest first, of each evaluation."""
+    """Sort the correlations of each evaluation, the highest first."""
     frames = {"": evaluation} if isinstance(evaluation, pd.DataFrame) else evaluation
     each = {name: frame["pcc"].dropna().sort_values(ascending=False) for name, frame in frames.items()}
     empty = [name for name, pcc in each.items() if pcc.empty]
@@ -107,8 +110,10 @@ def _values(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     if sdata is None or table_key is None or predicted_key is None:
         raise PixNetError(f"gene={gene!r} needs sdata=, table_key= and predicted_key=, as tl.evaluate was given them.")
-    found = matched_values(sdata, table_key=table_key, predicted_key=predicted_key, genes=[gene])
-    predicted, measured = (np.concatenate(parts)[:, 0] for parts in zip(*found.blocks(), strict=True))
+    from pixnet_sd.tl import matched_values  # it needs torch, which no other plot does
+
+    matched = matched_values(sdata, table_key=table_key, predicted_key=predicted_key, genes=[gene])
+    predicted, measured = (np.concatenate(blocks)[:, 0] for blocks in zip(*matched.blocks(), strict=True))
     return measured, predicted
 
 
@@ -128,29 +133,22 @@ def _ranked(ax: Axes, each: Mapping[str, pd.Series], n_labels: int) -> None:
 
 
 def _name_genes(ax: Axes, pcc: pd.Series, n_labels: int) -> None:
-    """Names beside the best genes and beside the worst, one below the other."""
+    """Name the best genes and the worst, one below the other."""
     n = min(n_labels, len(pcc) // 2)
-    style: dict[str, Any] = {"fontsize": "small", "transform": ax.transAxes, "linespacing": 1.3}
-    style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-    best, worst = ("\n".join(f"{gene}  {value:.2f}" for gene, value in part.items()) for part in _ends(pcc, n))
-    if n:
-        ax.text(0.98, 0.98, f"best\n{best}\n\nworst\n{worst}", ha="right", va="top", **style)
-
-
-def _ends(pcc: pd.Series, n: int) -> tuple[pd.Series, pd.Series]:
-    return pcc.iloc[:n], pcc.iloc[len(pcc) - n :]
+    if not n:
+        return
+    best, worst = (
+        "\n".join(f"{gene}  {value:.2f}" for gene, value in end.items()) for end in (pcc.iloc[:n], pcc.iloc[-n:])
+    )
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    style: dict[str, Any] = {"fontsize": "small", "transform": ax.transAxes, "linespacing": 1.3, "bbox": box}
+    ax.text(0.98, 0.98, f"best\n{best}\n\nworst\n{worst}", ha="right", va="top", **style)
 
 
 def _distributions(ax: Axes, each: Mapping[str, pd.Series]) -> None:
     at = np.arange(len(each))
-    ax.boxplot(
-        [pcc.to_numpy() for pcc in each.values()],
-        positions=at,
-        widths=0.6,
-        showfliers=False,
-        medianprops={"color": "black"},
-        boxprops={"linewidth": 0.8},
-    )
+    style: dict[str, Any] = {"medianprops": {"color": "black"}, "boxprops": {"linewidth": 0.8}}
+    ax.boxplot([pcc.to_numpy() for pcc in each.values()], positions=at, widths=0.6, showfliers=False, **style)
     rng = np.random.default_rng(0)  # points beside one another, the same in every picture
     for k, pcc in enumerate(each.values()):
         x = k + rng.uniform(-0.2, 0.2, len(pcc))
@@ -173,17 +171,6 @@ def _against(ax: Axes, gene: str, measured: NDArray[np.float32], predicted: NDAr
     title = f"{gene}, PCC {np.corrcoef(measured, predicted)[0, 1]:.2f}" if varies else gene
     ax.set(title=title, xlabel="measured, log-normalised", ylabel="predicted, log-normalised")
     ax.spines[["top", "right"]].set_visible(False)
-
-
-_LABELS = {
-    "loss": "training loss",
-    "val_pcc": "held-out PCC, mean over genes",
-    "val_mse": "held-out MSE",
-    "lr": "learning rate",
-    "seconds": "seconds per epoch",
-}
-_DEFAULT = ("loss", "val_pcc", "val_mse")
-_PANEL_IN_HISTORY = (3.8, 3.0)
 
 
 @checked()
@@ -222,7 +209,10 @@ def history(
     CheckpointError
         The folder holds no model.
     """
-    rows, best = _record(model)
+    from pixnet_sd.model import PixNet
+
+    trained = model if isinstance(model, PixNet) else PixNet.load(model)
+    rows, best = trained.history, trained.record.training.get("best_epoch")
     wanted = [keys] if isinstance(keys, str) else list(keys or [key for key in _DEFAULT if key in rows])
     unknown = [key for key in wanted if key not in rows]
     if unknown or not wanted:
@@ -231,19 +221,10 @@ def history(
             f"keys={wanted}: the model's history has no {missing}. It has {len(rows)} epochs, and of each "
             f"{', '.join(map(repr, rows.columns)) or 'nothing'}."
         )
-    axes = axes_grid(ax, (1, len(wanted)), figsize=figsize, panel_in=_PANEL_IN_HISTORY, dpi=dpi)
+    axes = axes_grid(ax, (1, len(wanted)), figsize=figsize, panel_in=_HISTORY_PANEL_IN, dpi=dpi)
     for panel, key in zip(axes.flat, wanted, strict=True):
-        _draw(panel, rows[key], best)
+        _draw(panel, rows[key], None if best is None else int(best))
     return finish(axes, is_new=ax is None, show=show, save=save, return_fig=return_fig)
-
-
-def _record(model: PixNet | str | Path) -> tuple[pd.DataFrame, int | None]:
-    """Rows by epoch, and the epoch that was kept."""
-    from pixnet_sd.model import PixNet
-
-    found = model if isinstance(model, PixNet) else PixNet.load(model)
-    best = found.record.training.get("best_epoch")
-    return found.history, None if best is None else int(best)
 
 
 def _draw(ax: Axes, values: pd.Series, best: int | None) -> None:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from pixnet_sd._arguments import checked
-from pixnet_sd.engine import MeasuredRegions, Tile, TrainingSlide, training_tiles
 from pixnet_sd.errors import DataError
 from pixnet_sd.geometry import MAP_STRIDE
 from pixnet_sd.slide import Slide, tissue_mask
 from pixnet_sd.slide.tables import Measured, checked_totals
-from pixnet_sd.tl import Source, Validation, open_sources, split_slides
 
 from ._draw import (
     AxesLike,
@@ -34,13 +32,14 @@ from ._draw import (
     draw_regions,
     draw_slide,
     finish,
-    resolution,
+    scaled,
     set_view,
-    shown_px,
     view_of,
 )
 
-__all__ = ["training_regions"]
+if TYPE_CHECKING:
+    from pixnet_sd.engine import MeasuredRegions, Tile, TrainingSlide
+    from pixnet_sd.tl import Source, Validation
 
 _PANEL_IN = 5.0
 _LEGEND_IN = 1.0
@@ -52,7 +51,7 @@ _TITLE_CHARACTERS = 60
 
 
 @checked()
-def training_regions(
+def training_regions(  # noqa: PLR0913
     sdata: SpatialData | Mapping[str, SpatialData],
     *,
     image_key: str | None = None,
@@ -103,6 +102,9 @@ def training_regions(
     ElementError, ResolutionError, DataError, PixNetError
         What :func:`pixnet_sd.tl.fit` would raise.
     """
+    from pixnet_sd.engine import training_tiles  # these need torch, which is loaded when they do
+    from pixnet_sd.tl import open_sources, split_slides
+
     slides = {"slide": sdata} if isinstance(sdata, SpatialData) else dict(sdata)
     sources = open_sources(
         slides,
@@ -121,9 +123,10 @@ def training_regions(
             {table.table_key: table.element_key for table in source.tables},
             every[name],
             parts[name],
-            _tiles(parts[name], tile_px),
+            # Tiles as a training with a frozen encoder, and every validation, has them.
+            {use: training_tiles(part, tile_px, once=use == "held out").tiles for use, part in parts[name].items()},
             tissue_mask(source.slide),
-            view_of(source.slide, None, shown_px(ax, _PANEL_IN, resolution(dpi, save))),
+            view_of(source.slide, None, ax=ax, panel_in=_PANEL_IN, dpi=dpi, save=save),
         )
         for name, source in sources.items()
     }
@@ -137,31 +140,35 @@ def training_regions(
     return finish(axes, is_new=ax is None, show=show, save=save, return_fig=return_fig)
 
 
-Part = dict[str, TrainingSlide]
-"""What is trained on, and what is held out, of one slide; either may be missing."""
+Parts = dict[str, "TrainingSlide"]
+"""The parts of one slide that are trained on and held out, by that name; either may be missing."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What is known of a slide before it is trained on."""
+    """What is known of a slide before it is trained on; `elements` are those that its tables annotate."""
 
     slide: Slide
     elements: dict[str, str]
     every: TrainingSlide
-    parts: Part
+    parts: Parts
     tiles: dict[str, list[Tile]]
     tissue: NDArray[np.bool_]
     view: View
 
 
 def _usable(source: Source, objective: str) -> TrainingSlide:
-    """A slide with the regions that have targets; the targets themselves are not made."""
+    """Keep the regions of a slide that have targets; the targets themselves are not made."""
+    from pixnet_sd.engine import TrainingSlide
+
     height, width = source.slide.working_shape
     groups = tuple(_group(table, objective) for table in source.tables)
     return TrainingSlide(source.slide.name, source.slide.read, height, width, groups)
 
 
 def _group(table: Measured, objective: str) -> MeasuredRegions:
+    from pixnet_sd.engine import MeasuredRegions
+
     regions = table.regions
     if objective == "mse_pcc":
         total = checked_totals(table.counts, table.var_names, table.what)
@@ -171,13 +178,13 @@ def _group(table: Measured, objective: str) -> MeasuredRegions:
     return MeasuredRegions(table.table_key, regions, np.empty((len(regions), 0), np.float32))
 
 
-def _parts(training: Sequence[TrainingSlide], held_out: Sequence[TrainingSlide]) -> dict[str, Part]:
-    found: dict[str, Part] = {slide.name: {} for slide in (*training, *held_out)}
-    for kind, slides in (("training", training), ("held out", held_out)):
+def _parts(training: Sequence[TrainingSlide], held_out: Sequence[TrainingSlide]) -> dict[str, Parts]:
+    parts: dict[str, Parts] = {slide.name: {} for slide in (*training, *held_out)}
+    for use, slides in (("training", training), ("held out", held_out)):
         for slide in slides:
             if slide.measured:
-                found[slide.name][kind] = slide
-    return found
+                parts[slide.name][use] = slide
+    return parts
 
 
 def _panel_in(views: Sequence[View]) -> tuple[float, float]:
@@ -185,79 +192,64 @@ def _panel_in(views: Sequence[View]) -> tuple[float, float]:
     return _PANEL_IN * width / max(width, height), _PANEL_IN * height / max(width, height) + _LEGEND_IN
 
 
-def _tiles(parts: Part, tile_px: int) -> dict[str, list[Tile]]:
-    """Tiles as a training with a frozen encoder, and every validation, has them."""
-    return {kind: training_tiles(part, tile_px, once=kind == "held out").tiles for kind, part in parts.items()}
-
-
 def _draw_tiles(ax: Axes, plan: _Plan, title: str) -> None:
     slide = plan.slide
     draw_slide(ax, slide, plan.view)
     _outline(ax, plan.tissue, MAP_STRIDE * slide.working_mpp)
     handles: list[Line2D | Patch] = [Line2D([], [], color=_TISSUE, label="tissue")]
-    for kind, tiles in plan.tiles.items():
-        ax.add_collection(_rectangles(tiles, slide.working_mpp, kind), autolim=False)
-        handles.append(_key(kind, f"{len(tiles)} tiles {kind}, {tiles[0].width} x {tiles[0].height} px"))
+    um = slide.working_mpp
+    for use, tiles in plan.tiles.items():
+        style: dict[str, Any] = {"facecolor": "none", "edgecolor": _COLOURS[use], "linestyle": _DASHES[use]}
+        boxes = [Rectangle((t.col0 * um, t.row0 * um), t.width * um, t.height * um) for t in tiles]
+        ax.add_collection(PatchCollection(boxes, linewidth=1.2, **style), autolim=False)
+        handles.append(Patch(label=f"{len(tiles)} tiles {use}, {tiles[0].width} x {tiles[0].height} px", **style))
     taken = f"{title}{slide.mpp:.3g} µm/px, seen at {slide.working_mpp:.3g} µm/px"
-    set_view(ax, plan.view, f"{taken}\n{_folded(slide.taken())}")
-    ax.title.set_fontsize("small")
-    _legend(ax, handles)
+    _entitle(ax, plan, f"{taken}\n{_folded(slide.taken())}", handles)
 
 
 def _folded(text: str) -> str:
     return textwrap.fill(text, _TITLE_CHARACTERS)
 
 
-def _key(kind: str, label: str) -> Patch:
-    return Patch(facecolor="none", edgecolor=_COLOURS[kind], linestyle=_DASHES[kind], label=label)
+def _entitle(ax: Axes, plan: _Plan, title: str, handles: Sequence[Line2D | Patch]) -> None:
+    """Show the plan's view with a title above and a legend below."""
+    set_view(ax, plan.view, title)
+    ax.title.set_fontsize("small")
+    ax.legend(handles=list(handles), loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False, fontsize="small")
 
 
 def _outline(ax: Axes, mask: NDArray[np.bool_], pitch_um: float) -> None:
-    """Border of the tissue; a margin of glass closes it along the border of the image."""
+    """Draw the border of the tissue; a margin of glass closes it along the border of the image."""
     every = max(1, max(mask.shape) // 1000)
     thin = np.pad(mask[::every, ::every], 1).astype(np.float32)
     at = [((np.arange(size) - 1) * every + 0.5) * pitch_um for size in thin.shape]
     ax.contour(at[1], at[0], thin, levels=[0.5], colors=[_TISSUE], linewidths=1.5)
 
 
-def _rectangles(tiles: Sequence[Tile], um: float, kind: str) -> PatchCollection:
-    boxes = [Rectangle((t.col0 * um, t.row0 * um), t.width * um, t.height * um) for t in tiles]
-    return PatchCollection(boxes, facecolor="none", edgecolor=_COLOURS[kind], linestyle=_DASHES[kind], linewidth=1.2)
-
-
 def _draw_regions(ax: Axes, plan: _Plan) -> None:
     draw_slide(ax, plan.slide, plan.view).set_alpha(_PALE)
-    to_um = np.diag([plan.slide.working_mpp, plan.slide.working_mpp, 1.0])
-    coarsest = _coarsest(plan.every).size_name
-    for kind, part in (("in neither", plan.every), *plan.parts.items()):
+    to_um = scaled(plan.slide.working_mpp)
+    coarsest = min(plan.every.measured, key=lambda group: len(group.regions)).size_name
+    for use, part in (("in neither", plan.every), *plan.parts.items()):
         for group in (m for m in part.measured if m.size_name == coarsest):
-            style: dict[str, Any] = {"cmap": ListedColormap([_COLOURS[kind]]), "norm": NoNorm()}
+            style: dict[str, Any] = {"cmap": ListedColormap([_COLOURS[use]]), "norm": NoNorm()}
             draw_regions(ax, group.regions, np.zeros(len(group.regions)), to_um, plan.view, **style)
-    element = plan.elements[coarsest]
-    set_view(ax, plan.view, _folded(f"regions {element!r} of table {coarsest!r}"))
-    ax.title.set_fontsize("small")
-    _legend(ax, [Patch(color=_COLOURS[kind], label=text) for kind, text in _counts(plan.every, plan.parts).items()])
+    title = _folded(f"regions {plan.elements[coarsest]!r} of table {coarsest!r}")
+    handles = [Patch(color=_COLOURS[use], label=text) for use, text in _counts(plan.every, plan.parts).items()]
+    _entitle(ax, plan, title, handles)
 
 
-def _coarsest(slide: TrainingSlide) -> MeasuredRegions:
-    return min(slide.measured, key=lambda group: len(group.regions))
-
-
-def _counts(every: TrainingSlide, parts: Part) -> dict[str, str]:
-    """How many regions of each table are trained on, held out, and neither."""
+def _counts(every: TrainingSlide, parts: Parts) -> dict[str, str]:
+    """Tell how many regions of each table are trained on, held out, and neither."""
     left = {m.size_name: len(m.regions) for m in every.measured}
     counts: dict[str, dict[str, int]] = {}
-    for kind in ("training", "held out"):
-        groups = parts[kind].measured if kind in parts else ()
-        counts[kind] = {m.size_name: len(m.regions) for m in groups}
-        left = {name: n - counts[kind].get(name, 0) for name, n in left.items()}
+    for use in ("training", "held out"):
+        groups = parts[use].measured if use in parts else ()
+        counts[use] = {m.size_name: len(m.regions) for m in groups}
+        left = {name: n - counts[use].get(name, 0) for name, n in left.items()}
     counts["in neither"] = left
     return {
-        kind: f"{kind}: " + ", ".join(f"{n:,} ({name})" for name, n in sizes.items() if n)
-        for kind, sizes in counts.items()
+        use: f"{use}: " + ", ".join(f"{n:,} ({name})" for name, n in sizes.items() if n)
+        for use, sizes in counts.items()
         if any(sizes.values())
     }
-
-
-def _legend(ax: Axes, handles: Sequence[Line2D | Patch]) -> None:
-    ax.legend(handles=list(handles), loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False, fontsize="small")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import spatialdata as sd
+import zarr
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import get_transformation
 
@@ -97,8 +98,12 @@ def test_equals_what_spatialdata_writes_itself(slide, tmp_path):
             np.testing.assert_allclose(level(sdata, k).values, level(theirs, k).values, atol=1e-6)
             for axis in "cyx":
                 assert level(sdata, k).coords[axis].values.tolist() == level(theirs, k).coords[axis].values.tolist()
-    ours, theirs = (store / f"images/{KEY}/zarr.json" for store in (slide.path, tmp_path / "theirs.zarr"))
-    assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
+    folders = [store / "images" / KEY for store in (slide.path, tmp_path / "theirs.zarr")]
+    ours, theirs = (json.loads((folder / "zarr.json").read_text()) for folder in folders)
+    assert ours == theirs
+    ours, theirs = (zarr.open_array(str(folder / "s1"), mode="r") for folder in folders)
+    assert ours.compressors == theirs.compressors
+    assert ours.metadata.dimension_names == theirs.metadata.dimension_names
     assert not work_folder(slide.path).exists()
 
 

@@ -17,7 +17,7 @@ from scipy import sparse
 
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError
-from pixnet_sd.slide.image import StoredRows
+from pixnet_sd.slide.image import GuardedArray
 
 __all__ = ["Counts", "Place", "log_normalise", "log_values", "target_rows"]
 
@@ -35,7 +35,7 @@ class _CompressedRows:
     """Compressed rows on disk; AnnData's own handle keeps the pointers of all rows in memory."""
 
     def __init__(self, group: Any, shape: tuple[int, int]) -> None:
-        self.indptr, self._indices, self._data = (StoredRows(group[name]) for name in ("indptr", "indices", "data"))
+        self.indptr, self._indices, self._data = (GuardedArray(group[name]) for name in ("indptr", "indices", "data"))
         self.shape, self.dtype = shape, self._data.dtype
 
     def __getitem__(self, rows: slice) -> sparse.csr_matrix:
@@ -86,7 +86,7 @@ class Counts:
         elif layout == "csr" and is_backed:
             matrix = _CompressedRows(matrix.group, matrix.shape)
         elif isinstance(matrix, zarr.Array):
-            matrix = StoredRows(matrix)
+            matrix = GuardedArray(matrix)
         return cls(matrix, np.asarray(rows), files, genes, is_half)
 
     def __len__(self) -> int:

@@ -270,15 +270,16 @@ class _DiskLevels:
         )
         write_scratch_store(self._folder / "map.zarr", {self._key: tiny})
         for k, path in enumerate(self._level_paths()):
+            theirs = zarr.open_array(str(path), mode="r")
             zarr.create_array(
                 str(path),
                 shape=layout.level_shape(k),
                 chunks=layout.level_chunks(k),
                 shards=layout.level_shards(k),
-                dtype=np.float32,
-                compressors=FAST if layout.whole_channels else "auto",
-                fill_value=0,
-                dimension_names=("c", "y", "x"),
+                dtype=theirs.dtype,
+                compressors=FAST if layout.whole_channels else theirs.compressors,
+                fill_value=theirs.fill_value,
+                dimension_names=theirs.metadata.dimension_names,
                 overwrite=True,
             )
         consolidate(self._folder / "map.zarr")

@@ -1,0 +1,233 @@
+"""Losses equal their textbook forms, and do not depend on how the outputs are grouped."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from pixnet_sd.model import Densities, Objective, Part, log_normalised, make_objective, pearson_per_gene
+
+N, M = 12, 5
+NAMES = ["mse_pcc", "poisson", "nb"]
+LIKELIHOODS = ["poisson", "nb"]
+
+
+def make(name: str, *, pcc_weight: float = 0.3, n_outputs: int = M) -> Objective:
+    return make_objective(name, pcc_weight=pcc_weight, target_sum=1e4, n_sizes=1, n_outputs=n_outputs).double()
+
+
+def expression(seed: int = 0, n: int = N) -> Tensor:
+    return torch.randn(n, M, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def counts() -> tuple[Tensor, Tensor, Tensor]:
+    """Means, counts drawn around others, and usual counts; the last output is more than the sum of the others."""
+    rng = np.random.default_rng(1)
+    usual = rng.uniform(0.2, 30, (N, 1)) * rng.uniform(0.1, 3, M)
+    mean, measured = usual * rng.gamma(4, 0.25, (N, M)), rng.poisson(usual).astype(float)
+    for values in (mean, measured, usual):
+        values[:, -1] = 2 * values[:, :-1].sum(axis=1)
+    return tuple(torch.from_numpy(v).double() for v in (mean, measured, usual))
+
+
+def example(name: str) -> tuple[Objective, Tensor, Tensor, Tensor | None]:
+    if name in LIKELIHOODS:
+        return (make(name), *counts())
+    measured = expression(1)
+    measured[:, 2] = 3.25  # a gene that does not vary
+    return make(name), expression(0), measured, None
+
+
+def whole(
+    objective: Objective, predicted: Tensor, measured: Tensor, usual: Tensor | None, cuts: tuple[int, ...] = ()
+) -> Tensor:
+    """The loss, some outputs at a time."""
+
+    def densities(block: slice) -> Densities | None:
+        if usual is None:
+            return None
+        return Densities(usual[:, block], *(v[:, -1:] for v in (usual, predicted, measured)))
+
+    n_outputs = predicted.shape[1]
+    blocks = [slice(a, b) for a, b in itertools.pairwise([0, *cuts, n_outputs]) if b > a]
+    n_varying = objective.n_varying(measured[:, block] for block in blocks)
+    return sum(
+        objective.part(predicted[:, block], measured[:, block], Part(block, n_outputs, n_varying, 0, densities(block)))
+        for block in blocks
+    )
+
+
+# Correlation
+
+
+def pcc_loss(predicted: Tensor, measured: Tensor) -> Tensor:
+    """The loss of Eq. 6 without its squared error."""
+    return whole(make("mse_pcc", pcc_weight=1), predicted, measured, None) - ((predicted - measured) ** 2).mean()
+
+
+def scipys_pearson(predicted: Tensor, measured: Tensor) -> np.ndarray:
+    pairs = zip(predicted.T.numpy(), measured.T.numpy(), strict=True)
+    return np.array([stats.pearsonr(p, m).statistic for p, m in pairs])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_mse_pcc_is_eq_6(weight: float) -> None:
+    predicted, measured = expression(0), expression(1)
+    r = scipys_pearson(predicted, measured)
+    np.testing.assert_allclose(pearson_per_gene(predicted, measured), r, atol=1e-7)
+    expected = np.mean((predicted.numpy() - measured.numpy()) ** 2) + weight * np.mean(1 - r)
+    found = whole(make("mse_pcc", pcc_weight=weight), predicted, measured, None)
+    assert found.item() == pytest.approx(expected, abs=1e-7)
+
+
+@settings(deadline=None)
+@given(st.floats(0.1, 100), st.floats(-100, 100), st.integers(0, 50))
+def test_correlation_ignores_scale_and_shift(scale: float, shift: float, seed: int) -> None:
+    predicted, measured = expression(seed), expression(seed + 1)
+    reference = pearson_per_gene(predicted, measured)
+    for found in (
+        pearson_per_gene(predicted * scale + shift, measured),
+        pearson_per_gene(predicted, measured * scale + shift),
+        -pearson_per_gene(-predicted, measured),
+    ):
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-6)
+
+
+def test_a_gene_constant_in_the_batch_takes_no_part() -> None:
+    predicted, measured = expression(0), expression(1)
+    measured[:, 2] = 3.25
+    assert torch.isnan(pearson_per_gene(predicted, measured)).tolist() == [False, False, True, False, False]
+    others = [0, 1, 3, 4]
+    expected = pcc_loss(predicted[:, others], measured[:, others]).item()
+    loss = pcc_loss(predicted.requires_grad_(), measured)
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()
+    np.testing.assert_allclose(predicted.grad[:, 2], 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("measured", [expression(1, n=1), torch.ones(N, M, dtype=torch.float64)])
+def test_nothing_to_correlate(measured: Tensor) -> None:
+    """One region, or nothing that varies."""
+    predicted = expression(n=len(measured)).requires_grad_()
+    loss = pcc_loss(predicted, measured)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    np.testing.assert_allclose(predicted.grad, 0, atol=1e-12)
+
+
+def test_a_constant_prediction_has_no_correlation_and_finite_gradients() -> None:
+    """As of tiles that all look alike to the network."""
+    predicted = expression().index_fill(1, torch.tensor([1, 3]), 0.7).requires_grad_()
+    correlation = pearson_per_gene(predicted, expression(1))
+    np.testing.assert_allclose(correlation.detach()[[1, 3]], 0, atol=1e-7)
+    correlation.sum().backward()
+    assert torch.isfinite(predicted.grad).all()
+    assert (predicted.grad != 0).any(0).tolist() == [True, False, True, False, True]
+
+
+# All objectives
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(deadline=None)
+@given(cuts=st.lists(st.integers(0, M), max_size=3).map(sorted))
+def test_groups_of_outputs_do_not_matter(name: str, cuts: list[int]) -> None:
+    arguments = example(name)
+    torch.testing.assert_close(whole(*arguments, tuple(cuts)), whole(*arguments))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_is_right(name: str) -> None:
+    objective, predicted, measured, usual = example(name)
+    predicted.requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: whole(objective, p, measured, usual, (2,)), predicted)
+
+
+# Likelihoods
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_likelihoods_are_scipys_up_to_what_the_counts_decide(name: str) -> None:
+    """Differences between two sets of means, in nats per usual count, mean over outputs."""
+    objective, mean, measured, usual = example(name)
+    other = mean * torch.from_numpy(np.random.default_rng(5).uniform(0.5, 2, (N, M)))
+
+    def literal(mu: Tensor) -> float:
+        depth = measured[:, -1:] / mu[:, -1:]
+        mu = torch.cat([mu[:, :-1] * depth, mu[:, -1:]], dim=1)
+        logs = stats.poisson.logpmf(measured.numpy(), mu.numpy())
+        if name == "nb":
+            alpha = objective.log_dispersion.detach().exp().numpy()[0]
+            genes = stats.nbinom.logpmf(measured.numpy(), 1 / alpha, 1 / (1 + alpha * mu.numpy()))
+            logs[:, :-1] = genes[:, :-1]
+        expected = usual * measured[:, -1:] / usual[:, -1:]
+        expected[:, -1] = usual[:, -1]
+        return float((-logs.sum(0) / expected.numpy().sum(0)).mean())
+
+    found = whole(objective, mean, measured, usual) - whole(objective, other, measured, usual)
+    assert found.item() == pytest.approx(literal(mean) - literal(other), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_genes_do_not_pull_at_the_total(name: str) -> None:
+    """A gene's density is a share of the total's: of how large that is, only the total's own counts tell."""
+    objective, mean, measured, usual = example(name)
+    log_total = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    only_total = measured.clone()
+    only_total[:, -1:] = mean[:, -1:]  # which the total fits already
+    whole(objective, mean * log_total.exp(), only_total, usual).backward()
+    assert abs(log_total.grad.item()) < 1e-6
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_genes_are_learnt_as_shares_of_what_a_region_has(name: str) -> None:
+    """Three times the density of all, gene by gene, changes the loss of the total only."""
+    objective, mean, measured, usual = example(name)
+
+    def gene_loss(values: Tensor) -> Tensor:
+        totals = Densities(*[usual[:, -1:]] * 2, values[:, -1:], measured[:, -1:])
+        of_total = Part(slice(M - 1, M), M, None, 0, totals)
+        return whole(objective, values, measured, usual) - objective.part(values[:, -1:], measured[:, -1:], of_total)
+
+    mean.requires_grad_()
+    torch.testing.assert_close(gene_loss(mean), gene_loss(3 * mean))
+    (gradient,) = torch.autograd.grad(gene_loss(mean), mean)
+    assert ((gradient * mean).sum(1).abs() < 1e-6).all()
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_the_truth_is_the_minimum(name: str) -> None:
+    rng = np.random.default_rng(0)
+    true = torch.from_numpy(rng.uniform(0.5, 4, M))
+    true[-1] = true[:-1].sum()
+    measured = torch.from_numpy(rng.poisson(true.numpy(), (4000, M))).double()
+    measured[:, -1] = measured[:, :-1].sum(1)
+
+    def loss(output: int, scale: float) -> float:
+        mean = true.repeat(4000, 1)
+        mean[:, output] *= scale
+        return whole(make(name), mean, measured, true.expand_as(measured)).item()
+
+    for output in (0, M - 1):
+        assert loss(output, 1.0) < min(loss(output, 0.9), loss(output, 1.1))
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_zero_means_and_zero_counts_stay_finite(name: str) -> None:
+    mean = torch.zeros(3, 2, requires_grad=True)
+    loss = whole(make(name, n_outputs=2).float(), mean, torch.tensor([[0.0, 4], [0, 0], [1, 0]]), torch.ones(3, 2))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(mean.grad).all()
+
+
+def test_log_normalised() -> None:
+    found = log_normalised(torch.tensor([[3.0, 0], [0, 0]]), torch.tensor([[4.0], [0]]), 100)
+    np.testing.assert_allclose(found, [[np.log1p(75), 0], [0, 0]], rtol=1e-6)
