@@ -58,7 +58,7 @@ def test_every_option_has_a_text_and_takes_something(room, name):
 
 
 def test_choices_are_those_of_the_annotations():
-    from pixnet_sd.model import Aggregation, ObjectiveName
+    from pixnet_sd.params import Aggregation, ObjectiveName
 
     parameters = read_verb("tl._fit", "fit").parameters
     assert parameters["objective"].kind.literals == typing.get_args(ObjectiveName)

@@ -32,7 +32,7 @@ from pixnet_sd.slide.tables import (
 from ._checks import check_working_size
 
 if TYPE_CHECKING:
-    from pixnet_sd.model import ObjectiveName
+    from pixnet_sd.params import ObjectiveName
 
 __all__ = ["Source", "TrainingData", "Validation", "check_validation", "open_sources", "split_slides", "training_data"]
 

@@ -13,7 +13,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from pixnet_sd.model import Densities, Network, Objective, ObjectiveName, Operator, Part
+from pixnet_sd.model import Densities, Network, Objective, Operator, Part
+from pixnet_sd.params import ObjectiveName
 
 from ._batches import Target, block_of, output_blocks
 
