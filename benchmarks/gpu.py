@@ -12,7 +12,7 @@ pixel, on a lattice turned by 0.5°; targets are rows gathered from a table in m
 Weights are random.
 
 - forward: the network on tiles that are on the device already, halo included, without gradients.
-- predict, results dropped: `engine.infer.infer`, map of all genes and sums of all 2 µm bins; every value is copied to
+- predict, results dropped: `engine.predict.Walk`, map of all genes and sums of all 2 µm bins; every value is copied to
   the host, and dropped there.
 - predict, results kept: the same, each block and each window's sums copied once more, into memory of the sink.
 - forward + backward: the network on a batch that is on the device already, backwards from the mean square of D.
@@ -46,19 +46,16 @@ from scipy import sparse
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pixnet_sd.engine import MeasuredRegions, TrainingSlide, fixed_shapes, make_fabric
-from pixnet_sd.engine.predict import InferSettings, RegionPlan, infer, plan_regions, window_side
-from pixnet_sd.engine.train import TrainSettings
-from pixnet_sd.engine.train import _loop as training
-from pixnet_sd.engine.train._batches import make_batch, plan_batches
-from pixnet_sd.geometry import MAP_STRIDE, Grid, Lattice, Window
+from pixnet_sd.engine import BLOCK_WRITERS, MeasuredRegions, TrainingSlide, Writer, fixed_shapes, make_fabric
+from pixnet_sd.engine.predict import Lent, PredictPlan, Tiling, Walk, plan_regions, window_side
+from pixnet_sd.engine.train import Run, Trainer, make_batch, plan_batches, train
+from pixnet_sd.geometry import MAP_STRIDE, Grid, Lattice, RegionShare
 from pixnet_sd.model import DecoderConfig, Network, build_encoder, receptive_radius_px
+from pixnet_sd.params import TrainParams
 
 MPP, BIN_UM, LATTICE_DEGREES = 0.5, (2, 8, 16), 0.5
 KEPT_SHARE, TRAIN_GB = 0.7, 8.0
 UNWANTED = {"anndata", "dask", "geopandas", "pandas", "shapely", "spatialdata", "squidpy", "xarray", "zarr"}
-
-Block = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -124,40 +121,20 @@ class GatheredTargets:
         return GatheredTargets(self.table, self.ids[index])
 
 
-class Dropped:
-    """Takes blocks and windows, and keeps nothing."""
+class Kept:
+    """Copies blocks and sums into memory, over what it took some time before: the map of a slide has 10 GB."""
 
     def __init__(self, scale: Scale) -> None:
-        side, unit = scale.slide_px // MAP_STRIDE, scale.block_px
-        starts = range(0, side, unit)
-        self.pending: list[Block] = [
-            (r, min(r + unit, side), c, min(c + unit, side)) for r, c in itertools.product(starts, starts)
-        ]
-
-    def write(self, _block: Block, values: NDArray[np.float32]) -> None:
-        pass
-
-    def is_done(self, _window: Window) -> bool:
-        return False
-
-    def put(self, _window: Window, _index: NDArray[np.intp], sums: NDArray[np.float32], *_: Any) -> None:
-        pass
-
-
-class Kept(Dropped):
-    """Copies all that it takes into memory, over what it took some time before: the map of a slide has 10 GB."""
-
-    def __init__(self, scale: Scale) -> None:
-        super().__init__(scale)
         self.ring = np.zeros((16, scale.n_genes, scale.block_px, scale.block_px), np.float32)
         self.sums = np.zeros((1, 0), np.float32)
         self.place = itertools.count()
 
-    def write(self, _block: Block, values: NDArray[np.float32]) -> None:
+    def write(self, values: NDArray[np.float32]) -> None:
         _, rows, cols = values.shape
         self.ring[next(self.place) % len(self.ring), :, :rows, :cols] = values
 
-    def put(self, _window: Window, _index: NDArray[np.intp], sums: NDArray[np.float32], *_: Any) -> None:
+    def put(self, share: RegionShare) -> None:
+        sums = share.sums
         if len(sums) > len(self.sums) or sums.shape[1:] != self.sums.shape[1:]:
             self.sums = np.zeros_like(sums)
         self.sums[: len(sums)] = sums
@@ -248,10 +225,9 @@ class Bench:
     def predict(self) -> list[Figure]:
         scale, network = self.scale, self.prepared()
         halo_px = receptive_radius_px(network)
-        settings = InferSettings(scale.predict_px, halo_px, scale.predict_batch, compile=self.compile)
-        plan = self.region_plan()
-        n_tiles = self.infer(network, plan, settings, Dropped(scale))
-        bare_network = torch.compile(network, dynamic=False) if self.compile else network.eval()
+        plan = self.plan(network, Tiling(scale.predict_px, halo_px, scale.predict_batch))
+        n_tiles = self.walk(network, plan, None)
+        bare_network = network.eval()
         image = self.random_image(scale.predict_batch, scale.predict_px + 2 * halo_px)
 
         @torch.inference_mode()
@@ -262,10 +238,8 @@ class Bench:
         taken, peak = self.alternate(
             {
                 "forward": lambda: self.seconds(bare),
-                "predict, results dropped": lambda: self.seconds(
-                    lambda: self.infer(network, plan, settings, Dropped(scale))
-                ),
-                "predict, results kept": lambda: self.seconds(lambda: self.infer(network, plan, settings, Kept(scale))),
+                "predict, results dropped": lambda: self.seconds(lambda: self.walk(network, plan, None)),
+                "predict, results kept": lambda: self.seconds(lambda: self.walk(network, plan, Kept(scale))),
             }
         )
         print(
@@ -275,42 +249,48 @@ class Bench:
         per_tile = {name: s / (done if name == "forward" else n_tiles) for name, s in taken.items()}
         return figures(per_tile, peak, scale.predict_px, "forward")
 
-    def region_plan(self) -> RegionPlan:
+    def plan(self, network: Network, tiling: Tiling) -> PredictPlan:
         side = -(-self.scale.slide_px // MAP_STRIDE)
-        step = self.scale.predict_px // MAP_STRIDE
         started = time.perf_counter()
-        regions = self.slide.measured[0].regions
-        tissue = np.ones((side, side), bool)
-        plan = plan_regions(regions, Grid(side, side, MAP_STRIDE), tissue, window_side(step, self.scale.block_px))
+        regions, tissue = self.slide.measured[0].regions, np.ones((side, side), bool)
+        window = window_side(tiling.tile_px, self.scale.block_px)
+        region_plan = plan_regions(regions, Grid(side, side, MAP_STRIDE), tissue, window)
         print(f"plan of {len(regions):,} bins: {time.perf_counter() - started:.1f} s, in no figure", flush=True)
-        return plan
+        head = network.head.select(np.arange(self.scale.n_genes))
+        pooled = network.head.in_features < self.scale.n_genes  # as `predict` does
+        return PredictPlan(region_plan, tiling, window, head, head, pooled)
 
-    def infer(self, network: Network, plan: RegionPlan, settings: InferSettings, sink: Dropped) -> int:
-        """Tiles run."""
-        return infer(
-            network,
-            self.slide.read,
-            plan,
-            head=network.head.select(np.arange(self.scale.n_genes)),
-            fabric=self.fabric,
-            settings=settings,
-            blocks=sink,
-            block_px=self.scale.block_px,
-            rows=sink,
-            pooled=network.head.in_features < self.scale.n_genes,  # as `predict` does
-            show_progress_bar=False,
-        ).tiles_run
+    def walk(self, network: Network, plan: PredictPlan, kept: Kept | None) -> int:
+        """Tiles run; results are handed to threads, as by `predict`."""
+        side, unit = self.scale.slide_px // MAP_STRIDE, self.scale.block_px
+        starts = range(0, side, unit)
+        blocks = [(r, min(r + unit, side), c, min(c + unit, side)) for r, c in itertools.product(starts, starts)]
+        visits = plan.visits(blocks, lambda _window: False)
+
+        def take(lent: Lent[Any], put: Callable[[Any], None] | None) -> None:
+            with lent() as values:
+                if put is not None:
+                    put(values)
+
+        with (
+            Walk(network, self.slide.read, plan, visits, self.fabric) as walk,
+            Writer(BLOCK_WRITERS) as block_writer,
+            Writer() as row_writer,
+        ):
+            for result in walk.results(show_progress_bar=False):
+                for _, lent in result.blocks:
+                    block_writer.submit(take, lent, None if kept is None else kept.write)
+                if result.share is not None:
+                    row_writer.submit(take, result.share, None if kept is None else kept.put)
+        return walk.n_tiles
 
     def fit(self) -> list[Figure]:
         scale, steps = self.scale, self.scale.steps
-        settings = TrainSettings(
-            max_epochs=10**6, tile_px=scale.train_px, batch_size=scale.train_batch, compile=self.compile
-        )
         network = self.prepared()
         bare_network = torch.compile(network, dynamic=False) if self.compile else network
         image = self.random_image(scale.train_batch, scale.train_px)
         with tempfile.TemporaryDirectory() as folder:
-            one_step = self.resident_step(network, settings, Path(folder))
+            one_step = self.resident_step(network, self.run(Path(folder)))
 
             def bare() -> None:
                 network.train()
@@ -322,26 +302,31 @@ class Bench:
                 {
                     "forward + backward": lambda: self.seconds(bare),
                     "fit, batch on the device": lambda: self.seconds(lambda: [one_step() for _ in range(steps)]),
-                    "fit": lambda: self.train(network, settings),
+                    "fit": lambda: self.train(network),
                 }
             )
         per_tile = {name: s / (steps * scale.train_batch) for name, s in taken.items()}
         return figures(per_tile, peak, scale.train_px, "forward + backward")
 
-    def resident_step(self, network: Network, settings: TrainSettings, folder: Path) -> Callable[[], Tensor]:
+    def run(self, folder: Path, max_steps: int | None = None) -> Run:
+        scale = self.scale
+        params = TrainParams(tile_px=scale.train_px, compile=self.compile, max_steps=max_steps, anneal=False)
+        return Run([self.slide], [], params, folder, "benchmark", max_epochs=10**6, batch_size=scale.train_batch)
+
+    def resident_step(self, network: Network, run: Run) -> Callable[[], Tensor]:
         """The engine's step on a batch that is on the device."""
-        run = training._Run(network, [self.slide], [], settings, self.fabric, folder)
-        plan = plan_batches(run.fixed_tiles, settings.batch_size, None)[0]
-        host = make_batch(self.slide, run.fixed_tiles[0], plan, MAP_STRIDE, pin=run.features.pins)
-        batch = host.moved(run.features.copies.up) if self.gpu else host
+        trainer = Trainer(network, run, self.fabric)
+        plan = plan_batches(trainer.fixed_tiles, run.batch_size)[0]
+        host = make_batch(plan, pin=self.gpu)
+        batch = host.moved(trainer.features.copies.up) if self.gpu else host
 
         def step() -> Tensor:
             network.train()
-            return run.step(batch, run.fixed_tiles, settings.lr)
+            return trainer.step(batch, run.params.lr)
 
         return step
 
-    def train(self, network: Network, settings: TrainSettings) -> float:
+    def train(self, network: Network) -> float:
         """Seconds of the steps after the first ones, taken where a step ends."""
         first, last = self.scale.warm_up_steps, self.scale.warm_up_steps + self.scale.steps
         n_done, times = itertools.count(1), []
@@ -353,23 +338,11 @@ class Bench:
 
         hook = register_optimizer_step_post_hook(look)
         try:
-            self.run_training(network, replace(settings, max_steps=last))
+            with tempfile.TemporaryDirectory() as folder:  # a new one, or the run would go on from the last one's state
+                train(network, self.run(Path(folder), last), self.fabric, show_progress_bar=False)
         finally:
             hook.remove()
         return times[1] - times[0]
-
-    def run_training(self, network: Network, settings: TrainSettings) -> None:
-        with tempfile.TemporaryDirectory() as folder:  # a new one, or the run would go on from the last one's state
-            training.train(
-                network,
-                [self.slide],
-                [],
-                settings,
-                fabric=self.fabric,
-                directory=Path(folder),
-                fingerprint="benchmark",
-                show_progress_bar=False,
-            )
 
 
 def figures(per_tile: dict[str, float], peak: dict[str, float | None], tile_px: int, bare: str) -> list[Figure]:

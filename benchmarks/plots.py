@@ -36,7 +36,8 @@ from spatialdata.transformations import Identity
 from zarr.storage import LocalStore
 
 import pixnet_sd as ps
-from pixnet_sd.store.gene_map import GeneMapWriter, image_transforms, tissue_labels
+from pixnet_sd.store import Transaction
+from pixnet_sd.store.gene_map import GeneMapWriter, image_transforms, map_layout, tissue_labels
 
 MPP, MAP_UM, BIN_UM = 0.5, 2.0, 16
 MAP_KEY = "pixnet_map"
@@ -131,25 +132,25 @@ def objects(map_px: int, n_genes: int) -> sd.SpatialData:
 
 def write_map(sdata: sd.SpatialData, map_px: int, n_genes: int) -> None:
     rng, pitch = np.random.default_rng(1), MAP_UM / MPP
-    writer = GeneMapWriter.open(
-        sdata,
-        key=MAP_KEY,
-        genes=gene_names(n_genes),
-        shape=(map_px, map_px),
-        pitch_image_px=pitch,
-        image_key="slide_full_image",
-        fingerprint="noise",
-    )
-    block_px = writer.layout.block_px
-    noise = rng.random((n_genes, block_px, block_px), dtype=np.float32)
-    with writer:
+    layout, transforms = map_layout(n_genes, (map_px, map_px)), image_transforms(sdata, "slide_full_image")
+    noise = rng.random((n_genes, layout.block_px, layout.block_px), dtype=np.float32)
+    with Transaction(sdata, {MAP_KEY: "images", f"{MAP_KEY}_tissue": "labels"}, n_bytes=layout.nbytes) as out:
+        writer = GeneMapWriter(
+            out,
+            key=MAP_KEY,
+            channels=gene_names(n_genes),
+            layout=layout,
+            transforms=transforms,
+            pitch_image_px=pitch,
+            fingerprint="noise",
+        )
         for block in writer.pending:
             row0, row1, col0, col1 = block
             writer.write(block, noise[:, : row1 - row0, : col1 - col0])
-        transforms = image_transforms(sdata, "slide_full_image")
         tissue = tissue_labels(np.ones((map_px, map_px), bool), pitch, transforms)
         note = {"image": "slide_full_image", "coordinate_system": "slide", "mpp": MPP, "objective": "mse_pcc"}
-        writer.commit({f"{MAP_KEY}_tissue": tissue}, provenance={"maps": {MAP_KEY: note}})
+        elements = {MAP_KEY: writer.element(), f"{MAP_KEY}_tissue": tissue}
+        out.commit(elements, provenance={"maps": {MAP_KEY: note}})
 
 
 def measure(store: Path, gene: str, repeats: int, arguments: dict[str, Any]) -> Figures:

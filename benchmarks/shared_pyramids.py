@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from pixnet_sd.engine.train._features import PyramidCache
+from pixnet_sd.engine.train import PyramidCache
 
 
 @contextmanager
 def shared_pyramids(folder: Path) -> Iterator[None]:
     """Runs of `fit` in here, on slides and tiles of the same names and places, keep their pyramids in ``folder``."""
 
-    class Shared(PyramidCache):
-        def __init__(self, encoder: Any, _directory: Path, stain_jitter: float, seed: int) -> None:
-            super().__init__(encoder, folder, stain_jitter, seed)
+    init = PyramidCache.__init__
 
-        def clear(self) -> None:
-            pass
+    def shared(self: PyramidCache, encoder: Any, _directory: Path, stain_jitter: float, seed: int) -> None:
+        init(self, encoder, folder, stain_jitter, seed)
 
-    with mock.patch("pixnet_sd.engine.train._features.PyramidCache", Shared):
+    with mock.patch.multiple(PyramidCache, __init__=shared, clear=lambda _: None):
         yield

@@ -266,21 +266,22 @@ def data(options: argparse.Namespace) -> dict[str, float]:
     import numpy as np
 
     from pixnet_sd.engine import make_fabric, training_tiles
-    from pixnet_sd.engine.train._batches import make_batch, plan_batches
-    from pixnet_sd.engine.train._objective import BatchLoss
+    from pixnet_sd.engine.train import BatchLoss, make_batch, plan_batches
     from pixnet_sd.model import Network, build_encoder, make_objective
+    from pixnet_sd.params import ModelParams
     from pixnet_sd.tl._fit import decoder_config
 
     slide, fabric = training_slide(options), make_fabric("cpu")
     objective = make_objective("mse_pcc", pcc_weight=0.5, target_sum=1e4, n_sizes=1, n_outputs=1)
-    network = Network(build_encoder("resnet18", None, frozen=False), decoder_config(512, None), PANEL, "mean").train()
+    backbone = build_encoder("resnet18", None, frozen=False)
+    network = Network(backbone, decoder_config(ModelParams()), PANEL, "mean").train()
     tiles = training_tiles(slide, TILE_PX)
     plans = plan_batches([tiles], BATCH, np.random.default_rng(0))[:8]
     made, stepped = [], []
     for epoch in (1, 2):
         for plan in plans:
             started = time.perf_counter()
-            batch = make_batch(slide, tiles, plan, 4)
+            batch = make_batch(plan)
             made.append((epoch, time.perf_counter() - started))
             if epoch == 2 and len(stepped) < 4:
                 started = time.perf_counter()

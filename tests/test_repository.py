@@ -14,12 +14,19 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
 def read_yaml(name: str) -> dict:
-    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+    return yaml.safe_load(read(name))
+
+
+PROJECT = tomllib.loads(read("pyproject.toml"))["project"]
+TESTS = read_yaml(".github/workflows/test.yml")["jobs"]
 
 
 def test_citation_is_of_this_version():
@@ -36,10 +43,7 @@ def test_entry_for_the_registry():
 
 
 def test_every_python_that_is_named_is_tested():
-    tested = {
-        lane["python"]
-        for lane in read_yaml(".github/workflows/test.yml")["jobs"]["versions"]["strategy"]["matrix"]["include"]
-    }
+    tested = {lane["python"] for lane in TESTS["versions"]["strategy"]["matrix"]["include"]}
     named = {name.rsplit(" ", 1)[1] for name in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", name)}
     assert tested == named
 
@@ -57,16 +61,15 @@ def test_workflows_run_pinned_actions_without_secrets(path):
 
 
 def test_workflows_run_what_the_makefile_and_the_scripts_have():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    matrix = read_yaml(".github/workflows/test.yml")["jobs"]["pinned"]["strategy"]["matrix"]
-    assert set(matrix["target"]) <= targets
+    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+    assert set(TESTS["pinned"]["strategy"]["matrix"]["target"]) <= targets
     scripts = re.findall(r"scripts/\S+", "".join(path.read_text(encoding="utf-8") for path in WORKFLOWS))
     assert scripts
     assert all((ROOT / script).exists() for script in scripts)
 
 
 def test_everything_cited_is_in_the_references_and_has_an_identifier():
-    entries = re.split(r"^@", (ROOT / "docs/references.bib").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    entries = re.split(r"^@", read("docs/references.bib"), flags=re.MULTILINE)[1:]
     known = {re.match(r"\w+\{([^,]+),", entry)[1]: entry for entry in entries}
     assert len(known) == len(entries)
     pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/*/*.md"), *ROOT.glob("notebooks/*.ipynb")]
@@ -79,9 +82,7 @@ def test_everything_cited_is_in_the_references_and_has_an_identifier():
 
 def make_dist(folder: Path, *, without: str = "", junk: str = "") -> Path:
     """A wheel and an sdist with empty files."""
-    needed = re.search(
-        r"NEEDED = \((.*?)\)", (ROOT / "scripts/check_package.py").read_text(encoding="utf-8"), re.DOTALL
-    )[1]
+    needed = re.search(r"NEEDED = \((.*?)\)", read("scripts/check_package.py"), re.DOTALL)[1]
     (folder / "empty").touch()
     with tarfile.open(folder / "pixnet_sd-1.0.tar.gz", "w:gz") as archive:
         for name in [*re.findall(r'"(.+?)"', needed), *filter(None, [junk])]:

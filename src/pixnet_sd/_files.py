@@ -1,7 +1,4 @@
-"""Files that may have been damaged or planted: regular ones are read, and new ones appear whole or not at all.
-
-Folders that a run makes on its way.
-"""
+"""Files that may have been damaged or planted: regular ones are read, and new ones appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,6 +19,7 @@ from pixnet_sd.errors import CheckpointError
 __all__ = [
     "clear_left_over",
     "file_hash",
+    "file_kind",
     "folder_for",
     "hash_regular",
     "home_expanded",
@@ -30,37 +28,30 @@ __all__ = [
     "read_regular",
     "replace_file",
     "replace_files",
+    "try_lock",
 ]
 
 _PREFIX, _SUFFIX = ".pixnet_sd-", ".partial"
-_PIECE = 1 << 20
 
 _KINDS = {
-    stat.S_IFIFO: "a named pipe",
+    stat.S_IFLNK: "a link",
+    stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
+    stat.S_IFREG: "a file",
 }
+
+
+def file_kind(mode: int) -> str:
+    """Name the kind of what has a mode: ``"a link"``, ``"a pipe"`` and so on."""
+    return _KINDS.get(stat.S_IFMT(mode), "a special file")
 
 
 @contextlib.contextmanager
 def replace_file(path: Path, *, aside: Path | None = None, durable: bool = True) -> Iterator[Path]:
-    """Write a file aside, and put it in its place in one step.
-
-    Parameters
-    ----------
-    path
-        The file; a link of that name is replaced, not followed.
-    aside
-        Folder on the same file system to write in; default: the file's.
-    durable
-        Have it on disk before it is in its place, so that a power cut leaves no empty file there.
-
-    Yields
-    ------
-    Path to write to. When the block raises, nothing is replaced.
-    """
+    """Write a file aside, at the path that is yielded, and put it in its place in one step; see `replace_files`."""
     with replace_files(path.parent, [path.name], aside=aside, durable=durable) as folder:
         yield folder / path.name
 
@@ -72,16 +63,18 @@ def replace_files(
     """Write several files aside, and put them in their places one after the other.
 
     They are written in a new folder that nobody else can write to, so no link is followed whatever lies in the
-    directory, and they get the permissions that any new file gets, whoever writes them.
+    directory, and they get the permissions of the files that they replace, or else those of any new file.
 
     Parameters
     ----------
     directory
-        Where they go; made if it is not there.
+        Where they go; made if it is not there. A link of a file's name is replaced, not followed.
     names
         Theirs, in the order in which they are put in place.
-    aside, durable
-        As of `replace_file`.
+    aside
+        Folder on the same file system to write in; default: the directory.
+    durable
+        Have them on disk before they are in their places, so that a power cut leaves no empty file there.
 
     Yields
     ------
@@ -92,14 +85,15 @@ def replace_files(
         clear_left_over(home)
         folder, handle = _private_folder(home)
         try:
-            mode = _usual_mode(folder)
+            usual = _usual_mode(folder)
             yield folder
             for name in names:
-                _finish(folder / name, mode, durable=durable)
+                _finish(folder / name, _mode_of(directory / name, usual), durable=durable)
             for name in names:
                 (folder / name).replace(directory / name)
             if durable:
-                _sync(directory)
+                with contextlib.suppress(OSError):  # not every file system syncs folders
+                    _sync(directory)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)
@@ -107,39 +101,43 @@ def replace_files(
 
 @contextlib.contextmanager
 def folder_for(directory: Path) -> Iterator[None]:
-    """Make a folder with those around it, and take back those that stay empty.
-
-    Parameters
-    ----------
-    directory
-        The folder; it may be there.
-    """
-    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    """Make a folder with those around it, and take back those that stay empty."""
+    missing = _missing(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only what is empty
+        _remove_empty(missing)
+
+
+@contextlib.contextmanager
+def no_empty_folders_left(folder: Path) -> Iterator[None]:
+    """On an error, remove ``folder`` and those above it, as far as they were made inside and nothing is in them."""
+    missing = _missing(folder)
+    try:
+        yield
+    except BaseException:
+        _remove_empty(missing)
+        raise
+
+
+def _missing(folder: Path) -> list[Path]:
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def open_regular(path: Path, *, most_bytes: int | None = None) -> BinaryIO:
-    """Open a file for reading that is one, and no larger than it can be.
-
-    A pipe would be waited for without end, and a device never ends.
-
-    Parameters
-    ----------
-    path
-        The file, or a link to one.
-    most_bytes
-        Largest size that is believed; None: any.
+    """Open a file, or a link to one, for reading; a pipe would be waited for without end, and a device never ends.
 
     Raises
     ------
     CheckpointError
-        It is something else than a regular file, too large, or may not be read.
+        It is something else than a regular file, larger than ``most_bytes``, or may not be read.
     FileNotFoundError, NotADirectoryError
         There is none.
     """
@@ -152,7 +150,7 @@ def open_regular(path: Path, *, most_bytes: int | None = None) -> BinaryIO:
     try:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode):
-            raise CheckpointError(_no_regular_file(path, _KINDS.get(stat.S_IFMT(about.st_mode), "something else")))
+            raise CheckpointError(_not_regular(path, file_kind(about.st_mode)))
         if most_bytes is not None and about.st_size > most_bytes:
             raise CheckpointError(
                 f"{str(path)!r} has {about.st_size:,} bytes where at most {most_bytes:,} can be right, and was not "
@@ -165,13 +163,7 @@ def open_regular(path: Path, *, most_bytes: int | None = None) -> BinaryIO:
 
 
 def home_expanded(path: str | Path) -> Path:
-    """A path with ``~`` replaced.
-
-    Raises
-    ------
-    CheckpointError
-        There is no such user.
-    """
+    """Replace ``~`` in a path; a CheckpointError says that there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -180,13 +172,13 @@ def home_expanded(path: str | Path) -> Path:
 
 def read_regular(path: Path, *, most_bytes: int) -> bytes:
     """Read a whole file, see `open_regular`."""
-    with open_regular(path, most_bytes=most_bytes) as file, _said(path):
+    with open_regular(path, most_bytes=most_bytes) as file, _explained(path):
         return file.read(most_bytes + 1)
 
 
 def hash_regular(path: Path, *, most_bytes: int | None = None) -> tuple[int, str]:
     """Size and SHA-256 of a whole file, see `open_regular`."""
-    with open_regular(path, most_bytes=most_bytes) as file, _said(path):
+    with open_regular(path, most_bytes=most_bytes) as file, _explained(path):
         digest = file_hash(file)
         return file.tell(), digest
 
@@ -194,13 +186,13 @@ def hash_regular(path: Path, *, most_bytes: int | None = None) -> tuple[int, str
 def file_hash(file: BinaryIO) -> str:
     """SHA-256 of what is left of an open file, as hex."""
     digest = hashlib.sha256()
-    while piece := file.read(_PIECE):
+    while piece := file.read(1 << 20):
         digest.update(piece)
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def _said(path: Path) -> Iterator[None]:
+def _explained(path: Path) -> Iterator[None]:
     """Disks and networks fail in the middle, too."""
     try:
         yield
@@ -212,13 +204,13 @@ def _cannot_open(path: Path, error: OSError | ValueError) -> str:
     if not isinstance(error, OSError):
         return f"{str(path)!r} is no name of a file ({error}). Check the path."
     if error.errno == errno.ENXIO:  # nobody is at the other end
-        return _no_regular_file(path, "a socket or a device")
+        return _not_regular(path, "a socket or a device")
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"{str(path)!r} cannot be read: you lack the permission{_permissions(path)}. Ask for it, or chmod u+r."
     return f"{str(path)!r} cannot be read: {error.strerror or error}. Put the file there that belongs there."
 
 
-def _no_regular_file(path: Path, kind: str) -> str:
+def _not_regular(path: Path, kind: str) -> str:
     return f"{str(path)!r} is {kind}, and a regular file is needed. Put the file there that belongs there."
 
 
@@ -232,30 +224,24 @@ def _permissions(path: Path) -> str:
 
 
 def _private_folder(home: Path) -> tuple[Path, int]:
-    """A new folder, and the handle by whose lock others know that it is in use."""
+    """Make a new folder; its handle holds the lock by which others know that it is in use."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=home))
         handle = _open_folder(folder)
         if handle is None:  # taken for a left-over in between, as below
             continue
-        if _try_lock(handle) is not False and folder.exists():
+        if try_lock(handle) is not False and folder.exists():
             return folder, handle
         os.close(handle)
 
 
 def clear_left_over(home: Path) -> None:
-    """Delete what processes that were killed have left aside: nobody holds its lock any more.
-
-    Parameters
-    ----------
-    home
-        Folder that they wrote in.
-    """
+    """Delete what killed processes have left aside in a folder: nobody holds its lock any more."""
     for folder in home.glob(f"{_PREFIX}*{_SUFFIX}"):
         handle = _open_folder(folder)
         if handle is None:
             continue
-        if _try_lock(handle):
+        if try_lock(handle):
             shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 
@@ -268,8 +254,8 @@ def _open_folder(folder: Path) -> int | None:
         return None
 
 
-def _try_lock(handle: int) -> bool | None:
-    """Whether the lock was to be had; None on a file system without locks."""
+def try_lock(handle: int) -> bool | None:
+    """Lock an open file or folder unless another process has; None on a file system without locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -290,6 +276,13 @@ def _usual_mode(folder: Path) -> int:
         probe.unlink()
 
 
+def _mode_of(path: Path, default: int) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        return stat.S_IMODE(mode) if stat.S_ISREG(mode) else default
+    return default
+
+
 def _finish(path: Path, mode: int, *, durable: bool) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
@@ -300,23 +293,9 @@ def _finish(path: Path, mode: int, *, durable: bool) -> None:
         os.close(handle)
 
 
-def _sync(directory: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system syncs folders
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def no_empty_folders_left(folder: Path) -> Iterator[None]:
-    """On an error, remove ``folder`` and those above it, as far as they were made inside and nothing is in them."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield
-    except BaseException:
-        for each in missing:
-            with contextlib.suppress(OSError):
-                each.rmdir()
-        raise
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["ATTRS_KEY", "note_of", "stored_note"]
+__all__ = ["ATTRS_KEY", "note_of", "remember", "stored_note"]
 
 ATTRS_KEY = "pixnet_sd"
 
@@ -32,3 +32,8 @@ def stored_note(sdata: SpatialData, section: str, key: str | None = None) -> Any
         root = json.loads((sdata.path / "zarr.json").read_text(encoding="utf-8"))
         return note_of(root["attributes"].get(ATTRS_KEY), section, key)
     return None
+
+
+def remember(sdata: SpatialData, section: str, value: Any) -> None:
+    """Note a section in memory only, of an object whose store cannot be written."""
+    sdata.attrs[ATTRS_KEY] = {**(sdata.attrs.get(ATTRS_KEY) or {}), section: value}

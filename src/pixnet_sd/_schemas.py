@@ -189,6 +189,7 @@ class StateSchema(_Strict):
     extras: dict[str, Any]
     history: list[dict[Name, float]]
     best: BestSchema
+    versions: dict[Name, str]
 
 
 class MomentsSchema(_Strict):

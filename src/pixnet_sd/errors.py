@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "CheckpointError",
     "DataError",
@@ -14,7 +16,19 @@ __all__ = [
 
 
 class PixNetError(ValueError):
-    """Base of every error that pixnet_sd raises on purpose."""
+    """Base of every error that pixnet_sd raises on purpose.
+
+    Attributes
+    ----------
+    argument
+        Name of the argument whose value is to blame: the one that is given, or with which the message begins, as in
+        ``radius_um=9000: ...``. None where it is not one argument's.
+    """
+
+    def __init__(self, message: str = "", *, argument: str | None = None) -> None:
+        super().__init__(message)
+        begins_with = re.match(r"(\w+)=", str(message))
+        self.argument = begins_with[1] if argument is None and begins_with else argument
 
 
 class ElementError(PixNetError):

@@ -5,74 +5,80 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 
 import pytest
 
 import pixnet_sd as ps
-from pixnet_sd._util import logger
-from pixnet_sd.cli import _run, main
-from pixnet_sd.cli._log import set_up_logging
+from pixnet_sd.cli import main
 from pixnet_sd.errors import DataError
 
 
 @pytest.fixture
-def fit_does(monkeypatch):
-    def arrange(what) -> None:
-        monkeypatch.setitem(_run._RUN, "fit", what)
+def fit_does(monkeypatch, drawn):
+    """Run `fit` on a slide, with a verb that does as told."""
 
-    return arrange
+    def run(verb: Callable[..., None], *options: str) -> int:
+        monkeypatch.setattr(ps.tl, "fit", verb, raising=False)
+        return main(["fit", str(drawn), *options])
+
+    return run
 
 
-def raising(error: BaseException):
-    def fail(_) -> None:
+def raising(error: BaseException) -> Callable[..., None]:
+    def fit(*_, **__) -> None:
         raise error
 
-    return fail
+    return fit
 
 
-def test_an_error_in_the_terms_of_the_command_line(fit_does, capsys):
-    fit_does(raising(DataError("Lost. Give table_key= of a table, n_genes=5 or genes=, or fit(sdata, mpp=1).")))
-    assert main(["fit", "a.zarr"]) == 1
-    said = "Lost. Give --table-key of a table, --n-genes 5 or --genes, or fit(sdata, mpp=1).\n"
-    assert capsys.readouterr().err == f"pixnet-sd fit: error: {said}"
-
-
-def test_verbose_shows_where(fit_does, capsys):
-    fit_does(raising(DataError("Counts are lost.")))
-    assert main(["fit", "a.zarr", "--verbose"]) == 1
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (DataError("Lost. Give table_key=.", argument="table_key"), "--table-key: Lost. Give table_key=."),
+        (DataError("table_key=5?"), "--table-key: table_key=5?"),
+        (DataError("x=5?"), "x=5?"),  # no option of this command
+        (DataError("Lost. Give table_key=."), "Lost. Give table_key=."),
+        (ImportError("pip install 'pixnet_sd[io]'"), "pip install 'pixnet_sd[io]'"),
+    ],
+)
+def test_errors(error, said, fit_does, capsys):
+    """In one line, with the option that they are about, and with `--verbose` where they come from."""
+    assert fit_does(raising(error)) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"pixnet-sd fit: error: {said}"
+    assert fit_does(raising(error), "--verbose") == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_a_missing_extra(fit_does, capsys):
-    fit_does(raising(ImportError("pip install 'pixnet_sd[io]'")))
-    assert main(["fit", "a.zarr"]) == 1
-    assert capsys.readouterr().err == "pixnet-sd fit: error: pip install 'pixnet_sd[io]'\n"
-
-
 def test_a_bug_is_not_hidden(fit_does):
-    fit_does(raising(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
-        main(["fit", "a.zarr"])
+        fit_does(raising(ZeroDivisionError()))
+
+
+def test_a_wrong_value_is_refused_before_a_slide_is_read(capsys):
+    """Of a parameter in a group; others are refused by the verb, by name."""
+    assert main(["fit", "nowhere.zarr", "--lr=-1"]) == 1
+    assert capsys.readouterr().err.startswith("pixnet-sd fit: error: --lr: lr=-1.0: give ")
 
 
 @pytest.mark.parametrize(("sent", "code", "said"), [("SIGINT", 130, "Interrupted"), ("SIGTERM", 143, "Terminated")])
 def test_stopped_by_a_signal(sent, code, said, fit_does, capsys):
-    def stop(_) -> None:
+    def stop(*_, **__) -> None:
         os.kill(os.getpid(), getattr(signal, sent))
         time.sleep(10)
         pytest.fail("nothing stopped it")
 
-    fit_does(stop)
     before = signal.getsignal(signal.SIGTERM)
     on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
     try:
-        assert main(["fit", "a.zarr"]) == code
+        assert fit_does(stop) == code
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
-    assert capsys.readouterr().err == f"{said}. The same command goes on after the last finished epoch.\n"
+    assert capsys.readouterr().err.endswith(f"{said}. The same command goes on after the last finished epoch.\n")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -81,13 +87,25 @@ def test_stopped_before_anything_is_imported(monkeypatch, capsys):
 
     class Stop:
         def find_spec(self, name, *_):
-            if name == "pixnet_sd.cli._main":
+            if name == "pixnet_sd.params":
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "pixnet_sd.cli._main")
+    for name in ("pixnet_sd.cli._commands", "pixnet_sd.params"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
     assert main(["fit", "a.zarr"]) == 130
     assert capsys.readouterr().err == "Interrupted. Nothing was changed.\n"
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom pixnet_sd.cli import COMMANDS, main\nfor name in COMMANDS: main([name, '--help'])\n"
+        "heavy = {'torch', 'spatialdata', 'anndata', 'numpy', 'pandas'} & set(sys.modules)\nsys.exit(str(heavy or ''))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == "\n"
+    assert done.stdout.count("usage: pixnet-sd") == 7
 
 
 def test_version(capsys):
@@ -96,21 +114,21 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    ("verbose", "shown"), [(False, {"ours", "careful"}), (True, {"ours", "theirs", "hm", "careful"})]
+    ("option", "shown"),
+    [("--no-quiet", "ours careful"), ("--verbose", "ours theirs hm careful"), ("--quiet", "ours careful")],
 )
-def test_what_others_say(verbose, shown, caplog):
-    set_up_logging(verbose=verbose, quiet=False)
-    package = os.path.dirname(ps.__file__)
-    warnings.warn_explicit("ours", UserWarning, os.path.join(package, "tl", "_fit.py"), 1)
-    warnings.warn_explicit("theirs", UserWarning, "/elsewhere/anndata.py", 1)
-    theirs = logging.getLogger("spatialdata._logging")
-    theirs.log(logging.WARNING, "careful")
-    with caplog.at_level(logging.INFO, logger="spatialdata._logging"):
-        theirs.info("hm")
-    words = {"ours", "theirs", "hm", "careful"}
-    assert {word for word in words if any(word in line for line in caplog.messages)} == shown
+def test_what_others_say(option, shown, fit_does, caplog):
+    def fit(*_, **__) -> None:
+        package = os.path.dirname(ps.__file__)
+        warnings.warn_explicit("ours", UserWarning, os.path.join(package, "tl", "_fit.py"), 1)
+        warnings.warn_explicit("theirs", UserWarning, "/elsewhere/anndata.py", 1)
+        theirs = logging.getLogger("spatialdata._logging")
+        theirs.log(logging.WARNING, "careful")
+        with caplog.at_level(logging.INFO, logger="spatialdata._logging"):
+            theirs.info("hm")
+        raise DataError("done")
 
-
-def test_quiet():
-    set_up_logging(verbose=False, quiet=True)
-    assert logger.level == logging.WARNING
+    assert fit_does(fit, option) == 1
+    words = ("ours", "theirs", "hm", "careful")
+    assert " ".join(word for word in words if any(word in line for line in caplog.messages)) == shown
+    assert logging.getLogger("pixnet_sd").level == (logging.WARNING if option == "--quiet" else logging.INFO)

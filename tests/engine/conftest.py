@@ -48,12 +48,9 @@ class Reader:
 
     def __call__(self, row0: int, row1: int, col0: int, col1: int) -> NDArray[np.uint8]:
         tile = np.full((row1 - row0, col1 - col0, 3), 255, np.uint8)
-        (top, bottom), (left, right) = (
-            np.clip(span, 0, size)
-            for span, size in zip(((row0, row1), (col0, col1)), self.pixels.shape[:2], strict=True)
-        )
-        if bottom > top and right > left:
-            tile[top - row0 : bottom - row0, left - col0 : right - col0] = self.pixels[top:bottom, left:right]
+        height, width = self.pixels.shape[:2]
+        top, bottom, left, right = (*np.clip([row0, row1], 0, height), *np.clip([col0, col1], 0, width))
+        tile[top - row0 : bottom - row0, left - col0 : right - col0] = self.pixels[top:bottom, left:right]
         with self._lock:
             self.calls.append((row0, row1, col0, col1))
             self._alive += 1
@@ -146,12 +143,9 @@ def slide_of() -> Callable[..., TrainingSlide]:
         width: int = 10_000,
         name: str = "slide",
     ) -> TrainingSlide:
-        if values is None:
-            values = [np.zeros((len(r), 1), np.float32) for r in regions]
-        measured = tuple(
-            MeasuredRegions(f"size{k}", r, v) for k, (r, v) in enumerate(zip(regions, values, strict=True))
-        )
-        return TrainingSlide(name, read or _no_pixels, height, width, measured)
+        values = [np.zeros((len(r), 1), np.float32) for r in regions] if values is None else values
+        measured = [MeasuredRegions(f"size{k}", r, v) for k, (r, v) in enumerate(zip(regions, values, strict=True))]
+        return TrainingSlide(name, read or _no_pixels, height, width, tuple(measured))
 
     return make
 

@@ -1,84 +1,243 @@
+"""The device, copies to and from it, and the threads around it."""
+
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import itertools
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from pixnet_sd.engine import fixed_shapes, make_fabric
+from pixnet_sd.engine import Buffers, Copies, Pairs, Writer, fixed_shapes, kept_memory, make_fabric, prefetch
 from pixnet_sd.errors import PixNetError
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-def test_cpu_in_full_precision() -> None:
-    fabric = make_fabric("cpu")
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
+def test_cpu_in_full_precision(monkeypatch, device) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fabric = make_fabric(device)
     assert fabric.device == torch.device("cpu")
     with fabric.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-def test_cpu_when_there_is_no_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert make_fabric().device.type == "cpu"
-
-
-def test_a_torch_device_will_do() -> None:
-    assert make_fabric(torch.device("cpu")).device.type == "cpu"
-
-
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
-def test_absent_gpu(monkeypatch, device) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(PixNetError, match=r"no CUDA GPU.*device='cpu'"):
-        make_fabric(device)
-
-
-def test_gpu_number_that_is_not_there(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(PixNetError, match=r"'cuda:5'.*2 CUDA GPU"):
-        make_fabric("cuda:5")
-
-
-def test_absent_mps(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "n_gpus"),
+    [("cuda", 0), ("cuda:1", 0), (torch.device("cuda"), 0), ("cuda:5", 2), ("mps", 0)]
+    + [(name, 0) for name in ("gpu", "cpu:x", "meta", "")],
+)
+def test_a_device_that_is_not_there(monkeypatch, device, n_gpus: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(PixNetError, match=r"'mps'.*device='cpu'"):
-        make_fabric("mps")
-
-
-@pytest.mark.parametrize("device", ["gpu", "cpu:x", "meta", ""])
-def test_no_such_kind_of_device(device: str) -> None:
-    with pytest.raises(PixNetError, match=f"{device!r}.*'cpu'"):
+    with pytest.raises(PixNetError, match=f"{str(device)!r}.*'cpu'"):
         make_fabric(device)
 
 
-def test_float32_on_a_gpu_that_only_emulates_bf16(monkeypatch) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    made = {}
-    monkeypatch.setattr("pixnet_sd.engine._device.Fabric", lambda **options: made.update(options))
-    make_fabric("cuda:0")
-    assert asked == [False]
-    assert made["precision"] == "32-true"
+@pytest.mark.gpu
+@pytest.mark.parametrize("emulated", [False, True])
+def test_bf16_on_a_gpu_that_computes_in_it(monkeypatch, emulated: bool) -> None:
+    if emulated:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    fabric = make_fabric()
+    with fabric.autocast():
+        ones = torch.ones(2, 2, device=fabric.device)
+        assert (ones @ ones).dtype == (torch.float32 if emulated else torch.bfloat16)
 
 
-@pytest.mark.parametrize(("device", "inside"), [("cuda", True), ("cpu", False)])
-def test_kernels_are_tried_on_a_gpu_and_the_setting_is_put_back(device: str, inside: bool) -> None:
-    assert not torch.backends.cudnn.benchmark
+def raise_within(run: contextlib.AbstractContextManager[object], look: Callable[[], None]) -> None:
+    """Fail inside of a context, after a look at what is set there."""
 
     def fail_within() -> None:
-        with fixed_shapes(torch.device(device)):
-            assert torch.backends.cudnn.benchmark == inside
+        with run:
+            look()
             raise KeyError
 
     with pytest.raises(KeyError):
         fail_within()
-    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(("device", "inside"), [("cuda", True), ("cpu", False)])
+def test_kernels_are_tried_on_a_gpu_and_the_setting_is_put_back(device: str, inside: bool) -> None:
+    seen: list[bool] = []
+    raise_within(fixed_shapes(torch.device(device)), lambda: seen.append(torch.backends.cudnn.benchmark))
+    assert [*seen, torch.backends.cudnn.benchmark] == [inside, False]
+
+
+class Libc:
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, ...]] = []
+
+    def mallopt(self, name: int, value: int) -> None:
+        self.calls.append((name, value))
+
+    def malloc_trim(self, keep: int) -> None:
+        self.calls.append((keep,))
+
+
+@pytest.mark.parametrize(("device", "library"), [("cpu", "glibc"), ("cuda", "glibc"), ("cpu", "")])
+def test_memory_is_kept_and_given_back(monkeypatch, device: str, library: str) -> None:
+    libc = Libc()
+    monkeypatch.setattr(platform, "libc_ver", lambda: (library, ""))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
+    during: list[tuple[int, ...]] = []
+    raise_within(kept_memory(torch.device(device)), lambda: during.extend(libc.calls))
+    if (device, library) == ("cpu", "glibc"):
+        assert dict(during) == {-3: 2**30, -1: 2**31 - 1}
+        assert libc.calls[2:] == [(-3, 2**25), (-1, 2**26), (0,)]
+    else:
+        assert not libc.calls
+
+
+@dataclass
+class Item:
+    values: Tensor
+
+    def moved(self, move) -> Item:
+        return Item(move(self.values))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_there_and_back(device: str) -> None:
+    copies, values = Copies(torch.device(device)), torch.arange(12.0).view(3, 4)
+    there = copies.up(values)
+    assert there.device.type == device
+    np.testing.assert_array_equal(copies.down(there.T * 2)(), values.T * 2)
+    item = Item(values)
+    assert (next(copies.arriving([item])) is item) == (device == "cpu")  # a CPU copies nothing
 
 
 @pytest.mark.gpu
-def test_gpu_by_default_in_bf16() -> None:
-    fabric = make_fabric()
-    assert fabric.device.type == "cuda"
-    with fabric.autocast():
-        ones = torch.ones(2, 2, device=fabric.device)
-        assert (ones @ ones).dtype == torch.bfloat16
+def test_batches_are_whole_while_the_device_is_busy() -> None:
+    """Memory of a batch that its user has dropped is not written to before the device has read it."""
+    copies = Copies(torch.device("cuda"))
+    busy = torch.rand(4096, 4096, device="cuda")
+    sums = []
+    for k, item in enumerate(copies.arriving(Item(torch.full((1 << 22,), float(k)).pin_memory()) for k in range(12))):
+        for _ in range(5):
+            busy = busy @ busy / busy.norm()
+        sums.append((k, item.values.double().mean() + 0 * busy[0, 0].nan_to_num()))
+    assert [float(total) for _, total in sums] == [float(k) for k, _ in sums]
+
+
+def test_pairs_keep_the_order_and_give_threads_back() -> None:
+    assert not Pairs(torch.device("cpu"))  # one thread
+    assert not Pairs(torch.device("cuda"))
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        pairs = Pairs(torch.device("cpu"))
+        values = pairs.map(
+            lambda images: seen.append(torch.get_num_threads()) or torch.stack(images),
+            [torch.full((2,), k) for k in range(5)],
+        )
+        pairs.close()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert values.tolist() == [[k, k] for k in range(5)]
+    assert set(seen) == {1}
+
+
+def test_several_threads_write_at_once_and_one_keeps_the_order() -> None:
+    both, written = threading.Barrier(2, timeout=10), []
+    with Writer(2) as writer:
+        for _ in range(4):
+            writer.submit(both.wait)
+    with Writer() as writer:
+        for k in range(20):
+            writer.submit(written.append, k)
+    assert written == list(range(20))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_results_wait(threads: int) -> None:
+    gate, submitted, written = threading.Event(), [], []
+
+    def submit_all() -> None:
+        with Writer(threads) as writer:
+            for k in range(12):
+                submitted.append(k)
+                writer.submit(lambda k=k: gate.wait(10) and written.append(k))
+
+    submitting = threading.Thread(target=submit_all)
+    submitting.start()
+    while len(submitted) < threads + 2:
+        time.sleep(0.001)
+    assert len(submitted) == threads + 2  # the last of them is the one that waits
+    gate.set()
+    submitting.join(10)
+    assert sorted(written) == list(range(12))
+
+
+def fail() -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_writers_error_comes_out(threads: int) -> None:
+    with pytest.raises(ZeroDivisionError), Writer(threads) as writer:
+        writer.submit(fail)
+
+
+def test_what_waits_is_dropped_when_the_caller_fails() -> None:
+    gate, written, writer = threading.Event(), [], Writer()
+
+    def submit() -> None:
+        writer.submit(gate.wait, 10)
+        writer.submit(written.append, 1)
+        threading.Timer(0.05, gate.set).start()
+
+    raise_within(writer, submit)
+    assert not written
+
+
+def test_buffers_are_used_again_when_given_back() -> None:
+    buffers, foreign = Buffers(), np.ones(100, np.float32)
+    one, two = buffers.take(3, 4), buffers.take(2, 2)
+    one.fill_(1), two.fill_(2)
+    assert one.sum() == 12  # they share nothing
+    place = one.data_ptr()
+    buffers.give(one.numpy())
+    buffers.give(foreign)  # not ours
+    assert buffers.take(20).data_ptr() not in (place, foreign.ctypes.data)  # too small for that
+    again = buffers.take(2, 5)
+    assert (again.data_ptr(), again.shape) == (place, (2, 5))
+    assert buffers.take(3, 4).data_ptr() != place  # lent by now
+
+
+def test_prefetch_keeps_the_order_and_raises_at_its_place() -> None:
+    second_done = threading.Event()
+    first = lambda: second_done.wait(10) and 0  # noqa: E731 - it ends last
+    results = prefetch([first, lambda: second_done.set() or 1, lambda: 2, fail, lambda: 4])
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert list(prefetch([])) == []
+
+
+def endless(started: list[int]) -> Iterator[Callable[[], int]]:
+    return (lambda k=k: started.append(k) or k for k in itertools.count())
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_prefetch_does_not_run_away_and_closes_with_the_consumer(ahead: int) -> None:
+    started, before = [], threading.active_count()
+    results = prefetch(endless(started), ahead)
+    for taken in range(1, 6):
+        next(results)
+        assert len(started) <= taken + ahead
+    results.close()
+    at_close = len(started)
+    assert threading.active_count() == before
+    assert len(started) == at_close

@@ -7,20 +7,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import spatialdata as sd
+import tifffile
+import xarray as xr
 import zarr
+from anndata import AnnData
+from geopandas.testing import assert_geodataframe_equal
+from spatialdata.transformations import get_transformation
 from spatialdata_io import visium_hd
-from tests.io.compare import assert_same
 
+from pixnet_sd.datasets import write_visium_hd
 from pixnet_sd.errors import DataError, StoreError
-from pixnet_sd.io import _convert as _build
-from pixnet_sd.io import _convert as _scratch
-from pixnet_sd.io import convert_visium_hd
-from pixnet_sd.slide import open_slide
-from pixnet_sd.slide.tables import measured
+from pixnet_sd.io import changed_files, convert_visium_hd
 from pixnet_sd.store import hold_lock
 
 CHUNK_PX = 64
@@ -36,6 +39,51 @@ def read(folder: Path, store: Path, **kwargs: Any) -> sd.SpatialData:
     return sd.read_zarr(store)
 
 
+def assert_same(found: sd.SpatialData, expected: sd.SpatialData) -> None:
+    """Names, coordinate systems and all that elements hold; `spatialdata.testing` fails under strict markers."""
+    kinds = {name: kind for kind, name, _ in expected.gen_elements()}
+    assert {name: kind for kind, name, _ in found.gen_elements()} == kinds
+    assert set(found.coordinate_systems) == set(expected.coordinate_systems)
+    for name, kind in kinds.items():
+        if kind == "tables":
+            assert_same_table(found[name], expected[name])
+            continue
+        assert get_transformation(found[name], get_all=True) == get_transformation(expected[name], get_all=True)
+        if kind == "shapes":
+            assert_geodataframe_equal(found[name], expected[name])
+        elif isinstance(expected[name], xr.DataTree):
+            bare = (tree.map_over_datasets(lambda data: data.drop_attrs()) for tree in (found[name], expected[name]))
+            xr.testing.assert_identical(*bare)
+        else:
+            xr.testing.assert_equal(found[name], expected[name])
+
+
+def assert_same_table(found: AnnData, expected: AnnData) -> None:
+    assert found.shape == expected.shape
+    for array in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(found.X, array), getattr(expected.X, array))
+        assert getattr(found.X, array).dtype == getattr(expected.X, array).dtype
+    pd.testing.assert_frame_equal(found.obs, expected.obs)
+    pd.testing.assert_frame_equal(found.var, expected.var)
+    assert set(found.obsm) == set(expected.obsm)
+    for key in expected.obsm:
+        np.testing.assert_array_equal(found.obsm[key], expected.obsm[key])
+    assert found.uns == expected.uns
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Space Ranger folder with cells; not to be changed."""
+    path = tmp_path_factory.mktemp("drawn") / "outs"
+    return write_visium_hd(path, size_um=110.0, mpp=0.5, n_genes=8, dataset_id="s", n_workers=1)
+
+
+@pytest.fixture
+def folder(drawn: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(drawn, tmp_path / "outs"))
+
+
 @pytest.fixture(scope="module")
 def both(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[sd.SpatialData, sd.SpatialData]:
     """The same folder, through the reader and through ours."""
@@ -47,34 +95,22 @@ def test_the_store_is_what_the_reader_gives(both: tuple[sd.SpatialData, sd.Spati
     expected, found = both
     assert len(list(expected.gen_elements())) == 11
     assert_same(found, expected)
-    noted = found.attrs.pop("pixnet_sd")
+    assert set(found.attrs.pop("pixnet_sd")) == {"converted_from"}
     assert found.attrs == expected.attrs
-    assert set(noted) == {"converted_from"}
     assert all(table.X.sum() > 0 for table in found.tables.values())
-
-
-def test_squares_are_the_readers_to_the_last_bit(both: tuple[sd.SpatialData, sd.SpatialData]) -> None:
-    expected, found = both
-    for name in ("s_square_002um", "s_square_016um"):
+    for name in ("s_square_002um", "s_square_016um"):  # to the last bit
         assert found.shapes[name].to_wkb().equals(expected.shapes[name].to_wkb())
         assert found.shapes[name].index.name == expected.shapes[name].index.name == "location_id"
 
 
-def test_every_level_of_the_image_is_chunked(both: tuple[sd.SpatialData, sd.SpatialData]) -> None:
-    found = both[1]
-    group = zarr.open_group(Path(found.path) / "images" / "s_full_image", mode="r")
-    assert [group[f"s{level}"].shape[1:] for level in range(5)] == [
-        (220, 220),
-        (110, 110),
-        (55, 55),
-        (27, 27),
-        (13, 13),
-    ]
+def test_every_level_of_the_image_is_chunked_and_nothing_but_the_store_is_left(
+    both: tuple[sd.SpatialData, sd.SpatialData],
+) -> None:
+    store = Path(both[1].path)
+    group = zarr.open_group(store / "images" / "s_full_image", mode="r")
+    assert [group[f"s{level}"].shape[1:] for level in range(5)] == [(side, side) for side in (220, 110, 55, 27, 13)]
     assert group["s0"].chunks == group["s1"].chunks == (3, CHUNK_PX, CHUNK_PX)
-
-
-def test_nothing_but_the_store_is_left(both: tuple[sd.SpatialData, sd.SpatialData]) -> None:
-    assert sorted(path.name for path in Path(both[1].path).parent.iterdir()) == ["ours.zarr", "reader.zarr"]
+    assert sorted(path.name for path in store.parent.iterdir()) == ["ours.zarr", "reader.zarr"]
 
 
 def test_folder_without_id_or_cells_and_positions_in_another_order(
@@ -90,8 +126,11 @@ def test_folder_without_id_or_cells_and_positions_in_another_order(
     with caplog.at_level("INFO", logger="pixnet_sd"):
         found = convert(folder, tmp_path / "ours.zarr", bin_um=[16, 8])
     assert set(found.shapes) == {"_square_008um", "_square_016um"}
-    assert "not in the order" in caplog.text
+    assert any(POSITIONS.rpartition("/")[2] in message for message in caplog.messages)  # joined by hash
     assert_same(found, expected)
+    assert changed_files(folder, tmp_path / "ours.zarr") == []
+    path.touch()
+    assert changed_files(folder, tmp_path / "ours.zarr") == ["binned_outputs/square_008um/" + POSITIONS]
 
 
 def test_given_id_and_image_and_cells_without_outline(folder: Path, tmp_path: Path) -> None:
@@ -133,67 +172,56 @@ SCALES = "spatial/scalefactors_json.json"
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "named"),
     [
-        (_remove("s_feature_slice.h5"), "0 feature slice files"),
-        (_remove("s_tissue_image.tif"), "0 full-resolution images"),
-        (_remove(f"binned_outputs/square_008um/{COUNTS}"), "filtered_feature_bc_matrix.h5 is missing"),
-        (_remove(f"binned_outputs/square_008um/{POSITIONS}"), "tissue_positions.parquet is missing"),
-        (_remove(f"binned_outputs/square_008um/{SCALES}"), "cannot be read"),
-        (_swap(COUNTS), "is not in .* different bin sizes"),
-        (_swap(POSITIONS), "is not in .* different bin sizes"),
-        (_swap(SCALES), "different bin sizes were swapped"),
-        (_write(f"binned_outputs/square_008um/{COUNTS}", "no"), "cannot be opened as HDF5"),
-        (_write(f"binned_outputs/square_008um/{POSITIONS}", "no"), "cannot be opened as parquet"),
-        (_write("s_tissue_image.tif", "no"), "cannot be read"),
-        (_write("segmented_outputs/cell_segmentations.geojson", '{"features": [{}]}'), "not a GeoJSON collection"),
-        (_write("segmented_outputs/cell_segmentations.geojson", '{"features": []}'), "None of the"),
+        (_remove("s_feature_slice.h5"), "feature_slice.h5"),
+        (_remove("s_tissue_image.tif"), "`image=`"),
+        (_remove(f"binned_outputs/square_008um/{COUNTS}"), f"square_008um/{COUNTS}"),
+        (_remove(f"binned_outputs/square_008um/{POSITIONS}"), f"square_008um/{POSITIONS}"),
+        (_remove(f"binned_outputs/square_008um/{SCALES}"), f"square_008um/{SCALES}"),
+        (_swap(COUNTS), f"square_008um/{COUNTS}.*square_008um/{POSITIONS}"),
+        (_swap(POSITIONS), f"square_008um/{COUNTS}.*square_008um/{POSITIONS}"),
+        (_swap(SCALES), f"square_008um/{SCALES}"),
+        (_write(f"binned_outputs/square_008um/{SCALES}", "[]"), f"square_008um/{SCALES}"),
+        (_write(f"binned_outputs/square_008um/{SCALES}", "{}"), f"square_008um/{SCALES}.*bin_size_um"),
+        (_write(f"binned_outputs/square_008um/{COUNTS}", "no"), f"square_008um/{COUNTS}"),
+        (_write(f"binned_outputs/square_008um/{POSITIONS}", "no"), f"square_008um/{POSITIONS}"),
+        (_write("s_tissue_image.tif", "no"), "s_tissue_image.tif"),
+        (_write("segmented_outputs/cell_segmentations.geojson", '{"features": [{}]}'), "cell_segmentations.geojson"),
+        (_write("segmented_outputs/cell_segmentations.geojson", '{"features": []}'), "cell_segmentations.geojson"),
     ],
 )
-def test_damaged_folders_are_refused(
-    folder: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
-) -> None:
+def test_damaged_folders_are_refused(folder: Path, tmp_path: Path, damage: Callable[[Path], None], named: str) -> None:
     damage(folder)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=named):
         convert(folder, tmp_path / "out.zarr", bin_um=[8, 16])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outs"]
 
 
-def test_missing_bin_size_is_refused(drawn: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"Bins of 4 µm .* has 2, 8, 16 µm"):
-        convert(drawn, tmp_path / "out.zarr", bin_um=4)
-
-
-def test_image_of_another_size_is_refused(drawn: Path, tmp_path: Path) -> None:
-    import tifffile
-
+def test_arguments_that_do_not_fit_the_folder_are_refused(drawn: Path, tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "half.tif", np.zeros((110, 110, 3), np.uint8), photometric="rgb")
-    with pytest.raises(DataError, match="Space Ranger was run on one of 220 × 220"):
-        convert(drawn, tmp_path / "out.zarr", image=tmp_path / "half.tif")
+    for wrong in ({"bin_um": 4}, {"image": tmp_path / "half.tif"}, {"image": tmp_path / "none.tif"}):
+        with pytest.raises(DataError, match=next(iter(wrong))):
+            convert(drawn, tmp_path / "out.zarr", **wrong)
 
 
-def test_existing_target_is_refused_and_kept(drawn: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.zarr").mkdir()
-    (tmp_path / "out.zarr" / "mine").touch()
-    with pytest.raises(StoreError, match="exists already"):
-        convert(drawn, tmp_path / "out.zarr")
-    assert (tmp_path / "out.zarr" / "mine").exists()
-
-
-def test_too_little_disk_is_refused_before_any_work(
+def test_runs_that_cannot_go_on_are_refused_before_any_work(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_scratch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(StoreError, match="may take up to"):
-        convert(drawn, tmp_path / "out.zarr")
-    assert not list(tmp_path.iterdir())
-
-
-def test_two_runs_at_once_are_refused(drawn: Path, tmp_path: Path) -> None:
+    store = tmp_path / "out.zarr"
     lock = tmp_path / ".out.zarr.pixnet_sd" / "convert.lock"
-    with hold_lock(lock, wait_s=0, busy=""), pytest.raises(StoreError, match="Another run is writing"):
-        convert(drawn, tmp_path / "out.zarr")
+    with hold_lock(lock, wait_s=0, busy=""), pytest.raises(StoreError, match="out.zarr"):
+        convert(drawn, store)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(StoreError, match="`bin_um=`"):
+            convert(drawn, store)
     assert not list(tmp_path.iterdir())
+    store.mkdir()
+    with pytest.raises(StoreError, match="out.zarr"):
+        convert(drawn, store)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
+    assert not list(store.iterdir())
 
 
 def test_an_interrupted_run_leaves_no_store_and_the_next_one_works(
@@ -206,23 +234,19 @@ def test_an_interrupted_run_leaves_no_store_and_the_next_one_works(
     work.mkdir(parents=True)
     (work / "leftover").touch()  # of a run that was killed
     with monkeypatch.context() as patch:
-        patch.setattr(_build, "fill_bins", stop)
-        with pytest.raises(StoreError, match="No space left on device.*Nothing was kept"):
+        patch.setattr(sd.SpatialData, "write_element", stop)
+        with pytest.raises(StoreError, match="No space left on device"):
             convert(drawn, tmp_path / "out.zarr", bin_um=16)
     assert not list(tmp_path.iterdir())
     assert "square_016um" in convert(drawn, tmp_path / "out.zarr", bin_um=16).tables
 
 
-def test_antibodies_stay_in_the_store_and_out_of_the_training(folder: Path, tmp_path: Path) -> None:
-    import h5py
-
+def test_antibodies_stay_in_the_store(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "segmented_outputs")
-    with h5py.File(folder / "binned_outputs/square_016um/filtered_feature_bc_matrix.h5", "r+") as file:
+    with h5py.File(folder / "binned_outputs/square_016um" / COUNTS, "r+") as file:
         features = file["matrix/features"]
         kinds = [*features["feature_type"][:-2], b"Antibody Capture", b"Antibody Capture"]
         del features["feature_type"]
         features["feature_type"] = np.array(kinds, dtype="S")
-    store = convert(folder, tmp_path / "ours.zarr", bin_um=16)
-    (table,) = measured(store, open_slide(store, image_key="s_full_image", mpp=0.5))
-    assert store.tables["square_016um"].n_vars == 8
-    assert table.counts.n_genes == len(table.var_names) == 6
+    table = convert(folder, tmp_path / "ours.zarr", bin_um=16).tables["square_016um"]
+    assert list(table.var["feature_types"]) == [kind.decode() for kind in kinds]

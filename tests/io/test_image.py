@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ import tifffile
 from PIL import Image
 
 from pixnet_sd.errors import DataError
-from pixnet_sd.io import _image
-from pixnet_sd.io._image import open_image
+from pixnet_sd.io import open_image
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (150, 170, 3), dtype=np.uint8)
 
@@ -21,28 +21,22 @@ def read(path: Path, chunk_px: int = 64) -> Any:
         return array.compute()
 
 
-@pytest.mark.parametrize("suffix", [".tif", ".tiff", ".btf"])
 @pytest.mark.parametrize(
     "options",
     [
         {"tile": (32, 48)},
         {"tile": (64, 64), "compression": "zlib", "predictor": True},
+        {"tile": (64, 64), "compression": "jpeg"},
         {"rowsperstrip": 7, "compression": "lzw"},
-        {"rowsperstrip": 1},
+        {"rowsperstrip": 1, "bigtiff": True},
         {},
     ],
     ids=str,
 )
-def test_pixels_of_tiff_files(tmp_path: Path, suffix: str, options: dict[str, Any]) -> None:
-    path = tmp_path / f"image{suffix}"
-    tifffile.imwrite(path, PIXELS, photometric="rgb", bigtiff=suffix == ".btf", **options)
-    np.testing.assert_array_equal(read(path), PIXELS.transpose(2, 0, 1))
-
-
-def test_jpeg_tiles_are_decoded(tmp_path: Path) -> None:
-    tifffile.imwrite(tmp_path / "i.tif", PIXELS, photometric="rgb", tile=(64, 64), compression="jpeg")
-    expected = tifffile.imread(tmp_path / "i.tif")
-    np.testing.assert_array_equal(read(tmp_path / "i.tif"), expected.transpose(2, 0, 1))
+def test_pixels_of_tiff_files(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = tmp_path / "image.btf"
+    tifffile.imwrite(path, PIXELS, photometric="rgb", **options)
+    np.testing.assert_array_equal(read(path), tifffile.imread(path).transpose(2, 0, 1))
 
 
 def test_planes_one_after_the_other(tmp_path: Path) -> None:
@@ -59,39 +53,44 @@ def test_the_finest_level_of_a_pyramid_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("byteorder", ["<", ">"])
-def test_one_large_piece_without_compression_is_read_by_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byteorder: Any
-) -> None:
-    monkeypatch.setattr(_image, "_LARGE_PIECE_BYTES", 1000)
-    pixels = PIXELS.astype(np.uint16) * 257
-    tifffile.imwrite(tmp_path / "i.tif", pixels, photometric="rgb", rowsperstrip=150, byteorder=byteorder)
+def test_one_large_piece_without_compression_is_read_by_rows(tmp_path: Path, byteorder: Any) -> None:
+    shape = (7000, 7000, 3)
+    pixels = tifffile.memmap(
+        tmp_path / "i.tif", shape=shape, dtype=f"{byteorder}u2", photometric="rgb", byteorder=byteorder
+    )
+    assert pixels.nbytes > 2**28  # what is not written takes no disk
+    pixels[6900:, :170] = PIXELS[:100] * np.uint16(257)
+    pixels.flush()
+    tracemalloc.start()
     with open_image(tmp_path / "i.tif", 64) as array:
         assert array.dtype == np.uint16
-        np.testing.assert_array_equal(array.compute(), pixels.transpose(2, 0, 1))
-        np.testing.assert_array_equal(array[1, 70:90, 3:5].compute(), pixels[70:90, 3:5, 1])
+        rows = array[:, 6900:, :170].compute()
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+    np.testing.assert_array_equal(rows, PIXELS[:100].transpose(2, 0, 1) * np.uint16(257))
 
 
-def test_one_large_compressed_piece_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_image, "_LARGE_PIECE_BYTES", 1000)
-    tifffile.imwrite(tmp_path / "i.tif", PIXELS, photometric="rgb", rowsperstrip=150, compression="zlib")
-    with pytest.warns(UserWarning, match="compressed in pieces of"):
-        np.testing.assert_array_equal(read(tmp_path / "i.tif"), PIXELS.transpose(2, 0, 1))
+def test_one_large_compressed_piece_warns(tmp_path: Path) -> None:
+    large = np.broadcast_to(np.uint8(0), (10000, 9000, 3))
+    tifffile.imwrite(tmp_path / "i.tif", large, photometric="rgb", rowsperstrip=10000, compression="zlib")
+    with pytest.warns(UserWarning, match="i.tif"), open_image(tmp_path / "i.tif", 64) as array:
+        assert array.shape == (3, 10000, 9000)
 
 
 def test_other_formats_are_read_whole_and_warn(tmp_path: Path) -> None:
     Image.fromarray(PIXELS).save(tmp_path / "i.png")
-    with pytest.warns(UserWarning, match="only be read as a whole"):
+    with pytest.warns(UserWarning, match="i.png"):
         np.testing.assert_array_equal(read(tmp_path / "i.png"), PIXELS.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("name", ["i.tif", "i.png"])
 def test_images_that_are_not_rgb_are_refused(tmp_path: Path, name: str) -> None:
     Image.fromarray(PIXELS[..., 0]).save(tmp_path / name)
-    with pytest.raises(DataError, match="not RGB"), open_image(tmp_path / name, 64):
+    with pytest.raises(DataError, match="i\\."), open_image(tmp_path / name, 64):
         pass
 
 
 def test_files_that_are_no_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "i.tif").write_text("nothing")
-    with pytest.raises(DataError, match="cannot be read"), open_image(tmp_path / "i.tif", 64):
+    with pytest.raises(DataError, match="i.tif"), open_image(tmp_path / "i.tif", 64):
         pass

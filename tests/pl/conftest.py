@@ -11,7 +11,8 @@ import pytest
 from spatialdata import SpatialData
 from tests.slide.conftest import make_visium, make_visium_hd
 
-from pixnet_sd.store.gene_map import GeneMapWriter, image_transforms, tissue_labels
+from pixnet_sd.store import Transaction
+from pixnet_sd.store.gene_map import GeneMapWriter, image_transforms, map_layout, tissue_labels
 
 mpl.use("Agg")
 
@@ -33,14 +34,16 @@ def add_map(
     tissue[:, -20:] = False
     values = (values * tissue).astype(np.float32)
     pitch = MAP_UM / mpp
-    options = {"genes": genes, "shape": shape, "pitch_image_px": pitch, "image_key": image_key, "fingerprint": "x"}
-    with GeneMapWriter.open(sdata, key="pixnet_map", block_px=32, **options) as writer:
+    layout, transforms = map_layout(len(genes), shape, block_px=32), image_transforms(sdata, image_key)
+    noted = {"image": image_key, "coordinate_system": system, "mpp": mpp, "objective": "mse_pcc"}
+    noted |= {"aggregation": "mean", "target_sum": 100.0, **note}
+    options = {"layout": layout, "transforms": transforms, "pitch_image_px": pitch, "fingerprint": "x"}
+    with Transaction(sdata, {"pixnet_map": "images", "pixnet_map_tissue": "labels"}) as out:
+        writer = GeneMapWriter(out, key="pixnet_map", channels=genes, **options)
         for block in writer.pending:
             writer.write(block, values[:, block[0] : block[1], block[2] : block[3]])
-        labels = tissue_labels(tissue, pitch, image_transforms(sdata, image_key))
-        noted = {"image": image_key, "coordinate_system": system, "mpp": mpp, "objective": "mse_pcc"}
-        noted |= {"aggregation": "mean", "target_sum": 100.0, **note}
-        writer.commit({"pixnet_map_tissue": labels}, provenance={"maps": {"pixnet_map": noted}})
+        elements = {"pixnet_map": writer.element(), "pixnet_map_tissue": tissue_labels(tissue, pitch, transforms)}
+        out.commit(elements, provenance={"maps": {"pixnet_map": noted}})
     return values
 
 

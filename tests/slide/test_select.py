@@ -1,3 +1,5 @@
+"""Which image is the slide, and in which coordinate system regions meet it."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,160 +13,83 @@ from spatialdata.transformations import Affine, Identity, Scale, Translation, se
 from tests.slide.conftest import make_image
 
 from pixnet_sd.errors import DataError, ElementError
-from pixnet_sd.slide import Slide, open_slide, select_coordinate_system, select_image
+from pixnet_sd.slide import Slide, open_slide, other_slides, select_coordinate_system, select_image
 from pixnet_sd.slide.tables import select_tables
-from pixnet_sd.tl import open_sources
 
 GRID = [[20 * x, 20 * y] for x in (1, 4, 9) for y in (1, 4, 9)]
-OPEN: dict[str, Any] = {
-    "image_key": None,
-    "table_key": None,
-    "coordinate_system": None,
-    "mpp": None,
-    "allow_any_mpp": False,
-    "working_mpp": 1.0,
-}
+MAPS = {"pixnet_sd": {"maps": {"pixnet_map": {}}}}
+ODD = ("first", "second", "third")
+STAINS = [("DAPI", "CD45", "PanCK"), ("GFP", "RFP", "BFP"), ("red", "green", "DAPI")]
+HALF = Scale([0.5, 0.5], axes=("x", "y"))
+
+
+def fluorescence(channels: Sequence[str], height: int = 60, width: int = 80) -> Any:
+    """A dark image with a bright spot."""
+    pixels = np.random.default_rng(1).exponential(8, (3, height, width)).clip(0, 255).astype(np.uint8)
+    pixels[0, 5:10, 5:10] = 240
+    return Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=list(channels))
+
+
+def opened(sdata: SpatialData, **arguments: Any) -> Slide:
+    return open_slide(sdata, mpp=0.5, **arguments)
 
 
 @pytest.mark.parametrize("dataset_id", ["sample", ""])
-def test_full_image_of_a_reader(visium_hd, dataset_id: str, caplog) -> None:
+def test_image_and_system_of_a_reader(visium_hd, dataset_id: str, caplog) -> None:
     caplog.set_level("INFO", "pixnet_sd")
-    assert select_image(visium_hd(dataset_id=dataset_id)) == f"{dataset_id}_full_image"
+    sdata, key = visium_hd(dataset_id=dataset_id), f"{dataset_id}_full_image"
+    assert select_image(sdata) == key
     assert f"{dataset_id}_hires_image" in caplog.text
-
-
-def test_only_image(image) -> None:
-    assert select_image(SpatialData(images={"he": image()})) == "he"
-
-
-def test_named_image(visium_hd) -> None:
-    assert select_image(visium_hd(), image_key="sample_hires_image") == "sample_hires_image"
-
-
-def test_no_image() -> None:
-    with pytest.raises(ElementError, match="no slide image"):
-        select_image(SpatialData())
-
-
-def test_only_a_map_of_ours(image) -> None:
-    sdata = SpatialData(images={"pixnet_map": image()}, attrs={"pixnet_sd": {"maps": {"pixnet_map": {}}}})
-    with pytest.raises(ElementError, match="Only images written by pixnet_sd"):
-        select_image(sdata)
-
-
-def test_map_of_ours_is_no_candidate(image) -> None:
-    images = {"he": image(), "pixnet_map": image()}
-    assert select_image(SpatialData(images=images, attrs={"pixnet_sd": {"maps": {"pixnet_map": {}}}})) == "he"
-
-
-@pytest.mark.parametrize("channels", [tuple("ABCDEF"), ("DAPI",), ("DAPI", "CD45", "18S", "aSMA")])
-def test_fluorescence_and_gene_maps_are_no_candidates(image, channels) -> None:
-    assert select_image(SpatialData(images={"he": image(), "other": image(channels=channels)})) == "he"
-
-
-def test_channels_may_have_no_names_or_rgba(image) -> None:
-    sdata = SpatialData(images={"he": image(channels=("0", "1", "2", "3")), "dapi": image(channels=("DAPI",))})
-    assert select_image(sdata) == "he"
-
-
-def test_the_only_image_is_taken_whatever_it_is(image) -> None:
-    assert select_image(SpatialData(images={"grey": image(channels=("0",))})) == "grey"
-
-
-def test_several_images_are_listed(image) -> None:
-    sdata = SpatialData(images={"a": image(10, 20), "b": image()})
-    with pytest.raises(
-        ElementError,
-        match=r"'a' \(3 c x 10 y x 20 x; channels r, g, b; .*coordinate systems: 'sample'\); 'b'.*image_key=",
-    ):
-        select_image(sdata)
-
-
-def test_two_images_in_one_place_are_ambiguous(image) -> None:
-    with pytest.raises(ElementError, match=r"Several images.*'a_full_image'.*'b'"):
-        select_image(SpatialData(images={"a_full_image": image(), "b": image(seed=1)}))
-
-
-def test_full_image_beside_an_unrelated_one_is_ambiguous(image) -> None:
-    images = {"a_full_image": image(), "b": image(transformations={"elsewhere": Identity()})}
-    with pytest.raises(ElementError, match="Several images"):
-        select_image(SpatialData(images=images))
-    assert select_image(SpatialData(images=images), coordinate_system="elsewhere") == "b"
-
-
-def test_no_image_in_the_coordinate_system(image) -> None:
-    with pytest.raises(ElementError, match=r"'elsewhere'.*'he'"):
-        select_image(SpatialData(images={"he": image()}), coordinate_system="elsewhere")
-
-
-def test_named_image_is_missing_or_elsewhere_or_no_image(visium_hd) -> None:
-    sdata = visium_hd()
-    with pytest.raises(ElementError, match=r"no image 'he'.*sample_full_image"):
-        select_image(sdata, image_key="he")
-    with pytest.raises(ElementError, match="another kind of element"):
-        select_image(sdata, image_key="sample_square_008um")
-    with pytest.raises(ElementError, match="not in coordinate system 'x'"):
-        select_image(sdata, image_key="sample_full_image", coordinate_system="x")
-
-
-@pytest.mark.parametrize("dataset_id", ["sample", ""])
-def test_system_of_pixels_is_preferred(visium_hd, dataset_id: str) -> None:
-    sdata = visium_hd(dataset_id=dataset_id)
-    key = f"{dataset_id}_full_image"
+    assert select_image(sdata, image_key=f"{dataset_id}_hires_image") == f"{dataset_id}_hires_image"
     assert select_coordinate_system(sdata, image_key=key) == dataset_id
     bins = f"{dataset_id}_square_008um"
     assert select_coordinate_system(sdata, image_key=key, element_key=bins) == dataset_id
 
 
-def test_system_without_scale_before_one_with_then_identity_then_name(image) -> None:
-    systems = {
-        "a_scaled": Scale([0.5, 0.5], axes=("x", "y")),
-        "b_moved": Translation([5.0, 5.0], axes=("x", "y")),
-        "d": Identity(),
-        "c": Identity(),
-    }
-    sdata = SpatialData(images={"he": image(transformations=systems)})
-    order = []
-    while systems:
-        order.append(select_coordinate_system(sdata, image_key="he"))
-        del systems[order[-1]]
-        if systems:
-            set_transformation(sdata.images["he"], dict(systems), set_all=True)
-    assert order == ["c", "d", "b_moved", "a_scaled"]
+@pytest.mark.parametrize("channels", [tuple("ABCDEF"), ("DAPI",), ("DAPI", "CD45", "18S", "aSMA")])
+def test_other_images_are_no_candidates(image, channels) -> None:
+    volume = Image3DModel.parse(np.zeros((3, 2, 8, 8), np.uint8), dims=("c", "z", "y", "x"))
+    others = {"other": image(channels=channels), "stack": volume, "pixnet_map": image()}
+    assert select_image(SpatialData(images={"he": image(), **others}, attrs=MAPS)) == "he"
+    unnamed = {"he": image(channels=("0", "1", "2", "3"))}
+    assert select_image(SpatialData(images={**unnamed, **others}, attrs=MAPS)) == "he"
 
 
-def test_only_shared_systems_count(image, circles) -> None:
-    he = image(transformations={"pixels": Identity(), "um": Scale([0.5, 0.5], axes=("x", "y"))})
-    sdata = SpatialData(images={"he": he}, shapes={"cells": circles([[1, 2]], system="um")})
-    assert select_coordinate_system(sdata, image_key="he", element_key="cells") == "um"
-    with pytest.raises(ElementError, match=r"'pixels' is not shared.*'cells' in 'um'"):
-        select_coordinate_system(sdata, image_key="he", element_key="cells", coordinate_system="pixels")
+def test_the_only_image_is_taken_whatever_it_is(image) -> None:
+    assert select_image(SpatialData(images={"grey": image(channels=("0",))})) == "grey"
+    volume = Image3DModel.parse(np.zeros((3, 2, 8, 8), np.uint8), dims=("c", "z", "y", "x"))
+    with pytest.raises(DataError, match="'stack'"):
+        opened(SpatialData(images={"stack": volume}))
 
 
-def test_no_shared_system_lists_both(image, circles) -> None:
-    sdata = SpatialData(images={"he": image()}, shapes={"cells": circles([[1, 2]], system="um")})
-    with pytest.raises(ElementError, match=r"'he' is in 'sample', element 'cells' in 'um'"):
-        select_coordinate_system(sdata, image_key="he", element_key="cells")
+def test_no_image(image) -> None:
+    with pytest.raises(ElementError):
+        select_image(SpatialData())
+    with pytest.raises(ElementError, match="'pixnet_map'"):
+        select_image(SpatialData(images={"pixnet_map": image()}, attrs=MAPS))
 
 
-def test_no_such_element(image) -> None:
-    with pytest.raises(ElementError, match="no shapes or labels element 'cells'"):
-        select_coordinate_system(SpatialData(images={"he": image()}), image_key="he", element_key="cells")
+def test_several_images_are_listed(image) -> None:
+    listed = r"'a' \(3 c x 10 y x 20 x; channels r, g, b; .*coordinate systems: 'sample'\); 'b'.*image_key="
+    with pytest.raises(ElementError, match=listed):
+        select_image(SpatialData(images={"a": image(10, 20), "b": image()}))
+    with pytest.raises(ElementError, match=r"'a_full_image'.*'b'"):  # in one place
+        select_image(SpatialData(images={"a_full_image": image(), "b": image(seed=1)}))
+    elsewhere = {"a_full_image": image(), "b": image(transformations={"elsewhere": Identity()})}
+    with pytest.raises(ElementError, match=r"'a_full_image'.*'b'"):
+        select_image(SpatialData(images=elsewhere))
+    assert select_image(SpatialData(images=elsewhere), coordinate_system="elsewhere") == "b"
 
 
-ODD = ("first", "second", "third")
-STAINS = [("DAPI", "CD45", "PanCK"), ("GFP", "RFP", "BFP"), ("red", "green", "DAPI")]
-
-
-def fluorescence(channels: Sequence[str], height: int = 60, width: int = 80, **options: Any) -> Any:
-    """A dark image with a bright spot."""
-    pixels = np.random.default_rng(1).exponential(8, (3, height, width)).clip(0, 255).astype(np.uint8)
-    pixels[0, 5:10, 5:10] = 240
-    return Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=list(channels), **options)
-
-
-def opened(sdata: SpatialData, **arguments: Any) -> Slide:
-    return open_slide(sdata, mpp=0.5, **arguments)
+def test_image_that_is_not_there(visium_hd) -> None:
+    sdata = visium_hd()
+    wrong = {"he": "sample_full_image", "sample_square_008um": "another kind of element"}
+    for key, said in wrong.items():
+        with pytest.raises(ElementError, match=f"'{key}'.*{said}"):
+            select_image(sdata, image_key=key)
+    for image_key in ("sample_full_image", None):
+        with pytest.raises(ElementError, match="'x'.*'sample'"):
+            select_image(sdata, image_key=image_key, coordinate_system="x")
 
 
 @pytest.mark.parametrize("beside", [("r", "g", "b"), ("0", "1", "2"), ODD, *STAINS])
@@ -207,8 +132,7 @@ def test_colours_are_put_in_order_by_exact_names(image, channels) -> None:
     element = image(channels=tuple(channels))
     slide = opened(SpatialData(images={"he": element}))
     wanted = [k for colour in "rgb" for k, name in enumerate(channels) if name[0].lower() == colour] or [0, 1, 2]
-    expected = element.values[wanted].transpose(1, 2, 0)
-    np.testing.assert_array_equal(slide.read(0, 240, 0, 320), expected)
+    np.testing.assert_array_equal(slide.read(0, 240, 0, 320), element.values[wanted].transpose(1, 2, 0))
     assert slide.channels == tuple(channels[k] for k in wanted)
 
 
@@ -218,8 +142,8 @@ def test_copies_are_told_by_place_and_pixels_and_not_by_name(visium_hd) -> None:
         sdata[name] = sdata[key]
         del sdata[key]
     assert select_image(sdata) == "z"
-    um = Scale([0.5, 0.5], axes=("x", "y"))
-    samples = {"a_full_image": (240, 320, um), "b": (480, 640, Scale([0.25, 0.25], axes=("x", "y")))}
+    assert other_slides(sdata, image_key="x", coordinate_system="sample") == []
+    samples = {"a_full_image": (240, 320, HALF), "b": (480, 640, Scale([0.25, 0.25], axes=("x", "y")))}
     for seeds in ((0, 1), (0, 0)):  # of one size, another sample or not even drawn alike
         images = {
             key: make_image(height, width, transformations={"um": scale}, seed=seed)
@@ -227,23 +151,52 @@ def test_copies_are_told_by_place_and_pixels_and_not_by_name(visium_hd) -> None:
         }
         with pytest.raises(ElementError, match="'a_full_image'.*'b'"):
             select_image(SpatialData(images=images))
+        assert other_slides(SpatialData(images=images), image_key="b", coordinate_system="um") == ["a_full_image"]
+
+
+def test_system_without_scale_before_one_with_then_identity_then_name(image) -> None:
+    moved = Translation([5.0, 5.0], axes=("x", "y"))
+    systems = {"a_scaled": HALF, "b_moved": moved, "d": Identity(), "c": Identity()}
+    sdata = SpatialData(images={"he": image(transformations=systems)})
+    order = []
+    while systems:
+        order.append(select_coordinate_system(sdata, image_key="he"))
+        del systems[order[-1]]
+        if systems:
+            set_transformation(sdata.images["he"], dict(systems), set_all=True)
+    assert order == ["c", "d", "b_moved", "a_scaled"]
+
+
+def test_only_shared_systems_count(image, circles, table) -> None:
+    he = image(transformations={"pixels": Identity(), "um": HALF})
+    cells = circles(GRID, system="um")
+    sdata = SpatialData(images={"he": he}, shapes={"cells": cells}, tables={"t": table("cells", range(9))})
+    assert select_coordinate_system(sdata, image_key="he", element_key="cells") == "um"
+    assert opened(sdata, region_keys=["cells"]).coordinate_system == "um"
+    with pytest.raises(ElementError, match="'pixels'.*'cells' in 'um'"):
+        select_coordinate_system(sdata, image_key="he", element_key="cells", coordinate_system="pixels")
+    with pytest.raises(ElementError, match="'cells' is in 'um'.*coordinate_system='um'"):
+        select_tables(sdata, coordinate_system="pixels", image_key="he")
+    with pytest.raises(ElementError, match="'nuclei'"):
+        select_coordinate_system(sdata, image_key="he", element_key="nuclei")
+    apart = SpatialData(images={"he": image()}, shapes={"cells": cells})
+    with pytest.raises(ElementError, match="'he' is in 'sample', element 'cells' in 'um'"):
+        select_coordinate_system(apart, image_key="he", element_key="cells")
 
 
 TURNED = Affine([[0, -1, 320], [1, 0, 0], [0, 0, 1]], ("x", "y"), ("x", "y"))
 
 
 @pytest.mark.parametrize("other", [TURNED, Translation([3, 0], ("x", "y")), Scale([1.01, 1.01], ("x", "y"))])
-def test_two_systems_that_align_regions_differently(image, circles, table, other) -> None:
-    """R6: for every way in, and whatever is asked for by name is taken."""
+def test_two_systems_that_align_regions_differently(image, circles, other) -> None:
+    """For every way in, and whatever is asked for by name is taken."""
     he = image(transformations={"sample": Identity(), "aligned": other})
-    sdata = SpatialData(images={"he": he}, shapes={"cells": circles(GRID)}, tables={"t": table("cells", range(9))})
+    sdata = SpatialData(images={"he": he}, shapes={"cells": circles(GRID)})
     set_transformation(sdata["cells"], Identity(), "aligned")
     for arguments in ({"element_key": "cells"}, {"region_keys": ["cells"]}):
         with pytest.raises(ElementError, match=r"'he'.*'cells'.*'sample'.*px.*'aligned'.*coordinate_system="):
             opened(sdata, **arguments)
         assert opened(sdata, coordinate_system="aligned", **arguments).coordinate_system == "aligned"
-    with pytest.raises(ElementError, match="coordinate_system="):
-        open_sources({"s": sdata}, **(OPEN | {"mpp": 0.5}))
     set_transformation(sdata["cells"], other, "aligned")
     assert opened(sdata, element_key="cells").coordinate_system == "sample"
 
@@ -254,20 +207,3 @@ def test_bins_that_tell_the_size_are_aligned_in_one_way(visium_hd) -> None:
     set_transformation(sdata["sample_square_008um"], Identity(), "again")
     with pytest.raises(ElementError, match="'sample_square_008um'.*coordinate_system="):
         open_slide(sdata)
-
-
-def test_system_with_the_measured_regions(image, circles, table) -> None:
-    he = image(transformations={"pixels": Identity(), "um": Scale([0.5, 0.5], axes=("x", "y"))})
-    shapes = {"cells": circles(GRID, system="um")}
-    sdata = SpatialData(images={"he": he}, shapes=shapes, tables={"t": table("cells", range(9))})
-    (source,) = open_sources({"s": sdata}, **(OPEN | {"mpp": 0.5})).values()
-    assert (source.slide.coordinate_system, source.tables[0].element_key) == ("um", "cells")
-    with pytest.raises(ElementError, match=r"No table annotates.*'cells' is in 'um'.*coordinate_system='um'"):
-        select_tables(sdata, coordinate_system="pixels", image_key="he")
-
-
-def test_volume_is_no_slide(image) -> None:
-    volume = Image3DModel.parse(np.zeros((3, 2, 8, 8), np.uint8), dims=("c", "z", "y", "x"))
-    assert select_image(SpatialData(images={"stack": volume, "he": image()})) == "he"
-    with pytest.raises(DataError, match="'stack' has axes"):
-        opened(SpatialData(images={"stack": volume}))

@@ -46,8 +46,8 @@ def test_notes_of_another_run_are_kept(slide):
 
 def test_the_draft_of_a_killed_run_goes(slide):
     work = slide.path.with_name(f".{slide.path.name}.pixnet_sd")
-    work.mkdir()
-    (work / "0123.json.tmp").write_text("{")
+    (work / ".pixnet_sd-0123.partial").mkdir(parents=True)
+    (work / ".pixnet_sd-0123.partial" / "zarr.json").write_text("{")
     record(slide, "model", None, "/m")
     assert not work.exists()
 

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import shutil
+from contextlib import contextmanager
 from functools import partial
 
 import anndata as ad
@@ -18,19 +19,18 @@ import spatialdata as sd
 import squidpy as sq
 import zarr
 from geopandas.testing import assert_geodataframe_equal
-from hypothesis import given
-from hypothesis import strategies as st
 from spatialdata.transformations import get_transformation
+from tests.store.putting import enter
 
 from pixnet_sd.errors import DataError, StoreError
-from pixnet_sd.geometry import Window
+from pixnet_sd.geometry import RegionShare, Window
 from pixnet_sd.store import (
     Expressed,
     RegionWriter,
     RowInfo,
-    check_target,
+    Transaction,
+    _stream,
     circles_element,
-    commit,
     estimate_table_bytes,
     expression,
     hold_lock,
@@ -40,7 +40,6 @@ from pixnet_sd.store import (
     work_folder,
 )
 from pixnet_sd.store import _notes as _read_back
-from pixnet_sd.store import _stream as _table_writer
 from pixnet_sd.store.gene_map import image_transforms
 
 GENES = ["ERBB2", "MT-CO1", "gène"]
@@ -62,19 +61,20 @@ def put_all(writer, n_windows=4):
         mine, shared = np.arange(N) % 5 == number, np.arange(N) % 5 == 4
         index = np.flatnonzero((mine | shared) & (np.arange(N) % 7 != OFF))
         sums = rng.random((len(index), len(GENES)), dtype=np.float32)
-        writer.put(window, index, sums, rng.uniform(1, 9, len(index)), mine[index])
+        writer.put(RegionShare(window, index, sums, rng.uniform(1, 9, len(index)), mine[index]))
 
 
-def open_writer(sdata, *, fingerprint="f", **options):
-    return RegionWriter.open(
-        sdata,
-        table_key="pixnet_t",
-        shapes_key="pixnet_t_shapes",
-        n_regions=N,
-        genes=GENES,
-        fingerprint=fingerprint,
-        **options,
-    )
+@contextmanager
+def open_writer(sdata, *, fingerprint="f", overwrite=False, n_bytes=0, wait_s=15.0, **options):
+    names = {"pixnet_t": "tables", "pixnet_t_shapes": "shapes"}
+    with (
+        Transaction(sdata, names, overwrite=overwrite, n_bytes=n_bytes, wait_s=wait_s) as out,
+        RegionWriter.open(
+            out, table_key="pixnet_t", n_regions=N, genes=GENES, fingerprint=fingerprint, **options
+        ) as writer,
+    ):
+        writer.commit = out.commit
+        yield writer
 
 
 def makers(sdata, kind):
@@ -114,13 +114,7 @@ def run(sdata, ids="numbers", kind="circles", aggregation="mean", **options):
     with open_writer(sdata, **options) as writer:
         put_all(writer)
         made = results(sdata, writer, ids, kind, aggregation)
-        commit(
-            sdata,
-            made.elements,
-            staged=made.staged,
-            provenance={"tables": {"pixnet_t": {}}},
-            overwrite=options.get("overwrite", False),
-        )
+        writer.commit(made, provenance={"tables": {"pixnet_t": {}}})
 
 
 def assert_same_table(found, expected):
@@ -144,8 +138,7 @@ def assert_same_table(found, expected):
 
 @pytest.fixture(params=[2, 2**16], ids=["small chunks", "one chunk"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(_table_writer, "MAX_CHUNK_ROWS", request.param)
-    monkeypatch.setattr(_table_writer, "BATCH_CHUNKS", 3)
+    monkeypatch.setattr(_stream, "MAX_VALUE_ROWS", request.param)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -226,7 +219,7 @@ def test_squidpy_draws_the_streamed_table(slide):
 
 
 def test_chunks_hold_whole_rows_with_the_codecs_of_anndata(slide, in_memory, monkeypatch, tmp_path):
-    monkeypatch.setattr(_table_writer, "MAX_CHUNK_ROWS", 8)
+    monkeypatch.setattr(_stream, "MAX_VALUE_ROWS", 8)
     run(slide)
     run(in_memory)
     in_memory.write(tmp_path / "theirs.zarr")
@@ -246,67 +239,54 @@ def test_columns_that_cannot_be_written_in_parts_are_refused(tmp_path):
     group = zarr.open_group(tmp_path / "obs")
     ad.io.write_elem(group, "kind", pd.Categorical(["x"]))
     with pytest.raises(StoreError, match=r"'kind'.*'categorical'.*as numbers"):
-        _table_writer._stretch_column(tmp_path / "obs/kind", 5, 5)
+        _stream._stretch_column(tmp_path / "obs/kind", 5)
 
 
 def test_nullable_columns_are_filled_without_a_gap(tmp_path):
     group = zarr.open_group(tmp_path / "obs")
     ad.io.write_elem(group, "n", pd.array([7], dtype="Int64"))
-    _table_writer._stretch_column(tmp_path / "obs/n", 5, 2)[:] = np.arange(5)
+    _stream._stretch_column(tmp_path / "obs/n", 5)[:] = np.arange(5)
     found = ad.io.read_elem(group["n"])
     assert found.tolist() == [0, 1, 2, 3, 4]
     assert not found.isna().any()
 
 
-@given(st.lists(st.booleans(), max_size=60), st.integers(1, 9))
-def test_batches_hold_the_kept_regions_in_order(keep, size):
-    keep = np.array(keep, bool)
-    found = []
-    batches = list(_table_writer.batches(keep, size))
-    for number, pieces in enumerate(batches):
-        kept = [k for start, stop in pieces for k in range(start, stop) if keep[k]]
-        assert len(kept) == size or number == len(batches) - 1
-        assert all(stop - start <= size for start, stop in pieces)
-        found += kept
-    assert found == np.flatnonzero(keep).tolist()
-
-
 def test_a_killed_run_is_taken_up(slide, in_memory):
     run(in_memory)
-    writer = open_writer(slide)
-    put_all(writer, 2)
-    folder = writer.rows.folder
-    writer.close()
-    check_target(slide, {"other": "images"})  # another call in between leaves the partial table alone
+    with open_writer(slide) as writer:
+        put_all(writer, 2)
+        folder = writer.rows.folder
+    enter(slide, {"other": "images"})  # another call in between leaves the partial table alone
     assert folder.exists()
     (folder / "table.zarr").mkdir()  # the run before was killed while it wrote the table
     (folder / "shapes.zarr").mkdir()
     with open_writer(slide) as writer:
-        assert writer.resumed
         assert [writer.is_done(window) for window in WINDOWS] == [True, True, False, False]
         put_all(writer)
         made = results(slide, writer)
-        commit(slide, {}, staged=made.staged)
+        writer.commit(made)
     np.testing.assert_array_equal(slide.tables["pixnet_t"].X, in_memory.tables["pixnet_t"].X)
     assert not work_folder(slide.path).exists()
 
 
-def test_two_runs_at_a_time_are_refused(slide, monkeypatch):
-    monkeypatch.setattr("pixnet_sd.store._regions.LOCK_WAIT_S", 0.05)
-    with open_writer(slide), pytest.raises(StoreError, match=r"Another run is writing the table 'pixnet_t'"):
-        open_writer(sd.read_zarr(slide.path))
+def test_two_runs_at_a_time_are_refused(slide):
+    with (
+        open_writer(slide),
+        pytest.raises(StoreError, match="pixnet_t"),
+        open_writer(sd.read_zarr(slide.path), wait_s=0.05),
+    ):
+        pass
 
 
 def test_leaving_without_a_result_keeps_the_rows_and_abort_deletes_them(slide, caplog):
     logging.getLogger("pixnet_sd").propagate = True
-    writer = open_writer(slide)
-    put_all(writer, 1)
-    with caplog.at_level("INFO", "pixnet_sd"), pytest.raises(RuntimeError), writer:
-        raise RuntimeError
+    put_and_stop = lambda writer: (put_all(writer, 1), 1 / 0)  # noqa: E731
+    with caplog.at_level("INFO", "pixnet_sd"), pytest.raises(ZeroDivisionError), open_writer(slide) as writer:
+        put_and_stop(writer)
     assert "the same call goes on from there" in caplog.text
-    writer = open_writer(slide)
-    assert writer.resumed
-    writer.abort()
+    with open_writer(slide) as writer:
+        assert writer.rows.resumed
+        writer.rows.discard()
     assert not work_folder(slide.path).exists()
 
 
@@ -337,8 +317,8 @@ def test_a_disk_that_fills_up_while_the_table_is_written(slide, monkeypatch, use
 def test_too_little_disk_is_refused_before_any_work(slide, monkeypatch):
     usage = shutil.disk_usage(slide.path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=estimate_table_bytes(N, 3, 3) // 2))
-    with pytest.raises(StoreError, match="may take up to"):
-        open_writer(slide)
+    with pytest.raises(StoreError, match="free"), open_writer(slide, n_bytes=estimate_table_bytes(N, 3, 3)):
+        pass
     assert not work_folder(slide.path).exists()
 
 
@@ -346,7 +326,7 @@ def test_estimate_is_enough(slide):
     with open_writer(slide) as writer:
         put_all(writer)
         made = results(slide, writer)
-        (table,) = (item for item in made.staged if item.kind == "tables")
+        table = made["pixnet_t"]
         values = sum(f.stat().st_size for f in (table.scratch_store / "tables/pixnet_t/X").rglob("*") if f.is_file())
     assert values < 2 * 4 * N * len(GENES) + 1000  # tiny: the metadata alone is 700 bytes
     assert estimate_table_bytes(10**7, 250, 250) == pytest.approx(28e9, rel=0.01)
@@ -354,8 +334,8 @@ def test_estimate_is_enough(slide):
 
 def test_overwrite(slide):
     run(slide)
-    with pytest.raises(StoreError, match="exists already"):
-        open_writer(slide)
+    with pytest.raises(StoreError, match="exists already"), open_writer(slide):
+        pass
     first = slide.tables["pixnet_t"].X.copy()
     run(slide, aggregation="sum", overwrite=True, fingerprint="g")
     for sdata in (slide, sd.read_zarr(slide.path)):
@@ -396,7 +376,7 @@ def test_an_interrupted_move_is_finished_by_the_next_run(slide, monkeypatch):
         run(slide)
     monkeypatch.undo()
     fresh = sd.read_zarr(slide.path)
-    check_target(fresh, {"other": "images"})
+    enter(fresh, {"other": "images"})
     assert fresh.tables["pixnet_t"].n_obs == len(fresh.shapes["pixnet_t_shapes"]) == N - N // 7
     assert not work_folder(slide.path).exists()
 
@@ -406,10 +386,11 @@ def test_leftovers_are_swept_and_unfinished_work_stays(slide):
     (work / "table-begun").mkdir(parents=True)  # killed before its first file was complete
     (work / "table-begun.lock").touch()
     (work / "view-abc").mkdir()
-    open_writer(slide).close()
-    check_target(slide, {"other": "images"})
+    with open_writer(slide):
+        pass
+    enter(slide, {"other": "images"})
     assert {path.name for path in work.iterdir()} == {"table-pixnet_t"}
     with hold_lock(work / "table-alive.lock", wait_s=0, busy=""):
         (work / "table-alive").mkdir()
-        check_target(slide, {"other": "images"})
+        enter(slide, {"other": "images"})
         assert (work / "table-alive").exists()

@@ -10,10 +10,11 @@ import pytest
 import spatialdata as sd
 import squidpy as sq
 from spatialdata import join_spatialelement_table
+from tests.store.putting import commit
 
 from pixnet_sd.errors import DataError
-from pixnet_sd.store import circles_element, commit, region_table, thumbnail
-from pixnet_sd.store.gene_map import GeneMapWriter, image_transforms
+from pixnet_sd.store import Transaction, circles_element, region_table, thumbnail
+from pixnet_sd.store.gene_map import GeneMapWriter, image_transforms, map_layout
 
 GENES = ["ERBB2", "MT-CO1", "KRT8"]
 
@@ -51,20 +52,15 @@ def make_table(sdata, **changes):
 @pytest.fixture
 def predicted(slide):
     circles = circles_element(grid(), 8.0, image_transforms(slide, "_full_image"), index=np.arange(len(grid())) + 7)
-    with GeneMapWriter.open(
-        slide,
-        key="pixnet_map",
-        genes=GENES,
-        shape=(75, 105),
-        pitch_image_px=4.0,
-        image_key="_full_image",
-        fingerprint="",
-        block_px=64,
-    ) as writer:
+    transforms = image_transforms(slide, "_full_image")
+    options = {"layout": map_layout(3, (75, 105), 64), "transforms": transforms, "pitch_image_px": 4.0}
+    with Transaction(slide, {"pixnet_map": "images"}) as out:
+        writer = GeneMapWriter(out, key="pixnet_map", channels=GENES, fingerprint="", **options)
         for row0, row1, col0, col1 in writer.pending:
             gradient = np.arange(col0, col1, dtype=np.float32)
             writer.write((row0, row1, col0, col1), np.broadcast_to(gradient, (3, row1 - row0, col1 - col0)))
-        writer.commit({"pixnet_circles_8um_shapes": circles, "pixnet_circles_8um": make_table(slide)})
+        others = {"pixnet_circles_8um_shapes": circles, "pixnet_circles_8um": make_table(slide)}
+        out.commit({"pixnet_map": writer.element(), **others})
     return sd.read_zarr(slide.path)
 
 

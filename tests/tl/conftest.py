@@ -16,6 +16,7 @@ import torch
 from tests.grouped import FIT, PREDICT, grouped
 
 import pixnet_sd as ps
+from pixnet_sd.engine.train import Trainer
 from pixnet_sd.model import Network
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
@@ -116,6 +117,12 @@ def fast() -> dict[str, Any]:
 def fit() -> Callable[..., ps.PixNet]:
     """`tl.fit`, small, of flat parameters."""
     return lambda sdata, **flat: ps.tl.fit(sdata, **grouped(FIT, **(FAST | flat)))
+
+
+@pytest.fixture
+def no_training(monkeypatch) -> None:
+    """Fail when anything is trained."""
+    monkeypatch.setattr(Trainer, "__init__", lambda *_: pytest.fail("a network was trained"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -11,14 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
-import torch
 
 import pixnet_sd as ps
 from pixnet_sd.errors import CheckpointError, PixNetError
-from pixnet_sd.model import pearson_per_gene
-from pixnet_sd.tl._evaluate import METRICS, moments, pooled
+from pixnet_sd.tl import moments, pooled, read_scores, write_scores
 
 TABLE, BINS = "square_008um", "sample_square_008um"
+METRICS = ["MSE", "MAE", "PCC@F", "PCC@S", "PCC@M"]
 
 
 def hashes(store: Path) -> dict[str, str]:
@@ -29,15 +29,22 @@ def hashes(store: Path) -> dict[str, str]:
 def stores(_drawn: Path, tmp_path_factory) -> dict[str, Path]:
     """Three slides with the same image; in the third, other genes are the most expressed."""
     folder = tmp_path_factory.mktemp("slides")
-    found = {name: folder / f"{name}.zarr" for name in "ABC"}
-    for store in found.values():
-        shutil.copytree(_drawn, store)
+    paths = {name: folder / f"{name}.zarr" for name in "ABC"}
+    for name in "AB":
+        shutil.copytree(_drawn, paths[name])
     other = sd.read_zarr(_drawn)
     table = other.tables[TABLE]
     other.tables[TABLE] = ad.AnnData(table.X[:, ::-1], obs=table.obs, var=table.var, obsm=table.obsm, uns=table.uns)
-    shutil.rmtree(found["C"])
-    other.write(found["C"])
-    return found
+    other.write(paths["C"])
+    return paths
+
+
+def run(stores, fast, folder, fit_params=None, **arguments):
+    slides = {name: sd.read_zarr(store) for name, store in stores.items()}
+    params = {name: value for name, value in fast.items() if name != "show_progress_bar"}
+    params |= {"validation": 0.25, "max_epochs": 1} | (fit_params or {})
+    arguments = {"groups": {"A": "one", "B": "one", "C": "two"}, "checkpoint_dir": folder} | arguments
+    return ps.tl.cross_validate(slides, fit_params=params, show_progress_bar=False, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +55,8 @@ def finished(stores, fast, tmp_path_factory):
     return run(stores, fast, folder), folder, before
 
 
-def run(stores, fast, folder, **arguments):
-    slides = {name: sd.read_zarr(store) for name, store in stores.items()}
-    groups = {"A": "one", "B": "one", "C": "two"}
-    options = fast | {"validation": 0.25, "checkpoint_dir": folder, "groups": groups, "max_epochs": 1} | arguments
-    return ps.tl.cross_validate(slides, **options)
-
-
 def test_a_fold_knows_nothing_of_what_it_leaves_out(finished, stores):
-    result, _, _ = finished
+    result, _, before = finished
     models = {fold: ps.PixNet.load(folder) for fold, folder in result.folders.items()}
     assert {fold: set(model.record.slides) for fold, model in models.items()} == {"one": {"C"}, "two": {"A", "B"}}
     for fold, slide in {"one": "C", "two": "A"}.items():
@@ -65,21 +65,16 @@ def test_a_fold_knows_nothing_of_what_it_leaves_out(finished, stores):
         counts = counts[counts.sum(axis=1) > 0]
         top = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True)).mean(axis=0).argsort()[-6:]
         assert set(models[fold].genes) == set(table.var_names[top])
-
-
-def test_slides_are_not_changed(finished, stores):
-    _, _, before = finished
-    assert {name: hashes(store) for name, store in stores.items()} == before
+    assert {name: hashes(store) for name, store in stores.items()} == before  # slides are not changed
 
 
 def test_scores_are_those_of_predict_and_evaluate(finished, stores, predict, tmp_path):
     result, folder, _ = finished
-    store = shutil.copytree(stores["A"], tmp_path / "A.zarr")
-    sdata = sd.read_zarr(store)
+    sdata = sd.read_zarr(shutil.copytree(stores["A"], tmp_path / "A.zarr"))
     predict(sdata, folder / "one", shapes_key=BINS, write=None)
     expected = ps.tl.evaluate(sdata, table_key=TABLE, predicted_key=f"pixnet_{BINS}")
-    found = result.per_gene.query("slide == 'A'").set_index("gene")
-    pd.testing.assert_frame_equal(found[["pcc", "mse", "mae"]], expected.loc[found.index], rtol=1e-4, atol=1e-5)
+    of_genes = result.per_gene.query("slide == 'A'").set_index("gene")
+    pd.testing.assert_frame_equal(of_genes[["pcc", "mse", "mae"]], expected.loc[of_genes.index], rtol=1e-4, atol=1e-5)
     row = result.per_slide.set_index("slide").loc["A"]
     assert row[[*METRICS, "n_regions", "n_genes"]].to_dict() == pytest.approx(expected.attrs, rel=1e-4, abs=1e-5)
 
@@ -93,78 +88,108 @@ def test_summary(finished):
         assert rows.loc["mean per slide", name] == pytest.approx(result.per_slide[name].mean())
     shared = set.intersection(*(set(ps.PixNet.load(f).genes) for f in result.folders.values()))
     assert rows.loc["pooled", "n_genes"] == len(shared)
+    assert rows.loc["pooled", "n_regions"] == result.per_slide["n_regions"].sum()
     pd.testing.assert_frame_equal(pd.read_csv(folder / "summary.csv"), result.summary)
 
 
-@pytest.fixture
-def no_work(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a finished fold was trained or predicted again")
-
-    monkeypatch.setattr("pixnet_sd.tl._fit.train", refuse)
-    monkeypatch.setattr("pixnet_sd.tl._cross_validate.predict", refuse)
-
-
-def test_finished_folds_are_taken_as_they_are(finished, stores, fast, no_work):
+def test_finished_folds_are_taken_as_they_are_and_damaged_scores_made_anew(finished, stores, fast, tmp_path, caplog):
     result, folder, _ = finished
+    caplog.set_level("INFO", "pixnet_sd")
     again = run(stores, fast, folder)
     for name in ("per_gene", "per_slide", "summary"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(result, name))
-    one = run(stores, fast, folder, folds="two")
-    assert list(one.per_slide["slide"]) == ["C"]
-
-
-def test_a_damaged_score_is_made_anew(finished, stores, fast, tmp_path):
-    result, folder, _ = finished
     copy = shutil.copytree(folder, tmp_path / "cv")
+    one = run(stores, fast, copy, folds="two")
+    assert caplog.text.count("has finished before") == caplog.text.count("scores taken from") == 3
     (copy / "two" / "scores.json").write_text("{")
-    again = run(stores, fast, copy, folds=["two"])
-    pd.testing.assert_frame_equal(again.per_slide, result.per_slide.query("fold == 'two'").reset_index(drop=True))
-
-
-def test_folder_of_other_options(finished, stores, fast):
-    _, folder, _ = finished
-    with pytest.raises(CheckpointError, match="already holds a model of another run"):
-        run(stores, fast, folder, lr=1e-3)
+    anew = run(stores, fast, copy, folds=["two"])
+    assert caplog.text.count("has finished before") == 4
+    assert caplog.text.count("scores taken from") == 3
+    for each in (one, anew):
+        pd.testing.assert_frame_equal(each.per_slide, result.per_slide.query("fold == 'two'").reset_index(drop=True))
+    with pytest.raises(CheckpointError):  # of other options
+        run(stores, fast, folder, {"train_params": {"lr": 1e-3}})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "names"),
     [
-        ({"groups": {"A": "x"}}, r"no group for the slides \['B', 'C'\]"),
-        ({"groups": dict.fromkeys("ABC", "x")}, "All slides are in group 'x': nothing would be left"),
-        ({"groups": {"A": "a/b", "B": "b", "C": "c"}}, r"Folds become folders, and \['a/b'\] cannot"),
-        ({"folds": ["three"]}, r"folds=\['three'\]: folds are called after what they leave out, \['one', 'two'\]"),
-        ({"n_gene": 3}, "'n_gene' is no option .* Did you mean 'n_genes'?"),
-        ({"record_model": True}, "'record_model' is no option"),
-        ({"validation": ["C"]}, "validation="),
-        ({"score_table_key": "cells"}, "score_table_key=.*'cells'"),
+        ({"groups": {"A": "x"}}, PixNetError, r"groups= .*\['B', 'C'\]"),
+        ({"groups": dict.fromkeys("ABC", "x")}, PixNetError, "groups=.*'x'"),
+        ({"groups": {"A": "a/b", "B": "b", "C": "c"}}, PixNetError, r"\['a/b'\]"),
+        ({"folds": ["three"]}, PixNetError, r"folds=\['three'\].*\['one', 'two'\]"),
+        ({"fit_params": {"n_gene": 3}}, TypeError, "n_gene"),
+        ({"fit_params": {"record_model": True}}, PixNetError, "fit_params=.*'record_model'"),
+        ({"fit_params": {"validation": ["C"]}}, PixNetError, "validation="),
+        ({"fit_params": {"mpp": "half"}}, PixNetError, "mpp="),
+        ({"score_table_key": "cells"}, PixNetError, "score_table_key=.*'cells'"),
     ],
 )
-def test_refused(stores, fast, tmp_path, arguments, message):
-    with pytest.raises(PixNetError, match=message):
+def test_refused(stores, fast, tmp_path, arguments, error, names):
+    with pytest.raises(error, match=names):
         run(stores, fast, tmp_path / "cv", **arguments)
     assert not (tmp_path / "cv").exists()
 
 
 def test_one_slide(slide):
     for given in (slide, {"A": slide}):
-        with pytest.raises(PixNetError, match=r"with one slide, fit\(sdata, validation=0.2\) holds out blocks"):
+        with pytest.raises(PixNetError, match="sdatas="):
             ps.tl.cross_validate(given)
 
 
-def test_pooled_of_one_slide_is_its_score():
+def test_a_poor_model_does_not_stop_it(stores, fast, tmp_path):
+    poor = {"train_params": fast["train_params"] | {"lr": 0.03}}
+    with pytest.warns(UserWarning, match="worse than none"):
+        result = run({name: stores[name] for name in "AB"}, fast, tmp_path / "cv", poor, groups=None, folds=["A"])
+    assert result.per_slide["MSE"].iloc[0] > 20
+
+
+def test_pooled_regions_are_scored_as_those_of_one_slide():
     rng = np.random.default_rng(0)
     genes = pd.Index([f"G{k}" for k in range(70)])
     target = rng.normal(5, 1, (40, 70)).astype(np.float32)
     predicted = (0.5 * target + rng.normal(0, 1, target.shape)).astype(np.float32)
     target[:, 3], predicted[:, 66] = 1.7, 0.3
     p, t = predicted.astype(np.float64), target.astype(np.float64)
-    pcc = pearson_per_gene(torch.from_numpy(p), torch.from_numpy(t)).numpy()
+    with np.errstate(invalid="ignore"):
+        pcc = np.array([np.corrcoef(p[:, k], t[:, k])[0, 1] for k in range(70)])
+    pcc[[3, 66]] = np.nan, 0  # measured, and only predicted, is constant
     expected = pd.DataFrame({"pcc": pcc, "mse": ((p - t) ** 2).mean(0), "mae": np.abs(p - t).mean(0)}, index=genes)
-    pd.testing.assert_frame_equal(pooled([moments(predicted, target, genes)]), expected, check_names=False)
     parts = [moments(predicted[rows], target[rows], genes) for rows in (slice(0, 5), slice(5, 40))]
-    shuffled = [parts[0], parts[1][::-1]]
-    pd.testing.assert_frame_equal(pooled(shuffled), expected, check_names=False)
-    assert pooled(parts)["pcc"].isna().sum() == 1
-    assert pooled(parts).loc["G66", "pcc"] == 0
+    for frames in ([moments(predicted, target, genes)], [parts[0], parts[1][::-1]]):
+        pd.testing.assert_frame_equal(pooled(frames), expected, check_names=False)
+
+
+@pytest.fixture
+def scores() -> dict[tuple[str, str], pd.DataFrame]:
+    values = np.random.default_rng(0).random((2, 9, 3)).astype(np.float32)
+    values[0, :, 1] = np.nan
+    return {("slide", "table"): moments(*values, pd.Index(["A", "B", "µ"]))}
+
+
+def test_scores_come_back_or_are_not_taken(scores, tmp_path: Path) -> None:
+    write_scores(tmp_path, {"weights": "a"}, scores)
+    assert read_scores(tmp_path, {"weights": "b"}) is None
+    path = tmp_path / "scores.json"
+    whole = path.read_bytes()
+    flips = [(bit // 8, 1 << bit % 8) for bit in range(0, 8 * len(whole), 8 * len(whole) // 150)]
+    for place, flip in [(0, 0), *flips]:
+        content = bytearray(whole)
+        content[place] ^= flip
+        path.write_bytes(content)
+        read = read_scores(tmp_path, {"weights": "a"})
+        assert flip or read is not None
+        if read is not None:  # 1E-5 is the same as 1e-5
+            pd.testing.assert_frame_equal(read["slide", "table"], scores["slide", "table"], check_exact=True)
+    for text in (b"", whole[:-2], b"[" * 10_000, b"{}", json.dumps({"identity": {"weights": "a"}}).encode()):
+        path.write_bytes(text)
+        assert read_scores(tmp_path, {"weights": "a"}) is None
+
+
+def test_scores_are_written_through_no_link(scores, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("years of work")
+    for name in ("scores.json", "scores.json.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    write_scores(tmp_path, {}, scores)
+    assert (tmp_path / "mine").read_text() == "years of work"
+    assert read_scores(tmp_path, {}) is not None

@@ -7,7 +7,7 @@ import pytest
 import spatialdata as sd
 
 import pixnet_sd as ps
-from pixnet_sd.errors import PixNetError, StoreError
+from pixnet_sd.errors import StoreError
 
 BINS = "sample_square_008um"
 
@@ -83,38 +83,7 @@ def test_all_genes_whatever_regions_are_predicted_for(fitted, predict) -> None:
     assert list(ps.get.gene_map(fitted)["scale0"]["image"].c.values) == genes
 
 
-def test_is_there_already(fitted, predict, forward_passes) -> None:
-    predict(fitted, write="factors")
-    del forward_passes[:]
-    predict(fitted, write="factors")
-    assert not forward_passes
-
-
-def test_refusals(fitted, predict) -> None:
-    with pytest.raises(PixNetError, match=r"native pitch only: leave out map_um=8 or store"):
-        predict(fitted, write="factors", map_um=8)
+def test_a_table_of_the_name_of_its_weights_is_not_replaced(fitted, predict) -> None:
     fitted.tables["pixnet_factors_head"] = fitted.tables["square_008um"]
     with pytest.raises(StoreError, match="pixnet_factors_head"):
         predict(fitted, write="factors")
-
-
-def test_a_cut_off_run_goes_on(fitted, predict, monkeypatch) -> None:
-    predict(fitted, write="factors", key_added="whole")
-    monkeypatch.setattr("pixnet_sd.store.gene_map._layout.MAX_BLOCK_PX", 32)
-    write, calls = ps.store.GeneMapWriter.write, []
-
-    def breaking(self, block, values):
-        calls.append(block)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        write(self, block, values)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ps.store.GeneMapWriter, "write", breaking)
-        with pytest.raises(KeyboardInterrupt):
-            predict(fitted, write="factors", tile_px=128)
-    assert "pixnet_factors" not in sd.read_zarr(fitted.path).images
-    predict(fitted, write="factors", tile_px=128)
-    found, expected = (fitted.images[f"{key}_factors"]["scale0"]["image"].values for key in ("pixnet", "whole"))
-    height, width = (min(a, b) for a, b in zip(found.shape[1:], expected.shape[1:], strict=True))
-    np.testing.assert_allclose(found[:, :height, :width], expected[:, :height, :width], atol=1e-5 * np.ptp(expected))

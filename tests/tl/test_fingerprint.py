@@ -146,7 +146,7 @@ OF_COUNTS = [one_more_count, swapped_rows]
 
 
 @given(change=st.sampled_from([*OF_IMAGE, *OF_REGIONS, *OF_COUNTS]), k=st.integers(0, 1000))
-@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_change_of_the_data_trains_anew(model, folder, change, k):
     slide = Slide()
     change(slide, k)
@@ -154,7 +154,7 @@ def test_any_change_of_the_data_trains_anew(model, folder, change, k):
 
 
 @given(change=st.sampled_from([*OF_IMAGE, *OF_REGIONS]), k=st.integers(0, 1000))
-@settings(max_examples=9, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=7, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_change_of_image_or_regions_is_predicted_anew(model, change, k):
     slide = Slide()
     before = predicted(slide.build(), model)
@@ -265,19 +265,6 @@ class TestSameQuestionAskedOfOtherData:
         again = ps.tl.fit(Slide().build(), checkpoint_dir=place, **grouped(FIT_GROUPS, **FIT))
         assert again.record.weights_sha256 == model.record.weights_sha256
 
-    def test_a_corrected_image_is_predicted_anew(self, model):
-        slide = Slide()
-        sdata = slide.build()
-        ps.tl.predict(sdata, model, **grouped(PREDICT_GROUPS, **PREDICT))
-        slide.pixels[:, 40:] = slide.pixels[:, 40:, ::-1].copy()
-        sdata.images["he"] = image(slide.pixels)
-        with pytest.raises(StoreError):
-            ps.tl.predict(sdata, model, shapes_key="cells", **grouped(PREDICT_GROUPS, **PREDICT))
-        ps.tl.predict(sdata, model, shapes_key="cells", overwrite=True, **grouped(PREDICT_GROUPS, **PREDICT))
-        fresh = slide.build()
-        ps.tl.predict(fresh, model, shapes_key="cells", **grouped(PREDICT_GROUPS, **PREDICT))
-        np.testing.assert_array_equal(sdata.tables["pixnet_cells"].X, fresh.tables["pixnet_cells"].X)
-
     def test_a_map_that_someone_else_rewrote_is_not_believed(self, model, tmp_path):
         sdata = stored(Slide().build(), tmp_path / "s.zarr")
         ps.tl.predict(sdata, model, **grouped(PREDICT_GROUPS, **PREDICT))
@@ -293,11 +280,11 @@ class TestSameQuestionAskedOfOtherData:
     @pytest.mark.parametrize("lazy", [False, True])
     def test_a_map_in_memory_that_was_changed_is_not_believed(self, model, lazy):
         sdata = Slide().build()
-        ps.tl.predict(sdata, model, **grouped(PREDICT_GROUPS, **PREDICT))
+        ps.tl.predict(sdata, model, **PREDICT)
         level = sdata.images["pixnet_map"]["scale0"]["image"]
         level.data = level.data * 2 if lazy else level.values * 2
-        with pytest.raises(StoreError):
-            ps.tl.predict(sdata, model, shapes_key="cells", **grouped(PREDICT_GROUPS, **PREDICT))
+        with pytest.raises(StoreError, match="pixnet_map"):
+            ps.tl.predict(sdata, model, shapes_key="cells", **PREDICT)
 
     def test_scores_of_another_slide(self, folder):
         slides = {"a": Slide(0).build(), "b": Slide(1).build()}

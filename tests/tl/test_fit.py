@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import spatialdata as sd
 import torch
@@ -16,10 +15,9 @@ from safetensors.torch import save_file
 from scipy import sparse
 
 import pixnet_sd as ps
-from pixnet_sd.engine.train import _batches as targets
+from pixnet_sd.engine.train import Trainer
 from pixnet_sd.errors import CheckpointError, DataError, PixNetError
 from pixnet_sd.model import PixNet, build_encoder
-from pixnet_sd.tl import _fit
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
 
@@ -46,95 +44,72 @@ def _elements(sdata: sd.SpatialData):
     return ((name, element) for _, name, element in sdata.gen_elements())
 
 
-def test_what_it_leaves(slide, fit, tmp_path, user_files):
-    before = user_files(slide.path)
-    model = fit(slide, checkpoint_dir=tmp_path / "model", validation=0.25)
-    assert sorted(path.name for path in (tmp_path / "model").rglob("*") if path.is_file()) == [
-        "checksums.json",
-        "config.json",
-        "model.safetensors",
-    ]
-    assert slide.attrs["pixnet_sd"]["model"] == str(tmp_path / "model")
-    again = sd.read_zarr(slide.path)
-    assert again.attrs["pixnet_sd"] == slide.attrs["pixnet_sd"]
-    assert {name for _, name, _ in again.gen_elements()} == {name for _, name, _ in slide.gen_elements()}
-    assert user_files(slide.path) == before
-    assert model.genes == model.record.genes
-    assert len(model.genes) == 6
-    assert not model.network.training
-
-
-def test_genes_are_the_highest(slide, model):
-    counts = slide.tables[TABLE].to_df()
-    mean = np.log1p(1e4 * counts.div(counts.sum(axis=1), axis=0)).mean().sort_values(ascending=False)
-    assert model.genes == list(mean.index[:6])
-
-
-def test_config_is_plain_json(checkpoint):
+def test_what_it_leaves(slide, fitted, checkpoint, user_files):
+    """A model's files, its name in the slide, and nothing else."""
+    assert {path.name for path in checkpoint.rglob("*")} == {"checksums.json", "config.json", "model.safetensors"}
+    assert fitted.attrs["pixnet_sd"]["model"] == str(checkpoint)
+    assert {name for _, name, _ in fitted.gen_elements()} == {name for _, name, _ in slide.gen_elements()}
+    assert user_files(fitted.path) == user_files(slide.path)
     config = json.loads((checkpoint / "config.json").read_text())
-    assert config["format"] == "pixnet_sd/2"
-    assert config["log_base"] == "e"
-    assert config["target_sum"] == 1e4
-    assert config["slides"]["slide"]["image"] == FULL
-    assert config["slides"]["slide"]["mpp"] == 1.0
-    assert config["slides"]["slide"]["tables"] == {TABLE: BINS}
-    split = [config["slides"]["slide"][f"{part}_regions"][TABLE] for part in ("training", "held_out")]
+    assert (config["format"], config["log_base"], config["target_sum"]) == ("pixnet_sd/2", "e", 1e4)
+    described = config["slides"]["slide"]
+    assert (described["image"], described["mpp"], described["tables"]) == (FULL, 1.0, {TABLE: BINS})
+    split = [described[f"{part}_regions"][TABLE] for part in ("training", "held_out")]
     assert min(split) > 30
     assert sum(split) <= 408
     assert config["training"]["seed"] == 0
-    assert len(config["held_out_pcc"]) == 6
 
 
-def test_history(model):
+def test_genes_and_history(slide, model):
+    counts = slide.tables[TABLE].to_df()
+    mean = np.log1p(1e4 * counts.div(counts.sum(axis=1), axis=0)).mean().sort_values(ascending=False)
+    assert model.genes == model.record.genes == list(mean.index[:6])
     history = model.history
-    assert isinstance(history, pd.DataFrame)
     assert list(history.index) == [1, 2]
     assert {"loss", "val_pcc", "val_mse", "lr", "seconds"} <= set(history.columns)
     assert np.isfinite(history.to_numpy()).all()
     best = int(history["val_pcc"].idxmax())
     assert model.record.training["best_epoch"] == best
     assert np.nanmean(np.array(model.record.held_out_pcc, float)) == pytest.approx(history["val_pcc"][best], abs=1e-6)
+    assert not model.network.training
 
 
-def test_same_call_returns_the_finished_model(slide, fit, tmp_path, caplog, monkeypatch):
-    first = fit(slide, checkpoint_dir=tmp_path / "model")
-    monkeypatch.setattr("pixnet_sd.tl._fit.train", None)
-    caplog.set_level("INFO", "pixnet_sd")
-    second = fit(sd.read_zarr(slide.path), checkpoint_dir=tmp_path / "model")
-    assert "the same run has finished before" in caplog.text
-    for key, value in first.network.state_dict().items():
-        assert torch.equal(value, second.network.state_dict()[key])
+def test_the_seed_decides(slide, fit, model, tmp_path):
+    again = fit(slide, checkpoint_dir=tmp_path / "model", validation=0.25).network.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.network.state_dict().items())
+    assert not torch.equal(
+        fit(slide, checkpoint_dir=tmp_path / "other", validation=0.25, seed=1).network.head.weight, again["head.weight"]
+    )
+
+
+def test_the_same_call_takes_the_finished_model(fitted, fit, predict, model, no_training, tmp_path, caplog):
+    """Whatever was predicted since (ours is not taken for counts), and with other versions of libraries."""
+    predict(fitted, shapes_key=BINS)
+    model.record.versions |= {"torch": "0.0.1", "anndata": "0.0.1"}
+    model.save(tmp_path / "model")
+    again = fit(fitted, checkpoint_dir=tmp_path / "model", validation=0.25).network.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.network.state_dict().items())
+    assert "torch 0.0.1" in caplog.text
+    assert "anndata" not in caplog.text
 
 
 @pytest.mark.parametrize("other", [{"lr": 1e-3}, {"seed": 1}, {"aggregation": "sum"}, {"target_sum": 1e3}])
 def test_other_settings_into_the_same_folder(slide, fit, checkpoint, other, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "model")
     before = (tmp_path / "model" / "config.json").read_bytes()
-    with pytest.raises(CheckpointError, match=f"already holds .* {next(iter(other))}'"):
+    with pytest.raises(CheckpointError, match=f"{next(iter(other))}'.*checkpoint_dir"):
         fit(slide, checkpoint_dir=tmp_path / "model", validation=0.25, **other)
     assert (tmp_path / "model" / "config.json").read_bytes() == before
 
 
-def test_predicting_does_not_change_what_is_trained(fitted, fit, predict, checkpoint, monkeypatch):
-    """Results of ours beside the counts are not taken for counts."""
-    predict(fitted, shapes_key=BINS)
-    monkeypatch.setattr("pixnet_sd.tl._fit.train", None)
-    fit(fitted, checkpoint_dir=checkpoint, validation=0.25)
-
-
-def test_folder_beside_the_store(slide, fit):
-    fit(slide, max_epochs=1)
-    folder = Path(slide.attrs["pixnet_sd"]["model"])
-    assert folder.parent == Path(slide.path).parent.resolve() / "pixnet_sd_models"
-    assert (folder / "model.safetensors").is_file()
-
-
-def test_object_in_memory(pair, fit, predict, tmp_path, monkeypatch):
+@pytest.mark.parametrize("backed", [True, False])
+def test_the_folder_without_checkpoint_dir(slide, pair, fit, tmp_path, monkeypatch, backed):
     monkeypatch.chdir(tmp_path)
-    fit(pair["a"], max_epochs=1)
-    assert Path(pair["a"].attrs["pixnet_sd"]["model"]).parent == tmp_path.resolve() / "pixnet_sd_models"
-    predict(pair["a"], bin_um=16)
-    assert "pixnet_bins_16um" in pair["a"].tables
+    sdata = slide if backed else pair["a"]
+    fit(sdata, max_epochs=1)
+    folder = Path(sdata.attrs["pixnet_sd"]["model"])
+    assert folder.parent == tmp_path.resolve() / "pixnet_sd_models"
+    assert (folder / "model.safetensors").is_file()
 
 
 def test_two_slides(pair, fit, tmp_path):
@@ -150,22 +125,65 @@ def test_two_slides(pair, fit, tmp_path):
 
 def test_genes_come_from_training_slides(pair, fit, tmp_path):
     """A gene that the held-out slide lacks cannot be scored there."""
-    with pytest.raises(DataError, match=r"genes are not in table 'square_008um' of slide 'b': 'ACTB'"):
+    with pytest.raises(DataError, match="'b'.*'ACTB'"):
         fit(pair, checkpoint_dir=tmp_path / "model", validation=["b"], genes=["ACTB", "CD68"])
 
 
-def test_several_tables(pair, fit, tmp_path):
-    keys = ["square_008um", "square_016um"]
-    model = fit(pair["b"], checkpoint_dir=tmp_path / "model", table_key=keys, validation=None)
+def test_named_tables_and_genes_in_order_without_validation(pair, fit, tmp_path):
+    keys, genes = ["square_008um", "square_016um"], ["OTHER", "CD68"]
+    model = fit(pair["b"], checkpoint_dir=tmp_path / "m", table_key=keys, genes=genes, validation=None, max_epochs=1)
+    assert model.genes == genes
     assert set(model.record.slides["slide"]["training_regions"]) == set(keys)
     assert model.record.held_out_pcc == []
     assert "held_out_pcc" not in model.record.var
     assert {"loss", "lr", "seconds"} == set(model.history.columns)
 
 
-def test_named_genes_in_order(slide, fit, tmp_path):
-    model = fit(slide, checkpoint_dir=tmp_path / "model", genes=["CD68", "ACTB"], max_epochs=1)
-    assert model.genes == ["CD68", "ACTB"]
+def test_the_whole_transcriptome(slide, fit, tmp_path):
+    """All genes with 10 counts."""
+    counts = slide.tables[TABLE].to_df().sum()
+    model = fit(slide, checkpoint_dir=tmp_path / "model", genes="all", max_epochs=1)
+    assert set(model.genes) == set(counts.index[counts >= 10])
+
+
+class Seen(Exception):
+    """What was looked for."""
+
+
+def test_depth_of_slides_is_relative(pair, fit, tmp_path, monkeypatch):
+    deep = pair["b"].tables[TABLE].copy()
+    deep.X = deep.X * 3
+    pair["b"].tables[TABLE] = deep
+
+    def look(trainer: Trainer) -> None:
+        raise Seen(*(slide.depth for slide in trainer.run.training))
+
+    monkeypatch.setattr(Trainer, "start", look)
+    with pytest.raises(Seen) as seen:
+        fit(pair, checkpoint_dir=tmp_path / "model", objective="poisson", validation=None)
+    one, other = seen.value.args
+    assert one + other == pytest.approx(2)
+    assert other > 2 * one
+
+
+def test_it_learns(slide, fit, tmp_path):
+    """A few epochs on counts without noise bring the loss well below that of the first."""
+    truth = ps.datasets.sample_truth_bins(8, size_um=200, mpp=1.0, library_size=False)
+    slide.tables[TABLE].X = sparse.csr_matrix(np.rint(100 * truth.to_numpy()).astype(np.float32))
+    model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=8, lr=5e-3, validation=None)
+    assert model.history["loss"].iloc[-1] < 0.8 * model.history["loss"].iloc[0]
+
+
+def test_the_papers_parameters(slide, predict, tmp_path):
+    network = ps.ModelParams.paper(encoder="test_resnet", encoder_weights=None, decoder_width=16, working_mpp=1.0)
+    training = ps.TrainParams.paper(tile_px=128)
+    options = {"model_params": network, "train_params": training, "genes": 6, "max_epochs": 1, "device": "cpu"}
+    record = ps.tl.fit(slide, checkpoint_dir=tmp_path / "model", **options, show_progress_bar=False).record
+    said = [record.training[name] for name in ("optimizer", "anneal", "patience", "pcc_weight", "keep_best")]
+    assert said == ["adam", False, None, 0.5, False]
+    assert (record.aggregation, record.decoder.widths, record.decoder.hidden) == ("sum", None, (16, 16, 16))
+    predict(slide, bin_um=16, write=None)
+    assert np.isfinite(slide.tables["pixnet_bins_16um"].X).all()
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "sum"])
@@ -178,26 +196,6 @@ def test_aggregation_starts_at_the_mean(slide, fit, predict, tmp_path, aggregati
     counts = slide.tables[TABLE].to_df()
     target = np.log1p(1e4 * counts.div(counts.sum(axis=1), axis=0))[model.genes]
     assert scores.attrs["MSE"] < 2 * target.var(ddof=0).mean()
-
-
-def test_few_regions(slide, fit, tmp_path):
-    few = slide.tables.pop(TABLE)[:6].copy()
-    slide.tables[TABLE] = few
-    with pytest.warns(UserWarning, match="Only 6 regions to learn from"):
-        fit(slide, checkpoint_dir=tmp_path / "model", validation=None, max_epochs=1)
-
-
-def test_paper_preset(slide, fit, predict, tmp_path):
-    paper = {**vars(ps.ModelParams.paper()), **vars(ps.TrainParams.paper())}
-    own = {k: v for k, v in paper.items() if k in ("decoder", "aggregation", *vars(ps.TrainParams()))}
-    model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1, **{**own, "tile_px": 128})
-    settings = model.record.training
-    assert (settings["optimizer"], settings["anneal"], settings["patience"]) == ("adam", False, None)
-    assert settings["pcc_weight"] == 0.5
-    assert model.record.decoder.widths is None
-    assert model.record.decoder.hidden == (16, 16, 16)
-    predict(slide, bin_um=16, write=None)
-    assert np.isfinite(slide.tables["pixnet_bins_16um"].X).all()
 
 
 @pytest.mark.parametrize("objective", ["poisson", "nb"])
@@ -217,36 +215,6 @@ def test_counts(slide, fit, tmp_path, objective):
     assert found.head.unit[-1] == pytest.approx(counts, rel=0.1)
 
 
-def test_depth_of_slides_is_relative(pair, fit, tmp_path):
-    deep = pair["b"].tables[TABLE].copy()
-    deep.X = deep.X * 3
-    pair["b"].tables[TABLE] = deep
-    seen = []
-    train = _fit.train
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            _fit, "train", lambda network, slides, *a, **k: (seen.extend(slides), train(network, slides, *a, **k))[1]
-        )
-        fit(pair, checkpoint_dir=tmp_path / "model", objective="poisson", max_epochs=1, validation=None)
-    one, other = (slide.depth for slide in seen)
-    assert one + other == pytest.approx(2)
-    assert other > 2 * one
-
-
-def test_the_whole_transcriptome(slide, fit, tmp_path, monkeypatch):
-    """All genes with 10 counts; taken some at a time they come to the same weights, but for rounding."""
-    counts = slide.tables[TABLE].X.sum(axis=0).A1
-    weights = []
-    for name, most in (("whole", 1024), ("parts", 16)):
-        monkeypatch.setattr(targets, "DENSE_OUTPUTS", most)
-        monkeypatch.setattr(targets, "_BLOCK_BYTES", 0)
-        monkeypatch.setattr(targets, "_FEWEST", 16)
-        model = fit(slide, checkpoint_dir=tmp_path / name, genes="all", max_epochs=1, lr=1e-3)
-        assert len(model.genes) == (counts >= 10).sum() > 16
-        weights.append(model.network.head.weight)
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
-
-
 def test_frozen_encoder(slide, fit, tmp_path):
     torch.manual_seed(0)
     encoder = build_encoder("test_resnet", None)
@@ -264,21 +232,6 @@ def test_frozen_encoder(slide, fit, tmp_path):
     assert not (tmp_path / "model" / "training").exists() or not list((tmp_path / "model" / "training").iterdir())
 
 
-def test_same_seed_same_weights(slide, fit, tmp_path):
-    models = [fit(slide, checkpoint_dir=tmp_path / name, seed=seed) for name, seed in (("1", 3), ("2", 3), ("3", 4))]
-    one, two, other = (m.network.head.weight for m in models)
-    assert torch.equal(one, two)
-    assert not torch.equal(one, other)
-
-
-def test_it_learns(slide, fit, tmp_path):
-    """A few epochs on counts without noise bring the loss well below that of the first."""
-    truth = ps.datasets.sample_truth_bins(8, size_um=200, mpp=1.0, library_size=False)
-    slide.tables[TABLE].X = sparse.csr_matrix(np.rint(100 * truth.to_numpy()).astype(np.float32))
-    model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=8, lr=5e-3, validation=None, patience=None)
-    assert model.history["loss"].iloc[-1] < 0.8 * model.history["loss"].iloc[0]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -290,15 +243,15 @@ def test_it_learns(slide, fit, tmp_path):
         ({"working_mpp": 1e-6}, "working_mpp=1e-06"),
         ({"working_mpp": 50.0}, "working_mpp=50"),
         ({"working_mpp": 1e-300}, "working_mpp=1e-300"),
-        ({"encoder": "resnet19"}, "timm knows no model named 'resnet19'.*encoder="),
-        ({"encoder_weights": "/no/such.pt"}, "no weights file at '/no/such.pt'"),
-        ({"genes": ["actb", "CD68"]}, r"1 of 2 genes are not in table .*'actb' \(there is 'ACTB'\)"),
-        ({"table_key": "counts"}, "There is no table 'counts'. Tables: 'square_008um'.*table_key="),
+        ({"encoder": "resnet19"}, "'resnet19'.*encoder="),
+        ({"encoder_weights": "/no/such.pt"}, "'/no/such.pt'"),
+        ({"genes": ["actb", "CD68"]}, "'actb'.*'ACTB'"),
+        ({"table_key": "counts"}, "'counts'.*'square_008um'.*table_key="),
         ({"image_key": "he"}, "image_key="),
         ({"coordinate_system": "microns"}, "coordinate_system="),
         ({"device": "cuda:7"}, "cuda"),
         ({"device": "gpu"}, "gpu"),
-        ({"objective": "poisson", "aggregation": "mean"}, "objective='poisson' sums densities: leave out aggregation="),
+        ({"objective": "poisson", "aggregation": "mean"}, "objective='poisson'.*aggregation="),
     ],
 )
 def test_arguments_that_do_not_fit(slide, fit, tmp_path, monkeypatch, arguments, message):
@@ -309,13 +262,32 @@ def test_arguments_that_do_not_fit(slide, fit, tmp_path, monkeypatch, arguments,
     assert "pixnet_sd" not in sd.read_zarr(slide.path).attrs
 
 
-def test_spots_without_counts_are_left_out(slide, fit, tmp_path):
-    x = slide.tables[TABLE].X.tolil()
+def _few(table):
+    return table[:6].copy()
+
+
+def _empty_spots(table):
+    x = table.X.tolil()
     x[:40] = 0
-    slide.tables[TABLE].X = x.tocsr()
-    with pytest.warns(UserWarning, match="40 of 408 regions have no counts at all and are left out"):
+    table.X = x.tocsr()
+    return table
+
+
+def _logged(table):
+    table.X = table.X.log1p()
+    return table
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "n_regions"),
+    [(_few, "Only 6 regions", 6), (_empty_spots, "40 of 408 regions", 368), (_logged, f"'{TABLE}'.*logarithms", 408)],
+)
+def test_counts_that_are_warned_of_once(slide, fit, tmp_path, change, message, n_regions):
+    slide.tables[TABLE] = change(slide.tables.pop(TABLE))
+    with pytest.warns(UserWarning, match=message) as caught:
         model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1, validation=None)
-    assert model.record.slides["slide"]["training_regions"] == {TABLE: 368}
+    assert model.record.slides["slide"]["training_regions"] == {TABLE: n_regions}
+    assert len([w for w in caught if issubclass(w.category, UserWarning)]) == 1
 
 
 def test_gene_without_counts(slide, fit, predict, tmp_path):
@@ -325,7 +297,7 @@ def test_gene_without_counts(slide, fit, predict, tmp_path):
     x[:, names.get_loc("GENE004")] = 0
     slide.tables[TABLE].X = x.tocsr()
     assert "GENE004" not in fit(slide, checkpoint_dir=tmp_path / "chosen", max_epochs=1).genes
-    with pytest.warns(UserWarning, match=r"1 of the genes named have no counts in the training slides \('GENE004'\)"):
+    with pytest.warns(UserWarning, match="'GENE004'"):
         model = fit(slide, checkpoint_dir=tmp_path / "named", genes=["CD68", "GENE004"], max_epochs=1)
     assert model.record.held_out_pcc[1] is None
     predict(slide, shapes_key=BINS, write=None)
@@ -335,64 +307,42 @@ def test_gene_without_counts(slide, fit, predict, tmp_path):
     assert scores.attrs["PCC@M"] == scores.loc["CD68", "pcc"]
 
 
-def test_logged_counts_are_warned_of(slide, fit, tmp_path):
-    slide.tables[TABLE].X = slide.tables[TABLE].X.log1p()
-    with pytest.warns(
-        UserWarning, match=r"'square_008um': X holds logarithms already.* Put raw counts there"
-    ) as caught:
-        fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1)
-    assert len([w for w in caught if "logarithms" in str(w.message)]) == 1
+@pytest.mark.parametrize("objective", ["poisson", "nb"])
+def test_a_likelihood_of_counts_refuses_other_values(slide, fit, tmp_path, objective):
+    slide.tables[TABLE].X = slide.tables[TABLE].X * 500.3
+    with pytest.raises(DataError, match=f"'{TABLE}'.*objective='{objective}'"):
+        fit(slide, checkpoint_dir=tmp_path / objective, objective=objective)
+    assert not (tmp_path / objective).exists()
 
 
-@pytest.mark.parametrize("factor", [500.3, 1.3])
-def test_values_that_are_not_counts(slide, fit, tmp_path, factor):
-    """A likelihood of counts refuses them whatever their size; logarithms of shares do not depend on it."""
-    plain = fit(slide, checkpoint_dir=tmp_path / "plain", max_epochs=1)
-    slide.tables[TABLE].X = slide.tables[TABLE].X * factor
-    for objective in ("poisson", "nb"):
-        with pytest.raises(DataError, match=f"'{TABLE}'.*objective='{objective}'"):
-            fit(slide, checkpoint_dir=tmp_path / objective, objective=objective)
-        assert not (tmp_path / objective).exists()
-    assert fit(slide, checkpoint_dir=tmp_path / "scaled", max_epochs=1).genes == plain.genes
-
-
-def test_antibodies_are_no_genes(slide, fit, tmp_path, caplog):
-    table = slide.tables[TABLE]
-    top = fit(slide, checkpoint_dir=tmp_path / "all", max_epochs=1).genes
-    table.var["feature_types"] = [
-        "Antibody Capture" if name in top[:3] else "Gene Expression" for name in table.var_names
-    ]
-    model = fit(slide, checkpoint_dir=tmp_path / "genes", max_epochs=1)
-    assert not set(model.genes) & set(top[:3])
-    assert "3 'Antibody Capture'" in caplog.text
+def test_antibodies_are_no_genes(slide, fit, model, tmp_path):
+    table, top = slide.tables[TABLE], model.genes[:3]
+    table.var["feature_types"] = np.where(table.var_names.isin(top), "Antibody Capture", "Gene Expression")
+    assert not set(fit(slide, checkpoint_dir=tmp_path / "genes", max_epochs=1).genes) & set(top)
     with pytest.raises(DataError, match=top[0]):
         fit(slide, checkpoint_dir=tmp_path / "named", genes=top[:1])
 
 
-def test_store_that_cannot_be_written(slide, fit, predict, tmp_path, monkeypatch, caplog):
+def test_store_that_cannot_be_written(slide, fit, tmp_path, monkeypatch, caplog):
     """A slide on a read-only disk can be trained on; the model is then noted in memory only."""
+    notes, replace = Path(slide.path) / "zarr.json", Path.replace
 
-    def refuse(*args, **kwargs):
-        raise OSError(errno.EROFS, "Read-only file system")
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target) == notes:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return replace(self, target)
 
-    before = (Path(slide.path) / "zarr.json").read_bytes()
-    monkeypatch.setattr("pixnet_sd.store._notes.write_json", refuse)
+    before = notes.read_bytes()
+    monkeypatch.setattr(Path, "replace", refuse)
     model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1)
-    assert "recorded in memory only" in caplog.text
     assert "Read-only file system" in caplog.text
     assert slide.attrs["pixnet_sd"]["model"] == str(tmp_path / "model")
     assert ps.PixNet.load(tmp_path / "model").record == model.record
-    assert (Path(slide.path) / "zarr.json").read_bytes() == before
+    assert notes.read_bytes() == before
 
 
 @pytest.mark.parametrize("folder", ["file", "file/model"])
-def test_checkpoint_dir_that_cannot_be_made(slide, fit, tmp_path, monkeypatch, folder):
+def test_checkpoint_dir_that_cannot_be_made(slide, fit, tmp_path, no_training, folder):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("pixnet_sd.tl._fit.train", None)  # it does not come to that
-    with pytest.raises(CheckpointError, match="checkpoint_dir=.*file' is no folder"):
+    with pytest.raises(CheckpointError, match="checkpoint_dir=.*file'"):
         fit(slide, checkpoint_dir=tmp_path / folder)
-
-
-def test_all_slides_held_out(pair, fit, tmp_path):
-    with pytest.raises(PixNetError, match="validation"):
-        fit(pair, checkpoint_dir=tmp_path / "model", validation=["a", "b"])

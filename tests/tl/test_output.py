@@ -110,26 +110,13 @@ def test_read_back_the_same(predicted):
     assert not list(Path(predicted.path).parent.glob(".*pixnet_sd*"))
 
 
-def test_written_by_spatialdata(predicted, tmp_path):
-    """A copy that SpatialData itself writes holds the same."""
-    predicted.write(tmp_path / "copy.zarr", update_sdata_path=False)
-    assert_same(sd.read_zarr(tmp_path / "copy.zarr"), predicted)
-
-
-def test_in_memory_object_can_be_written(fitted, model, predict, tmp_path):
+def test_written_by_spatialdata(predicted, fitted, model, predict, tmp_path):
+    """A copy that SpatialData itself writes holds the same, of a backed object and of one in memory."""
     memory = sd.SpatialData(images={FULL: fitted.images[FULL]}, shapes={BINS: fitted.shapes[BINS]})
     predict(memory, model, radius_um=8)
-    memory.write(tmp_path / "memory.zarr", update_sdata_path=False)
-    assert_same(sd.read_zarr(tmp_path / "memory.zarr"), memory)
-
-
-def test_read_without_consolidated_metadata(predicted):
-    import zarr
-
-    group = zarr.open_group(str(predicted.path), mode="r", use_consolidated=False)
-    consolidated = zarr.open_group(str(predicted.path), mode="r", use_consolidated=True)
-    for kind in ("images", "labels", "shapes", "tables"):
-        assert set(group[kind]) == set(consolidated[kind])
+    for sdata, name in ((predicted, "copy"), (memory, "memory")):
+        sdata.write(tmp_path / f"{name}.zarr", update_sdata_path=False)
+        assert_same(sd.read_zarr(tmp_path / f"{name}.zarr"), sdata)
 
 
 def test_map_element(predicted, model):
@@ -205,20 +192,13 @@ def test_spatialdata_plot(predicted, picture_to):
     # on the whole of the slide; spatialdata-plot 0.4 draws every image half a pixel up and to the left
     assert np.abs(to_data.transform([[x0, y1], [x1, y0]]) - [[0, 0], [200, 200]]).max() <= 4 / 2
 
-
-def test_spatialdata_plot_of_circles(predicted, picture_to):
-    import spatialdata_plot  # noqa: F401
-
-    gene = predicted.tables["pixnet_circles_8um"].var_names[0]
     _, axes = plt.subplots()
-    chain = predicted.pl.render_images(FULL).pl.render_shapes(
-        "pixnet_circles_8um_shapes", color=gene, table_name="pixnet_circles_8um"
-    )
+    key = "pixnet_circles_8um"
+    chain = again.pl.render_images(FULL).pl.render_shapes(f"{key}_shapes", color=gene, table_name=key)
     chain.pl.show(ax=axes)
     picture_to("spatialdata_plot_circles.png")
-    assert len(axes.get_images()) == 1
     (patches,) = axes.collections
-    assert len(patches.get_paths()) == predicted.tables["pixnet_circles_8um"].n_obs
+    assert len(patches.get_paths()) == again.tables[key].n_obs
     assert len(np.unique(patches.get_facecolor(), axis=0)) > 10
 
 
@@ -246,13 +226,3 @@ def test_napari(predicted):
     assert set(bins.metadata["table_names"]) == {TABLE, f"pixnet_{BINS}"}
     tissue = viewer.get_sdata_labels(predicted, "pixnet_map_tissue", "sample", multi=False)
     assert tissue.data[0].shape == finest.shape[1:]
-
-
-def test_scanpy_reads_the_table(predicted):
-    """Plain AnnData tools take it as any spatial table."""
-    table = predicted.tables["pixnet_circles_8um"]
-    assert isinstance(table.obs["region"].dtype, pd.CategoricalDtype)
-    assert table.obs_names.is_unique
-    library = table.uns["spatial"]["sample"]
-    assert library["images"]["hires"].dtype == np.uint8
-    assert set(library["scalefactors"]) >= {"tissue_hires_scalef", "spot_diameter_fullres"}

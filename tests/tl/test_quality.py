@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import spatialdata as sd
 
 import pixnet_sd as ps
 from pixnet_sd.errors import CheckpointError, DivergenceError
 
-BINS, TABLE = "sample_square_008um", "square_008um"
+BINS = "sample_square_008um"
 
 
 def rated(model, **said) -> ps.PixNet:
@@ -44,15 +43,15 @@ def test_a_poor_model_is_refused_unless_told(fitted, model, predict, forward_pas
         {"mse": 4.0, "gene_mean_mse": 1.0, "pcc": 0.4},  # off, and yet it knows where
         {"mse": 1e16, "gene_mean_mse": None, "pcc": None},
         {"mse": 1.0, "gene_mean_mse": 0.0, "pcc": None},  # nothing varies
+        None,  # of an older record
     ],
 )
 def test_another_is_not(fitted, model, predict, said):
-    predict(fitted, rated(model, **said), shapes_key=BINS, write=None)
-
-
-def test_a_model_without_such_a_record_is_used(fitted, model, predict):
-    old = {k: v for k, v in model.record.training.items() if k not in ("mse", "gene_mean_mse", "pcc", "scored_on")}
-    predict(fitted, ps.PixNet(model.network, replace(model.record, training=old)), shapes_key=BINS, write=None)
+    training = dict(model.record.training) | (said or {})
+    for name in () if said else ("mse", "gene_mean_mse", "pcc", "scored_on"):
+        del training[name]
+    other = ps.PixNet(model.network, replace(model.record, training=training))
+    predict(fitted, other, shapes_key=BINS, write=None)
 
 
 @pytest.mark.parametrize(
@@ -67,13 +66,3 @@ def test_divergence_saves_nothing(slide, fit, tmp_path, options):
             fit(slide, checkpoint_dir=folder, lr=0.3, validation=validation, max_epochs=1, **options)
         assert not (folder / "config.json").exists()
     assert "model" not in slide.attrs.get("pixnet_sd", {})
-
-
-def test_a_poor_model_is_said_and_scored(slide, fast, tmp_path):
-    """Cross-validation is not stopped by it."""
-    slides = {name: sd.read_zarr(slide.path) for name in "AB"}
-    options = fast | {"validation": 0.25, "max_epochs": 1, "checkpoint_dir": tmp_path / "cv"}
-    options["train_params"] = options["train_params"] | {"lr": 0.03}
-    with pytest.warns(UserWarning, match="worse than none"):
-        found = ps.tl.cross_validate(slides, folds=["A"], **options)
-    assert found.per_slide["MSE"].iloc[0] > 20

@@ -17,7 +17,7 @@ from pixnet_sd.model import Network
 @pytest.fixture
 def four_blocks(monkeypatch):
     """Blocks of 32 map pixels: the slide has four, and a tile of 128 working pixels is one."""
-    monkeypatch.setattr("pixnet_sd.store.gene_map._layout.MAX_BLOCK_PX", 32)
+    monkeypatch.setattr("pixnet_sd.store.gene_map._layout.BLOCK_PX", (32, 32))
 
 
 @pytest.fixture
@@ -95,15 +95,6 @@ def test_fit_interrupted(slide, fit, break_at, tmp_path):
     parts = fit(slide, checkpoint_dir=tmp_path / "parts", validation=0.25, max_epochs=3)
     assert_same_model(parts, whole)
     assert not list((tmp_path / "parts" / "training").glob("*"))
-
-
-def test_killed_once_the_model_was_saved(slide, fit, tmp_path):
-    """What only a run that goes on needs is removed by the same call."""
-    model = fit(slide, checkpoint_dir=tmp_path / "m")
-    (tmp_path / "m" / "training").mkdir(exist_ok=True)
-    (tmp_path / "m" / "training" / "training_state.pt").write_bytes(b"some")
-    assert_same_model(fit(slide, checkpoint_dir=tmp_path / "m"), model)
-    assert not (tmp_path / "m" / "training").exists()
 
 
 def assert_same_model(one, other) -> None:

@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from pixnet_sd.engine.train import RunState, Trainer
 from pixnet_sd.errors import CheckpointError, DataError
-from pixnet_sd.tl import _fit
+
+MODEL = {"checksums.json", "config.json", "model.safetensors"}
 
 
-@pytest.fixture
-def while_training(monkeypatch):
-    """Do something in the middle of a run, once."""
-
-    def arrange(action) -> list[Exception]:
-        seen: list[Exception] = []
-        train = _fit.train
-
-        def training(*arguments, **options):
-            monkeypatch.setattr(_fit, "train", train)
-            with pytest.raises(CheckpointError) as refused:
-                action()
-            seen.append(refused.value)
-            return train(*arguments, **options)
-
-        monkeypatch.setattr(_fit, "train", training)
-        return seen
-
-    return arrange
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("default", [False, True], ids=["given", "default folder"])
-def test_the_second_run_is_refused(slide, fit, while_training, tmp_path: Path, monkeypatch, default: bool) -> None:
-    where = {} if default else {"checkpoint_dir": tmp_path / "model"}
-    if not default:  # found before images are read or an encoder is made
-        monkeypatch.setattr(_fit, "build_encoder", _once(_fit.build_encoder))
-    seen = while_training(lambda: fit(slide, max_epochs=1, **where))
-    fit(slide, max_epochs=1, **where)
+def test_the_second_run_is_refused(slide, fit, tmp_path: Path, monkeypatch, default: bool) -> None:
+    """A folder that was given is held before the encoder is looked at, which takes long."""
+    where = {"max_epochs": 1} | ({} if default else {"checkpoint_dir": tmp_path / "model"})
+    refused, start = [], Trainer.start
+
+    def in_between(trainer: Trainer) -> None:
+        with pytest.raises(CheckpointError, match="checkpoint_dir") as caught:
+            fit(slide, **where, **({} if default else {"encoder": "no such encoder"}))
+        refused.append(str(caught.value))
+        start(trainer)
+
+    monkeypatch.setattr(Trainer, "start", in_between)
+    fit(slide, **where)
     folder = Path(slide.attrs["pixnet_sd"]["model"])
-    (error,) = seen
-    assert folder.name in str(error)
-    assert "checkpoint_dir" in str(error)
-    assert {path.name for path in folder.rglob("*")} == {"checksums.json", "config.json", "model.safetensors"}
-
-
-def _once(function):
-    calls = iter([function])
-    return lambda *arguments, **options: next(calls)(*arguments, **options)
+    assert folder.name in refused[0]
+    assert left(folder) == MODEL
 
 
 def test_a_lock_that_a_kill_left(slide, fit, tmp_path: Path) -> None:
@@ -55,13 +41,15 @@ def test_a_lock_that_a_kill_left(slide, fit, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / ".training.lock").touch()
     fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1)
-    assert not (tmp_path / "model" / ".training.lock").exists()
+    assert left(tmp_path / "model") == MODEL
 
 
-def test_a_finished_model_is_read_by_many(slide, fit, checkpoint, monkeypatch) -> None:
-    """Also where nothing can be written."""
-    monkeypatch.setattr(_fit, "train", None)
-    monkeypatch.setattr("pixnet_sd.tl._fit.hold_lock", None)
+def test_a_finished_model_is_read_where_nothing_can_be_written(slide, fit, checkpoint, no_training, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
     fit(slide, checkpoint_dir=checkpoint, validation=0.25, record_model=False)
 
 
@@ -77,12 +65,11 @@ def test_killed_when_the_model_was_trained(slide, fit, tmp_path: Path, monkeypat
     """The same call finishes, and tidies up."""
     folder = tmp_path / "model"
     with monkeypatch.context() as patched:
-        patched.setattr(_fit.RunState, "remove", lambda directory: None)
+        patched.setattr(RunState, "remove", lambda directory: None)
         first = fit(slide, checkpoint_dir=folder, max_epochs=1)
     (folder / ".training.lock").touch()
     (folder / "training" / ".pixnet_sd-a.partial").mkdir()
     if last is not None:
         (folder / last).unlink()
-    again = fit(slide, checkpoint_dir=folder, max_epochs=1)
-    assert again.record == first.record
-    assert {path.name for path in folder.rglob("*")} == {"checksums.json", "config.json", "model.safetensors"}
+    assert fit(slide, checkpoint_dir=folder, max_epochs=1).record == first.record
+    assert left(folder) == MODEL

@@ -39,13 +39,12 @@ class Variant:
         return f"{self.dataset_id}_square_008um{suffix}"
 
 
+PLAIN = Variant()
 VARIANTS = {
-    "squares": Variant(),
     "circles": Variant(options=(("bins_as_squares", False),)),
     "labels": Variant(options=(("annotate_table_by_labels", True),)),
-    "circles and labels": Variant(options=(("bins_as_squares", False), ("annotate_table_by_labels", True))),
     "no id": Variant(""),
-    "no id, labels": Variant("", (("annotate_table_by_labels", True),)),
+    "no id, circles, labels": Variant("", (("bins_as_squares", False), ("annotate_table_by_labels", True))),
 }
 
 
@@ -68,9 +67,9 @@ def read(folders: dict[str, Path], variant: Variant, store: Path) -> sd.SpatialD
 def expected(folders, fast, tmp_path_factory) -> tuple[str, np.ndarray]:
     """Model and prediction of the plainest variant."""
     root = tmp_path_factory.mktemp("expected")
-    sdata = read(folders, VARIANTS["squares"], root / "slide.zarr")
+    sdata = read(folders, PLAIN, root / "slide.zarr")
     model = ps.tl.fit(sdata, checkpoint_dir=root / "model", **fast)
-    ps.tl.predict(sdata, shapes_key=VARIANTS["squares"].bins, write=None, device="cpu", show_progress_bar=False)
+    ps.tl.predict(sdata, shapes_key=PLAIN.bins, write=None, device="cpu", show_progress_bar=False)
     return model.record.weights_sha256, by_id(sdata.tables[f"pixnet_{VARIANTS['squares'].bins}"])
 
 
@@ -97,7 +96,7 @@ def test_every_variant_is_the_same_slide(folders, fit, predict, expected, varian
 
 
 def test_segmented_cells(folders, fit, predict, tmp_path):
-    sdata = read(folders, VARIANTS["squares"], tmp_path / "slide.zarr")
+    sdata = read(folders, PLAIN, tmp_path / "slide.zarr")
     fit(sdata, checkpoint_dir=tmp_path / "model", table_key="square_008um")
     cells = "sample_cell_segmentations"
     predict(sdata, shapes_key=cells, write=None)

@@ -1,8 +1,7 @@
-"""Any value on a few characters of a message, however large or odd it is.
+"""Rules: what an argument takes, in words, and how a value is read as what the code behind the door works with.
 
-What an argument may be: a rule says it in words, and reads a value as what the code behind the door works with.
-
-NumPy's scalars become Python's, any list of names a list of ``str``.
+NumPy's scalars become Python's, any list of names a list of ``str``. Nothing large is imported: a value can only be of
+a class that is loaded already.
 """
 
 from __future__ import annotations
@@ -12,117 +11,89 @@ import numbers
 import operator
 import os
 import reprlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pixnet_sd.errors import PixNetError
 
-__all__ = [
-    "LONGEST_NAME",
-    "Rule",
-    "Unfit",
-    "check_text",
-    "choice",
-    "each",
-    "either",
-    "element_name",
-    "flag",
-    "names",
-    "number",
-    "optional",
-    "raising",
-    "shown",
-    "text",
-    "whole",
-]
-
 _WIDTH = 60
+_LONGEST_NAME, _LONGEST_PREFIX, _LONGEST_PATH = 255, 100, 4096  # bytes
 
 
 class _Short(reprlib.Repr):
     """Cuts what is long, and names what it does not know by its type: a slide's own text takes long and many lines."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 4
-        self.maxlevel, self.maxstring, self.maxlong = 2, _WIDTH, _WIDTH
 
     def repr_int(self, x: int, level: int) -> str:
         """Python refuses to spell out numbers of thousands of digits."""
         return super().repr_int(x, level) if x.bit_length() < 4096 else f"<a number of {x.bit_length()} bits>"
 
     def repr_instance(self, x: Any, level: int) -> str:
-        if isinstance(x, os.PathLike):
+        if isinstance(x, os.PathLike | str):
             return self.repr_str(str(x), level)
-        if isinstance(x, str | bytes):
-            return self.repr1(str(x) if isinstance(x, str) else bytes(x), level)
-        is_plain = x is None or isinstance(x, bool | numbers.Real)
-        text = str(x) if is_plain else ""
-        return text if 0 < len(text) <= _WIDTH else f"<{type(x).__name__}>"
-
-    def repr_bytes(self, x: bytes, level: int) -> str:  # noqa: ARG002 - as the others
-        return repr(x[:_WIDTH])
+        if isinstance(x, bytes):
+            return repr(bytes(x[:_WIDTH]))
+        spelt = str(x) if x is None or isinstance(x, bool | numbers.Real) else ""
+        return spelt if 0 < len(spelt) <= _WIDTH else f"<{type(x).__name__}>"
 
 
 _SHORT = _Short()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 4
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 2, _WIDTH, _WIDTH
 
 
 def shown(value: Any) -> str:
-    """The value as Python spells it, cut where it is long."""
+    """Spell a value as Python does, cut where it is long."""
     return _SHORT.repr(value)
-
-
-LONGEST_NAME = 255
-_LONGEST_PREFIX = 100
 
 
 class Unfit(Exception):
     """A value that an argument does not take; with a text, why, where that is not plain from what is needed."""
 
 
+def _require(holds: bool, why: str = "") -> None:
+    if not holds:
+        raise Unfit(why)
+
+
 @dataclass(frozen=True)
 class Rule:
-    """What an argument takes.
-
-    Attributes
-    ----------
-    needed
-        In words, after "give".
-    read
-        From a value to what the verb gets; raises `Unfit`.
-    error
-        What is raised; None: what the verb raises.
-    takes_none
-        Whether None is taken.
-    """
+    """What an argument takes: in words, and from a value to what the verb gets, or `Unfit`."""
 
     needed: str
     read: Callable[[Any], Any]
-    error: type[PixNetError] | None = None
+    error: type[PixNetError] | None = None  # None: what the verb raises
     takes_none: bool = False
 
 
 def raising(error: type[PixNetError], rule: Rule) -> Rule:
-    """The same rule with an error of its own."""
+    """Give a rule an error of its own."""
     return replace(rule, error=error)
 
 
 def optional(rule: Rule) -> Rule:
-    """The same rule, or None."""
+    """Let a rule take None as well."""
     if rule.takes_none:
         return rule
-    read = rule.read
-    return replace(
-        rule,
-        needed=f"{rule.needed}, or None",
-        read=lambda value: None if value is None else read(value),
-        takes_none=True,
-    )
+    read, needed = rule.read, f"{rule.needed}, or None"
+    return replace(rule, needed=needed, read=lambda v: None if v is None else read(v), takes_none=True)
 
 
-def either(*rules: Rule) -> Rule:
-    """The first rule that the value fits; where it fits none, the last one says why."""
+def where(rule: Rule, holds: Callable[[Any], bool], why: str = "", *, needed: str = "") -> Rule:
+    """Take only those values of a rule for which something holds."""
+
+    def read(value: Any) -> Any:
+        plain = rule.read(value)
+        _require(holds(plain), why)
+        return plain
+
+    return replace(rule, read=read, needed=needed or rule.needed)
+
+
+def either(*rules: Rule, needed: str = "") -> Rule:
+    """Read a value by the first rule that it fits; where it fits none, the last one says why."""
 
     def read(value: Any) -> Any:
         for rule in rules[:-1]:
@@ -132,92 +103,56 @@ def either(*rules: Rule) -> Rule:
                 continue
         return rules[-1].read(value)
 
-    return Rule(" or ".join(rule.needed for rule in rules), read)
+    return Rule(needed or " or ".join(rule.needed for rule in rules), read)
 
 
 def flag() -> Rule:
-    """True or False, not 1 or 0."""
+    """Take True or False, not 1 or 0."""
 
     def read(value: Any) -> bool:
-        if isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")):
-            return bool(value)
-        raise Unfit
+        is_numpys = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+        _require(isinstance(value, bool) or is_numpys)
+        return bool(value)
 
     return Rule("True or False", read)
 
 
-def number(
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    unit: str = "",
-) -> Rule:
-    """A finite number; no bool, no text. Limits are part of the range but for `above` and `below`."""
+def number(needed: str = "", within: Callable[[float], bool] = math.isfinite) -> Rule:
+    """Take a finite number in a range; no bool, no text."""
 
     def read(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise Unfit
+        _require(isinstance(value, numbers.Real) and not isinstance(value, bool))
         try:
-            found = float(value)
+            plain = float(value)
         except (OverflowError, ValueError) as error:
             raise Unfit from error
-        inside = (
-            math.isfinite(found)
-            and (low is None or found >= low)
-            and (high is None or found <= high)
-            and (above is None or found > above)
-            and (below is None or found < below)
-        )
-        if not inside:
-            raise Unfit
-        return found
+        _require(math.isfinite(plain) and within(plain))
+        return plain
 
-    return Rule(_range("number", unit, low, high, above, below), read)
+    return Rule(needed, read)
 
 
-def _range(
-    what: str, unit: str, low: float | None, high: float | None, above: float | None = None, below: float | None = None
-) -> str:
-    of = f" of {unit}" if unit else ""
-    if (above, low, high, below) == (0, None, None, None):
-        return f"a positive {what}{of}"
-    if above is not None and below is not None:
-        return f"a {what}{of} between {above:g} and {below:g}"
-    if low is None and above is None:
-        return f"a finite {what}{of}"
-    start = f" above {above:,.10g}" if above is not None else f" from {low:,.10g}"
-    joint = ", at most" if above is not None else " to"
-    stop = f"{joint} {high:,.10g}" if high is not None else "" if above is not None else " on"
-    return f"a {what}{of}{start}{stop}"
-
-
-def whole(low: int, high: int | None = None, *, multiple: int = 1) -> Rule:
-    """A whole number; no bool, and no 64.0, which is how lengths are given."""
+def whole(low: int, high: int, *, multiple: int = 1) -> Rule:
+    """Take a whole number in a range; no bool, and no 64.0, which is how lengths are given."""
 
     def read(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise Unfit
-        found = operator.index(value)
-        if found < low or (high is not None and found > high):
-            raise Unfit
-        if found % multiple:
-            raise Unfit(f"such as {max(round(found / multiple) * multiple, low)}")
-        return found
+        _require(isinstance(value, numbers.Integral) and not isinstance(value, bool))
+        plain = operator.index(value)
+        _require(low <= plain <= high)
+        _require(plain % multiple == 0, f"such as {max(round(plain / multiple) * multiple, low)}")
+        return plain
 
-    if multiple == 1:
-        return Rule(_range("whole number", "", low, high), read)
-    return Rule(f"a whole number, a multiple of {multiple}{_range('', '', low, high)[2:]}", read)
+    kind = "a whole number" if multiple == 1 else f"a whole number, a multiple of {multiple}"
+    return Rule(f"{kind} from {low:,} to {high:,.10g}", read)
 
 
 def choice(*values: Any) -> Rule:
-    """One of some texts or numbers."""
+    """Take one of some texts or whole numbers; 1.0 and True are not 1."""
 
     def read(value: Any) -> Any:
-        plain = _plain(value)
         for known in values:
-            if type(plain) is type(known) and plain == known:
+            kind = str if isinstance(known, str) else numbers.Integral
+            if isinstance(value, kind) and not isinstance(value, bool) and value == known:
                 return known
         raise Unfit
 
@@ -225,118 +160,206 @@ def choice(*values: Any) -> Rule:
     return Rule(f"{', '.join(first)} or {last}" if first else last, read)
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's scalars and subclasses of text as Python's own."""
-    if isinstance(value, str):
-        return str(value)
-    return value if isinstance(value, bool) or not isinstance(value, numbers.Integral) else operator.index(value)
-
-
-def text(what: str = "a name", *, empty: bool = True) -> Rule:
-    """A text that can be a name: of bounded length, and one that can be written."""
+def text(what: str = "a name", *, empty: bool = True, longest: int = _LONGEST_NAME) -> Rule:
+    """Take a text that a file can be called and a store can hold."""
 
     def read(value: Any) -> str:
-        if not isinstance(value, str):
-            raise Unfit
-        found = str(value)
-        check_text(found, LONGEST_NAME)
-        if not (found or empty):
-            raise Unfit("it is empty")
-        return found
+        _require(isinstance(value, str))
+        try:
+            n_bytes = len(value.encode())
+        except UnicodeEncodeError as error:
+            raise Unfit("it has characters that cannot be written") from error
+        _require("\0" not in value, "it has a NUL character")
+        _require(n_bytes <= longest, f"it has {n_bytes} bytes, and {longest} is the most")
+        _require(bool(value) or empty, "it is empty")
+        return str(value)
 
     return Rule(f"{what} as text", read)
 
 
-def check_text(found: str, longest: int) -> None:
-    """Refuse what no file can be called, nor any store hold."""
-    try:
-        n_bytes = len(found.encode())
-    except UnicodeEncodeError as error:
-        raise Unfit("it has characters that cannot be written") from error
-    if "\0" in found:
-        raise Unfit("it has a NUL character")
-    if n_bytes > longest:
-        raise Unfit(f"it has {n_bytes} bytes, and {longest} is the most")
-
-
 def element_name(what: str, *, empty: bool = False) -> Rule:
-    """First part of names of elements or files, by SpatialData's own rule."""
+    """Take the first part of names of elements or files, by SpatialData's own rule."""
 
-    def read(value: Any) -> str:
-        if not isinstance(value, str):
-            raise Unfit
-        found = str(value)
-        check_text(found, _LONGEST_PREFIX)
-        if not found and not empty:
-            raise Unfit("it is empty")
+    def holds(name: str) -> bool:
         # what starts with a dot is written, and never found again: readers take it for a hidden file
-        if found.startswith(("__", ".")) or not all(c.isalnum() or c in "_-." for c in found):
-            raise Unfit
-        return found
+        return not name.startswith(("__", ".")) and all(c.isalnum() or c in "_-." for c in name)
 
-    return Rule(f"{what}: letters, digits, '_', '-' and '.', not starting with '__' or '.'", read)
+    needed = f"{what}: letters, digits, '_', '-' and '.', not starting with '__' or '.'"
+    return where(text(empty=empty, longest=_LONGEST_PREFIX), holds, needed=needed)
 
 
-def names(what: str, *, one: bool = True, empty: bool = False) -> Rule:
-    """Names in an order: a list, a tuple, an array or an index of text; with `one` also a single text, as it is.
+def each(rule: Rule, what: str, *, n: int | None = None) -> Rule:
+    """Take `n`, or one or more values of a rule, in an order that can be read again: no set, mapping or iterator."""
 
-    Sets have no order, mappings have values, and what can be read only once would be empty the second time.
-    """
-    item = text()
+    def read(value: Any) -> tuple[Any, ...]:
+        is_array = hasattr(value, "__array__") and getattr(value, "ndim", None) == 1  # or an index, or a series
+        is_text = isinstance(value, str | bytes | bytearray | memoryview)
+        _require(not is_text and (is_array or isinstance(value, Sequence)))
+        items = tuple(rule.read(item) for item in value)
+        _require(len(items) == n if n is not None else bool(items), f"{len(items)} were given")
+        return items
+
+    return Rule(what, read)
+
+
+def names(what: str, *, one: bool = True) -> Rule:
+    """Take a list of names, and with `one` a single one, as it is."""
+    name = text()
+    several = each(name, "")
 
     def read(value: Any) -> str | list[str]:
-        if isinstance(value, str) and one:
-            return str(item.read(value))
-        found = _listed(value)
-        wrong = [each for each in found if not isinstance(each, str)]
-        if wrong:
-            raise Unfit(f"{shown(wrong[0])} is no text")
-        if not (found or empty):
-            raise Unfit("it is empty")
-        return [str(item.read(each)) for each in found]
+        return name.read(value) if one and isinstance(value, str) else list(several.read(value))
 
     return Rule(f"{what} as text, one or a list of them" if one else f"a list of {what} as text", read)
 
 
-def _listed(value: Any) -> list[Any]:
-    """Items of anything that has an order and can be read again."""
-    if isinstance(value, str | bytes | bytearray | memoryview):
-        raise Unfit
-    if isinstance(value, Sequence):
-        return list(value)
-    if hasattr(value, "__array__") and getattr(value, "ndim", None) == 1:  # arrays, an index, a series
-        return list(value)
-    raise Unfit
+def path(what: str) -> Rule:
+    """Take text or a path object that can name a file."""
+    whole_path, part = text(empty=False, longest=_LONGEST_PATH), text()
 
-
-def each(rule: Rule, what: str, *, n: int | None = None, one: bool = False, ordered: bool = False) -> Rule:
-    """Several values of one rule.
-
-    Parameters
-    ----------
-    rule
-        Of each.
-    what
-        In words.
-    n
-        How many; None: one or more.
-    one
-        Take a single value too, as it is.
-    ordered
-        Of a box x0, y0, x1, y1: the first two are smaller.
-    """
-
-    def read(value: Any) -> Any:
-        if one:
-            try:
-                return rule.read(value)
-            except Unfit:
-                pass
-        found = [rule.read(item) for item in _listed(value)]
-        if len(found) != n if n is not None else not found:
-            raise Unfit(f"{len(found)} were given")
-        if ordered and not (found[0] < found[2] and found[1] < found[3]):
-            raise Unfit
-        return tuple(found)
+    def read(value: Any) -> str | Path:
+        given = whole_path.read(os.fspath(value) if isinstance(value, os.PathLike) else value)
+        for name in Path(given).parts:
+            part.read(name)
+        try:
+            Path(given).expanduser()
+        except RuntimeError as error:
+            raise Unfit("there is no such user") from error
+        return str(value) if isinstance(value, str) else Path(value)
 
     return Rule(what, read)
+
+
+def folder(what: str) -> Rule:
+    """Take a folder that is there."""
+    return where(path(what), lambda given: Path(given).expanduser().is_dir(), "there is no such folder")
+
+
+def hub_name(what: str) -> Rule:
+    """Take a name on the hub, or a folder: what is there, and what could not be a name, has to be one."""
+
+    def holds(given: str | Path) -> bool:
+        is_local = str(given).startswith(("~", "/", "./", "../")) or Path(given).exists()
+        return not is_local or Path(given).expanduser().is_dir()
+
+    return where(path(what), holds, "there is no such folder")
+
+
+def new_folder(what: str) -> Rule:
+    """Take a folder that is there or can be made."""
+
+    def holds(given: str | Path) -> bool:
+        place = Path(given).expanduser()
+        above = next((p for p in (place, *place.parents) if p.exists() or p.is_symlink()), None)
+        return above is None or above.is_dir()
+
+    return where(path(what), holds, "a file is in its way")
+
+
+def figure_file() -> Rule:
+    """Take a file in a folder that is there, of a kind that matplotlib writes."""
+
+    def holds(given: str | Path) -> bool:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        place, known = Path(given), FigureCanvasBase.get_supported_filetypes()
+        is_known = not place.suffix or place.suffix[1:].lower() in known
+        _require(is_known, f"it ends in {place.suffix!r}, and {', '.join(known)} can be written")
+        return place.parent.is_dir() and not place.is_dir()
+
+    return where(path("a file for the figure"), holds, "it is a folder, or in none")
+
+
+def instance(name: str, what: str) -> Rule:
+    """Take an object of a class, named by its module and name; nothing can be one before the class is imported."""
+    module, _, attribute = name.rpartition(".")
+
+    def read(value: Any) -> Any:
+        loaded = getattr(sys.modules.get(module), attribute, None)
+        _require(isinstance(loaded, type) and isinstance(value, loaded))
+        return value
+
+    return Rule(what, read)
+
+
+def by_name(one: Rule, needed: str, *, keys: type = str) -> Rule:
+    """Take a value of one rule, or several in a mapping; text is made of keys that are none."""
+    name = text()
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return one.read(value)
+        _require(bool(value), "there is none in it")
+        for key, item in value.items():
+            _require(isinstance(key, keys))
+            name.read(str(key))
+            try:
+                one.read(item)
+            except Unfit as error:
+                raise Unfit(f"{shown(key)} is {shown(item)}") from error
+        return {str(key): item for key, item in value.items()}
+
+    return Rule(needed, read)
+
+
+def mapping(what: str, *, item: Rule | None = None, known: Collection[str] = ()) -> Rule:
+    """Take a mapping with texts for keys, or with some of those that are known."""
+
+    def read(value: Any) -> dict[str, Any]:
+        _require(isinstance(value, Mapping))
+        for key in value:
+            _require(key in known if known else isinstance(key, str), f"{shown(key)} is none")
+        return {key: item.read(value[key]) if item else value[key] for key in value}
+
+    return Rule(what, read)
+
+
+def frame(column: str, what: str) -> Rule:
+    """Take a data frame with a column of numbers."""
+
+    def holds(value: Any) -> bool:
+        return column in value.columns and getattr(value[column].dtype, "kind", "O") in "fiu"
+
+    return where(instance("pandas.DataFrame", what), holds)
+
+
+def axes() -> Rule:
+    """Take Axes to draw on, one or several in any arrangement."""
+    one = instance("matplotlib.axes.Axes", "")
+
+    def read(value: Any) -> Any:
+        import numpy as np
+
+        if hasattr(value, "get_figure"):
+            return one.read(value)
+        _require(isinstance(value, list | tuple | np.ndarray) and np.size(value) > 0)
+        for ax in np.asarray(value, dtype=object).ravel():
+            one.read(ax)
+        return value
+
+    return Rule("Axes of matplotlib, or a list of them", read)
+
+
+def colour_limit() -> Rule:
+    """Take a number, a percentile such as ``"p99"``, or one for each gene."""
+
+    def is_percentile(given: str) -> bool:
+        try:
+            return given.startswith("p") and 0 <= float(given[1:]) <= 100
+        except ValueError:
+            return False
+
+    one = optional(either(number(), where(text(), is_percentile)))
+    return either(one, each(one, ""), needed="a number, a percentile from 'p0' to 'p100', or one for each gene")
+
+
+def colour_map() -> Rule:
+    """Take a colour map or the name of one."""
+
+    def is_known(name: str) -> bool:
+        import matplotlib as mpl
+
+        return name in mpl.colormaps
+
+    needed = "a colour map of matplotlib or its name"
+    return either(instance("matplotlib.colors.Colormap", ""), where(text(), is_known, "there is none"), needed=needed)

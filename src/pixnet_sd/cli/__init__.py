@@ -1,17 +1,24 @@
-"""The command line ``pixnet-sd``: the same verbs, for batch queues."""
+"""The command line ``pixnet-sd``: the same verbs, for batch queues. Here is what ends a command, well or not."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ._commands import COMMANDS as COMMANDS
+    from ._parser import Call
+    from ._parser import parse as parse
+
 __all__ = ["main"]
 
 INTERRUPTED, TERMINATED = 130, 143
+_LATER = {"COMMANDS": "._commands", "parse": "._parser"}
 
 
 class _Terminated(KeyboardInterrupt):
@@ -29,12 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Without the program's name; default: those of this process.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
+    state = "Nothing was changed."
     try:
-        from ._main import run_line
+        from ._commands import COMMANDS
+        from ._parser import parse
 
-        return run_line(sys.argv[1:] if arguments is None else arguments)
+        call = parse(sys.argv[1:] if arguments is None else arguments, COMMANDS)
+        state = call.command.resume
+        return _execute(call)
+    except SystemExit as done:  # of the parser: --help, --version, wrong usage
+        return int(done.code or 0)
     except KeyboardInterrupt as stop:
-        return _stopped(stop)
+        terminated = isinstance(stop, _Terminated)
+        print(f"{'Terminated' if terminated else 'Interrupted'}. {state}", file=sys.stderr, flush=True)
+        return TERMINATED if terminated else INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -43,9 +58,36 @@ def _terminate(*_: Any) -> None:
     raise _Terminated
 
 
-def _stopped(stop: KeyboardInterrupt) -> int:
-    """Say so, and what the command noted on what becomes of its work."""
-    terminated = isinstance(stop, _Terminated)
-    (state,) = getattr(stop, "__notes__", [])[:1] or ["Nothing was changed."]
-    print(f"{'Terminated' if terminated else 'Interrupted'}. {state}", file=sys.stderr, flush=True)
-    return TERMINATED if terminated else INTERRUPTED
+def _execute(call: Call) -> int:
+    from pixnet_sd.errors import PixNetError
+
+    from ._run import set_up_logging
+
+    set_up_logging(verbose=call.own.get("verbose", False), quiet=call.own.get("quiet", False))
+    module, _, function = call.command.does.partition(".")
+    try:
+        return getattr(import_module(f".{module}", __name__), function)(call) or 0
+    except PixNetError as error:
+        flag = call.command.flags.get(error.argument or "")
+        return _fail(call, f"{flag.flag}: {error}" if flag else str(error))
+    except ImportError as error:  # an extra that is not installed; says which
+        return _fail(call, str(error))
+    except BrokenPipeError:  # of `pixnet-sd info ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _fail(call: Call, message: str) -> int:
+    if call.own.get("verbose"):
+        import traceback
+
+        traceback.print_exc()
+    print(f"pixnet-sd {call.command.name}: error: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+def __getattr__(name: str) -> Any:
+    """Import the grammar on first use."""
+    if name in _LATER:
+        return getattr(import_module(_LATER[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

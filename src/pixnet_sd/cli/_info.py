@@ -2,80 +2,201 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pixnet_sd._util import logger
-from pixnet_sd.errors import PixNetError, StoreError
+from pixnet_sd.errors import PixNetError
+from pixnet_sd.params import ModelParams
 
-from ._inputs import NOTHING, is_store, space_ranger_folder
-from ._messages import as_options_of_convert
+from ._commands import COMMANDS
+from ._run import is_store, space_ranger_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from spatialdata import SpatialData
 
-__all__ = ["describe"]
+    from pixnet_sd.model import ModelRecord
+    from pixnet_sd.slide import Slide
+
+    from ._parser import Call
+
+__all__ = ["info"]
 
 _CHECKPOINT = ", or the folder of a model (a checkpoint has a config.json)"
+_FEW = 8  # genes that are named
 
 
-def describe(
-    path: str | Path,
-    *,
-    model: str | Path | None = None,
-    image_key: str | None = None,
-    coordinate_system: str | None = None,
-    mpp: float | Literal["coordinate_system"] | None = None,
-    allow_any_mpp: bool = False,
-) -> str:
-    """Say what a store, a checkpoint or a Space Ranger folder holds; nothing is changed.
-
-    Parameters
-    ----------
-    path
-        The store or folder.
-    model
-        Checkpoint that a prediction is estimated for; default: the one that `fit` recorded, else `fit`'s defaults.
-    image_key, coordinate_system, mpp, allow_any_mpp
-        As in :func:`fit`.
-
-    Returns
-    -------
-    Lines of text.
-
-    Raises
-    ------
-    StoreError
-        The path is none of these.
-    CheckpointError
-        The checkpoint is damaged.
-    """
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        raise StoreError(NOTHING.format(str(path), _CHECKPOINT))
-    logger.info("reading %s", path)  # before the libraries that take seconds to import
-    if (folder / "config.json").is_file() and not is_store(folder):
-        from ._info_checkpoint import describe_checkpoint
-
-        return describe_checkpoint(folder)
+def info(call: Call) -> None:
+    """Print what a path holds; nothing is changed."""
+    place = dict(call.options)
+    model = place.pop("model", None)
+    folder = Path(call.slides[0]).expanduser()
+    logger.info("reading %s", folder)  # before the libraries that take seconds to import
     if is_store(folder):
-        from ._info_store import describe_store
+        lines = _store(folder, model, place)
+    elif (folder / "config.json").is_file():
+        lines = _checkpoint(folder)
+    else:
+        lines = _space_ranger(space_ranger_folder(folder, also=_CHECKPOINT))
+    print("\n".join(lines))
 
-        where: Mapping[str, Any] = {"image_key": image_key, "coordinate_system": coordinate_system}
-        return describe_store(folder, model, {**where, "mpp": mpp, "allow_any_mpp": allow_any_mpp})
-    return _describe_space_ranger(space_ranger_folder(folder, also=_CHECKPOINT))
 
-
-def _describe_space_ranger(folder: Path) -> str:
+def _space_ranger(folder: Path) -> list[str]:
     from pixnet_sd.io import find_files, open_matrix
 
     lines = [f"{folder}: Space Ranger folder of Visium HD"]
     try:
         files = find_files(folder, None, None, None)
     except PixNetError as error:
-        return "\n".join([*lines, f"  cannot be converted as it is: {as_options_of_convert(str(error))}"])
-    for what, matrix in files.matrices().items():
+        return [*lines, f"  cannot be converted as it is: {error} (See the options of pixnet-sd convert.)"]
+    for name, matrix in files.matrices().items():
         with open_matrix(matrix) as counts:
-            lines.append(f"  {what}: {counts.n_rows:,}")
-    lines += [f"  full-resolution image: {files.image}", f"make a store of it: pixnet-sd convert {folder} STORE"]
-    return "\n".join(lines)
+            lines.append(f"  {name}: {counts.n_rows:,}")
+    return [*lines, f"  full-resolution image: {files.image}", f"make a store of it: pixnet-sd convert {folder} STORE"]
+
+
+def _checkpoint(folder: Path) -> list[str]:
+    """Describe genes, objective, encoder, training slides and held-out PCC."""
+    from pixnet_sd.model import read_record
+
+    record = read_record(folder)
+    weights = "random weights" if record.encoder_weights is None else f"weights {record.encoder_weights}"
+    genes = ", ".join(record.genes[:_FEW]) + (", ..." if len(record.genes) > _FEW else "")
+    best = record.training.get("best_epoch")
+    lines = [
+        f"{folder}: pixnet_sd checkpoint",
+        f"  genes: {len(record.genes)}: {genes}",
+        f"  objective: {record.objective}, aggregation: {record.aggregation}, target_sum: {record.target_sum:g}",
+        f"  encoder: {record.encoder}, {weights}{', frozen' if record.freeze_encoder else ''}",
+        f"  resolution: {record.working_mpp:g} µm per pixel, map pixels of {4 * record.working_mpp:g} µm",
+        f"  tiles in training: {record.tile_px} px; sees {record.halo_px} px around",
+        *([] if best is None else [f"  epochs: {len(record.history)}, of which {best} was kept"]),
+        f"  training slides: {len(record.slides)}",
+    ]
+    for name, slide in record.slides.items():
+        trained, held = (_counts(slide.get(key, {})) for key in ("training_regions", "held_out_regions"))
+        mpp = slide.get("mpp", float("nan"))
+        lines.append(f"    {name}: {mpp:.4g} µm per pixel; trained on {trained}; held out {held}")
+    return [*lines, *_held_out(record)]
+
+
+def _counts(regions: Mapping[str, int]) -> str:
+    return ", ".join(f"{n:,} of {table}" for table, n in regions.items() if n) or "none"
+
+
+def _held_out(record: ModelRecord) -> list[str]:
+    import pandas as pd
+
+    pcc = pd.Series(record.held_out_pcc, index=record.genes[: len(record.held_out_pcc)], dtype=float).dropna()
+    if pcc.empty:
+        return ["  held-out PCC: unknown, nothing was held out"]
+    best = pcc.sort_values(ascending=False)[:_FEW]
+    return [
+        f"  held-out PCC: first quartile {pcc.quantile(0.25):.3f}, median {pcc.median():.3f}, mean {pcc.mean():.3f}",
+        "    best: " + ", ".join(f"{gene} {value:.2f}" for gene, value in best.items()),
+    ]
+
+
+def _store(store: Path, model: str | None, place: Mapping[str, Any]) -> list[str]:
+    """Describe elements, the slide image and its resolution, and the map that a model would make.
+
+    Parameters
+    ----------
+    store
+        The store.
+    model
+        Checkpoint that a prediction is estimated for; None: the one that `fit` noted, else `fit`'s defaults.
+    place
+        Arguments of `open_slide` that the user gave.
+    """
+    from pixnet_sd.slide import open_slide
+    from pixnet_sd.slide.elements import open_store, shapes_of, tables_of
+    from pixnet_sd.store import recorded
+
+    with _silent():
+        sdata = open_store(store)
+        regions = {key: f"{len(each):,} shapes{_bins(sdata, key)}" for key, each in shapes_of(sdata).items()}
+        regions |= {key: f"labels, {_raster(each)}{_bins(sdata, key)}" for key, each in sdata.labels.items()}
+        sections = {
+            "images": {key: _raster(each) for key, each in sdata.images.items()},
+            "shapes and labels": regions,
+            "tables": {key: _table(sdata, each) for key, each in tables_of(sdata).items()},
+        }
+        lines = [f"{store}: SpatialData store"]
+        for title, entries in sections.items():
+            lines += [f"{title}:{'' if entries else ' none'}", *(f"  {key}: {text}" for key, text in entries.items())]
+        folder = model or recorded(sdata, "model")
+        gone = " (not there)" if folder and not Path(folder).exists() else ""
+        lines.append(f"model: {folder or 'none recorded'}{gone}")
+        try:
+            slide = open_slide(sdata, **place)
+        except PixNetError as error:
+            return [*lines, f"slide image: cannot be told. {error}"]
+    return [*lines, *_prediction(slide, folder)]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep from the log what is found, because it is printed."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _raster(element: Any) -> str:
+    from pixnet_sd.slide.elements import coordinate_systems, names, scale0
+
+    image = scale0(element)
+    sizes = " x ".join(f"{image.sizes[axis]:,}" for axis in ("y", "x"))
+    channels = f"{image.sizes['c']} channels, " if "c" in image.sizes else ""
+    levels = len(element.children) if hasattr(element, "children") else 1
+    systems = names(coordinate_systems(element))
+    return f"{sizes} px, {channels}{image.dtype}, {levels} level{'s' * (levels > 1)}, in {systems}"
+
+
+def _bins(sdata: SpatialData, key: str) -> str:
+    from pixnet_sd.slide.elements import bin_lattice
+
+    bins = bin_lattice(sdata, key)
+    return f", bins of {bins.size_um} µm" if bins else ""
+
+
+def _table(sdata: SpatialData, table: Any) -> str:
+    from pixnet_sd.slide.elements import names
+
+    region = table.uns.get("spatialdata_attrs", {}).get("region")
+    regions = [region] if isinstance(region, str) else list(region if region is not None else [])
+    of = "annotates nothing" if not regions else f"annotates {names(map(str, regions))}{_bins(sdata, str(regions[0]))}"
+    origin = "predicted by pixnet_sd" if "pixnet_sd" in table.uns else "measured"
+    return f"{table.n_obs:,} rows x {table.n_vars:,} genes, {origin}, {of}"
+
+
+def _prediction(slide: Slide, folder: str | None) -> list[str]:
+    """Describe a gene map, at most: as if all of the slide were tissue, before compression."""
+    from pixnet_sd.geometry import MAP_STRIDE
+    from pixnet_sd.store import size_text
+    from pixnet_sd.store.gene_map import map_layout
+
+    n_outputs, working_mpp = COMMANDS["fit"].flags["genes"].default, ModelParams().working_mpp
+    whose = "a model with the defaults of fit"
+    if folder and (Path(folder) / "config.json").is_file():
+        from pixnet_sd.model import read_record
+
+        record = read_record(Path(folder))
+        n_outputs, working_mpp, whose = len(record.outputs), record.working_mpp, "this model"
+    height_mm, width_mm = (size * slide.mpp / 1000 for size in (slide.height_px, slide.width_px))
+    height, width = slide.at(working_mpp).map_shape
+    n_bytes = size_text(map_layout(n_outputs, (height, width)).nbytes)
+    return [
+        f"slide image: {slide.image_key!r} in coordinate system {slide.coordinate_system!r}",
+        f"resolution: {slide.mpp:.6g} µm per pixel, from the {slide.mpp_rule}; {height_mm:.2f} x {width_mm:.2f} mm",
+        f"gene map of {whose}: {height:,} x {width:,} px of {MAP_STRIDE * working_mpp:g} µm, {n_outputs} channels",
+        f"  disk: at most {n_bytes}, if all of the slide is tissue and nothing compresses",
+        f"  memory: tiles are streamed into the store; an object that is not in a store would hold all {n_bytes}",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -21,16 +22,12 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from dask.array import Array
-    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
-
-__all__ = ["her2st"]
 
 _FILES = ("image.jpg", "counts.tsv.gz", "spots.tsv", "meta.json")
 _META = ("um_per_px", "spot_diameter_um", "image_width", "image_height")
-_COLUMNS = ("spot", "pixel_x", "pixel_y")
+_POSITION = ["pixel_x", "pixel_y"]
 _CHUNK_PX = 1024
-_TABLE = "counts"
 _DECODING = Lock()
 
 
@@ -54,7 +51,7 @@ def her2st(path: str | Path, *, sections: Sequence[str] | None = None) -> dict[s
         Section name → SpatialData with ``images["{section}_image"]`` (RGB uint8, multiscale; decoded on first use,
         and the last four are kept in memory, about 0.3 GB each), ``shapes["{section}_spots"]`` (circles in pixels),
         ``tables["counts"]`` (raw counts, float32 CSR; spots without counts are left out), coordinate systems
-        ``{section}`` (pixels) and ``{section}_um``, and ``attrs["pixnet_sd"]["mpp"]``, image name → µm per pixel.
+        ``{section}`` (pixels) and ``{section}_um``, and the µm per pixel noted under ``pixnet_sd`` in ``attrs``.
 
     Raises
     ------
@@ -70,20 +67,21 @@ def _section_folders(path: Path, sections: Sequence[str] | None) -> list[Path]:
         raise DataError(f"{path} is not a folder. Give the folder that holds the sections.")
     if (path / "meta.json").is_file():
         path, sections = path.parent, [path.resolve().name] if sections is None else sections
-    found = sorted(folder.name for folder in path.iterdir() if (folder / "meta.json").is_file())
-    if not found:
+    present = sorted(folder.name for folder in path.iterdir() if (folder / "meta.json").is_file())
+    if not present:
         raise DataError(f"No section in {path}. A section is a folder with {', '.join(_FILES)}.")
-    missing = [name for name in sections or () if name not in found]
+    missing = [name for name in sections or () if name not in present]
     if missing:
-        raise DataError(f"No section {', '.join(missing)} in {path}; there are {', '.join(found)}.")
-    return [path / name for name in (found if sections is None else sections)]
+        raise DataError(f"No section {', '.join(missing)} in {path}; there are {', '.join(present)}.")
+    return [path / name for name in (present if sections is None else sections)]
 
 
 def _read_section(folder: Path) -> SpatialData:
     from spatialdata import SpatialData
-    from spatialdata.models import Image2DModel
+    from spatialdata.models import Image2DModel, ShapesModel
     from spatialdata.transformations import Identity, Scale
-    from xarray import DataArray
+
+    from pixnet_sd.store import record
 
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
@@ -92,20 +90,28 @@ def _read_section(folder: Path) -> SpatialData:
     mpp = float(meta["um_per_px"])
     transformations = {name: Identity(), f"{name}_um": Scale([mpp, mpp], axes=("x", "y"))}
     image = Image2DModel.parse(
-        DataArray(_open_image(folder / "image.jpg", meta), dims=("c", "y", "x")),
+        _open_image(folder / "image.jpg", meta),
+        dims=("c", "y", "x"),
         c_coords=["r", "g", "b"],
         scale_factors=[2] * int(np.clip(np.log2(min(meta["image_width"], meta["image_height"]) / 512), 1, 4)),
         chunks=(3, _CHUNK_PX, _CHUNK_PX),
         transformations=transformations,
     )
-    spots, counts, genes = _join(_read_spots(folder / "spots.tsv", meta), folder / "counts.tsv.gz")
-    region = f"{name}_spots"
-    return SpatialData(
-        images={f"{name}_image": image},
-        shapes={region: _circles(spots, float(meta["spot_diameter_um"]) / 2 / mpp, transformations)},
-        tables={_TABLE: _table(spots, counts, genes, region)},
-        attrs={"pixnet_sd": {"mpp": {f"{name}_image": mpp}}},
+    spots = _read_spots(folder / "spots.tsv", meta)
+    counts = _read_counts(folder / "counts.tsv.gz", spots.index)
+    spots = spots.loc[counts.index]
+    circles = ShapesModel.parse(
+        spots[_POSITION].to_numpy(dtype=np.float64),
+        geometry=0,
+        radius=float(meta["spot_diameter_um"]) / 2 / mpp,
+        index=spots.index.to_series(),
+        transformations=transformations,
     )
+    region = f"{name}_spots"
+    tables = {"counts": _table(spots, counts, region)}
+    sdata = SpatialData(images={f"{name}_image": image}, shapes={region: circles}, tables=tables)
+    record(sdata, "mpp", f"{name}_image", mpp)
+    return sdata
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -124,8 +130,8 @@ def _open_image(path: Path, meta: dict[str, Any]) -> Array:
     import dask.array as da
     from dask.delayed import delayed
 
-    with _unlimited_pil(path) as opened:
-        width, height = opened.size
+    with _pil_image(path) as image:
+        width, height = image.size
     if (width, height) != (meta["image_width"], meta["image_height"]):
         raise DataError(
             f"{path} is {width} × {height} px, its meta.json says {meta['image_width']} × {meta['image_height']}: "
@@ -135,10 +141,8 @@ def _open_image(path: Path, meta: dict[str, Any]) -> Array:
     return decoded.rechunk((3, _CHUNK_PX, _CHUNK_PX))  # type: ignore[no-any-return, unused-ignore]
 
 
-def _unlimited_pil(path: Path) -> Any:
-    """Image opened without PIL's guard: a slide has more pixels than any photograph."""
-    import warnings
-
+def _pil_image(path: Path) -> Any:
+    """Open an image without PIL's guard: a slide has more pixels than any photograph."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -154,77 +158,61 @@ def _decode_once(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 @lru_cache(maxsize=4)
 def _decode(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    with _unlimited_pil(path) as opened:
-        return np.ascontiguousarray(np.asarray(opened.convert("RGB")).transpose(2, 0, 1))
+    with _pil_image(path) as image:
+        return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 
 def _read_spots(path: Path, meta: dict[str, Any]) -> pd.DataFrame:
     spots = pd.read_csv(path, sep="\t", dtype={"spot": str})
-    missing = [column for column in _COLUMNS if column not in spots]
+    missing = [column for column in ("spot", *_POSITION) if column not in spots]
     if missing:
         raise DataError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(spots.columns)}.")
-    position = spots[["pixel_x", "pixel_y"]].to_numpy(dtype=np.float64)
+    position = spots[_POSITION].to_numpy(dtype=np.float64)
     outside = ~((position >= 0) & (position <= [meta["image_width"], meta["image_height"]])).all(axis=1)
     if outside.any():
         raise DataError(
             f"{path}: {outside.sum()} of {len(spots)} spots lie outside the image or have no position, such as "
             f"{spots['spot'].to_numpy()[outside][0]}. Positions are in pixels of image.jpg."
         )
-    return _unique(spots.set_index("spot"), path)
+    _check_unique(spots["spot"], path)
+    return spots.set_index("spot")
 
 
-def _unique(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    twice = frame.index[frame.index.duplicated()].unique()
-    if len(twice):
-        raise DataError(f"{path} lists spots more than once: {', '.join(map(str, twice[:5]))}.")
-    return frame
-
-
-def _join(spots: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, sp.csr_matrix, pd.Index]:
-    """Spots that have counts, in the order of the counts file; counts; gene names."""
-    counts = _unique(pd.read_csv(path, sep="\t", index_col=0), path)
+def _read_counts(path: Path, placed: pd.Index) -> pd.DataFrame:
+    """Counts, spots × genes; every spot is among those that have a position."""
+    counts = pd.read_csv(path, sep="\t", index_col=0)
     counts.index = counts.index.astype(str)
-    unplaced = counts.index.difference(spots.index)
+    _check_unique(counts.index, path)
+    unplaced = counts.index.difference(placed)
     if len(unplaced):
         raise DataError(
             f"{path}: {len(unplaced)} of {len(counts)} spots have no position in spots.tsv, such as {unplaced[0]}."
         )
-    twice = counts.columns[counts.columns.duplicated()]
-    if len(twice):
-        raise DataError(f"{path} lists genes more than once: {', '.join(twice[:5])}.")
-    dropped = len(spots) - len(counts)
-    if dropped:
-        logger.info("%s: %d of %d spots have no counts and are left out.", path.parent.name, dropped, len(spots))
-    return spots.loc[counts.index], _counts_matrix(counts, path), counts.columns
-
-
-def _counts_matrix(counts: pd.DataFrame, path: Path) -> sp.csr_matrix:
-    if not all(kind.kind in "iuf" for kind in counts.dtypes):
+    if len(placed) > len(counts):
+        dropped = len(placed) - len(counts)
+        logger.info("%s: %d of %d spots have no counts and are left out.", path.parent.name, dropped, len(placed))
+    if not all(dtype.kind in "iuf" for dtype in counts.dtypes):
         raise DataError(f"{path} holds values that are not numbers.")
-    matrix = sp.csr_matrix(counts.to_numpy(dtype=np.float32))
-    if not np.isfinite(matrix.data).all() or (matrix.data < 0).any() or (matrix.data % 1 != 0).any():
+    values = counts.to_numpy()
+    if not np.isfinite(values).all() or (values < 0).any() or (values % 1 != 0).any():
         raise DataError(f"{path} holds negative or broken counts; raw counts are needed.")
-    return matrix
+    return counts
 
 
-def _circles(spots: pd.DataFrame, radius_px: float, transformations: dict[str, Any]) -> GeoDataFrame:
-    from spatialdata.models import ShapesModel
-
-    centres = spots[["pixel_x", "pixel_y"]].to_numpy(dtype=np.float64)
-    return ShapesModel.parse(
-        centres, geometry=0, radius=radius_px, index=spots.index.to_series(), transformations=transformations
-    )
+def _check_unique(names: pd.Index | pd.Series, path: Path) -> None:
+    repeated = names[names.duplicated()].unique()
+    if len(repeated):
+        raise DataError(f"{path} lists spots more than once: {', '.join(map(str, repeated[:5]))}.")
 
 
-def _table(spots: pd.DataFrame, counts: sp.csr_matrix, genes: pd.Index, region: str) -> AnnData:
+def _table(spots: pd.DataFrame, counts: pd.DataFrame, region: str) -> AnnData:
     from anndata import AnnData
     from spatialdata.models import TableModel
 
-    arrayed = {"array_col": "x", "array_row": "y"}
-    obs = pd.DataFrame({key: spots[column] for key, column in arrayed.items() if column in spots}, index=spots.index)
-    obs.index.name = None
-    obs["spot"] = obs.index.to_numpy()
-    obs["region"] = pd.Categorical([region] * len(obs))
-    table = AnnData(counts, obs=obs, var=pd.DataFrame(index=genes.astype(str)))
-    table.obsm["spatial"] = spots[["pixel_x", "pixel_y"]].to_numpy(dtype=np.float64)
+    obs = spots.rename(columns={"x": "array_col", "y": "array_row"}).rename_axis(index=None)
+    obs = obs[[column for column in ("array_col", "array_row") if column in obs]]
+    obs = obs.assign(spot=obs.index.to_numpy(), region=pd.Categorical([region] * len(obs)))
+    matrix = sp.csr_matrix(counts.to_numpy(dtype=np.float32))
+    table = AnnData(matrix, obs=obs, var=pd.DataFrame(index=counts.columns.astype(str)))
+    table.obsm["spatial"] = spots[_POSITION].to_numpy(dtype=np.float64)
     return TableModel.parse(table, region=region, region_key="region", instance_key="spot")

@@ -1,44 +1,32 @@
-"""Whether memory and disk hold a drawn slide, told with the number before any of it is drawn.
+"""The drawn sample as a SpatialData object, and the expected counts of drawn slides.
 
-Elements of a drawn slide as ``spatialdata_io.visium_hd`` makes them of a folder.
-
-The dense truth of a drawn slide: expected counts on a grid, in memory or from the store beside its folder.
-
-The drawn sample as a SpatialData object, and its truth.
+Names, coordinate systems and types are those that ``spatialdata_io.visium_hd`` gives a folder.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import zarr
 from numpy.typing import NDArray
 
 from pixnet_sd._arguments import checked
 from pixnet_sd.errors import DataError
 
 from .drawn import (
-    BASE_UM,
-    DENSITY_PITCH_UM,
-    DENSITY_WINDOW,
     Band,
-    Bins,
     CellCounts,
     DrawnSlide,
-    Panel,
     Previews,
-    Source,
+    cell_barcodes,
     density_shape,
     draw,
-    fill_density,
-    find_cells,
     integrate_on_grid,
     preview_px,
 )
@@ -49,29 +37,16 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray
 
-__all__ = [
-    "CELLS",
-    "TRUTH",
-    "ElementNames",
-    "Truth",
-    "bin_elements",
-    "cell_elements",
-    "check_disk",
-    "check_memory",
-    "density_bytes",
-    "image_bytes",
-    "image_elements",
-    "sample",
-    "sample_truth",
-    "sample_truth_bins",
-    "visium_hd_truth",
-    "write_truth",
-]
+CELLS = "cell_segmentations"  # table of the cells, and end of the name of their shapes
+
+_CHUNK_PX = 512
+_BIN_BYTES = 100  # of a bin's polygon and counts, at the least
+_ON_TISSUE = 0.5  # of the bins, at the least
 
 
 def density_bytes(size_um: float) -> float:
     """Bytes of the density of every source, 16 bits each."""
-    return 2 * len(Source) * (size_um / DENSITY_PITCH_UM) ** 2
+    return 2.0 * math.prod(density_shape(size_um))
 
 
 def image_bytes(size_um: float, mpp: float) -> float:
@@ -80,32 +55,19 @@ def image_bytes(size_um: float, mpp: float) -> float:
 
 
 def check_memory(n_bytes: float, **arguments: float) -> None:
-    """Refuse what memory does not hold.
-
-    Parameters
-    ----------
-    n_bytes
-        Needed at the least.
-    arguments
-        Those that decide about it.
-
-    Raises
-    ------
-    DataError
-        Saying how much is needed and how much is free.
-    """
+    """Refuse what memory does not hold, naming the arguments that decide about it."""
     from pixnet_sd.store import available_memory
 
-    _check(n_bytes, available_memory(), "memory", arguments)
+    _check_free(n_bytes, available_memory(), "memory", arguments)
 
 
 def check_disk(n_bytes: float, path: Path, **arguments: float) -> None:
-    """Refuse what the disk does not hold; `path` need not be there, others as for `check_memory`."""
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    _check(n_bytes, shutil.disk_usage(there).free, "disk", arguments)
+    """Refuse what the disk does not hold; ``path`` need not be there."""
+    present = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    _check_free(n_bytes, shutil.disk_usage(present).free, "disk", arguments)
 
 
-def _check(needed: float, free: int, what: str, arguments: dict[str, float]) -> None:
+def _check_free(needed: float, free: int, what: str, arguments: dict[str, float]) -> None:
     from pixnet_sd.store import size_text
 
     if needed > free:
@@ -114,282 +76,6 @@ def _check(needed: float, free: int, what: str, arguments: dict[str, float]) -> 
             f"{given}: takes at least {size_text(needed)} of {what}, and {size_text(free)} are free. Draw a smaller or "
             "coarser slide."
         )
-
-
-CELLS = "cell_segmentations"
-"""Name of the table of cells."""
-
-_CHUNK_PX = 512
-
-
-@dataclass(frozen=True)
-class ElementNames:
-    """Names and transformations that follow from a dataset's id."""
-
-    dataset_id: str
-    slide: DrawnSlide
-
-    @property
-    def cells(self) -> str:
-        """Shapes of the cells."""
-        return f"{self.dataset_id}_{CELLS}"
-
-    def bins(self, bin_um: int) -> str:
-        """Shapes of the bins of one size."""
-        return f"{self.dataset_id}_square_{bin_um:03d}um"
-
-    def transformations(self) -> dict[str, Any]:
-        """From pixels of the full image to every coordinate system."""
-        from spatialdata.transformations import Identity, Scale
-
-        scales = {
-            f"{self.dataset_id}_downscaled_{name}": Scale([px / self.slide.size_px] * 2, axes=("x", "y"))
-            for name, px in preview_px(self.slide.size_px).items()
-        }
-        return {self.dataset_id: Identity(), **scales}
-
-
-def bin_elements(
-    slide: DrawnSlide, bands: Sequence[Band], sizes: Sequence[int], names: ElementNames
-) -> tuple[dict[str, GeoDataFrame], dict[str, AnnData]]:
-    """Shapes and tables of the bins of some sizes."""
-    on_tissue = np.concatenate([band.on_tissue for band in bands])
-    base = slide.lattice.bins_on(BASE_UM, on_tissue)
-    counts = sp.vstack([band.counts for band in bands], format="csr")
-    shapes, tables = {}, {}
-    for size in sizes:
-        bins = slide.lattice.bins_on(size, on_tissue)
-        region = names.bins(size)
-        shapes[region] = _squares(bins, slide.mpp, names)
-        tables[f"square_{size:03d}um"] = _bin_table(bins, bins.gather(base) @ counts, slide, region)
-    return shapes, tables
-
-
-def _squares(bins: Bins, mpp: float, names: ElementNames) -> GeoDataFrame:
-    """Squares along the image's axes about turned centres: so the reader makes them, by buffering points."""
-    import shapely
-    from geopandas import GeoDataFrame
-    from spatialdata.models import ShapesModel
-
-    x, y, half = bins.x_um / mpp, bins.y_um / mpp, bins.bin_um / mpp / 2
-    index = pd.Index(np.arange(len(bins)), name="location_id")
-    squares = GeoDataFrame(geometry=shapely.box(x - half, y - half, x + half, y + half), index=index)
-    return ShapesModel.parse(squares, transformations=names.transformations())
-
-
-def _bin_table(bins: Bins, counts: sp.csr_matrix, slide: DrawnSlide, region: str) -> AnnData:
-    from spatialdata.models import TableModel
-
-    obs = pd.DataFrame(
-        {
-            "in_tissue": np.ones(len(bins), dtype=np.int64),
-            "array_row": bins.array_row,
-            "array_col": bins.array_col,
-            "location_id": np.arange(len(bins)),
-            "region": pd.Categorical([region] * len(bins)),
-        },
-        index=bins.names,
-    )
-    table = _table(counts, obs, slide.panel)
-    table.obsm["spatial"] = np.stack([bins.x_um, bins.y_um], axis=1) / slide.mpp
-    return TableModel.parse(table, region=region, region_key="region", instance_key="location_id")
-
-
-def cell_elements(slide: DrawnSlide, bands: Sequence[Band], names: ElementNames) -> tuple[GeoDataFrame, AnnData]:
-    """Shapes and table of the cells."""
-    import shapely
-    from geopandas import GeoDataFrame
-    from spatialdata.models import ShapesModel, TableModel
-
-    cells = find_cells(slide)
-    sums = CellCounts(cells, len(slide.panel.names))
-    parts = [sums.add(band, cells.of_bins(band.first_row, band.on_tissue)[0]) for band in bands] + [sums.rest()]
-    index = [name.decode() for part in parts for name in part.barcodes.tolist()]
-    outlines = cells.outlines_px(np.concatenate([part.which for part in parts]), slide.mpp, nucleus=False)
-    shapes = GeoDataFrame({"cell_id": index, "geometry": shapely.polygons(outlines)}, index=index)
-    obs = pd.DataFrame({"cell_id": index, "region": pd.Categorical([names.cells] * len(index))}, index=index)
-    table = _table(sp.vstack([part.counts for part in parts], format="csr"), obs, slide.panel)
-    return (
-        ShapesModel.parse(shapes, transformations=names.transformations()),
-        TableModel.parse(table, region=names.cells, region_key="region", instance_key="cell_id"),
-    )
-
-
-def _table(counts: sp.csr_matrix, obs: pd.DataFrame, panel: Panel) -> AnnData:
-    from anndata import AnnData
-
-    return AnnData(counts.astype(np.float32), obs=obs, var=pd.DataFrame(panel.var, index=panel.names))
-
-
-def image_elements(slide: DrawnSlide, names: ElementNames) -> dict[str, Any]:
-    """Full image and previews."""
-    from spatialdata.transformations import Identity
-
-    full = np.empty((slide.size_px, slide.size_px, 3), dtype=np.uint8)
-    previews = Previews.blank(slide.size_px)
-    for grid, pixels in draw(slide.tissue, slide.size_px, slide.mpp):
-        full[grid.row0 : grid.row0 + grid.n_rows, grid.col0 : grid.col0 + grid.n_cols] = pixels
-        previews.add(grid, pixels)
-    dataset_id, to_preview = names.dataset_id, names.transformations()
-    scales = [2] * int(np.clip(np.log2(slide.size_px / 64), 1, 4))
-    images = {f"{dataset_id}_full_image": _image(full, {dataset_id: Identity()}, scales)}
-    for name, small in previews.pixels().items():
-        system = f"{dataset_id}_downscaled_{name}"
-        transformations = {system: Identity(), dataset_id: to_preview[system].inverse()}
-        images[f"{dataset_id}_{name}_image"] = _image(small, transformations, None)
-    return images
-
-
-def _image(pixels: NDArray[np.uint8], transformations: dict[str, Any], scale_factors: list[int] | None) -> Any:
-    import dask.array as da
-    from spatialdata.models import Image2DModel
-    from xarray import DataArray
-
-    data = da.from_array(np.ascontiguousarray(pixels.transpose(2, 0, 1)), chunks=(3, _CHUNK_PX, _CHUNK_PX))
-    return Image2DModel.parse(
-        DataArray(data, dims=("c", "y", "x")),
-        c_coords=["r", "g", "b"],
-        transformations=transformations,
-        scale_factors=scale_factors,
-    )
-
-
-TRUTH = "truth.zarr"
-"""Name of the store in the folder of a slide."""
-
-
-@checked(DataError)
-def visium_hd_truth(
-    path: str | Path,
-    *,
-    genes: Sequence[str] | None = None,
-    pitch_um: float = 2.0,
-    window_um: tuple[float, float, float, float] | None = None,
-) -> DataArray:
-    """Read the expected counts of a slide that :func:`write_visium_hd` wrote; values as of :func:`sample_truth`.
-
-    Only the part of the store that the window needs is read: 20 bytes per µm², and 4 bytes per gene and pixel come
-    back, so take a large slide by windows.
-
-    Parameters
-    ----------
-    path
-        The folder.
-    genes
-        Names of genes, in the order wanted; all if None.
-    pitch_um
-        Side of a pixel in µm.
-    window_um
-        Smallest x, smallest y, largest x, largest y from the full image's upper left corner, in µm. All pixels that it
-        meets are given; the whole slide if None.
-
-    Returns
-    -------
-    DataArray
-        float32, dims ``c`` (genes), ``y``, ``x`` (pixel centres in µm), and ``attrs`` as of :func:`sample_truth`.
-
-    Raises
-    ------
-    DataError
-        If there is no truth at ``path``, a gene is unknown, or the window does not meet the slide.
-    """
-    truth = _open(Path(path))
-    columns = slice(None) if genes is None else _columns(genes, truth.names)
-    rows, cols = truth.pixels(pitch_um, window_um)
-    n_genes = len(truth.names[columns])
-    check_memory(4.0 * n_genes * len(rows) * len(cols), pitch_um=pitch_um, n_genes=n_genes)
-    return truth.expected(pitch_um, rows, cols, columns)
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What expected counts are made of."""
-
-    size_um: float
-    names: NDArray[np.str_]
-    varying: NDArray[np.bool_]
-    profile: NDArray[np.float64]  # (sources, genes)
-    density: Any  # (sources, rows, cols), an array or a zarr array
-
-    @classmethod
-    def of(cls, slide: DrawnSlide) -> Truth:
-        """Truth of a slide in memory."""
-        panel = slide.panel
-        return cls(slide.size_um, np.array(panel.names), panel.varying, panel.profile, slide.density)
-
-    def pixels(self, pitch_um: float, window_um: tuple[float, float, float, float] | None) -> tuple[range, range]:
-        """Rows and columns of the pixels that a window meets; DataError if there are none."""
-        if pitch_um > self.size_um:
-            raise DataError(f"pitch_um={pitch_um:g}: give at most the slide's side, {self.size_um:g} µm.")
-        side = int(np.ceil(self.size_um / pitch_um - 1e-6))
-        left, top, right, bottom = window_um or (0.0, 0.0, self.size_um, self.size_um)
-        rows, cols = (
-            range(max(int(np.floor(low / pitch_um + 1e-6)), 0), min(int(np.ceil(high / pitch_um - 1e-6)), side))
-            for low, high in ((top, bottom), (left, right))
-        )
-        if not rows or not cols:
-            raise DataError(f"window_um={window_um} does not meet the slide, which is {self.size_um:g} µm a side.")
-        return rows, cols
-
-    def expected(
-        self, pitch_um: float, rows: range, cols: range, columns: slice | NDArray[np.int64] = slice(None)
-    ) -> DataArray:
-        """Expected counts of some pixels and genes."""
-        from xarray import DataArray
-
-        made = integrate_on_grid(self.density, self.size_um, pitch_um, rows, cols)
-        values = np.tensordot(self.profile[:, columns].T.astype(np.float32), made, axes=1)
-        names, varying = self.names[columns], self.varying[columns]
-        attrs = {
-            "units": "expected counts per pixel",
-            "pitch_um": float(pitch_um),
-            "spatially_varying": names[varying].tolist(),
-        }
-        y, x = ((np.array(part) + 0.5) * pitch_um for part in (rows, cols))
-        return DataArray(values, dims=("c", "y", "x"), coords={"c": names, "y": y, "x": x}, attrs=attrs)
-
-
-def write_truth(path: Path, slide: DrawnSlide, n_workers: int | None) -> Any:
-    """Write the store, window by window; returns the density of every source, a zarr array."""
-    group = zarr.create_group(path, zarr_format=3)
-    group.attrs.update(
-        {
-            "size_um": slide.size_um,
-            "genes": slide.panel.names,
-            "spatially_varying": slide.panel.varying.tolist(),
-            "sources": [source.name.lower() for source in Source],
-        }
-    )
-    group.create_array("profile", data=slide.panel.profile)
-    density = group.create_array(
-        "density",
-        shape=density_shape(slide.size_um),
-        chunks=(len(Source), DENSITY_WINDOW, DENSITY_WINDOW),
-        dtype="float16",
-        dimension_names=("source", "y", "x"),
-    )
-    return fill_density(slide.tissue, density, n_workers)
-
-
-def _open(path: Path) -> Truth:
-    if not (path / TRUTH).is_dir():
-        raise DataError(f"No {TRUTH} in {path}. Give a folder that datasets.write_visium_hd wrote.")
-    attrs: dict[str, Any] = dict(zarr.open_group(path / TRUTH, mode="r").attrs)
-    profile, density = (zarr.open_array(path / TRUTH / name, mode="r") for name in ("profile", "density"))
-    varying = np.array(attrs["spatially_varying"], dtype=bool)
-    return Truth(attrs["size_um"], np.array(attrs["genes"]), varying, np.asarray(profile[:]), density)
-
-
-def _columns(genes: Sequence[str], names: NDArray[np.str_]) -> NDArray[np.int64]:
-    number = {name: k for k, name in enumerate(names.tolist())}
-    unknown = [gene for gene in genes if gene not in number]
-    if unknown:
-        raise DataError(f"Genes that the slide does not have: {', '.join(unknown[:5])}. It has {len(number)} others.")
-    return np.array([number[gene] for gene in genes], dtype=np.int64)
-
-
-_BIN_BYTES = 100  # of a bin's polygon and counts, at the least
-_ON_TISSUE = 0.5  # of the bins, at the least
 
 
 @checked(DataError)
@@ -449,16 +135,115 @@ def sample(
     """
     from spatialdata import SpatialData
 
-    sizes = tuple(sorted(set(bin_um)))
+    sizes = sorted(set(bin_um))
     bins_bytes = sum(_BIN_BYTES * (size_um / um) ** 2 for um in sizes)
     check_memory(density_bytes(size_um) + image_bytes(size_um, mpp) + bins_bytes, size_um=size_um, mpp=mpp)
     slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
-    names = ElementNames(dataset_id, slide)
     bands = list(slide.bands(slide.density))
-    shapes, tables = bin_elements(slide, bands, sizes, names)
+    on_tissue = np.concatenate([band.on_tissue for band in bands])
+    counts = sp.vstack([band.counts for band in bands], format="csr")
+    systems = _systems(slide, dataset_id)
+    shapes, tables = {}, {}
+    for um in sizes:
+        table_key = f"square_{um:03d}um"
+        region = f"{dataset_id}_{table_key}"
+        shapes[region], tables[table_key] = _bin_elements(slide, um, on_tissue, counts, region, systems)
     if cells:
-        shapes[names.cells], tables[CELLS] = cell_elements(slide, bands, names)
-    return SpatialData(images=image_elements(slide, names), shapes=shapes, tables=tables)
+        region = f"{dataset_id}_{CELLS}"
+        shapes[region], tables[CELLS] = _cell_elements(slide, bands, region, systems)
+    return SpatialData(images=_images(slide, dataset_id, systems), shapes=shapes, tables=tables)
+
+
+def _systems(slide: DrawnSlide, dataset_id: str) -> dict[str, Any]:
+    """Transformations from pixels of the full image to every coordinate system."""
+    from spatialdata.transformations import Identity, Scale
+
+    scales = {
+        f"{dataset_id}_downscaled_{name}": Scale([px / slide.size_px] * 2, axes=("x", "y"))
+        for name, px in preview_px(slide.size_px).items()
+    }
+    return {dataset_id: Identity(), **scales}
+
+
+def _bin_elements(
+    slide: DrawnSlide, um: int, on_tissue: NDArray[np.bool_], counts: sp.csr_matrix, region: str, systems: Any
+) -> tuple[GeoDataFrame, AnnData]:
+    """Shapes and table of the bins of one size."""
+    import shapely
+    from geopandas import GeoDataFrame
+    from spatialdata.models import ShapesModel
+
+    bins = slide.lattice.bins(um, on_tissue)
+    number = np.arange(len(bins))
+    centres_px = bins[["x_um", "y_um"]].to_numpy() / slide.mpp
+    (x, y), half = centres_px.T, um / slide.mpp / 2
+    # along the image's axes about turned centres: so the reader makes them, by buffering points
+    squares = shapely.box(x - half, y - half, x + half, y + half)
+    shapes = GeoDataFrame(geometry=squares, index=pd.Index(number, name="location_id"))
+    columns = {"in_tissue": 1, "array_row": bins["array_row"], "array_col": bins["array_col"], "location_id": number}
+    obs = pd.DataFrame(columns, index=bins.index)
+    table = _table(slide, slide.lattice.gather(um, on_tissue) @ counts, obs, region, "location_id")
+    table.obsm["spatial"] = centres_px
+    return ShapesModel.parse(shapes, transformations=systems), table
+
+
+def _cell_elements(slide: DrawnSlide, bands: Sequence[Band], region: str, systems: Any) -> tuple[GeoDataFrame, AnnData]:
+    """Shapes and table of the cells."""
+    import shapely
+    from geopandas import GeoDataFrame
+    from spatialdata.models import ShapesModel
+
+    cells = slide.cells()
+    sums = CellCounts(cells, len(slide.panel.names))
+    owners = (cells.of_bins(band.first_row, band.on_tissue)[0] for band in bands)
+    which, counts = zip(*map(sums.add, bands, owners), strict=True)
+    names = cell_barcodes(np.concatenate(which)).astype(str)
+    outlines = shapely.polygons(cells.outlines_px(np.concatenate(which), slide.mpp, nucleus=False))
+    shapes = GeoDataFrame({"cell_id": names, "geometry": outlines}, index=names)
+    obs = pd.DataFrame({"cell_id": names}, index=names)
+    table = _table(slide, sp.vstack(counts, format="csr"), obs, region, "cell_id")
+    return ShapesModel.parse(shapes, transformations=systems), table
+
+
+def _table(slide: DrawnSlide, counts: sp.csr_matrix, obs: pd.DataFrame, region: str, instance_key: str) -> AnnData:
+    from anndata import AnnData
+    from spatialdata.models import TableModel
+
+    obs["region"] = pd.Categorical([region] * len(obs))
+    var = pd.DataFrame(slide.panel.var, index=slide.panel.names)
+    table = AnnData(counts.astype(np.float32), obs=obs, var=var)
+    return TableModel.parse(table, region=region, region_key="region", instance_key=instance_key)
+
+
+def _images(slide: DrawnSlide, dataset_id: str, systems: dict[str, Any]) -> dict[str, Any]:
+    """Full image and previews."""
+    from spatialdata.transformations import Identity
+
+    full = np.empty((slide.size_px, slide.size_px, 3), dtype=np.uint8)
+    previews = Previews(slide.size_px)
+    for grid, pixels in draw(slide.tissue, slide.size_px, slide.mpp):
+        full[grid.slices] = pixels
+        previews.add(grid, pixels)
+    scale_factors = [2] * int(np.clip(np.log2(slide.size_px / 64), 1, 4))
+    images = {f"{dataset_id}_full_image": _image(full, {dataset_id: Identity()}, scale_factors)}
+    for name, preview in previews.pixels().items():
+        system = f"{dataset_id}_downscaled_{name}"
+        transformations = {system: Identity(), dataset_id: systems[system].inverse()}
+        images[f"{dataset_id}_{name}_image"] = _image(preview, transformations, None)
+    return images
+
+
+def _image(pixels: NDArray[np.uint8], transformations: dict[str, Any], scale_factors: list[int] | None) -> Any:
+    import dask.array as da
+    from spatialdata.models import Image2DModel
+
+    return Image2DModel.parse(
+        da.from_array(np.ascontiguousarray(pixels.transpose(2, 0, 1)), chunks=(3, _CHUNK_PX, _CHUNK_PX)),
+        dims=("c", "y", "x"),
+        c_coords=["r", "g", "b"],
+        transformations=transformations,
+        scale_factors=scale_factors,
+    )
 
 
 @checked(DataError)
@@ -497,8 +282,49 @@ def sample_truth(
     """
     values = 4 * n_genes * (size_um / pitch_um) ** 2
     check_memory(density_bytes(size_um) + values, size_um=size_um, pitch_um=pitch_um, n_genes=n_genes)
-    truth = Truth.of(DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed))
-    return truth.expected(pitch_um, *truth.pixels(pitch_um, None))
+    slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
+    rows, cols = pixels_in(slide.size_um, pitch_um, None)
+    integrals = integrate_on_grid(slide.density, slide.size_um, pitch_um, rows, cols)
+    panel = slide.panel
+    return truth_map(integrals, (pitch_um, rows, cols), np.array(panel.names), panel.varying, panel.profile)
+
+
+def pixels_in(
+    size_um: float, pitch_um: float, window_um: tuple[float, float, float, float] | None
+) -> tuple[range, range]:
+    """Rows and columns of the pixels that a window of a slide meets; all if None. DataError if there are none."""
+    if pitch_um > size_um:
+        raise DataError(f"pitch_um={pitch_um:g}: give at most the slide's side, {size_um:g} µm.")
+    side = int(np.ceil(size_um / pitch_um - 1e-6))
+    left, top, right, bottom = window_um or (0.0, 0.0, size_um, size_um)
+    rows, cols = (
+        range(max(int(np.floor(low / pitch_um + 1e-6)), 0), min(int(np.ceil(high / pitch_um - 1e-6)), side))
+        for low, high in ((top, bottom), (left, right))
+    )
+    if not rows or not cols:
+        raise DataError(f"window_um={window_um} does not meet the slide, which is {size_um:g} µm a side.")
+    return rows, cols
+
+
+def truth_map(
+    integrals: NDArray[np.float32],
+    pixels: tuple[float, range, range],
+    names: NDArray[np.str_],
+    varying: NDArray[np.bool_],
+    profile: NDArray[np.float64],
+) -> DataArray:
+    """Expected counts of genes, of integrals of every source (sources, rows, cols) over pitch, rows and columns."""
+    from xarray import DataArray
+
+    pitch_um, rows, cols = pixels
+    counts = np.tensordot(profile.T.astype(np.float32), integrals, axes=1)
+    attrs = {
+        "units": "expected counts per pixel",
+        "pitch_um": float(pitch_um),
+        "spatially_varying": names[varying].tolist(),
+    }
+    y, x = ((np.array(indices) + 0.5) * pitch_um for indices in (rows, cols))
+    return DataArray(counts, dims=("c", "y", "x"), coords={"c": names, "y": y, "x": x}, attrs=attrs)
 
 
 @checked(DataError)
@@ -536,8 +362,6 @@ def sample_truth_bins(
     values = 8 * n_genes * (size_um / bin_um) ** 2
     check_memory(density_bytes(size_um) + _ON_TISSUE * values, size_um=size_um, n_genes=n_genes)
     slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
-    expected = slide.expected()
-    base, bins = (slide.lattice.bins_on(um, expected.on_tissue) for um in (BASE_UM, bin_um))
-    caught = expected.sources * expected.library[:, None] if library_size else expected.sources
-    means = (bins.gather(base) @ caught) @ slide.panel.profile
-    return pd.DataFrame(means, index=bins.names, columns=slide.panel.names)
+    on_tissue, caught = slide.expected(library=library_size)
+    means = (slide.lattice.gather(bin_um, on_tissue) @ caught) @ slide.panel.profile
+    return pd.DataFrame(means, index=slide.lattice.bins(bin_um, on_tissue).index, columns=slide.panel.names)

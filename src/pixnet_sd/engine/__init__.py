@@ -1,4 +1,4 @@
-"""Device and tiles: what training and prediction share."""
+"""Device and tiles: what training and prediction share. Knows no SpatialData."""
 
 from __future__ import annotations
 

@@ -1,17 +1,7 @@
-"""Copies between the host and a GPU, beside its computations: each direction has a stream of its own.
-
-Device and precision, through Lightning Fabric.
-
-Memory that the network frees is kept for its next pass, on Linux with a CPU.
-
-Two tiles at a time on a CPU, each with half of the threads.
-
-Results on their way out: written in threads, so that the network does not wait for them.
-"""
+"""The device and what keeps it busy: precision, copies, memory, and threads that read ahead and write behind."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 import os
@@ -21,8 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -31,42 +20,90 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixnet_sd.errors import PixNetError
-from pixnet_sd.model import Move
 
-__all__ = [
-    "AHEAD",
-    "BLOCK_WRITERS",
-    "Buffers",
-    "Copies",
-    "Pairs",
-    "Writer",
-    "fixed_shapes",
-    "kept_memory",
-    "make_fabric",
-    "prefetch",
-]
+T = TypeVar("T")
+
+_N_DEVICES: dict[str, Callable[[], int]] = {
+    "cpu": lambda: 1,
+    "cuda": lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0,
+    "mps": lambda: int(torch.backends.mps.is_available()),
+}
+
+
+def make_fabric(device: str | torch.device | None = None) -> Fabric:
+    """Make the Fabric of a run: bf16 autocast on a GPU that computes in bf16, float32 elsewhere.
+
+    None takes a CUDA GPU if there is one, else the CPU; a device that does not exist here is refused.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in _N_DEVICES:
+        raise PixNetError(f"device={str(device)!r} is none that can be used. Use 'cpu', 'cuda', 'cuda:1' or 'mps'.")
+    n_devices = _N_DEVICES[chosen.type]()
+    if (chosen.index or 0) >= n_devices:
+        raise PixNetError(
+            f"device={str(device)!r} was asked for, and torch sees {n_devices or 'no'} {chosen.type.upper()} GPU. Use "
+            f"{'another number, or ' if n_devices else ''}device='cpu'."
+        )
+    # Before Ampere GPUs emulate bf16, which is slower than float32.
+    has_bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return Fabric(
+        accelerator=chosen.type,
+        devices=1 if chosen.type == "cpu" or chosen.index is None else [chosen.index],
+        precision="bf16-mixed" if has_bf16 else "32-true",
+    )
+
+
+@contextmanager
+def fixed_shapes(device: torch.device) -> Iterator[None]:
+    """Let cuDNN try its kernels on the first tile and keep the fastest, for a run whose tiles have one size.
+
+    Convolutions are in bf16; what is left in float32 (aggregation, head) is small and stays exact, so TF32 is left as
+    it is set.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt
+_KEPT_BYTES, _LARGEST_BYTES = 2**31 - 1, 2**30
+_USUAL_BYTES = 2**25  # what glibc's own threshold grows to
+
+
+@contextmanager
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """Let freed memory of a run on the CPU be used again, and give it back at the end.
+
+    glibc returns every block of more than 32 MB to the system as soon as it is freed, and the system clears every page
+    of the next one. A network's activations are such blocks.
+    """
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, _LARGEST_BYTES)
+    libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, _USUAL_BYTES)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _USUAL_BYTES)
+        libc.malloc_trim(0)
+
 
 _UNDER_WAY = 2  # batches whose steps may be queued on the device; each holds its targets there
 
 
-class Movable(Protocol):
-    """What consists of tensors."""
-
-    def moved(self, move: Move) -> Self:
-        """The same with every tensor moved."""
-
-
-M = TypeVar("M", bound=Movable)
-
-
 class Copies:
-    """Copies to and from one device; on a CPU nothing is copied.
-
-    Parameters
-    ----------
-    device
-        The device.
-    """
+    """Copies to and from one device, each direction in a stream of its own; on a CPU nothing is copied."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -74,15 +111,15 @@ class Copies:
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self.gpu else []
 
     def up(self, tensor: Tensor) -> Tensor:
-        """A tensor on the device; the device waits for the copy, the caller only if it is not page-locked."""
+        """Copy to the device; the device waits for the copy, the caller only if the tensor is not page-locked."""
         if not self.gpu:
             return tensor.to(self.device)
         computing = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._streams[0]):
-            there = tensor.to(self.device, non_blocking=True)
+            copy = tensor.to(self.device, non_blocking=True)
         computing.wait_stream(self._streams[0])
-        there.record_stream(computing)  # its memory is not for the next copy before the computations are through
-        return there
+        copy.record_stream(computing)  # its memory is not for the next copy before the computations are through
+        return copy
 
     def down(self, tensor: Tensor) -> Callable[[], NDArray[Any]]:
         """Start to copy to the host; the array is had by calling what is returned, from whichever thread."""
@@ -103,8 +140,8 @@ class Copies:
 
         return wait
 
-    def arriving(self, batches: Iterable[M]) -> Iterator[M]:
-        """Batches on the device, copied while those before are worked on.
+    def arriving(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Move batches (by their ``moved(move)``) to the device while those before are worked on.
 
         Nothing else waits for the device in most steps, so that steps would be queued, and batches held, without end:
         a batch is copied when all but the last few are worked off.
@@ -122,120 +159,12 @@ class Copies:
             queued.append(done)
 
 
-_COUNT: dict[str, Callable[[], int]] = {
-    "cpu": lambda: 1,
-    "cuda": lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0,
-    "mps": lambda: int(torch.backends.mps.is_available()),
-}
-
-
-def _parse(device: str | torch.device) -> torch.device:
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = torch.device("meta")
-    if chosen.type not in _COUNT:
-        raise PixNetError(f"device={str(device)!r} is none that can be used. Use 'cpu', 'cuda', 'cuda:1' or 'mps'.")
-    return chosen
-
-
-def make_fabric(device: str | torch.device | None = None) -> Fabric:
-    """Make the Fabric that a run uses: bf16 autocast on a GPU that computes in bf16, float32 elsewhere.
-
-    Parameters
-    ----------
-    device
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None takes a CUDA GPU if there is one, else the CPU.
-
-    Returns
-    -------
-    A Fabric for one device.
-
-    Raises
-    ------
-    PixNetError
-        The device does not exist here.
-    """
-    chosen = _parse(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    n_found = _COUNT[chosen.type]()
-    if (chosen.index or 0) >= n_found:
-        raise PixNetError(
-            f"device={str(device)!r} was asked for, and torch sees {n_found or 'no'} {chosen.type.upper()} GPU. Use "
-            f"{'another number, or ' if n_found else ''}device='cpu'."
-        )
-    index = None if chosen.type == "cpu" else getattr(chosen, "index", None)
-    return Fabric(
-        accelerator=chosen.type,
-        devices=1 if index is None else [index],
-        precision="bf16-mixed" if chosen.type == "cuda" and _has_bf16() else "32-true",
-    )
-
-
-def _has_bf16() -> bool:
-    """Whether CUDA GPUs compute in bf16; before Ampere they emulate it, which is slower than float32."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-@contextmanager
-def fixed_shapes(device: torch.device) -> Iterator[None]:
-    """For a run whose tiles all have one size: let cuDNN try its kernels on the first, and keep the fastest.
-
-    Convolutions are in bf16; what is left in float32 (aggregation, head) is small and stays exact, so TF32 is left as
-    it is set.
-    """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt
-_KEPT_BYTES, _LARGEST_BYTES = 2**31 - 1, 2**30
-_USUAL_BYTES = 2**25  # what glibc's own threshold grows to
-
-
-@contextlib.contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
-    """Let freed memory of a run on the CPU be used again, and give it back at the end.
-
-    glibc returns every block of more than 32 MB to the system as soon as it is freed, and the system clears every page
-    of the next one. A network's activations are such blocks.
-
-    Parameters
-    ----------
-    device
-        Where the run computes; only a CPU's memory is glibc's.
-    """
-    libc = _glibc() if device.type == "cpu" else None
-    if libc is None:
-        yield
-        return
-    libc.mallopt(_MMAP_THRESHOLD, _LARGEST_BYTES)
-    libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
-    try:
-        yield
-    finally:
-        libc.mallopt(_MMAP_THRESHOLD, _USUAL_BYTES)
-        libc.mallopt(_TRIM_THRESHOLD, 2 * _USUAL_BYTES)
-        libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
 class Pairs:
     """Computes tiles in two threads, each of which has half of torch's threads for itself.
 
     Threads that share one tile wait for each other after every layer, and spin while they do. Writers that compress in
-    between make them wait long; a thread with a tile of its own waits for nobody.
-
-    Parameters
-    ----------
-    device
-        Where the network is; false in a condition where pairs do not help: on a GPU, or with one thread.
+    between make them wait long; a thread with a tile of its own waits for nobody. False where pairs do not help: on a
+    GPU, or with one thread.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -248,7 +177,7 @@ class Pairs:
         return self._pool is not None
 
     def map(self, compute: Callable[[list[Tensor]], Tensor], images: list[Tensor]) -> Tensor:
-        """Apply a function of tiles (one at a time) to some, and put the results, each (1, ...), one after another."""
+        """Apply a function to each tile, and put the results, each (1, ...), one after another."""
         assert self._pool is not None  # asked for before
         return torch.cat(list(self._pool.map(compute, [[image] for image in images])))
 
@@ -266,13 +195,7 @@ BLOCK_WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))
 
 
 class Writer:
-    """Runs writes in threads and holds at most a few; an error comes out at the next call or at the end.
-
-    Parameters
-    ----------
-    threads
-        One keeps the order of the calls.
-    """
+    """Runs writes in threads (one keeps their order) and holds few; an error comes out at the next call or the end."""
 
     def __init__(self, threads: int = 1) -> None:
         self._most = _WAITING + threads - 1
@@ -288,11 +211,9 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-        if kind is None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=error_type is not None)
+        if error_type is None:
             while self._waiting:
                 self._waiting.popleft().result()
 
@@ -306,7 +227,7 @@ class Buffers:
         self._lock = threading.Lock()
 
     def take(self, *shape: int) -> Tensor:
-        """A float32 tensor on the host with whatever is in it."""
+        """Lend a float32 tensor on the host, whatever is in it."""
         size = math.prod(shape)
         with self._lock:
             place = next((k for k, kept in enumerate(self._free) if kept.numel() >= size), None)
@@ -322,8 +243,6 @@ class Buffers:
                 self._free.append(flat)
 
 
-T = TypeVar("T")
-
 WORKERS = min(max(os.cpu_count() or 1, 2), 8)
 """Threads that read tiles and build operators."""
 
@@ -334,16 +253,8 @@ AHEAD = WORKERS + 1
 def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Iterator[T]:
     """Run tasks in threads, a few ahead of the consumer, and yield their results in order.
 
-    Parameters
-    ----------
-    tasks
-        What to run; reading zarr and building operators release the interpreter lock for most of their time.
-    ahead
-        How many results may wait.
-
-    Yields
-    ------
-    Results, in the order of the tasks; a task's exception is raised at its place.
+    Reading zarr and building operators release the interpreter lock for most of their time. A task's exception is
+    raised at its place.
     """
     with ThreadPoolExecutor(max_workers=min(ahead, WORKERS)) as pool:
         waiting: deque[Future[T]] = deque()

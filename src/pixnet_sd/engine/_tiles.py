@@ -1,9 +1,4 @@
-"""Augmentation: the eight symmetries of the square, and jitter of the stain.
-
-What the loops know of a slide: how to read pixels, and which regions were measured.
-
-Cutting slides into tiles: where regions are (training), and over what must be predicted (inference).
-"""
+"""Slides cut into tiles so that every measured region lies wholly inside one, and what augments a tile."""
 
 from __future__ import annotations
 
@@ -20,38 +15,20 @@ from torch import Tensor
 from pixnet_sd.errors import PixNetError
 from pixnet_sd.geometry import STRIDES, Regions, chunks
 
-__all__ = [
-    "ALIGN_PX",
-    "N_SYMMETRIES",
-    "LazyTargets",
-    "MeasuredRegions",
-    "ReadTile",
-    "Tile",
-    "TrainingSlide",
-    "TrainingTiles",
-    "apply_symmetry",
-    "jitter_stain",
-    "training_tiles",
-    "undo_symmetry",
-]
-
 N_SYMMETRIES = 8
+
+ALIGN_PX = STRIDES[-1]
+"""Sides of tiles are multiples of the coarsest stride."""
+
+MARGIN_SHARE = 16
+"""A region keeps this share of a tile's side from the border, where padding stands in for tissue."""
+
+ReadTile = Callable[[int, int, int, int], NDArray[np.uint8]]
+"""``read(row0, row1, col0, col1)`` in working pixels -> RGB (rows, columns, 3); white outside the slide."""
 
 
 def apply_symmetry(x: Tensor, k: int) -> Tensor:
-    """Turn by ``k % 4`` right angles, then mirror for ``k >= 4``.
-
-    Parameters
-    ----------
-    x
-        Shape (..., H, W).
-    k
-        0 to 7; 0 leaves it as it is.
-
-    Returns
-    -------
-    Shape (..., H, W), or (..., W, H) for odd k.
-    """
+    """Turn (..., H, W) by ``k % 4`` right angles, then mirror it for ``k >= 4``; k = 0 leaves it as it is."""
     x = torch.rot90(x, k % 4, (-2, -1))
     return x.flip(-1) if k >= 4 else x
 
@@ -59,28 +36,18 @@ def apply_symmetry(x: Tensor, k: int) -> Tensor:
 def undo_symmetry(x: Tensor, k: int) -> Tensor:
     """Invert `apply_symmetry`.
 
-    The network sees a turned tile; its feature map is turned back, so the tile's regions and their aggregation
-    operator stay as they are. That is exact: the bilinear resize commutes with all eight symmetries.
+    The feature map of a turned tile is turned back, so that the tile's regions and their operator stay as they are.
+    That is exact: the bilinear resize commutes with all eight symmetries.
     """
     x = x.flip(-1) if k >= 4 else x
     return torch.rot90(x, -(k % 4), (-2, -1))
 
 
 def jitter_stain(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Scale and shift the optical density of each channel at random, tile by tile.
+    """Scale and shift the optical density of each tile's channels at random.
 
-    Parameters
-    ----------
-    image
-        RGB, shape (B, 3, H, W), 0 to 255.
-    strength
-        Standard deviation of the log scale; the shift has a tenth of it.
-    generator
-        Source of randomness, on the CPU.
-
-    Returns
-    -------
-    Shape (B, 3, H, W), 0 to 255.
+    The image is RGB (B, 3, H, W), 0 to 255; `strength` is the standard deviation of the log scale, and ten times that
+    of the shift; the generator is on the CPU.
     """
     if strength == 0:
         return image
@@ -90,57 +57,43 @@ def jitter_stain(image: Tensor, strength: float, generator: torch.Generator) -> 
     return (256 * torch.exp(-(density * torch.exp(noise[0]) + 0.1 * noise[1])) - 1).clamp(0, 255)
 
 
-ReadTile = Callable[[int, int, int, int], NDArray[np.uint8]]
-"""``read(row0, row1, col0, col1)`` in working pixels -> RGB (rows, columns, 3); white outside the slide."""
-
-
 class LazyTargets(Protocol):
-    """Targets (n, M) that are read when asked for, from several threads at once."""
+    """Targets (n, M) on disk, read when they are asked for, from several threads at once."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(n, M)."""
 
     def __getitem__(self, index: NDArray[np.intp]) -> NDArray[np.float32]:
-        """Targets of some regions, ascending, shape (k, M)."""
+        """Read the targets of regions, index ascending, as an array (k, M)."""
 
     def rows(self, index: NDArray[np.intp]) -> Any:
-        """The same as SciPy's compressed rows."""
+        """Read the same as SciPy's compressed rows."""
 
     def mean(self, axis: int) -> NDArray[Any]:
-        """Mean over the regions (`axis` 0), shape (M,)."""
+        """Compute the mean over regions (axis 0), shape (M,)."""
 
     def subset(self, index: NDArray[np.intp]) -> Self:
-        """Targets of some regions, not read yet."""
+        """Pick regions without reading them."""
 
 
 @dataclass(frozen=True)
 class MeasuredRegions:
-    """Regions of one size with their targets.
-
-    Attributes
-    ----------
-    size_name
-        What they are called in messages, e.g. the table's name.
-    regions
-        In working pixels, n of them.
-    values
-        Targets, shape (n, M), float32.
-    """
+    """Regions of one size, in working pixels, with their targets (n, M), float32; named as in messages."""
 
     size_name: str
     regions: Regions
     values: NDArray[np.float32] | LazyTargets
 
     def subset(self, index: NDArray[np.intp]) -> MeasuredRegions:
-        """The regions picked by an index."""
+        """Pick regions by an index."""
         values = self.values[index] if isinstance(self.values, np.ndarray) else self.values.subset(index)
         return MeasuredRegions(self.size_name, self.regions.subset(index), values)
 
     @cached_property
     def cover(self) -> NDArray[np.float64]:
         """Box around all regions, and the largest side of any: x0, y0, x1, y1, side."""
-        boxes = [some.bounds for _, some in chunks(self.regions)]
+        boxes = [piece.bounds for _, piece in chunks(self.regions)]
         low, high = np.array([b[:, :2].min(0) for b in boxes]), np.array([b[:, 2:].max(0) for b in boxes])
         side = max(float((b[:, 2:] - b[:, :2]).max()) for b in boxes)
         return np.array([*low.min(0), *high.max(0), side])
@@ -148,31 +101,17 @@ class MeasuredRegions:
 
 @dataclass(frozen=True)
 class TrainingSlide:
-    """A slide to train or validate on.
-
-    Attributes
-    ----------
-    name
-        Its name.
-    read
-        Tile reader.
-    height, width
-        Size, working pixels.
-    measured
-        Its measured regions, one entry a size.
-    depth
-        Counts per tissue relative to the mean of all training slides; 1 where targets are log-normalised.
-    """
+    """A slide to train or validate on; sides in working pixels."""
 
     name: str
     read: ReadTile
     height: int
     width: int
-    measured: tuple[MeasuredRegions, ...]
-    depth: float = 1.0
+    measured: tuple[MeasuredRegions, ...]  # one entry a size
+    depth: float = 1.0  # counts per tissue relative to the mean of all training slides; 1 where targets are logarithms
 
     def subset(self, indices: tuple[NDArray[np.intp], ...]) -> TrainingSlide:
-        """The same slide with only some regions of each size; sizes left empty are dropped."""
+        """Keep only the regions picked, by one index a size; sizes left empty are dropped."""
         kept = tuple(m.subset(i) for m, i in zip(self.measured, indices, strict=True) if len(i))
         return replace(self, measured=kept)
 
@@ -181,13 +120,6 @@ class TrainingSlide:
         """Box around the regions of all sizes, and the largest side of any: x0, y0, x1, y1, side."""
         each = np.array([m.cover for m in self.measured])
         return cast(NDArray[np.float64], np.concatenate([each[:, :2].min(0), each[:, 2:].max(0)]))
-
-
-ALIGN_PX = STRIDES[-1]
-"""Sides of tiles are multiples of the coarsest stride."""
-
-MARGIN_SHARE = 16
-"""A region keeps this share of a tile's side from the border, where padding stands in for tissue."""
 
 
 class Tile(NamedTuple):
@@ -199,49 +131,29 @@ class Tile(NamedTuple):
     width: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingTiles:
-    """Tiles of one size on one slide. Which regions lie wholly inside each is asked tile by tile.
-
-    Attributes
-    ----------
-    slide
-        The slide.
-    tiles
-        The tiles, each with at least one region.
-    margin
-        Pixels that a region keeps from a tile's border.
-    once
-        Starts of all tiles, rows and columns, when a region belongs to the first tile only that holds it.
-    """
+    """Tiles of one size on one slide. Which regions lie wholly inside a tile is found when the tile is used."""
 
     slide: TrainingSlide
-    tiles: list[Tile]
-    margin: int
-    once: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    tiles: list[Tile]  # each with at least one region
+    margin: int  # pixels that a region keeps from a tile's border
+    once: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None  # see `training_tiles`: starts of rows and columns
 
-    def members(self, tile: int) -> tuple[NDArray[np.intp], ...]:
-        """Region indices of a tile, per size, ascending."""
-        return tuple(self._inside(m.regions, self.tiles[tile]) for m in self.slide.measured)
+    def members(self, tile: Tile) -> tuple[NDArray[np.intp], ...]:
+        """Find the regions of a tile: ascending indices, per size."""
+        return tuple(self.inside(m.regions, tile) for m in self.slide.measured)
 
-    def _inside(self, regions: Regions, tile: Tile) -> NDArray[np.intp]:
-        index = regions.within(*_inner_box(tile, self.margin))
+    def inside(self, regions: Regions, tile: Tile) -> NDArray[np.intp]:
+        """Find which regions belong to a tile."""
+        (row0, col0, height, width), margin = tile, self.margin
+        index = regions.within(col0 + margin, row0 + margin, col0 + width - margin, row0 + height - margin)
         if self.once is None:
             return index
         right, bottom = regions.subset(index).bounds[:, 2:].T
-        rows, cols = (origin - self.margin for origin in self.once)
-        mine = self.once[0][np.searchsorted(rows + tile.height, bottom)] == tile.row0
-        return index[mine & (self.once[1][np.searchsorted(cols + tile.width, right)] == tile.col0)]
-
-
-def _inner_box(tile: Tile, margin: int) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1 of a tile without its margin."""
-    return (
-        tile.col0 + margin,
-        tile.row0 + margin,
-        tile.col0 + tile.width - margin,
-        tile.row0 + tile.height - margin,
-    )
+        rows, cols = self.once
+        mine = rows[np.searchsorted(rows - margin + height, bottom)] == row0
+        return index[mine & (cols[np.searchsorted(cols - margin + width, right)] == col0)]
 
 
 def _align_up(px: float) -> int:
@@ -256,61 +168,32 @@ def _origins(low: float, high: float, side: int, step: int, shift: float) -> NDA
     return np.arange(np.floor(low - step * shift), high - side + step, step).astype(np.int64)
 
 
-def _check_fits(slide: TrainingSlide, needed_px: float, tile_px: int) -> None:
-    if needed_px > tile_px - ALIGN_PX:
-        raise PixNetError(
-            f"Slide {slide.name!r} has regions that need tiles of {needed_px + ALIGN_PX:.0f} working pixels, and tiles "
-            f"are {tile_px}: none would fit. Give tile_px={_align_up(2 * needed_px)} or more, or a coarser working_mpp."
-        )
-
-
 def training_tiles(
     slide: TrainingSlide, tile_px: int, *, shift: tuple[float, float] = (0.5, 0.5), once: bool = False
 ) -> TrainingTiles:
-    """Cover a slide's measured regions with tiles.
+    """Cover a slide's measured regions with tiles of one size.
 
     Tiles overlap by the largest region and its margin, so that every region lies wholly inside at least one. A slide
     whose regions fit into one tile gets one, no larger than they need.
 
-    Parameters
-    ----------
-    slide
-        The slide.
-    tile_px
-        Largest side, working pixels, a multiple of 32.
-    shift
-        Offset of the tiling, as a share of its step, rows and columns, in [0, 1).
-    once
-        Give each region to the first tile that holds it only (validation counts it once).
-
-    Returns
-    -------
-    Tiles that hold at least one region; all have the same size.
-
-    Raises
-    ------
-    PixNetError
-        A region and its margin leave tiles no room to overlap.
+    `tile_px` is their largest side, a multiple of 32; `shift` moves the tiling by shares of its step, rows and columns;
+    `once` gives each region to the first tile that holds it only, so that validation counts it once. Regions that leave
+    tiles no room to overlap are refused.
     """
     margin = tile_px // MARGIN_SHARE
     left, top, right, bottom, side = slide.cover + np.array([-margin, -margin, margin, margin, 2 * margin])
-    _check_fits(slide, side, tile_px)
+    if side > tile_px - ALIGN_PX:
+        raise PixNetError(
+            f"Slide {slide.name!r} has regions that need tiles of {side + ALIGN_PX:.0f} working pixels, and tiles are "
+            f"{tile_px}: none would fit. Give tile_px={_align_up(2 * side)} or more, or a coarser working_mpp."
+        )
     height, width = (min(tile_px, _align_up(size + ALIGN_PX)) for size in (bottom - top, right - left))
     step = tile_px - _align_up(side)
     rows, cols = (
-        _origins(low, high, side, step, offset)
-        for low, high, side, offset in ((top, bottom, height, shift[0]), (left, right, width, shift[1]))
+        _origins(low, high, length, step, offset)
+        for low, high, length, offset in ((top, bottom, height, shift[0]), (left, right, width, shift[1]))
     )
-    every = TrainingTiles(
-        slide,
-        [Tile(int(row0), int(col0), height, width) for row0 in rows for col0 in cols],
-        margin,
-        (rows, cols) if once else None,
-    )
-    return replace(every, tiles=[tile for k, tile in enumerate(every.tiles) if _holds_any(every, k)])
-
-
-def _holds_any(found: TrainingTiles, tile: int) -> bool:
-    """Whether a tile has members; the fewest, largest regions are asked first."""
-    sizes = sorted(found.slide.measured, key=lambda m: len(m.regions))
-    return any(len(found._inside(m.regions, found.tiles[tile])) for m in sizes)
+    every = [Tile(int(row0), int(col0), height, width) for row0 in rows for col0 in cols]
+    tiling = TrainingTiles(slide, every, margin, (rows, cols) if once else None)
+    sizes = sorted(slide.measured, key=lambda m: len(m.regions))  # the fewest, largest regions are the quickest to find
+    return replace(tiling, tiles=[t for t in every if any(len(tiling.inside(m.regions, t)) for m in sizes)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._grid import MAP_STRIDE, STRIDES, Grid, Window, cumulated_weights, reach, resize_taps
+from ._grid import MAP_STRIDE, STRIDES, Grid, RegionShare, Window, cumulated_weights, reach, resize_taps
 from ._lattice import Lattice
 from ._regions import (
     SNAP_PX,
@@ -30,6 +30,7 @@ __all__ = [
     "LabelGrid",
     "Lattice",
     "Polygons",
+    "RegionShare",
     "Regions",
     "Spans",
     "Window",

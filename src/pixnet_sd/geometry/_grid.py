@@ -35,6 +35,36 @@ class Window(NamedTuple):
         return Window(*(v * factor for v in self))
 
 
+class RegionShare(NamedTuple):
+    """One window's share of the sums over k regions that it touches.
+
+    Attributes
+    ----------
+    window
+        Map pixels.
+    index
+        The regions, ascending, shape (k,).
+    sums
+        Share of the sum over each region's pixels, shape (k, columns): genes, or channels of D.
+    weight
+        Share of the pixels by which a mean divides, shape (k,).
+    complete
+        Whether the region lies wholly in the window, shape (k,).
+    """
+
+    window: Window
+    index: NDArray[np.intp]
+    sums: NDArray[np.float32]
+    weight: NDArray[np.float64]
+    complete: NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls, window: Window, n_columns: int) -> RegionShare:
+        """Share of a window that touches no region."""
+        none = np.empty(0)
+        return cls(window, none.astype(np.intp), np.empty((0, n_columns), np.float32), none, none.astype(bool))
+
+
 @dataclass(frozen=True)
 class Grid:
     """The low-resolution grid; the resized map has ``height * stride`` by ``width * stride`` pixels."""

@@ -14,26 +14,24 @@ if TYPE_CHECKING:
     from ._folder import is_visium as is_visium
     from ._folder import is_visium_hd as is_visium_hd
     from ._folder import visium_advice as visium_advice
-    from ._matrix import open_matrix as open_matrix
+    from ._rows import open_matrix as open_matrix
 
 __all__ = ["convert_visium_hd", "open_store"]
 
-_LATER = {
+_MODULES = {
     "open_store": "pixnet_sd.slide.elements",
-    "changed_files": "pixnet_sd.io._folder",
     "convert_visium_hd": "pixnet_sd.io._convert",
-    "find_files": "pixnet_sd.io._folder",
-    "is_visium": "pixnet_sd.io._folder",
-    "is_visium_hd": "pixnet_sd.io._folder",
-    "open_matrix": "pixnet_sd.io._matrix",
+    "open_image": "pixnet_sd.io._image",
+    **dict.fromkeys(("open_matrix", "open_positions", "placed_bins", "read_outlines"), "pixnet_sd.io._rows"),
+    **dict.fromkeys(("changed_files", "find_files", "is_visium", "is_visium_hd"), "pixnet_sd.io._folder"),
     "visium_advice": "pixnet_sd.io._folder",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: much of it needs torch, and not all that asks for it does."""
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+    """Import on first use: whether a folder is of Space Ranger is asked where nothing heavy may be imported."""
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,25 +1,29 @@
-"""Where a store is made before it gets its name.
+"""A Space Ranger folder of Visium HD, of any size, as a SpatialData store.
 
-Tables and squares of a store of one row each, filled with all rows.
-
-The store of a Space Ranger folder: written with one bin of each size by spatialdata, then filled.
-
-A Space Ranger folder of any size as a SpatialData store.
+``spatialdata_io.visium_hd`` reads a folder of the same kind with one bin of each size, one cell and a few pixels: so
+names, coordinate systems, columns and types are its own. The store of that is then filled with all rows and pixels.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dask
 import geopandas as gpd
+import h5py
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 from spatialdata.models import Image2DModel, ShapesModel
@@ -27,7 +31,6 @@ from spatialdata.transformations import get_transformation
 from tqdm.dask import TqdmCallback
 
 from pixnet_sd._arguments import checked
-from pixnet_sd._notes import ATTRS_KEY
 from pixnet_sd._util import bar_class, logger
 from pixnet_sd.errors import DataError, StoreError
 from pixnet_sd.store import (
@@ -36,269 +39,28 @@ from pixnet_sd.store import (
     TableArrays,
     consolidate,
     hold_lock,
+    record,
     size_text,
     work_folder,
     write_shapes,
 )
 
-from ._cells import Cells, read_cells
-from ._folder import CONVERTED_FROM, BinFiles, HDFolder, find_files, read_scalefactors
+from ._folder import CONVERTED_FROM, BinFiles, CellFiles, HDFolder, find_files, read_scalefactors
 from ._image import open_image
-from ._matrix import CountMatrix, check_places, open_matrix, placed_bins, read_miniature
+from ._rows import CountMatrix, check_places, open_h5, open_matrix, open_positions, placed_bins, read_outlines
 
 if TYPE_CHECKING:
     import dask.array as da
-    import pyarrow as pa
     from spatialdata import SpatialData
 
-__all__ = ["Progress", "build_store", "check_absent", "convert_visium_hd", "fill_bins", "fill_cells", "scratch_folder"]
-
-
-def check_absent(target: Path) -> None:
-    """Raise when there is something at ``target``.
-
-    Raises
-    ------
-    StoreError
-        Saying so.
-    """
-    if target.exists():
-        raise StoreError(f"{target} exists already. Give another path, or delete it first.")
-
-
-@contextmanager
-def scratch_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
-    """Empty folder beside ``target``, for one run at a time; gone at the end.
-
-    Parameters
-    ----------
-    target
-        The coming store.
-    needed_bytes
-        That it takes at most.
-
-    Raises
-    ------
-    StoreError
-        When there is too little disk, another run is at work, or reading or writing fails.
-    """
-    work = work_folder(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _check_free(target, needed_bytes)
-        with hold_lock(work / "convert.lock", wait_s=0, busy=f"Another run is writing {target}."):
-            scratch = work / "convert"
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            try:
-                yield scratch
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        free = size_text(shutil.disk_usage(next(path for path in target.parents if path.exists())).free)
-        raise StoreError(f"Making {target} failed: {error}; {free} are free there. Nothing was kept.") from error
-
-
-def _check_free(target: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if needed_bytes * (1 + DISK_MARGIN) > free:
-        raise StoreError(
-            f"The store may take up to {size_text(needed_bytes)}, but only {size_text(free)} are free at "
-            f"{target.parent}. Free some space, give a path on a larger disk, or leave out bin sizes (`bin_um=`)."
-        )
-
-
-INSTANCE_KEY = "location_id"
+_ENTRY_BYTES, _BIN_BYTES = 5, 160  # on disk at most, as compressed
+_PREVIEW_TOLERANCE = 0.05  # by which the image may differ from what the previews say it should be
+_IMAGE_THREADS = 4  # more would hold more bands at once
+_LEVEL_FACTORS = [2, 2, 2, 2]  # the reader's
+_MINIATURE_PX = 64
 
 Progress = Callable[[int], object]
 """Called with the number of rows that were written."""
-
-
-def fill_bins(store: Path, files: BinFiles, shapes_key: str, like: gpd.GeoDataFrame, progress: Progress) -> None:
-    """Fill the table of a bin size, and its shapes.
-
-    Parameters
-    ----------
-    store
-        Holds both elements with one bin.
-    files
-        Of the bin size.
-    shapes_key
-        Name of the shapes.
-    like
-        The one bin: how the reader draws it.
-    progress
-        Told of rows.
-    """
-    with open_matrix(files.matrix) as matrix:
-        table = TableArrays(store / "tables" / files.name, matrix.n_rows, matrix.n_genes, matrix.n_entries)
-        start = 0
-        for placed in placed_bins(matrix, files.positions):
-            stop = start + len(placed.barcodes)
-            columns = {**placed.columns, INSTANCE_KEY: np.arange(start, stop)}
-            table.add_rows(_names(placed.barcodes), columns, placed.centres_px)
-            start = stop
-        _copy_counts(matrix, table, np.ones(matrix.n_rows, bool), progress)
-        table.finish()
-        _fill_squares(store, shapes_key, like, table, files, matrix.n_rows)
-
-
-def fill_cells(table_path: Path, cells: Cells, progress: Progress) -> None:
-    """Fill the table of the segmented cells."""
-    with open_matrix(cells.files.matrix) as matrix:
-        n_entries = int(np.diff(matrix.indptr)[cells.keep].sum())
-        table = TableArrays(table_path, len(cells.names), matrix.n_genes, n_entries)
-        names = np.array(cells.names, dtype=object)
-        table.add_rows(names, {"cell_id": names})
-        _copy_counts(matrix, table, cells.keep, progress)
-        table.finish()
-
-
-def _names(barcodes: pa.Array) -> NDArray[Any]:
-    return np.asarray(barcodes.to_numpy(zero_copy_only=False))
-
-
-def _copy_counts(matrix: CountMatrix, table: TableArrays, keep: NDArray[np.bool_], progress: Progress) -> None:
-    for start, stop in matrix.pieces():
-        data, genes = matrix.entries(start, stop)
-        sizes, kept = np.diff(matrix.indptr[start : stop + 1]), keep[start:stop]
-        if not kept.all():
-            entries = np.repeat(kept, sizes)
-            data, genes, sizes = data[entries], genes[entries], sizes[kept]
-        table.add_counts(data, genes, sizes)
-        progress(stop - start)
-
-
-def _fill_squares(
-    store: Path, name: str, like: gpd.GeoDataFrame, table: TableArrays, files: BinFiles, n_rows: int
-) -> None:
-    """Write the shapes beside the store, and put their file in the place of the one bin's."""
-    ring = _ring(like.geometry.iloc[0], read_scalefactors(files.scalefactors)["spot_diameter_fullres"] / 2)
-    transformations = get_transformation(like, get_all=True)
-
-    def make(centres_px: NDArray[np.float64], index: NDArray[np.int64]) -> gpd.GeoDataFrame:
-        frame = gpd.GeoDataFrame(geometry=_polygons(centres_px, ring), index=pd.Index(index, name=like.index.name))
-        return ShapesModel.parse(frame, transformations=transformations)
-
-    def describe(start: int, stop: int, _: object) -> RowInfo:
-        return RowInfo(np.arange(start, stop), table.centres_px(start, stop))
-
-    scratch = store.with_name("shapes.zarr")
-    write_shapes(scratch, name, describe, np.ones(n_rows, bool), make)
-    inside = Path("shapes") / name / "shapes.parquet"
-    (scratch / inside).replace(store / inside)
-    shutil.rmtree(scratch)
-
-
-def _ring(square: shapely.Polygon, radius: float) -> NDArray[np.float64]:
-    """(5, 2) corners of a square about its centre, in the reader's order and without its rounding."""
-    corners = np.asarray(square.exterior.coords)
-    middle = (corners.min(axis=0) + corners.max(axis=0)) / 2
-    return np.sign(corners - middle) * radius
-
-
-def _polygons(centres_px: NDArray[np.float64], ring: NDArray[np.float64]) -> NDArray[np.object_]:
-    points = (centres_px[:, None] + ring).reshape(-1, 2)
-    each = np.arange(len(centres_px) + 1)
-    squares = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points, (each * len(ring), each))
-    return np.asarray(squares)
-
-
-IMAGE_THREADS = 4  # more would hold more bands at once
-LEVEL_FACTORS = [2, 2, 2, 2]  # the reader's
-
-
-def build_store(files: HDFolder, pixels: da.Array, scratch: Path, show_progress_bar: bool) -> Path:
-    """Make the store in an empty folder.
-
-    Parameters
-    ----------
-    files
-        What is converted.
-    pixels
-        (3, height, width) the full image in chunks.
-    scratch
-        The folder.
-    show_progress_bar
-        Whether progress is shown.
-
-    Returns
-    -------
-    The store, complete with metadata, in ``scratch``.
-    """
-    cells = None if files.cells is None else read_cells(files.cells)
-    first = None if cells is None else (cells.names[0], cells.outlines[0])
-    sdata = read_miniature(files, scratch / "miniature", first, pixels.dtype)
-    store = scratch / "store.zarr"
-    image_key = next(key for key in sdata.images if key.endswith("_full_image"))
-    like = sdata.images.pop(image_key)
-    if cells is not None:
-        shapes_key = _region(sdata, _cells_key(sdata, files))
-        sdata.shapes[shapes_key] = cells.element(sdata.shapes[shapes_key])
-    sdata.attrs[ATTRS_KEY] = {CONVERTED_FROM: files.states()}
-    sdata.write(store)
-    _fill(store, sdata, files, cells, show_progress_bar)
-    sdata.images[image_key] = _full_image(pixels, like)
-    _write_image(sdata, image_key, show_progress_bar)
-    consolidate(store)
-    return store
-
-
-def _fill(store: Path, sdata: SpatialData, files: HDFolder, cells: Cells | None, show_progress_bar: bool) -> None:
-    """Give tables and squares all their rows."""
-    bar_of = bar_class()
-    with bar_of(total=_count_rows(files), desc="counts", unit="row", disable=not show_progress_bar) as bar:
-        for bins in files.bins:
-            shapes_key = _region(sdata, bins.name)
-            fill_bins(store, bins, shapes_key, sdata.shapes[shapes_key], bar.update)
-        if cells is not None:
-            fill_cells(store / "tables" / _cells_key(sdata, files), cells, bar.update)
-
-
-def _cells_key(sdata: SpatialData, files: HDFolder) -> str:
-    """Name of the table that is of no bins."""
-    (key,) = set(sdata.tables) - {bins.name for bins in files.bins}
-    return key
-
-
-def _region(sdata: SpatialData, table_key: str) -> str:
-    """Name of the shapes that a table annotates."""
-    return str(sdata.tables[table_key].uns["spatialdata_attrs"]["region"])
-
-
-def _full_image(pixels: da.Array, like: Any) -> Any:
-    """The full image, with the transformations of the miniature's, still to be read."""
-    return Image2DModel.parse(
-        pixels,
-        dims=("c", "y", "x"),
-        scale_factors=LEVEL_FACTORS,
-        chunks=pixels.chunksize,
-        c_coords=like["scale0"]["image"].coords["c"].values.tolist(),
-        transformations=get_transformation(like, get_all=True),
-    )
-
-
-def _write_image(sdata: SpatialData, key: str, show_progress_bar: bool) -> None:
-    """Compute all levels in one pass, with few threads: each holds a band of the image."""
-    threads = min(IMAGE_THREADS, os.cpu_count() or 1)
-    with (
-        dask.config.set(scheduler="threads", num_workers=threads),
-        TqdmCallback(tqdm_class=bar_class(), desc="image", unit="task", disable=not show_progress_bar),
-    ):
-        sdata.write_element(key)
-
-
-def _count_rows(files: HDFolder) -> int:
-    total = 0
-    for path in files.matrices().values():
-        with open_matrix(path) as matrix:
-            total += matrix.n_rows
-    return total
-
-
-ENTRY_BYTES, BIN_BYTES = 5, 160  # on disk at most, as compressed
-PREVIEW_TOLERANCE = 0.05
-"""Fraction by which the image may differ from what the previews say it should be."""
 
 
 @checked(DataError)
@@ -348,18 +110,24 @@ def convert_visium_hd(
         Without spatialdata-io.
     """
     source, target = Path(folder).expanduser(), Path(store).expanduser().resolve()
-    check_absent(target)
+    _check_absent(target)
     files = find_files(source, dataset_id, bin_um, image)
     for bins in files.bins:
         with open_matrix(bins.matrix) as matrix:
             check_places(matrix, bins.positions)
     with open_image(files.image, chunk_px) as pixels:
         _check_image(files, pixels.shape)
-        with scratch_folder(target, _announced_bytes(files, pixels)) as scratch:
-            built = build_store(files, pixels, scratch, show_progress_bar)
-            check_absent(target)
+        n_rows, n_bytes = _announce(files, pixels)
+        with _scratch_folder(target, n_bytes) as scratch:
+            built = _build_store(files, pixels, scratch, n_rows, show_progress_bar)
+            _check_absent(target)
             built.rename(target)
     logger.info("wrote %s", target)
+
+
+def _check_absent(target: Path) -> None:
+    if target.exists():
+        raise StoreError(f"{target} exists already. Give another path, or delete it first.")
 
 
 def _check_image(files: HDFolder, shape: tuple[int, ...]) -> None:
@@ -370,28 +138,260 @@ def _check_image(files: HDFolder, shape: tuple[int, ...]) -> None:
     if preview is None:
         return
     with Image.open(preview) as opened:
-        found = np.array(opened.size[::-1])
+        preview_shape = np.array(opened.size[::-1])
     scale = read_scalefactors(files.bins[0].scalefactors)["tissue_hires_scalef"]
-    expected = np.array(shape[1:]) * scale
-    if (np.abs(found / expected - 1) > PREVIEW_TOLERANCE).any():
-        height, width = (found / scale).round().astype(int)
+    if (np.abs(preview_shape / (np.array(shape[1:]) * scale) - 1) > _PREVIEW_TOLERANCE).any():
+        height, width = (preview_shape / scale).round().astype(int)
         raise DataError(
             f"The image {files.image} has {shape[1]} × {shape[2]} pixels, but Space Ranger was run on one of "
             f"{height} × {width}. Give that with `image=`."
         )
 
 
-def _announced_bytes(files: HDFolder, pixels: da.Array) -> int:
-    """Say what there is; bytes of the coming store at most."""
-    n_bytes, parts = int(pixels.nbytes * 4 / 3), []
+def _announce(files: HDFolder, pixels: da.Array) -> tuple[int, int]:
+    """Log what there is, and return the rows of all tables, and the bytes of the coming store at most."""
+    n_bytes, n_rows = int(pixels.nbytes * 4 / 3), {}
     for what, path in files.matrices().items():
         with open_matrix(path) as matrix:
-            n_bytes += ENTRY_BYTES * matrix.n_entries + BIN_BYTES * matrix.n_rows
-            parts.append(f"{matrix.n_rows} {what}")
-    logger.info(
-        "converting an image of %d × %d pixels, %s; the store takes up to %s",
-        *pixels.shape[1:],
-        ", ".join(parts),
-        size_text(n_bytes),
+            n_bytes += _ENTRY_BYTES * matrix.n_entries + _BIN_BYTES * matrix.n_rows
+            n_rows[what] = matrix.n_rows
+    rows = ", ".join(f"{n} {what}" for what, n in n_rows.items())
+    message = "converting an image of %d × %d pixels, %s; the store takes up to %s"
+    logger.info(message, *pixels.shape[1:], rows, size_text(n_bytes))
+    return sum(n_rows.values()), n_bytes
+
+
+@contextmanager
+def _scratch_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
+    """Empty folder beside ``target``, for one run at a time; gone at the end.
+
+    StoreError when there is too little disk, another run is at work, or reading or writing fails.
+    """
+    work = work_folder(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if needed_bytes * (1 + DISK_MARGIN) > free:
+            raise StoreError(
+                f"The store may take up to {size_text(needed_bytes)}, but only {size_text(free)} are free at "
+                f"{target.parent}. Free some space, give a path on a larger disk, or leave out bin sizes (`bin_um=`)."
+            )
+        with hold_lock(work / "convert.lock", wait_s=0, busy=f"Another run is writing {target}."):
+            scratch = work / "convert"
+            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+            scratch.mkdir()
+            try:
+                yield scratch
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        free = shutil.disk_usage(next(path for path in target.parents if path.exists())).free
+        raise StoreError(
+            f"Making {target} failed: {error}; {size_text(free)} are free there. Nothing was kept."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Segmented cells that have an outline; counts stay on disk."""
+
+    files: CellFiles
+    keep: NDArray[np.bool_]  # (n,) which rows of the matrix
+    outlines: dict[str, shapely.Polygon]  # barcode → pixels of the full image, in the order of the matrix
+
+
+def _read_cells(files: CellFiles) -> _Cells:
+    outlines = read_outlines(files.outlines)
+    with open_matrix(files.matrix) as matrix:
+        names = matrix.barcodes(0, matrix.n_rows).to_pylist()
+    keep = np.array([name in outlines for name in names], dtype=bool)
+    if not keep.any():
+        raise DataError(
+            f"None of the {len(names)} cells of {files.matrix} has an outline in {files.outlines.name}: the two are of "
+            "different runs. Restore both, or move segmented_outputs away to convert without cells."
+        )
+    return _Cells(files, keep, {name: outlines[name] for name in names if name in outlines})
+
+
+def _build_store(files: HDFolder, pixels: da.Array, scratch: Path, n_rows: int, show_progress_bar: bool) -> Path:
+    """Make the store, complete with metadata, in an empty folder; ``pixels`` (3, height, width) are chunked."""
+    cells = None if files.cells is None else _read_cells(files.cells)
+    sdata = _read_miniature(files, scratch / "miniature", cells, pixels.dtype)
+    store = scratch / "store.zarr"
+    image_key = next(key for key in sdata.images if key.endswith("_full_image"))
+    reader_image = sdata.images.pop(image_key)
+    if cells is not None:
+        (cells_key,) = set(sdata.tables) - {bins.name for bins in files.bins}
+        region = _region(sdata, cells_key)
+        names, transformations = list(cells.outlines), get_transformation(sdata.shapes[region], get_all=True)
+        frame = gpd.GeoDataFrame({"cell_id": names, "geometry": list(cells.outlines.values())}, index=names)
+        sdata.shapes[region] = ShapesModel.parse(frame, transformations=transformations)
+    record(sdata, CONVERTED_FROM, None, files.states())
+    sdata.write(store)
+    with bar_class()(total=n_rows, desc="counts", unit="row", disable=not show_progress_bar) as bar:
+        for bins in files.bins:
+            region = _region(sdata, bins.name)
+            _fill_bins(store, bins, region, sdata.shapes[region], bar.update)
+        if cells is not None:
+            _fill_cells(store / "tables" / cells_key, cells, bar.update)
+    sdata.images[image_key] = Image2DModel.parse(
+        pixels,
+        dims=("c", "y", "x"),
+        scale_factors=_LEVEL_FACTORS,
+        chunks=pixels.chunksize,
+        c_coords=reader_image["scale0"]["image"].coords["c"].values.tolist(),
+        transformations=get_transformation(reader_image, get_all=True),
     )
-    return n_bytes
+    # all levels in one pass, with few threads: each holds a band of the image
+    with (
+        dask.config.set(scheduler="threads", num_workers=min(_IMAGE_THREADS, os.cpu_count() or 1)),
+        TqdmCallback(tqdm_class=bar_class(), desc="image", unit="task", disable=not show_progress_bar),
+    ):
+        sdata.write_element(image_key)
+    consolidate(store)
+    return store
+
+
+def _region(sdata: SpatialData, table_key: str) -> str:
+    """Name of the shapes that a table annotates."""
+    return str(sdata.tables[table_key].uns["spatialdata_attrs"]["region"])
+
+
+def _fill_bins(store: Path, files: BinFiles, shapes_key: str, one: gpd.GeoDataFrame, progress: Progress) -> None:
+    """Give the table and the shapes of a bin size, which hold ``one`` bin, all of them."""
+    with open_matrix(files.matrix) as matrix:
+        table = TableArrays(store / "tables" / files.name, matrix.n_rows, matrix.n_genes, matrix.n_entries)
+        start = 0
+        for placed in placed_bins(matrix, files.positions):
+            stop = start + len(placed.barcodes)
+            columns = {**placed.columns, "location_id": np.arange(start, stop)}
+            table.add_rows(np.asarray(placed.barcodes.to_numpy(zero_copy_only=False)), columns, placed.centres_px)
+            start = stop
+        every = np.ones(matrix.n_rows, bool)
+        _copy_counts(matrix, table, every, progress)
+
+    def describe(start: int, stop: int, _: object) -> RowInfo:
+        return RowInfo(np.arange(start, stop), table.centres_px(start, stop))
+
+    radius = read_scalefactors(files.scalefactors)["spot_diameter_fullres"] / 2
+    # written beside the store, then put in the place of the one bin's
+    beside, file = store.with_name("shapes.zarr"), Path("shapes") / shapes_key / "shapes.parquet"
+    write_shapes(beside, shapes_key, describe, every, partial(_squares, one=one, radius=radius))
+    (beside / file).replace(store / file)
+    shutil.rmtree(beside)
+
+
+def _squares(
+    centres_px: NDArray[np.float64], index: NDArray[np.int64], one: gpd.GeoDataFrame, radius: float
+) -> gpd.GeoDataFrame:
+    """Squares about centres (m, 2), with corners in the order of the reader's ``one`` and without its rounding."""
+    corners = np.asarray(one.geometry.iloc[0].exterior.coords)
+    ring = np.sign(corners - (corners.min(axis=0) + corners.max(axis=0)) / 2) * radius
+    points = (centres_px[:, None] + ring).reshape(-1, 2)
+    each = np.arange(len(centres_px) + 1)
+    squares = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points, (each * len(ring), each))
+    frame = gpd.GeoDataFrame(geometry=squares, index=pd.Index(index, name=one.index.name))
+    return ShapesModel.parse(frame, transformations=get_transformation(one, get_all=True))
+
+
+def _fill_cells(table_path: Path, cells: _Cells, progress: Progress) -> None:
+    """Give the table of one segmented cell all of them."""
+    with open_matrix(cells.files.matrix) as matrix:
+        n_entries = int(np.diff(matrix.indptr)[cells.keep].sum())
+        names = np.array(list(cells.outlines), dtype=object)
+        table = TableArrays(table_path, len(names), matrix.n_genes, n_entries)
+        table.add_rows(names, {"cell_id": names})
+        _copy_counts(matrix, table, cells.keep, progress)
+
+
+def _copy_counts(matrix: CountMatrix, table: TableArrays, keep: NDArray[np.bool_], progress: Progress) -> None:
+    """Append the counts of the rows in ``keep`` (n,), which completes the table."""
+    for start, stop in matrix.pieces():
+        data, genes = matrix.entries(start, stop)
+        sizes, kept = np.diff(matrix.indptr[start : stop + 1]), keep[start:stop]
+        if not kept.all():
+            entries = np.repeat(kept, sizes)
+            data, genes, sizes = data[entries], genes[entries], sizes[kept]
+        table.add_counts(data, genes, sizes)
+        progress(stop - start)
+    table.finish()
+
+
+def _read_miniature(files: HDFolder, target: Path, cells: _Cells | None, image_dtype: np.dtype[Any]) -> SpatialData:
+    """Write a folder of one bin of each size and one cell, and read it.
+
+    The folder has to stay until the result is written, which reads previews from it.
+    """
+    try:
+        from spatialdata_io import visium_hd
+    except ImportError as error:
+        raise ImportError("Reading Space Ranger folders needs spatialdata-io: pip install 'pixnet_sd[io]'") from error
+    from tifffile import imwrite
+
+    target.mkdir(parents=True)
+    # the feature slice file tells the layout in attributes; the rest of it is large and not read
+    with open_h5(files.slice_file) as source, h5py.File(target / files.slice_file.name, "w") as copy:
+        copy.attrs.update(dict(source.attrs))
+    for bins in files.bins:
+        _write_one_bin(bins, target / "binned_outputs" / bins.name)
+    if cells is not None:
+        _write_one_cell(cells, target / "segmented_outputs")
+    for name, path in files.previews.items():
+        _copy(path, target / "spatial" / name)
+    image = target / "image.tif"
+    imwrite(image, np.zeros((_MINIATURE_PX, _MINIATURE_PX, 3), image_dtype), photometric="rgb")
+    options = {"dataset_id": files.dataset_id, "load_segmentations_only": False, "fullres_image_file": image}
+    try:
+        with redirect_stdout(io.StringIO()):  # it prints what it finds
+            return visium_hd(target, **options)
+    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"spatialdata_io.visium_hd cannot read a folder like {files.slice_file.parent} "
+            f"({type(error).__name__}: {error}). Restore the folder, or update spatialdata-io."
+        ) from error
+
+
+def _copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+
+
+def _write_one_bin(bins: BinFiles, target: Path) -> None:
+    _copy(bins.scalefactors, target / "spatial" / bins.scalefactors.name)
+    with open_matrix(bins.matrix) as matrix:
+        barcode = matrix.barcodes(0, 1)
+        _write_one_row(matrix, target / bins.matrix.name, barcode[0].as_py())
+    with open_positions(bins.positions) as file:
+        first = next(file.iter_batches(batch_size=1), None)
+    if first is None:
+        raise DataError(f"{bins.positions} has no rows. Restore the file.")
+    row = pa.Table.from_batches([first])
+    row = row.set_column(0, row.schema.field(0).with_type(barcode.type), barcode)
+    pq.write_table(row, target / "spatial" / bins.positions.name)
+
+
+def _write_one_cell(cells: _Cells, target: Path) -> None:
+    barcode, outline = next(iter(cells.outlines.items()))
+    with open_matrix(cells.files.matrix) as matrix:
+        _write_one_row(matrix, target / cells.files.matrix.name, barcode)
+    if cells.files.scalefactors.is_file():
+        _copy(cells.files.scalefactors, target / "spatial" / cells.files.scalefactors.name)
+    geometry = {"type": "Polygon", "coordinates": [np.asarray(outline.exterior.coords).tolist()]}
+    number = int(barcode.removeprefix("cellid_").removesuffix("-1"))
+    feature = {"type": "Feature", "geometry": geometry, "properties": {"cell_id": number}}
+    collection = {"type": "FeatureCollection", "features": [feature]}
+    (target / cells.files.outlines.name).write_text(json.dumps(collection))
+
+
+def _write_one_row(matrix: CountMatrix, target: Path, barcode: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    group = matrix.group
+    with h5py.File(target, "w") as file:
+        file.attrs.update(dict(group.file.attrs))
+        copy = file.create_group("matrix")
+        group.copy("features", copy)
+        copy["barcodes"] = np.array([barcode.encode()])
+        copy["data"] = np.ones(1, group["data"].dtype)
+        copy["indices"] = np.zeros(1, group["indices"].dtype)
+        copy["indptr"] = np.array([0, 1], group["indptr"].dtype)
+        copy["shape"] = np.array([matrix.n_genes, 1], group["shape"].dtype)

@@ -1,7 +1,4 @@
-"""What kind of Space Ranger folder a folder is, and whether a store is of it: nothing heavy is imported for that.
-
-What a Space Ranger output folder of Visium HD holds, and where.
-"""
+"""What a Space Ranger output folder holds, and whether a store is of it: nothing heavy is imported for that."""
 
 from __future__ import annotations
 
@@ -11,29 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pixnet_sd._notes import ATTRS_KEY, note_of
 from pixnet_sd.errors import DataError
 
-__all__ = [
-    "CONVERTED_FROM",
-    "BinFiles",
-    "CellFiles",
-    "HDFolder",
-    "changed_files",
-    "file_state",
-    "find_files",
-    "is_visium",
-    "is_visium_hd",
-    "read_scalefactors",
-    "visium_advice",
-]
-
 CONVERTED_FROM = "converted_from"
-"""Section of the notes in a converted store: name of a file, relative to the folder, to its `file_state`."""
+"""Section of the notes in a converted store: path of a file, relative to the folder, to its size and date."""
+
+_SLICE_FILE = "feature_slice.h5"
+_SCALEFACTORS = Path("spatial") / "scalefactors_json.json"
+_IMAGE_FOLDER = "microscope_image"
 
 
 def is_visium_hd(folder: Path) -> bool:
     """Whether a folder is what Space Ranger makes of Visium HD."""
-    return (folder / "binned_outputs").is_dir() or any(folder.glob("*feature_slice.h5"))
+    return (folder / "binned_outputs").is_dir() or any(folder.glob(f"*{_SLICE_FILE}"))
 
 
 def is_visium(folder: Path) -> bool:
@@ -50,142 +38,80 @@ def visium_advice(folder: Path) -> str:
     )
 
 
-def file_state(path: Path) -> list[int]:
-    """Size and date, ns, of a file."""
+def changed_files(folder: Path, store: Path) -> list[str]:
+    """Files of a Space Ranger folder that are not those that a store was converted from.
+
+    A store that says nothing about where it is from, made by other means, has none.
+    """
+    attributes = json.loads((store / "zarr.json").read_text(encoding="utf-8")).get("attributes", {})
+    states = note_of(attributes.get(ATTRS_KEY), CONVERTED_FROM) or {}
+    return [name for name, state in states.items() if _file_state(folder / name) != state]
+
+
+def _file_state(path: Path) -> list[int] | None:
+    """Size and date, ns, of a file that is there."""
+    if not path.is_file():
+        return None
     about = path.stat()
     return [about.st_size, about.st_mtime_ns]
 
 
-def changed_files(folder: Path, store: Path) -> list[str]:
-    """Files of a Space Ranger folder that are not those that a store was converted from.
-
-    Parameters
-    ----------
-    folder
-        The folder.
-    store
-        A store; one that says nothing about where it is from, made by other means, has none.
-
-    Returns
-    -------
-    Their names.
-    """
-    noted: dict[str, Any] = json.loads((store / "zarr.json").read_text(encoding="utf-8")).get("attributes", {})
-    states = noted.get("pixnet_sd", {}).get(CONVERTED_FROM, {})
-    return [name for name, state in states.items() if not _is_as_noted(folder / name, state)]
-
-
-def _is_as_noted(path: Path, state: list[int]) -> bool:
-    return path.is_file() and file_state(path) == state
-
-
-SLICE_FILE = "feature_slice.h5"
-SCALEFACTORS = "scalefactors_json.json"
-_IMAGE_FOLDER = "microscope_image"
-_BINNED, _SEGMENTED = "binned_outputs", "segmented_outputs"
-
-
 @dataclass(frozen=True)
 class BinFiles:
-    """The files of one bin size.
+    """The files of one bin size."""
 
-    Attributes
-    ----------
-    folder
-        ``square_008um`` or the like.
-    um
-        Side of a bin in µm.
-    """
+    um: int  # side of a bin
+    name: str  # of the folder, and of the table: ``square_008um`` or the like
+    matrix: Path
+    positions: Path
+    scalefactors: Path
 
-    folder: Path
-    um: int
-
-    @property
-    def name(self) -> str:
-        """Of the folder, and of the table."""
-        return self.folder.name
-
-    @property
-    def matrix(self) -> Path:
-        """Counts."""
-        return self.folder / "filtered_feature_bc_matrix.h5"
-
-    @property
-    def positions(self) -> Path:
-        """Place of every bin."""
-        return self.folder / "spatial" / "tissue_positions.parquet"
-
-    @property
-    def scalefactors(self) -> Path:
-        """Sizes in pixels."""
-        return self.folder / "spatial" / SCALEFACTORS
+    @classmethod
+    def within(cls, folder: Path) -> BinFiles:
+        """The files where Space Ranger puts them, whether they are there or not."""
+        return cls(
+            um=int(folder.name[7:10]),
+            name=folder.name,
+            matrix=folder / "filtered_feature_bc_matrix.h5",
+            positions=folder / "spatial" / "tissue_positions.parquet",
+            scalefactors=folder / _SCALEFACTORS,
+        )
 
 
 @dataclass(frozen=True)
 class CellFiles:
-    """The files of segmented cells, in the folder that holds them."""
+    """The files of segmented cells."""
 
-    folder: Path
-
-    @property
-    def matrix(self) -> Path:
-        """Counts."""
-        return self.folder / "filtered_feature_cell_matrix.h5"
-
-    @property
-    def outlines(self) -> Path:
-        """One polygon per cell."""
-        return self.folder / "cell_segmentations.geojson"
-
-    @property
-    def scalefactors(self) -> Path:
-        """Scales of the previews; may be missing."""
-        return self.folder / "spatial" / SCALEFACTORS
+    matrix: Path
+    outlines: Path  # one polygon per cell
+    scalefactors: Path  # may be missing
 
 
 @dataclass(frozen=True)
 class HDFolder:
-    """A Space Ranger output folder.
-
-    Attributes
-    ----------
-    slice_file
-        The feature slice file.
-    dataset_id
-        As asked for; None leaves it to the reader, which takes it from the name of ``slice_file``.
-    bins
-        One entry per bin size, finest first.
-    cells
-        None without segmentation.
-    image
-        The full-resolution image.
-    previews
-        Name → path of the small images.
-    """
+    """A Space Ranger output folder of Visium HD."""
 
     slice_file: Path
-    dataset_id: str | None
-    bins: tuple[BinFiles, ...]
-    cells: CellFiles | None
-    image: Path
-    previews: dict[str, Path]
+    dataset_id: str | None  # None leaves it to the reader, which takes it from the name of ``slice_file``
+    bins: tuple[BinFiles, ...]  # finest first
+    cells: CellFiles | None  # None without segmentation
+    image: Path  # of full resolution
+    previews: dict[str, Path]  # by name
 
     def matrices(self) -> dict[str, Path]:
         """What the rows are → file of counts."""
-        found = {f"bins of {bins.um} µm": bins.matrix for bins in self.bins}
-        return found if self.cells is None else {**found, "cells": self.cells.matrix}
+        of_bins = {f"bins of {bins.um} µm": bins.matrix for bins in self.bins}
+        return of_bins if self.cells is None else {**of_bins, "cells": self.cells.matrix}
 
-    def states(self) -> dict[str, list[int]]:
+    def states(self) -> dict[str, list[int] | None]:
         """Sizes and dates of all files that are read, for `changed_files`."""
         paths = [self.slice_file, self.image, *self.previews.values()]
         paths += [path for bins in self.bins for path in (bins.matrix, bins.positions, bins.scalefactors)]
         paths += [] if self.cells is None else [self.cells.matrix, self.cells.outlines]
         root = self.slice_file.parent.resolve()
-        return {_relative(path.resolve(), root): file_state(path) for path in paths}
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+        whole = [path.resolve() for path in paths]
+        names = (path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in whole)
+        return dict(zip(names, map(_file_state, whole), strict=True))
 
 
 def find_files(
@@ -193,10 +119,7 @@ def find_files(
 ) -> HDFolder:
     """Find all that is converted, where ``spatialdata_io.visium_hd`` would find it.
 
-    Raises
-    ------
-    DataError
-        Saying that it is of Visium, which file is missing, or which files are not of one kind.
+    DataError when the folder is of Visium, or a file is missing or of another kind.
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}. Give the output folder of Space Ranger (`outs`).")
@@ -204,28 +127,28 @@ def find_files(
         raise DataError(visium_advice(folder))
     slice_file = _slice_file(folder, dataset_id)
     bins = _bins(folder, bin_um)
-    for files in bins:
-        _check_bins(files)
-    cells = CellFiles(folder / _SEGMENTED)
-    has_cells = cells.matrix.is_file() and cells.outlines.is_file()
+    segmented = folder / "segmented_outputs"
+    cells = CellFiles(
+        matrix=segmented / "filtered_feature_cell_matrix.h5",
+        outlines=segmented / "cell_segmentations.geojson",
+        scalefactors=segmented / _SCALEFACTORS,
+    )
+    previews = {
+        name: next((path for path in sorted(folder.rglob(name)) if path.is_file()), None)
+        for name in ("tissue_hires_image.png", "tissue_lowres_image.png")
+    }
     return HDFolder(
         slice_file=slice_file,
         dataset_id=dataset_id,
         bins=bins,
-        cells=cells if has_cells else None,
-        image=_image(folder, slice_file.name.removesuffix(SLICE_FILE)) if image is None else _given_image(Path(image)),
-        previews=_previews(folder),
+        cells=cells if cells.matrix.is_file() and cells.outlines.is_file() else None,
+        image=_image(folder, slice_file.name.removesuffix(_SLICE_FILE), image),
+        previews={name: path for name, path in previews.items() if path is not None},
     )
 
 
 def read_scalefactors(path: Path) -> dict[str, Any]:
-    """Scale factors of a bin size or of the cells.
-
-    Raises
-    ------
-    DataError
-        When the file is missing or is no JSON object.
-    """
+    """Scale factors of a bin size or of the cells; DataError when the file is missing or is no JSON object."""
     try:
         factors = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -236,36 +159,35 @@ def read_scalefactors(path: Path) -> dict[str, Any]:
 
 
 def _slice_file(folder: Path, dataset_id: str | None) -> Path:
-    plain = folder / SLICE_FILE
+    plain = folder / _SLICE_FILE
     if plain.is_file():
         return plain
-    found = sorted(path for path in folder.glob(f"*_{SLICE_FILE}") if path.is_file())
+    present = sorted(path for path in folder.glob(f"*_{_SLICE_FILE}") if path.is_file())
     if dataset_id is not None:
-        found = [path for path in found if path.name == f"{dataset_id}_{SLICE_FILE}"]
-    if len(found) == 1:
-        return found[0]
+        present = [path for path in present if path.name == f"{dataset_id}_{_SLICE_FILE}"]
+    if len(present) == 1:
+        return present[0]
     asked = "" if dataset_id is None else f" for dataset_id={dataset_id!r}"
     raise DataError(
-        f"{folder} holds {len(found)} feature slice files{asked} ('*_{SLICE_FILE}'), where one is needed. Give the "
+        f"{folder} holds {len(present)} feature slice files{asked} ('*_{_SLICE_FILE}'), where one is needed. Give the "
         "output folder of Space Ranger (`outs`); where it holds several samples, name one with `dataset_id=`."
     )
 
 
 def _bins(folder: Path, bin_um: int | Sequence[int] | None) -> tuple[BinFiles, ...]:
-    binned = next((path for path in sorted(folder.rglob(_BINNED)) if path.is_dir()), folder)
-    present = {
-        int(path.name[7:10]): BinFiles(path, int(path.name[7:10]))
-        for path in sorted(binned.glob("square_[0-9][0-9][0-9]um"))
-        if path.is_dir()
-    }
-    asked = sorted(present) if bin_um is None else [bin_um] if isinstance(bin_um, int) else list(bin_um)
+    binned = next((path for path in sorted(folder.rglob("binned_outputs")) if path.is_dir()), folder)
+    folders = (path for path in sorted(binned.glob("square_[0-9][0-9][0-9]um")) if path.is_dir())
+    present = {bins.um: bins for bins in map(BinFiles.within, folders)}
+    asked = sorted(present) if bin_um is None else [bin_um] if isinstance(bin_um, int) else sorted(set(bin_um))
     if not asked or any(um not in present for um in asked):
         raise DataError(
             f"Bins of {', '.join(map(str, asked)) or 'any'} µm were asked for, and {binned} has "
             f"{', '.join(map(str, present)) or 'no'} µm ('square_008um' and the like). Give the output folder of Space "
             "Ranger for Visium HD, and in `bin_um=` sizes that it has."
         )
-    return tuple(present[um] for um in sorted(set(asked)))
+    for um in asked:
+        _check_bins(present[um])
+    return tuple(present[um] for um in asked)
 
 
 def _check_bins(files: BinFiles) -> None:
@@ -283,28 +205,17 @@ def _check_bins(files: BinFiles) -> None:
         )
 
 
-def _image(folder: Path, prefix: str) -> Path:
+def _image(folder: Path, prefix: str, given: str | Path | None) -> Path:
+    if given is not None:
+        if not Path(given).is_file():
+            raise DataError(f"There is no image {str(given)!r}.")
+        return Path(given)
     inside = folder / _IMAGE_FOLDER
-    found = inside.iterdir() if inside.is_dir() else folder.glob(f"{prefix}tissue_image.*")
-    images = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+    present = inside.iterdir() if inside.is_dir() else folder.glob(f"{prefix}tissue_image.*")
+    images = sorted(path for path in present if path.is_file() and not path.name.startswith("."))
     if len(images) == 1:
         return images[0]
     raise DataError(
         f"{folder} holds {len(images)} full-resolution images ('{_IMAGE_FOLDER}/*' or '{prefix}tissue_image.*'), where "
         "one is needed. Space Ranger does not copy it: give the file that went into it with `image=`."
     )
-
-
-def _given_image(path: Path) -> Path:
-    if not path.is_file():
-        raise DataError(f"There is no image {str(path)!r}.")
-    return path
-
-
-def _previews(folder: Path) -> dict[str, Path]:
-    found = {}
-    for name in ("tissue_hires_image.png", "tissue_lowres_image.png"):
-        path = next((path for path in sorted(folder.rglob(name)) if path.is_file()), None)
-        if path is not None:
-            found[name] = path
-    return found

@@ -18,36 +18,16 @@ if TYPE_CHECKING:
     import dask.array as da
     from tifffile import TiffPage, TiffPageSeries
 
-__all__ = ["open_image"]
-
 _LARGE_PIECE_BYTES = 2**28
 _RGB = 3
 
 
 @contextmanager
 def open_image(path: Path, chunk_px: int) -> Iterator[da.Array]:
-    """Open an RGB image without reading it.
+    """Open an RGB image, (3, height, width) in chunks of ``chunk_px``, valid as long as the context.
 
-    Parameters
-    ----------
-    path
-        TIFF of any kind, or what Pillow reads.
-    chunk_px
-        Side of a chunk in pixels.
-
-    Yields
-    ------
-    (3, height, width) in chunks, valid as long as the context.
-
-    Raises
-    ------
-    DataError
-        When it cannot be read or is not RGB.
-
-    Warns
-    -----
-    UserWarning
-        When the file can only be read in large pieces, or as a whole.
+    TIFF files of any kind, and what Pillow reads. DataError when it cannot be read or is not RGB; a warning when the
+    file can only be read in large pieces, or as a whole.
     """
     from tifffile import TiffFile, TiffFileError
 
@@ -72,7 +52,7 @@ def _check_rgb(path: Path, shape: tuple[int, ...], *, channels_last: bool) -> No
 
 
 def _chunked(pixels: Any, *, channels_last: bool, chunk_px: int) -> da.Array:
-    """Bands are read one at a time and then cut: a strip of a TIFF file spans the whole width."""
+    """Chunk pixels; bands are read one at a time and then cut: a strip of a TIFF file spans the whole width."""
     import dask.array as da
 
     height, width = pixels.shape[:2] if channels_last else pixels.shape[1:]
@@ -85,7 +65,7 @@ def _chunked(pixels: Any, *, channels_last: bool, chunk_px: int) -> da.Array:
 
 
 def _rows(path: Path, series: TiffPageSeries) -> Any:
-    """Something with shape, dtype and slices of rows."""
+    """Array of the finest level, of which rows can be read."""
     import zarr
 
     page = series.keyframe

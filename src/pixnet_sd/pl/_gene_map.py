@@ -258,9 +258,9 @@ def _counts(table: Measured, genes: Sequence[str]) -> tuple[NDArray[np.float64],
     known = np.flatnonzero(columns >= 0)
     for place, block, sums in checked_blocks(table.counts, table.var_names, table.what):
         total[place] = sums
-        counts[place, known] = sparse.csr_matrix(block)[:, columns[known]].toarray()
+        counts[np.ix_(np.arange(len(table))[place], known)] = sparse.csr_matrix(block)[:, columns[known]].toarray()
     counts[:, [gene == _TOTAL for gene in genes]] = total[:, None]
-    return (counts, total) if table.place is None else (counts[table.place], total[table.place])
+    return counts, total
 
 
 def _predicted(

@@ -172,7 +172,6 @@ def _group(table: Measured, objective: str) -> MeasuredRegions:
     regions = table.regions
     if objective == "mse_pcc":
         total = checked_totals(table.counts, table.var_names, table.what)
-        total = total if table.place is None else total[table.place]
         if not total.any():
             raise DataError(f"{table.what}: all {len(table)} regions on the image have no counts at all.")
         regions = regions.subset(np.flatnonzero(total > 0))

@@ -1,9 +1,9 @@
-"""The slide: which image at which resolution, and tiles of it."""
+"""The slide: which image at which resolution, tiles and tissue of it, and what its content is."""
 
 from __future__ import annotations
 
-from ._content import PixelContent, check_same_pixels, ids_sha256, pixel_content, regions_sha256
-from ._find import check_on_disk, other_slides, select_image
+from ._content import PixelContent, check_on_disk, check_same_pixels, ids_sha256, pixel_content, regions_sha256
+from ._images import other_slides, select_image
 from ._scale import find_mpp, select_coordinate_system, size_of_bins
 from ._slide import Slide, open_slide, read_picture, slide_at, tissue_mask
 

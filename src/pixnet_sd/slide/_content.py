@@ -1,6 +1,6 @@
-"""Content of a slide: hashes of the pixels that the network reads, and of where regions are.
+"""Content of slides and regions: hashes of it, and whether an object holds in memory what its store holds.
 
-Equal for equal content, however it is chunked, ordered in a store, or kept in memory or on disk.
+Hashes are equal for equal content, however it is chunked, ordered in a store, or kept in memory or on disk.
 """
 
 from __future__ import annotations
@@ -11,55 +11,54 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dask.array as da
 import numpy as np
 import pandas as pd
+import shapely
 import zarr
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from pixnet_sd._fingerprint import content_sha256, files_sha256
-from pixnet_sd.errors import DataError
+from pixnet_sd.errors import DataError, StoreError
 from pixnet_sd.geometry import Circles, LabelGrid, Lattice, Polygons, Regions
 
 from ._slide import Slide
-from .elements import LazyLabels
-from .image import ImageLevel
+from .elements import (
+    LazyLabels,
+    Shapes,
+    StoredShapes,
+    affine_matrix,
+    coordinate_systems,
+    names,
+    read_elements,
+    sample_shapes,
+)
+from .image import ImageLevel, computed, levels_of, stored_array
 
-__all__ = ["PixelContent", "check_same_pixels", "ids_sha256", "pixel_content", "regions_sha256"]
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
 
 _BLOCK_PX = 1024  # side of the squares that are hashed apart; part of what the hash is
 _READ_PX = 4 * _BLOCK_PX  # least side of what is read at once, so that few chunks are read twice
 _READ_BYTES = 2**28
 _SETTLED_NS = 2_000_000_000  # a change to files that are older than this gives them another date
-_STRIP_PX = 1024
-
-_hashed_labels: WeakKeyDictionary[LazyLabels, str] = WeakKeyDictionary()
+_MANY_SHAPES = 1_000_000  # of more in a store, ids and a sample of the outlines are compared
+_STRIP_VALUES = 2**25
 
 
 @dataclass(frozen=True)
 class PixelContent:
-    """Pixels of one level of an image.
+    """Pixels of one level of an image."""
 
-    Attributes
-    ----------
-    level
-        Size of the level, ``"height x width"``.
-    sha256
-        Hash of its pixels.
-    files
-        Hash of names, sizes and dates of the files that hold them; None for an image in memory.
-    is_settled
-        Whether these dates can vouch for the content later: not those of a moment ago.
-    """
-
-    level: str
+    level: str  # its size, "height x width"
     sha256: str
-    files: str | None = None
-    is_settled: bool = False
+    files: str | None = None  # hash of names, sizes and dates of the files; None for an image in memory
+    is_settled: bool = False  # whether these dates can vouch for the content later: not those of a moment ago
 
     def note(self) -> dict[str, Any]:
         """Describe this content for `pixel_content` of a later run."""
@@ -69,16 +68,7 @@ class PixelContent:
 def pixel_content(slide: Slide, known: Mapping[str, Any] | None = None) -> PixelContent:
     """Hash the pixels that a slide is read from at its working resolution.
 
-    Parameters
-    ----------
-    slide
-        The slide.
-    known
-        `PixelContent.note` of earlier runs: what they hashed is not read again while its files have the same dates.
-
-    Returns
-    -------
-    Content of the level that is read.
+    What earlier runs hashed, in `known` by `PixelContent.note`, is not read again while its files have the same dates.
     """
     level = slide.pyramid.level_for(slide.working_scale)
     name = f"{level.shape[0]} x {level.shape[1]}"
@@ -90,20 +80,7 @@ def pixel_content(slide: Slide, known: Mapping[str, Any] | None = None) -> Pixel
 
 
 def check_same_pixels(slide: Slide, content: PixelContent) -> None:
-    """Refuse a result when the image was rewritten while it was read.
-
-    Parameters
-    ----------
-    slide
-        The slide.
-    content
-        Its pixels when the run began.
-
-    Raises
-    ------
-    DataError
-        When they are others now.
-    """
+    """Refuse a result when pixels are not those of when the run began: the image was rewritten while it was read."""
     level = slide.pyramid.level_for(slide.working_scale)
     if content.files is None or _files(level)[0] == content.files or _level_sha256(level) == content.sha256:
         return
@@ -115,31 +92,25 @@ def check_same_pixels(slide: Slide, content: PixelContent) -> None:
 
 def _files(level: ImageLevel) -> tuple[str | None, bool]:
     """Hash of a level's files, and whether they have been left alone for a while."""
-    array = level.pixels
+    array = level.pixels.data
     if not isinstance(array, zarr.Array) or not isinstance(array.store, LocalStore):
         return None, False
     started_ns = time.time_ns()
-    found, newest_ns = files_sha256(array.store.root / array.path)
-    return found, newest_ns < started_ns - _SETTLED_NS
+    sha256, newest_ns = files_sha256(array.store.root / array.path)
+    return sha256, newest_ns < started_ns - _SETTLED_NS
 
 
 def _level_sha256(level: ImageLevel) -> str:
-    blocks = _lazy_blocks(level) if isinstance(level.pixels, da.Array) else _read_blocks(level)
+    blocks = _lazy_blocks(level) if isinstance(level.pixels.data, da.Array) else _read_blocks(level)
     return content_sha256("rgb", np.array(level.shape), blocks)
 
 
 def _lazy_blocks(level: ImageLevel) -> NDArray[np.uint8]:
     """Digests of the squares of a dask array, in one pass over its graph: what is cut from one chunk loads it once."""
-    pixels: Any = level.pixels
-    pixels = pixels[list(level.channels)].rechunk((-1, _BLOCK_PX, _BLOCK_PX))
-    digests = pixels.map_blocks(
-        lambda block: _digest(block)[None], drop_axis=0, dtype=np.uint8, chunks=_digest_chunks(pixels)
-    )
-    return np.asarray(digests.compute(scheduler="threads"))
-
-
-def _digest_chunks(pixels: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return (1,) * pixels.numblocks[1], (32,) * pixels.numblocks[2]
+    pixels = level.pixels.data[list(level.channels)].rechunk((-1, _BLOCK_PX, _BLOCK_PX))
+    chunks = (1,) * pixels.numblocks[1], (32,) * pixels.numblocks[2]
+    digests = pixels.map_blocks(lambda block: _digest(block)[None], drop_axis=0, dtype=np.uint8, chunks=chunks)
+    return computed(digests)
 
 
 def _digest(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -150,65 +121,34 @@ def _digest(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _read_blocks(level: ImageLevel) -> NDArray[np.uint8]:
     """Digests of the squares of an array in memory or of zarr, read by several threads, whole chunks at a time."""
     height, width = level.shape
-    chunk = max(level.pixels.chunks[1:]) if isinstance(level.pixels, zarr.Array) else 1
+    chunk = max(level.pixels.data.chunks[1:]) if level.is_backed else 1
     side = -(-max(chunk, _READ_PX) // _BLOCK_PX) * _BLOCK_PX
-    boxes = [
-        (row, min(row + side, height), col, min(col + side, width))
-        for row in range(0, height, side)
-        for col in range(0, width, side)
-    ]
-    found = np.empty((-(-height // _BLOCK_PX), 32 * -(-width // _BLOCK_PX)), np.uint8)
+    corners = [(row, col) for row in range(0, height, side) for col in range(0, width, side)]
+    digests = np.empty((-(-height // _BLOCK_PX), -(-width // _BLOCK_PX), 32), np.uint8)
 
-    def hash_box(box: tuple[int, int, int, int]) -> None:
-        planes = np.moveaxis(level.read(*box), -1, 0)
+    def hash_box(corner: tuple[int, int]) -> None:
+        top, left = corner
+        planes = np.moveaxis(level.read(top, top + side, left, left + side), -1, 0)
         for row in range(0, planes.shape[1], _BLOCK_PX):
             for col in range(0, planes.shape[2], _BLOCK_PX):
-                at = (box[0] + row) // _BLOCK_PX, (box[2] + col) // _BLOCK_PX * 32
-                found[at[0], at[1] : at[1] + 32] = _digest(planes[:, row : row + _BLOCK_PX, col : col + _BLOCK_PX])
+                block = planes[:, row : row + _BLOCK_PX, col : col + _BLOCK_PX]
+                digests[(top + row) // _BLOCK_PX, (left + col) // _BLOCK_PX] = _digest(block)
 
     n_threads = max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 16))
     with ThreadPoolExecutor(max(1, min(n_threads, _READ_BYTES // (3 * side * side)))) as pool:
-        list(pool.map(hash_box, boxes))
-    return found
+        list(pool.map(hash_box, corners))
+    return digests.reshape(len(digests), -1)
 
 
 def ids_sha256(ids: pd.Index) -> str:
     """Hash the names of regions, in their order."""
     values = ids.to_numpy()
-    if values.dtype.kind in "iu":
-        return content_sha256(values.astype(np.int64))
-    return content_sha256(*map(str, values))
+    return content_sha256(*([values.astype(np.int64)] if values.dtype.kind in "iu" else map(str, values)))
 
 
 def regions_sha256(regions: Regions) -> str:
-    """Hash where regions are, outlines included, in their order.
-
-    Parameters
-    ----------
-    regions
-        Circles, polygons, labels or points of a lattice, px. Label images are read in strips.
-
-    Returns
-    -------
-    SHA-256 as hex.
-    """
+    """Hash where regions are in px, outlines included, in their order; label images are read in strips."""
     return content_sha256(type(regions).__name__, *_pieces(regions))
-
-
-def _labels_sha256(labels: Any) -> str:
-    """Hash a label image, once for all parts that it is split into."""
-    if not isinstance(labels, LazyLabels):
-        return _strips_sha256(labels)
-    if labels not in _hashed_labels:
-        _hashed_labels[labels] = _strips_sha256(labels)
-    return _hashed_labels[labels]
-
-
-def _strips_sha256(labels: Any) -> str:
-    digest = hashlib.sha256(f"{tuple(labels.shape)}".encode())
-    for top in range(0, labels.shape[0], _STRIP_PX):
-        digest.update(np.ascontiguousarray(labels[top : top + _STRIP_PX], dtype="<i8").data)
-    return digest.hexdigest()
 
 
 def _pieces(regions: Regions) -> Iterator[str | NDArray[Any]]:
@@ -221,6 +161,101 @@ def _pieces(regions: Regions) -> Iterator[str | NDArray[Any]]:
         yield from (regions.vertices, regions.ring_offsets, regions.ring_region)
         yield f"{regions.n_regions}"
     elif isinstance(regions, LabelGrid):
-        yield from (np.asarray(regions.ids, np.int64), regions.to_grid, _labels_sha256(regions.labels))
+        labels = regions.labels if isinstance(regions.labels, LazyLabels) else LazyLabels(regions.labels)
+        yield from (np.asarray(regions.ids, np.int64), regions.to_grid, labels.sha256)
     else:
         raise TypeError(f"{type(regions).__name__} are regions of which no content is known")
+
+
+def check_on_disk(sdata: SpatialData, *keys: str | None) -> None:
+    """Refuse images, labels and shapes of a backed object that its store lacks or has otherwise.
+
+    Results there would not fit them: they lie elsewhere, or have other pixels, ids or outlines. An object that is not
+    backed by a local store is not looked at; a key that is None is passed over.
+    """
+    if not isinstance(sdata.path, Path) or not sdata.path.is_dir():
+        return
+    for key in keys:
+        for group in ("images", "labels", "shapes"):
+            if key is not None and key in getattr(sdata, group):  # what is left on disk cannot differ
+                _check_element(getattr(sdata, group)[key], sdata.path, group, key)
+
+
+def _check_element(element: Any, store: Path, group: str, key: str) -> None:
+    if not (store / group / key / "zarr.json").is_file():
+        raise StoreError(
+            f"{group} element {key!r} is in memory and not in the store {store}, into which the results go. Write it "
+            f"first: sdata.write_element({key!r})."
+        )
+    if group == "shapes":
+        shapes = StoredShapes(store / group / key)
+        on_disk: Any = shapes if len(shapes) > _MANY_SHAPES else shapes.load()
+    else:
+        on_disk = read_elements(store, {group: [key]})[key]
+    systems = sorted({*coordinate_systems(element), *coordinate_systems(on_disk)})
+    differ = [system for system in systems if not _same_place(element, on_disk, system)]
+    if differ:
+        raise StoreError(
+            f"{group} element {key!r} has another transformation in memory than in the store {store}, to coordinate "
+            f"system {names(differ)}, so that results there would lie elsewhere. Write it first: "
+            f"sdata.write_transformations({key!r}); or read the object again."
+        )
+    changed = _changed_shapes(element, on_disk) if group == "shapes" else _changed_pixels(element, on_disk, store)
+    if changed:
+        raise StoreError(
+            f"{group} element {key!r} has other {changed} in memory than in the store {store}, so that results there "
+            "would not fit. Write it under a name of its own, sdata['new'] = ... and sdata.write_element('new'), or "
+            "read the object again."
+        )
+
+
+def _same_place(element: Any, on_disk: Any, system: str) -> bool:
+    if system not in coordinate_systems(element) or system not in coordinate_systems(on_disk):
+        return False
+    return bool(np.allclose(affine_matrix(element, system), affine_matrix(on_disk, system), rtol=1e-9, atol=1e-9))
+
+
+def _changed_pixels(element: Any, on_disk: Any, store: Path) -> str:
+    levels, stored_levels = levels_of(element), levels_of(on_disk)
+    if len(levels) != len(stored_levels):
+        return "levels"
+    for level, stored_level in zip(levels, stored_levels, strict=True):
+        own, stored = stored_array(level.data), stored_array(stored_level.data)
+        if stored is None:
+            raise StoreError(f"Pixels in the store {store} cannot be found. Read the object again.")
+        # the element was read by way of a folder that is gone by now
+        array: Any = zarr.open_array(store.joinpath(*_path(stored).parts[-3:]), mode="r")
+        if own is not None and _path(own) == _path(array):
+            continue
+        if level.shape != array.shape or level.dtype != array.dtype or not _same_values(level, array):
+            return "pixels"
+    return ""
+
+
+def _path(array: zarr.Array[Any]) -> Path:
+    return Path(str(array.store_path).removeprefix("file://")).resolve()
+
+
+def _same_values(level: Any, array: zarr.Array[Any]) -> bool:
+    """Compare some rows at a time."""
+    height, others = level.shape[-2], level.size // max(1, level.shape[-2])
+    step = max(1, _STRIP_VALUES // max(1, others))
+    strips = [(..., slice(top, top + step), slice(None)) for top in range(0, height, step)]
+    return all(np.array_equal(computed(level.data[strip]), array[strip]) for strip in strips)
+
+
+def _changed_shapes(shapes: GeoDataFrame, on_disk: Shapes) -> str:
+    if len(shapes) != len(on_disk) or not np.array_equal(shapes.index.to_numpy(), on_disk.index.to_numpy()):
+        return "ids"
+    if isinstance(on_disk, StoredShapes):
+        sample = sample_shapes(on_disk)
+        shapes, on_disk = shapes.loc[sample.index], sample
+    outlines = zip(_outlines(shapes), _outlines(on_disk), strict=True)
+    same = all(a.shape == b.shape and np.array_equal(a, b, equal_nan=True) for a, b in outlines)
+    return "" if same else "outlines"
+
+
+def _outlines(shapes: GeoDataFrame) -> tuple[NDArray[np.float64], ...]:
+    xy, owner = shapely.get_coordinates(shapes.geometry.to_numpy(), return_index=True)
+    radius = shapes["radius"].to_numpy(np.float64) if "radius" in shapes else np.zeros(0)
+    return xy, owner.astype(np.float64), radius

@@ -1,26 +1,23 @@
-"""Micrometres per unit of a coordinate system, measured on elements whose size is known: bins and Visium spots.
-
-Micrometres per pixel of the slide image, and which rule says so.
-
-The coordinate system in which the slide image meets the other elements.
-"""
+"""The coordinate system in which image and regions meet, and micrometres per pixel, measured on bins and spots."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import shapely
+from scipy.spatial import cKDTree
 
 from pixnet_sd._notes import ATTRS_KEY, note_of, stored_note
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import ElementError, ResolutionError
 
-from ._find import other_slides
+from ._images import other_slides
 from .elements import (
     BinLattice,
+    Shapes,
     StoredShapes,
     affine_matrix,
     bin_lattice,
@@ -38,19 +35,10 @@ from .elements import (
 )
 
 if TYPE_CHECKING:
-    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-__all__ = [
-    "KnownSize",
-    "agreed",
-    "find_mpp",
-    "known_sizes",
-    "named_as_bins",
-    "select_coordinate_system",
-    "size_of_bins",
-]
-
+_RECORD = f"sdata.attrs[{ATTRS_KEY!r}]['mpp']"  # by name of the image
+_PLAUSIBLE = (0.1, 2.0)  # µm/px: from 100x objectives to overviews in which nuclei are still seen
 _SPOT_PITCH_UM = 100.0
 # A Visium spot is 55 µm wide; Space Ranger writes the diameter of a 65 µm one (89.5 px at a pitch of 138 px).
 _SPOT_DIAMETERS_UM = (55.0, 65.0)
@@ -60,82 +48,38 @@ _HEX_NEIGHBOURS = 5  # at one distance on a hexagonal lattice, also along its st
 # Bins are placed by the pitch of the array that they lie on, so that two lattices of one slide agree to some
 # thousandths; centres of spots are rounded to pixels, and their array is known less well.
 _BIN_TOLERANCE, _SPOT_TOLERANCE = 0.01, 0.05
+_SAME_PX = 0.5  # what alignments may differ by, over the image, and be the same
 
 
 @dataclass(frozen=True)
 class KnownSize:
-    """µm per unit of a coordinate system, as one element tells it.
+    """µm per unit of a coordinate system, as one element tells it."""
 
-    Attributes
-    ----------
-    key
-        The element.
-    value
-        µm per unit.
-    how
-        A phrase that says how it was had.
-    tolerance
-        By what share another value may differ and still be the same.
-    """
-
-    key: str
+    key: str  # the element
     value: float
-    how: str
-    tolerance: float
+    how: str  # a phrase that says how it was had
+    tolerance: float  # by what share another value may differ and still be the same
 
     def agrees(self, value: float) -> bool:
         """Whether this is another value of the same."""
         return abs(value / self.value - 1) <= self.tolerance
 
 
-def known_sizes(
-    sdata: SpatialData, coordinate_system: str, *, image_key: str | None = None, region_keys: Iterable[str] = ()
+def _known_sizes(
+    sdata: SpatialData, coordinate_system: str, image_key: str, region_keys: Collection[str]
 ) -> list[KnownSize]:
-    """What elements in a coordinate system tell of its unit: all lattices of Visium HD bins, else Visium spots.
+    """Sizes that elements in a coordinate system tell: all lattices of bins, coarsest first, else Visium spots.
 
-    Parameters
-    ----------
-    sdata
-        The object to look in.
-    coordinate_system
-        The coordinate system to measure.
-    image_key
-        Elements that miss this image do not count, unless all do.
-    region_keys
-        Elements that are meant: where some of them tell, no other is asked.
-
-    Returns
-    -------
-    One entry an element, the coarsest bins first; none if nothing of known size is there.
+    Where regions that are meant tell, no other is asked; elements that miss the image do not count, unless all do.
     """
-    wanted = set(region_keys)
-    for told in (_from_bins, _from_spots):
-        keys = named_as_bins(sdata) if told is _from_bins else sorted(shapes_of(sdata))
-        keys = [key for key in keys if coordinate_system in coordinate_systems(region_element(sdata, key))]
-        if image_key is not None:
-            keys = on_image(sdata, keys, image_key=image_key, coordinate_system=coordinate_system)
-        for some in ([key for key in keys if key in wanted], [key for key in keys if key not in wanted]):
-            found = told(sdata, some, coordinate_system)
-            if found:
-                return found
+    for candidates, measure in ((named_as_bins(sdata), _from_bins), (sorted(shapes_of(sdata)), _from_spots)):
+        keys = [key for key in candidates if coordinate_system in coordinate_systems(region_element(sdata, key))]
+        keys = on_image(sdata, keys, image_key=image_key, coordinate_system=coordinate_system)
+        meant, others = ([key for key in keys if (key in region_keys) == is_meant] for is_meant in (True, False))
+        sizes = measure(sdata, meant, coordinate_system) or measure(sdata, others, coordinate_system)
+        if sizes:
+            return sizes
     return []
-
-
-def agreed(found: Sequence[KnownSize]) -> KnownSize | None:
-    """The first of the sizes found, if all agree; None if there is none.
-
-    Raises
-    ------
-    ResolutionError
-        If they disagree: then several slides meet in one coordinate system, or something is scaled.
-    """
-    if not found or all(found[0].agrees(other.value) for other in found):
-        return found[0] if found else None
-    values = "; ".join(f"{each.value:.4g} µm per pixel by the {each.how}" for each in found)
-    raise ResolutionError(
-        f"Elements of this slide tell different resolutions: {values}. Are several samples in one coordinate system? "
-        "Say what is meant: table_key= or shapes_key= of one of them, coordinate_system= or mpp=."
-    )
 
 
 def named_as_bins(sdata: SpatialData) -> list[str]:
@@ -146,27 +90,21 @@ def named_as_bins(sdata: SpatialData) -> list[str]:
 
 
 def _from_bins(sdata: SpatialData, keys: Sequence[str], coordinate_system: str) -> list[KnownSize]:
-    found: list[KnownSize] = []
+    sizes: list[KnownSize] = []
     for key in keys:
-        lattice = bin_lattice(sdata, key, exact=not found)
+        lattice = bin_lattice(sdata, key, exact=not sizes)
         if lattice is None:
             logger.debug("%r is no lattice of touching squares and tells no size", key)
             continue
         try:
-            found.append(size_of_bins(sdata, lattice, coordinate_system))
+            sizes.append(size_of_bins(sdata, lattice, coordinate_system))
         except ResolutionError as error:
             logger.info("No pitch from bins %r: %s", key, error)
-    return found
+    return sizes
 
 
 def size_of_bins(sdata: SpatialData, lattice: BinLattice, coordinate_system: str) -> KnownSize:
-    """What a lattice of bins tells of a coordinate system's unit.
-
-    Raises
-    ------
-    ResolutionError
-        If it gets there by anything but a similarity.
-    """
+    """Size that a lattice of bins tells of a coordinate system; `ResolutionError` if it gets there by no similarity."""
     scale = _scale(sdata, lattice.key, coordinate_system)
     return KnownSize(lattice.key, lattice.size_um / (lattice.pitch * scale), lattice.how, _BIN_TOLERANCE)
 
@@ -177,19 +115,17 @@ def _scale(sdata: SpatialData, key: str, coordinate_system: str) -> float:
 
 def _from_spots(sdata: SpatialData, keys: Sequence[str], coordinate_system: str) -> list[KnownSize]:
     own, shapes = written_by_pixnet(sdata), shapes_of(sdata)
-    found = []
+    sizes = []
     for key in keys:
         pitch = None if key in own else _visium_pitch(shapes[key])
         if pitch is not None:
             value = _SPOT_PITCH_UM / (pitch * _scale(sdata, key, coordinate_system))
-            found.append(KnownSize(key, value, f"100 µm pitch of Visium spots {key!r}", _SPOT_TOLERANCE))
-    return found
+            sizes.append(KnownSize(key, value, f"100 µm pitch of Visium spots {key!r}", _SPOT_TOLERANCE))
+    return sizes
 
 
-def _visium_pitch(shapes: GeoDataFrame | StoredShapes) -> float | None:
+def _visium_pitch(shapes: Shapes) -> float | None:
     """Pitch of circles on a hexagonal lattice, if it is to their width as that of Visium spots."""
-    from scipy.spatial import cKDTree
-
     if isinstance(shapes, StoredShapes):
         if len(shapes) > _MOST_SPOTS:
             return None
@@ -209,9 +145,6 @@ def _visium_pitch(shapes: GeoDataFrame | StoredShapes) -> float | None:
     return float(distance[distance < 1.2 * nearest].mean())  # the nearest alone are too near where centres are rounded
 
 
-_PLAUSIBLE = (0.1, 2.0)  # µm/px: from 100x objectives to overviews in which nuclei are still seen
-
-
 def find_mpp(
     sdata: SpatialData,
     *,
@@ -221,103 +154,40 @@ def find_mpp(
     allow_any_mpp: bool = False,
     region_keys: Collection[str] = (),
 ) -> tuple[float, str]:
-    """Micrometres per pixel of an image at scale 0.
+    """Micrometres per pixel of an image at scale 0, and a phrase on where they come from.
 
-    In this order: what the caller says; what ``sdata.attrs["pixnet_sd"]["mpp"]`` records for the image; Visium HD bins,
-    which are lattices of touching squares; Visium spots. What bins or spots contradict is said: of the caller with a
-    warning, of a record with an error.
-
-    Parameters
-    ----------
-    sdata
-        The object to look in.
-    image_key
-        Name of the image.
-    coordinate_system
-        Coordinate system that the image shares with bins or spots.
-    mpp
-        The value, or ``"coordinate_system"`` if that coordinate system is in µm.
-    allow_any_mpp
-        Accept a value outside 0.1-2 µm/px.
-    region_keys
-        Elements that are meant, which are asked before others.
-
-    Returns
-    -------
-    µm per pixel, and a sentence on where it comes from.
-
-    Raises
-    ------
-    ResolutionError
-        If it cannot be told, elements or a record contradict one another, it is outside 0.1-2 µm/px, or the
-        transformation of the image is no similarity.
+    In this order: `mpp` of the caller, or that the coordinate system is in µm; what the object's notes
+    record for the image; Visium HD bins, which are lattices of touching squares; Visium spots. `region_keys` are asked
+    before other elements. What bins or spots contradict is said: of the caller with a warning, of a record with a
+    `ResolutionError`, as is a value that cannot be told, is contradictory or outside 0.1-2 µm/px (unless
+    `allow_any_mpp`), or a transformation of the image that is no similarity.
     """
     scale = similarity_scale(affine_matrix(sdata.images[image_key], coordinate_system), f"image {image_key!r}")
-    found = known_sizes(sdata, coordinate_system, image_key=image_key, region_keys=region_keys)
-    sizes = [KnownSize(size.key, size.value * scale, size.how, size.tolerance) for size in found]
-    value, rule = _value(sdata, image_key, coordinate_system, mpp, scale, sizes, region_keys)
+    sizes = [
+        replace(size, value=size.value * scale)
+        for size in _known_sizes(sdata, coordinate_system, image_key, region_keys)
+    ]
+    if mpp is not None:
+        value, rule = _from_caller(coordinate_system, mpp, scale, sizes)
+    elif (recorded := note_of(sdata.attrs.get(ATTRS_KEY), "mpp", image_key)) is not None:
+        value, rule = float(recorded), f"value recorded in {_RECORD}"
+        _check_record(value, stored_note(sdata, "mpp", image_key), image_key, sizes)
+    else:
+        value, rule = _measured(sdata, image_key, coordinate_system, sizes, region_keys)
     if not np.isfinite(value) or value <= 0:
         raise ResolutionError(f"mpp = {value} ({rule}) is not a positive number of µm per pixel. Give mpp=.")
-    if not allow_any_mpp and not _PLAUSIBLE[0] <= value <= _PLAUSIBLE[1]:
-        raise ResolutionError(_absurd(value, rule, image_key))
+    low, high = _PLAUSIBLE
+    if not allow_any_mpp and not low <= value <= high:
+        cause = (
+            f"larger than {high}: perhaps {image_key!r} is a downscaled copy (hires or lowres) of the slide image"
+            if value > high
+            else f"smaller than {low}: perhaps the value is in mm, or pixels per µm"
+        )
+        raise ResolutionError(
+            f"mpp = {value:.6g} µm per pixel (from the {rule}) is {cause}, or a transformation has other units. Choose "
+            "the full-resolution image with image_key=, or correct mpp=."
+        )
     return value, rule
-
-
-def _value(
-    sdata: SpatialData,
-    image_key: str,
-    system: str,
-    mpp: float | Literal["coordinate_system"] | None,
-    scale: float,
-    sizes: list[KnownSize],
-    region_keys: Collection[str],
-) -> tuple[float, str]:
-    if mpp is not None:
-        return _from_caller(system, mpp, scale, sizes)
-    recorded = note_of(sdata.attrs.get(ATTRS_KEY), "mpp", image_key)
-    if recorded is not None:
-        _check_stored(float(recorded), stored_note(sdata, "mpp", image_key), image_key)
-        _check_recorded(float(recorded), image_key, sizes)
-        return float(recorded), 'value recorded in sdata.attrs["pixnet_sd"]["mpp"]'
-    measured = agreed(sizes)
-    if measured is None:
-        raise ResolutionError(_unknown(sdata, image_key, system))
-    if measured.key not in region_keys:
-        _check_only_slide(sdata, image_key, system, measured)
-    # rounded, because the last digits of a fit differ between machines, and results are recognised by their mpp
-    return float(f"{measured.value:.10g}"), measured.how
-
-
-def _check_only_slide(sdata: SpatialData, image_key: str, system: str, measured: KnownSize) -> None:
-    """Several slides in one coordinate system need not be to one scale: elements tell that of the slide they are on."""
-    others = other_slides(sdata, image_key=image_key, coordinate_system=system)
-    if others:
-        raise ResolutionError(
-            f"Images {names([image_key, *others])} meet in coordinate system {system!r}, and which of them "
-            f"{measured.key!r} belongs to cannot be told, so micrometres per pixel of {image_key!r} are not known: "
-            f"{measured.value:.4g} by the {measured.how}. Give mpp=, or name regions that belong to the image with "
-            "table_key= or shapes_key=."
-        )
-
-
-def _check_stored(value: float, stored: Any, image_key: str) -> None:
-    """A record that was corrected in the store since, or only in memory."""
-    if stored is not None and stored != value:
-        raise ResolutionError(
-            f"sdata.attrs['pixnet_sd']['mpp'] records {value:.4g} µm/px for image {image_key!r}, and the store "
-            f"{stored} µm/px: another session has corrected one of them. Say which is right with mpp=, write it with "
-            "sdata.write_attrs(), or open the store anew."
-        )
-
-
-def _check_recorded(value: float, image_key: str, sizes: list[KnownSize]) -> None:
-    """A record has been made for some image some time: what lies on the slide now knows better."""
-    if sizes and value > 0 and not any(size.agrees(value) for size in sizes):
-        raise ResolutionError(
-            f"sdata.attrs['pixnet_sd']['mpp'] records {value:.4g} µm/px for image {image_key!r}, and the "
-            f"{sizes[0].how} says {sizes[0].value:.4g} µm/px. Correct or remove the record, or say which is right with "
-            f"mpp={sizes[0].value:.4g} or mpp={value:.4g}."
-        )
 
 
 def _from_caller(
@@ -337,29 +207,51 @@ def _from_caller(
     return value, rule
 
 
-def _absurd(value: float, rule: str, image_key: str) -> str:
-    low, high = _PLAUSIBLE
-    cause = (
-        f"larger than {high}: perhaps {image_key!r} is a downscaled copy (hires or lowres) of the slide image"
-        if value > high
-        else f"smaller than {low}: perhaps the value is in mm, or pixels per µm"
-    )
-    return (
-        f"mpp = {value:.6g} µm per pixel (from the {rule}) is {cause}, or a transformation has other units. Choose the "
-        "full-resolution image with image_key=, or correct mpp=."
-    )
+def _check_record(value: float, stored: Any, image_key: str, sizes: list[KnownSize]) -> None:
+    """Refuse a record that differs from the store's, where only one was corrected, or that bins or spots refute."""
+    record = f"{_RECORD} records {value:.4g} µm/px for image {image_key!r}, and the"
+    if stored is not None and stored != value:
+        raise ResolutionError(
+            f"{record} store {stored} µm/px: another session has corrected one of them. Say which is right with mpp=, "
+            "write it with sdata.write_attrs(), or open the store anew."
+        )
+    if sizes and value > 0 and not any(size.agrees(value) for size in sizes):
+        raise ResolutionError(
+            f"{record} {sizes[0].how} says {sizes[0].value:.4g} µm/px. Correct or remove the record, or say which is "
+            f"right with mpp={sizes[0].value:.4g} or mpp={value:.4g}."
+        )
 
 
-def _unknown(sdata: SpatialData, image_key: str, system: str) -> str:
-    there = [key for key, shapes in sdata.shapes.items() if system in coordinate_systems(shapes)]
-    return (
-        f"Micrometres per pixel of image {image_key!r} are unknown: coordinate system {system!r} holds no Visium HD "
-        f"bins (touching squares, name ending in _008um or alike) and no Visium spots; shapes there: {names(there)}. "
-        "Give mpp= (see the scanner's metadata), or mpp='coordinate_system' if that coordinate system is in µm."
-    )
-
-
-_SAME_PX = 0.5  # what alignments may differ by, over the image, and be the same
+def _measured(
+    sdata: SpatialData, image_key: str, system: str, sizes: list[KnownSize], region_keys: Collection[str]
+) -> tuple[float, str]:
+    """The size that all elements agree on, of an image that they are known to belong to."""
+    if not sizes:
+        present = [key for key, shapes in sdata.shapes.items() if system in coordinate_systems(shapes)]
+        raise ResolutionError(
+            f"Micrometres per pixel of image {image_key!r} are unknown: coordinate system {system!r} holds no Visium "
+            "HD bins (touching squares, name ending in _008um or alike) and no Visium spots; shapes there: "
+            f"{names(present)}. Give mpp= (see the scanner's metadata), or mpp='coordinate_system' if that coordinate "
+            "system is in µm."
+        )
+    size = sizes[0]
+    if not all(size.agrees(other.value) for other in sizes):
+        values = "; ".join(f"{each.value:.4g} µm per pixel by the {each.how}" for each in sizes)
+        raise ResolutionError(
+            f"Elements of this slide tell different resolutions: {values}. Are several samples in one coordinate "
+            "system? Say what is meant: table_key= or shapes_key= of one of them, coordinate_system= or mpp=."
+        )
+    # several slides in one coordinate system need not be to one scale: elements tell that of the slide they are on
+    others = [] if size.key in region_keys else other_slides(sdata, image_key=image_key, coordinate_system=system)
+    if others:
+        raise ResolutionError(
+            f"Images {names([image_key, *others])} meet in coordinate system {system!r}, and which of them "
+            f"{size.key!r} belongs to cannot be told, so micrometres per pixel of {image_key!r} are not known: "
+            f"{size.value:.4g} by the {size.how}. Give mpp=, or name regions that belong to the image with "
+            "table_key= or shapes_key=."
+        )
+    # rounded, because the last digits of a fit differ between machines, and results are recognised by their mpp
+    return float(f"{size.value:.10g}"), size.how
 
 
 def select_coordinate_system(
@@ -370,79 +262,53 @@ def select_coordinate_system(
     region_keys: Iterable[str] = (),
     coordinate_system: str | None = None,
 ) -> str:
-    """Choose the coordinate system in which image and regions meet.
+    """Name of the coordinate system, perhaps an empty one, in which image and regions meet, if it is not given.
 
-    Of several, the one whose units are closest to pixels of the image: no scale first, then nearest to the identity,
-    then by name. They all have to say the same of where the regions lie on the image.
-
-    Parameters
-    ----------
-    sdata
-        The object to look in.
-    image_key
-        Name of the slide image.
-    element_key
-        Shapes or labels that must be in it too.
-    region_keys
-        Shapes or labels that are wanted there: systems with more of them come first.
-    coordinate_system
-        The one to use, if it is not to be found.
-
-    Returns
-    -------
-    Name of a coordinate system; it may be the empty string.
-
-    Raises
-    ------
-    ElementError
-        If the elements share none, are not both in the one asked for, or are aligned in several ways.
+    It has `element_key`, and of `region_keys` as many as any. Of several, the one whose units are closest to pixels of
+    the image: no scale first, then nearest to the identity, then by name. They all have to say the same of where the
+    regions lie on the image. `ElementError` if none is shared, the given one is not, or regions are aligned in several
+    ways.
     """
     image = sdata.images[image_key]
-    shared = coordinate_systems(image)
-    found = f"Image {image_key!r} is in {names(shared)}"
+    shared = list(coordinate_systems(image))
+    where = f"Image {image_key!r} is in {names(shared)}"
     if element_key is not None:
         element = region_element(sdata, element_key)
-        found += f", element {element_key!r} in {names(coordinate_systems(element))}"
-        shared = {system: shared[system] for system in shared_systems(image, element)}
+        where += f", element {element_key!r} in {names(coordinate_systems(element))}"
+        shared = shared_systems(image, element)
     if coordinate_system is not None:
         if coordinate_system not in shared:
-            raise ElementError(f"Coordinate system {coordinate_system!r} is not shared. {found}.")
+            raise ElementError(f"Coordinate system {coordinate_system!r} is not shared. {where}.")
         return coordinate_system
     if not shared:
         raise ElementError(
-            f"There is no shared coordinate system. {found}. Align them with "
+            f"There is no shared coordinate system. {where}. Align them with "
             "spatialdata.transformations.set_transformation."
         )
     regions = {key: region_element(sdata, key) for key in (element_key, *region_keys) if key is not None}
-    systems = _with_most(shared, regions)
-    for key, element in regions.items():
-        _check_one_alignment(image, image_key, element, key, [s for s in systems if s in coordinate_systems(element)])
-    return min(systems, key=lambda system: (*_distance_from_pixels(image, system), system))
+    n_regions = {system: sum(system in coordinate_systems(each) for each in regions.values()) for system in shared}
+    candidates = [system for system in shared if n_regions[system] == max(n_regions.values())]
+    candidates.sort(key=_distance_from_pixels(image))
+    for key, each in regions.items():
+        systems = [system for system in candidates if system in coordinate_systems(each)]
+        off = moved_px(image, each, systems) if len(systems) > 1 else {}
+        differ = [f"{px:.4g} px elsewhere in {system!r}" for system, px in off.items() if px > _SAME_PX]
+        if differ:
+            same = names(system for system, px in off.items() if px <= _SAME_PX)
+            raise ElementError(
+                f"Image {image_key!r} and regions {key!r} are aligned differently in several coordinate systems: "
+                f"against {same} regions lie up to {', '.join(differ)}. Say which is right with coordinate_system=."
+            )
+    return candidates[0]
 
 
-def _with_most(systems: Iterable[str], regions: dict[str, Any]) -> list[str]:
-    """Systems that the most of some elements are in."""
-    n = {system: sum(system in coordinate_systems(element) for element in regions.values()) for system in systems}
-    return [system for system, count in n.items() if count == max(n.values())]
+def _distance_from_pixels(image: Any) -> Callable[[str], tuple[float, float, str]]:
+    """Key that sorts coordinate systems of an image by scale, then distance from the identity, then name."""
 
+    def distance(system: str) -> tuple[float, float, str]:
+        matrix = affine_matrix(image, system)
+        scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+        log_scale = abs(np.log(scale)) if scale > 0 else np.inf
+        return round(float(log_scale), 9), round(float(np.abs(matrix - np.eye(3)).max()), 9), system
 
-def _check_one_alignment(image: Any, image_key: str, element: Any, key: str, systems: Sequence[str]) -> None:
-    if len(systems) < 2:
-        return
-    systems = sorted(systems, key=lambda system: (*_distance_from_pixels(image, system), system))
-    off = moved_px(image, element, systems)
-    other = [system for system in systems if off[system] > _SAME_PX]
-    if other:
-        differ = ", ".join(f"{off[system]:.4g} px elsewhere in {system!r}" for system in other)
-        same = names(system for system in systems if system not in other)
-        raise ElementError(
-            f"Image {image_key!r} and regions {key!r} are aligned differently in several coordinate systems: against "
-            f"{same} regions lie up to {differ}. Say which is right with coordinate_system=."
-        )
-
-
-def _distance_from_pixels(image: Any, system: str) -> tuple[float, float]:
-    matrix = affine_matrix(image, system)
-    scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
-    log_scale = abs(np.log(scale)) if scale > 0 else np.inf
-    return round(float(log_scale), 9), round(float(np.abs(matrix - np.eye(3)).max()), 9)
+    return distance

@@ -1,16 +1,11 @@
-"""A slide image as the network sees it: one resolution, any box of it, whatever the store looks like.
-
-Large boxes of a slide at a coarse resolution.
-
-Where on a slide there is tissue, so that empty glass is not predicted.
-"""
+"""A slide image as the network sees it: one resolution, any box of it, whatever the store looks like; its tissue."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +18,13 @@ from pixnet_sd._util import logger
 from pixnet_sd.errors import ResolutionError
 from pixnet_sd.geometry import MAP_STRIDE
 
-from ._find import select_image
+from ._images import select_image
 from ._scale import find_mpp, named_as_bins, select_coordinate_system
 from .elements import affine_matrix, bin_lattice, coordinate_systems, scale0
-from .image import ImagePyramid, largest_block_px, make_taps, resample
-
-__all__ = ["Slide", "open_slide", "read_picture", "slide_at", "tissue_mask"]
+from .image import HUGE_BLOCK_PX, ImagePyramid, loaded_px, make_taps, resample
 
 _WHITE = 255
-_HUGE_BLOCK_PX = 64e6
+_READ_PX = 4096  # side of the boxes that `read_picture` reads at once, in pixels of the level they come from
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,38 +34,19 @@ class Slide:
     Three frames, all (x, y) with pixel i covering [i, i + 1): *image px*, of the element's scale 0; *working px*,
     ``image px * mpp / working_mpp``; and the coordinate system. Slides pickle, without their pixels when backed,
     and can be read from several threads at once.
-
-    Attributes
-    ----------
-    name
-        Name of the slide, empty when there is only one.
-    image_key, coordinate_system
-        The image element and the coordinate system in which other elements meet it.
-    mpp, mpp_rule
-        Micrometres per scale-0 pixel, and a sentence on where that comes from.
-    working_mpp
-        Micrometres per working pixel.
-    height_px, width_px
-        Size of scale 0.
-    to_system
-        (3, 3) float64, image px (x, y, 1) to the coordinate system.
-    pyramid
-        The levels that are read.
-    channels
-        Names of the channels that are taken as red, green and blue.
     """
 
-    name: str
     image_key: str
-    coordinate_system: str
-    mpp: float
-    mpp_rule: str
-    working_mpp: float
-    height_px: int
+    coordinate_system: str  # in which other elements meet the image
+    mpp: float  # µm per image px
+    mpp_rule: str  # a phrase on where that comes from
+    working_mpp: float  # µm per working px
+    height_px: int  # of the image
     width_px: int
-    to_system: NDArray[np.float64]
+    to_system: NDArray[np.float64]  # (3, 3), image px (x, y, 1) to the coordinate system
     pyramid: ImagePyramid
-    channels: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()  # names of those taken as red, green and blue
+    name: str = ""  # among several slides
 
     @property
     def working_scale(self) -> float:
@@ -93,13 +67,18 @@ class Slide:
 
     @property
     def system_from_working(self) -> NDArray[np.float64]:
-        """(3, 3) float64, working px (x, y, 1) to the coordinate system."""
+        """(3, 3), working px (x, y, 1) to the coordinate system."""
         return self.to_system @ np.diag([self.working_scale, self.working_scale, 1.0])
 
     @property
     def working_from_system(self) -> NDArray[np.float64]:
-        """(3, 3) float64, the coordinate system (x, y, 1) to working px."""
+        """(3, 3), the coordinate system (x, y, 1) to working px."""
         return np.asarray(np.linalg.inv(self.system_from_working), np.float64)
+
+    @property
+    def is_backed(self) -> bool:
+        """Whether reads go straight to the store, so that the slide is cheap to pickle."""
+        return self.pyramid.is_backed
 
     def taken(self) -> str:
         """One line on which image was taken, of which resolution, and where."""
@@ -108,48 +87,33 @@ class Slide:
             f"coordinate system {self.coordinate_system!r}: {self.mpp:.6g} µm per pixel, from the {self.mpp_rule}."
         )
 
-    @property
-    def is_backed(self) -> bool:
-        """Whether reads go straight to the store, so that the slide is cheap to pickle."""
-        return self.pyramid.is_backed
-
     def at(self, working_mpp: float) -> Slide:
         """The same slide at another resolution, µm per working px."""
         return replace(self, working_mpp=_checked(working_mpp))
 
+    def named(self, name: str) -> Slide:
+        """The same slide with a name among several."""
+        return replace(self, name=name)
+
     def read(self, row0: int, row1: int, col0: int, col1: int) -> NDArray[np.uint8]:
-        """Pixels of a box in working px, from the nearest finer level of the pyramid.
+        """Pixels of a box in working px, (row1 - row0, col1 - col0, 3), white outside the slide.
 
-        A pixel has the same value in every box that holds it.
-
-        Parameters
-        ----------
-        row0, row1, col0, col1
-            The box, rows ``row0 .. row1 - 1``. It may reach beyond the slide on any side.
-
-        Returns
-        -------
-        (row1 - row0, col1 - col0, 3) uint8; white (255) outside the slide.
+        They come from the nearest finer level, and a pixel has the same value in every box that holds it.
         """
         height, width = self.working_shape
         top, bottom, left, right = max(row0, 0), min(row1, height), max(col0, 0), min(col1, width)
-        if (top, bottom, left, right) == (row0, row1, col0, col1) and row0 < row1 and col0 < col1:
-            return self._read_inside(row0, row1, col0, col1)
-        tile = np.full((row1 - row0, col1 - col0, 3), _WHITE, np.uint8)
-        if top < bottom and left < right:
-            inside = self._read_inside(top, bottom, left, right)
-            tile[top - row0 : bottom - row0, left - col0 : right - col0] = inside
-        return tile
-
-    def _read_inside(self, row0: int, row1: int, col0: int, col1: int) -> NDArray[np.uint8]:
+        if top >= bottom or left >= right:
+            return np.full((row1 - row0, col1 - col0, 3), _WHITE, np.uint8)
         level = self.pyramid.level_for(self.working_scale)
         rows, cols = (
             make_taps(start, stop, self.working_scale / scale, size, origin / scale)
             for start, stop, scale, size, origin in zip(
-                (row0, col0), (row1, col1), level.scale, level.shape, level.origin, strict=True
+                (top, left), (bottom, right), level.scale, level.shape, level.origin, strict=True
             )
         )
-        return resample(level.read(rows.start, rows.stop, cols.start, cols.stop), rows, cols)
+        inside = resample(level.read(rows.start, rows.stop, cols.start, cols.stop), rows, cols)
+        margins = (top - row0, row1 - bottom), (left - col0, col1 - right), (0, 0)
+        return np.pad(inside, margins, constant_values=_WHITE) if np.any(margins) else inside
 
 
 def open_slide(
@@ -162,59 +126,30 @@ def open_slide(
     working_mpp: float = 0.5,
     element_key: str | None = None,
     region_keys: Sequence[str] = (),
-    name: str = "",
 ) -> Slide:
     """Find the slide image of an object and make it readable at the working resolution.
 
-    Parameters
-    ----------
-    sdata
-        Object with the image.
-    image_key
-        Image element; may be left out when only one reading is possible.
-    coordinate_system
-        Where image and regions meet; may be left out when only one reading is possible.
-    mpp
-        Micrometres per pixel of the image's scale 0, or ``"coordinate_system"`` if that is in µm; found by the rules of
-        :func:`find_mpp` when left out.
-    allow_any_mpp
-        Accept a value outside 0.1-2 µm/px.
-    working_mpp
-        Micrometres per pixel at which the slide is to be read.
-    element_key
-        Shapes or labels that the coordinate system has to reach as well.
-    region_keys
-        Shapes and labels that are meant, such as those of the tables to learn from: of several coordinate systems one
-        that has them is taken, and they are the first to tell µm per pixel.
-    name
-        Name of the slide among several.
-
-    Returns
-    -------
-    The slide. A few pixels of coarse levels are looked at, where several images could be meant or their names do not
-    say what they are.
-
-    Raises
-    ------
-    ElementError
-        No image, several and none named, or no coordinate system in common.
-    ResolutionError
-        Micrometres per pixel unknown or absurd, or a transformation that is no similarity.
-    DataError
-        The image is not RGB uint8.
+    The arguments are those of `select_image`, `select_coordinate_system` and `find_mpp`: `element_key` are shapes or
+    labels that the coordinate system has to reach, `region_keys` such as are meant, those of the tables to learn from
+    for instance. `ElementError`: no image, several and none named, or no coordinate system in common;
+    `ResolutionError`: micrometres per pixel unknown or absurd; `DataError`: the image is not RGB uint8.
     """
     image_key = select_image(sdata, image_key=image_key, coordinate_system=coordinate_system)
-    placed_in = select_coordinate_system(
+    aligned = list(region_keys)
+    if not aligned and mpp is None and len(coordinate_systems(sdata.images[image_key])) > 1:
+        # bins will tell µm per pixel, so that these too have to lie on the image in one way only
+        aligned = [key for key in named_as_bins(sdata) if bin_lattice(sdata, key) is not None]
+    coordinate_system = select_coordinate_system(
         sdata,
         image_key=image_key,
         element_key=element_key,
-        region_keys=region_keys or ([] if mpp is not None else _bins_in_several_systems(sdata, image_key)),
+        region_keys=aligned,
         coordinate_system=coordinate_system,
     )
-    found_mpp, rule = find_mpp(
+    mpp, rule = find_mpp(
         sdata,
         image_key=image_key,
-        coordinate_system=placed_in,
+        coordinate_system=coordinate_system,
         mpp=mpp,
         allow_any_mpp=allow_any_mpp,
         region_keys=[*region_keys, *([element_key] if element_key is not None else [])],
@@ -222,15 +157,13 @@ def open_slide(
     slide = slide_at(
         sdata,
         image_key=image_key,
-        coordinate_system=placed_in,
-        mpp=found_mpp,
+        coordinate_system=coordinate_system,
+        mpp=mpp,
         mpp_rule=rule,
         working_mpp=working_mpp,
-        name=name,
     )
     logger.info("%s", slide.taken())
-    _warn_if_enlarged(slide)
-    _warn_if_huge_blocks(slide)
+    _warn_if_poor(slide)
     return slide
 
 
@@ -242,38 +175,24 @@ def slide_at(
     mpp: float,
     working_mpp: float,
     mpp_rule: str = "",
-    name: str = "",
 ) -> Slide:
     """Make an image readable of which all is known; parameters and errors as of `open_slide`."""
-    pyramid = ImagePyramid.of(sdata.images[image_key], image_key)
-    height, width = pyramid.shape
+    element = sdata.images[image_key]
+    pyramid = ImagePyramid.of(element, image_key)
+    image = scale0(element)
+    channels = image.coords["c"].values.tolist() if "c" in image.coords else range(image.sizes["c"])
     return Slide(
-        name=name,
         image_key=image_key,
         coordinate_system=coordinate_system,
         mpp=mpp,
         mpp_rule=mpp_rule,
         working_mpp=_checked(working_mpp),
-        height_px=height,
-        width_px=width,
-        to_system=affine_matrix(sdata.images[image_key], coordinate_system),
+        height_px=pyramid.shape[0],
+        width_px=pyramid.shape[1],
+        to_system=affine_matrix(element, coordinate_system),
         pyramid=pyramid,
-        channels=_channel_names(sdata.images[image_key], pyramid),
+        channels=tuple(str(channels[position]) for position in pyramid.levels[0].channels),
     )
-
-
-def _channel_names(element: Any, pyramid: ImagePyramid) -> tuple[str, ...]:
-    """Names of the channels that are read as red, green and blue."""
-    image = scale0(element)
-    there = image.coords["c"].values.tolist() if "c" in image.coords else range(image.sizes["c"])
-    return tuple(str(there[position]) for position in pyramid.levels[0].channels)
-
-
-def _bins_in_several_systems(sdata: SpatialData, image_key: str) -> list[str]:
-    """Bins that will tell µm per pixel, so that these too have to lie on the image in one way only."""
-    if len(coordinate_systems(sdata.images[image_key])) < 2:
-        return []
-    return [key for key in named_as_bins(sdata) if bin_lattice(sdata, key) is not None]
 
 
 def _checked(working_mpp: float) -> float:
@@ -282,18 +201,15 @@ def _checked(working_mpp: float) -> float:
     return float(working_mpp)
 
 
-def _warn_if_enlarged(slide: Slide) -> None:
+def _warn_if_poor(slide: Slide) -> None:
     if slide.mpp > slide.working_mpp * (1 + 1e-3):
         logger.warning(
             "image %r has %.4g µm/px and is enlarged to the working %.4g µm/px: detail finer than its pixels is not "
             "there. If a larger image of the slide exists, give image_key=, or set working_mpp=%.2g.",
             *(slide.image_key, slide.mpp, slide.working_mpp, slide.mpp),
         )
-
-
-def _warn_if_huge_blocks(slide: Slide) -> None:
-    block = largest_block_px(slide.pyramid.level_for(slide.working_scale))
-    if block > _HUGE_BLOCK_PX:
+    n_px = loaded_px(slide.pyramid.level_for(slide.working_scale).pixels.data)
+    if n_px > HUGE_BLOCK_PX:
         remedy = (
             "parse it anew with Image2DModel.parse(..., chunks=(3, 1024, 1024)) and write it"
             if slide.is_backed
@@ -301,11 +217,8 @@ def _warn_if_huge_blocks(slide: Slide) -> None:
         )
         logger.warning(
             "every tile of image %r loads a block of about %.0f million pixels, which is slow: %s.",
-            *(slide.image_key, block / 1e6, remedy),
+            *(slide.image_key, n_px / 1e6, remedy),
         )
-
-
-_READ_PX = 4096  # side of the boxes read at once, in pixels of the level they come from
 
 
 def read_picture(slide: Slide, row0: int, row1: int, col0: int, col1: int) -> NDArray[np.uint8]:
@@ -333,55 +246,39 @@ _MIN_CONTRAST = 12.0  # grey levels; two classes closer than this are one class 
 
 
 def tissue_mask(slide: Slide) -> np.ndarray:
-    """Tissue of a slide on the map grid.
+    """Tissue of a slide on the map grid, bool: all False for a blank slide, all True for one without glass.
 
     Otsu's threshold on an overview of about 8 µm/px, then two questions that a threshold cannot answer, since it always
     finds two classes: are they different at all, and is the brighter one glass? The outline is drawn generously, so
     that pale tissue is not lost: gaps below 0.15 mm are closed and holes below 0.16 mm² filled; pieces below 0.01 mm²
     are left out. Black pixels count as glass: they are parts that were not scanned.
-
-    Parameters
-    ----------
-    slide
-        The slide.
-
-    Returns
-    -------
-    (map height, map width) bool. All False for a blank slide, all True for one without glass.
     """
-    overview = _read_overview(slide.at(_overview_mpp(slide)))
-    return _on_map_grid(_overview_tissue(overview, _overview_mpp(slide)), slide)
-
-
-def _overview_mpp(slide: Slide) -> float:
-    """µm per overview pixel: 8, finer for a tiny image, coarser for a huge one, never finer than the working px."""
     sides_um = (slide.height_px * slide.mpp, slide.width_px * slide.mpp)
     finest = math.sqrt(sides_um[0] * sides_um[1] / _OVERVIEW_MAX_PX)
-    return max(min(_OVERVIEW_MPP, min(sides_um) / _OVERVIEW_MIN_SIDE_PX), finest, slide.working_mpp)
-
-
-def _read_overview(slide: Slide) -> np.ndarray:
-    height, width = slide.working_shape
-    return read_picture(slide, 0, height, 0, width)
+    mpp = max(min(_OVERVIEW_MPP, min(sides_um) / _OVERVIEW_MIN_SIDE_PX), finest, slide.working_mpp)
+    coarse = slide.at(mpp)
+    height, width = coarse.working_shape
+    overview = _overview_tissue(read_picture(coarse, 0, height, 0, width), mpp)
+    ratio = MAP_STRIDE * slide.working_mpp / mpp  # a map pixel has the value of where its centre lies
+    rows, cols = (
+        np.minimum(((np.arange(n) + 0.5) * ratio).astype(np.int64), size - 1)
+        for n, size in zip(slide.map_shape, overview.shape, strict=True)
+    )
+    return overview[rows[:, None], cols]
 
 
 def _overview_tissue(picture: np.ndarray, mpp: float) -> np.ndarray:
     """(h, w, 3) uint8 -> (h, w) bool."""
     not_scanned = picture.max(axis=-1) == 0
     picture = np.where(not_scanned[..., None], np.uint8(255), picture)
-    dark = _otsu(picture, mpp) & ~not_scanned
+    grey = rgb2gray(picture)
+    darker = grey <= threshold_otsu(grey)  # type: ignore[no-untyped-call]
+    dark = _without_small(darker, min(_MAX_PIECE * grey.size, (_GRAIN_UM / mpp) ** 2)) & ~not_scanned
     glass = ~dark & ~not_scanned
     if _is_one_class(picture, dark, glass):
         is_blank = not_scanned.all() or _is_glass(picture[~not_scanned])
         return np.zeros_like(dark) if is_blank else ~not_scanned
     return _outline(dark, mpp) & ~not_scanned if _is_glass(picture[glass]) else ~not_scanned
-
-
-def _otsu(picture: np.ndarray, mpp: float) -> np.ndarray:
-    """The darker of two classes of grey levels, without grains."""
-    grey = rgb2gray(picture)
-    dark = grey <= threshold_otsu(grey)  # type: ignore[no-untyped-call]
-    return _without_small(dark, min(_MAX_PIECE * grey.size, (_GRAIN_UM / mpp) ** 2))
 
 
 def _is_one_class(picture: np.ndarray, dark: np.ndarray, bright: np.ndarray) -> bool:
@@ -416,13 +313,3 @@ def _without_small(mask: np.ndarray, n_px: float) -> np.ndarray:
     pieces, _ = label(mask)
     large = np.bincount(pieces.ravel()) >= n_px
     return mask & large[pieces]
-
-
-def _on_map_grid(overview: np.ndarray, slide: Slide) -> np.ndarray:
-    """Value of the overview pixel in which each map pixel's centre lies."""
-    ratio = MAP_STRIDE * slide.working_mpp / _overview_mpp(slide)
-    rows, cols = (
-        np.minimum(((np.arange(n) + 0.5) * ratio).astype(np.int64), size - 1)
-        for n, size in zip(slide.map_shape, overview.shape, strict=True)
-    )
-    return overview[rows[:, None], cols]

@@ -19,32 +19,40 @@ from ._disk import (
     write_json,
 )
 from ._notes import WRITTEN, attach_written, element_stamp, image_stamp, json_safe, record, recorded, written_by
-from ._regions import RegionResults, RegionWriter, estimate_table_bytes
-from ._stream import MakeShapes, TableArrays, stretch, write_shapes
-from ._sums import Express, Expressed, MemoryRows, RowInfo, Rows, expression
-from ._tables import circles_element, region_table, squares_element, thumbnail
-from ._transaction import Staged, check_target, commit, consolidate, recover, write_scratch_store
+from ._regions import RegionWriter, estimate_table_bytes
+from ._stream import Staged, TableArrays, consolidate, stretch, write_scratch_store, write_shapes
+from ._sums import FileSums, MemorySums
+from ._tables import (
+    Express,
+    Expressed,
+    MakeShapes,
+    RowInfo,
+    circles_element,
+    expression,
+    region_table,
+    squares_element,
+    thumbnail,
+)
+from ._transaction import Transaction, recover
 
 __all__ = [
     "DISK_MARGIN",
     "WRITTEN",
     "Express",
     "Expressed",
+    "FileSums",
     "MakeShapes",
-    "MemoryRows",
-    "RegionResults",
+    "MemorySums",
     "RegionWriter",
     "RowInfo",
-    "Rows",
     "Staged",
     "TableArrays",
+    "Transaction",
     "attach_written",
     "available_memory",
     "check_plain",
     "check_same_folder",
-    "check_target",
     "circles_element",
-    "commit",
     "consolidate",
     "delete_folder",
     "element_stamp",

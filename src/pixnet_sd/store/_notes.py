@@ -1,12 +1,8 @@
-"""What pixnet_sd notes about its results, in ``sdata.attrs["pixnet_sd"]``.
+"""Notes about results, in ``sdata.attrs["pixnet_sd"]`` and the store's root, and what they say of elements on disk.
 
 Attributes of images are not saved by SpatialData; those of the object are, in the root ``zarr.json``. Only our own
 key is written there, by replacing that file in one step: `SpatialData.write_attrs` would also write every other
 attribute that the user has in memory, and fail on one that is not JSON.
-
-What lies in a store, into the object in memory: only the elements that are named.
-
-Whether an element in a store is, file by file, what this package wrote: so a call can know its own results again.
 """
 
 from __future__ import annotations
@@ -26,30 +22,34 @@ import spatialdata as sd
 import zarr
 
 from pixnet_sd._fingerprint import content_sha256, files_sha256
-from pixnet_sd._notes import ATTRS_KEY, note_of, stored_note
+from pixnet_sd._notes import ATTRS_KEY, note_of
 from pixnet_sd._schemas import check_notes
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
 
-from ._disk import check_plain, hold_lock, local_store, read_json, size_text, sweep_drafts, work_folder, write_json
+from ._disk import check_plain, hold_lock, local_store, read_json, size_text, work_folder, write_json
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 __all__ = [
-    "ATTRS_KEY",
     "WRITTEN",
     "attach_written",
     "element_stamp",
     "image_stamp",
     "json_safe",
+    "merge_notes",
     "merged_notes",
+    "note_in_memory",
     "read_back",
     "record",
     "recorded",
-    "stored_note",
+    "take_notes",
     "written_by",
 ]
+
+WRITTEN = "written"
+"""Section of the notes: element name → stamp."""
 
 
 def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None:
@@ -64,8 +64,7 @@ def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None
     key
         Element name, or None to note ``info`` as the section itself (``"model"``: a path).
     info
-        Anything that JSON can hold, and NumPy scalars and arrays, paths, tuples; a mapping that is there already is
-        replaced, not merged.
+        What `json_safe` takes; a mapping that is there already is replaced, not merged.
 
     Raises
     ------
@@ -75,23 +74,40 @@ def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None
     notes = {section: info if key is None else {key: info}}
     store = local_store(sdata)
     if store is None:
-        sdata.attrs[ATTRS_KEY] = merged_notes({}, sdata.attrs.get(ATTRS_KEY), notes)
+        note_in_memory(sdata, notes)
         return
     scratch = work_folder(store)
     with hold_lock(scratch / "lock", wait_s=60, busy=f"Another run is writing into {store}; try again later."):
-        sweep_drafts(scratch)
         root = read_json(store / "zarr.json")
-        attributes = root.setdefault("attributes", {})
-        attributes[ATTRS_KEY] = merged_notes(attributes.get(ATTRS_KEY), sdata.attrs.get(ATTRS_KEY), notes)
+        merge_notes(root, sdata, notes)
         try:
             write_json(store / "zarr.json", root, scratch=scratch)
         except OSError as error:
             raise StoreError(f"{store / 'zarr.json'} cannot be replaced: {error.strerror or error}.") from error
-    sdata.attrs[ATTRS_KEY] = attributes[ATTRS_KEY]
+    sdata.attrs[ATTRS_KEY] = root["attributes"][ATTRS_KEY]
+
+
+def note_in_memory(sdata: SpatialData, new: Mapping[str, Any]) -> None:
+    """Merge notes into those of an object in memory."""
+    if notes := merged_notes({}, sdata.attrs.get(ATTRS_KEY), new):
+        sdata.attrs[ATTRS_KEY] = notes
+
+
+def merge_notes(root: dict[str, Any], sdata: SpatialData, new: Mapping[str, Any]) -> None:
+    """Merge notes into the metadata of a store's root, together with those that the object remembers."""
+    attributes = root.setdefault("attributes", {})
+    if notes := merged_notes(attributes.get(ATTRS_KEY), sdata.attrs.get(ATTRS_KEY), new):
+        attributes[ATTRS_KEY] = notes
+
+
+def take_notes(sdata: SpatialData, store: Path) -> None:
+    """Give an object the notes that its store has."""
+    if notes := _stored_notes(store):
+        sdata.attrs[ATTRS_KEY] = notes
 
 
 def recorded(sdata: SpatialData, section: str, key: str | None = None) -> Any:
-    """What `record` noted in the object in memory, or None."""
+    """Read what `record` noted in the object in memory, or None."""
     return note_of(sdata.attrs.get(ATTRS_KEY), section, key)
 
 
@@ -101,25 +117,16 @@ def merged_notes(on_disk: Any, in_memory: Any, new: Mapping[str, Any]) -> dict[s
     Micrometres per pixel are the user's to set in memory, and go over those of the store.
     """
     stored, remembered = check_notes(on_disk), check_notes(in_memory)
-    merged = _two_levels(_two_levels(remembered, stored), {"mpp": remembered["mpp"]} if "mpp" in remembered else {})
-    safe = json_safe(_two_levels(merged, new))
-    return dict(safe)
-
-
-def _two_levels(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Section by section, key by key; what lies below a key is replaced whole."""
-    merged = dict(base)
-    for section, value in over.items():
-        old = merged.get(section)
-        if isinstance(value, Mapping) and isinstance(old, Mapping):
-            merged[section] = {**old, **value}
-        else:
-            merged[section] = value
-    return merged
+    merged = dict(remembered)
+    for over in (stored, {"mpp": remembered["mpp"]} if "mpp" in remembered else {}, new):
+        for section, value in over.items():
+            both = isinstance(value, Mapping) and isinstance(merged.get(section), Mapping)
+            merged[section] = {**merged[section], **value} if both else value
+    return dict(json_safe(merged))
 
 
 def json_safe(value: Any) -> Any:
-    """``value`` as plain JSON types: NumPy becomes lists and numbers, paths text, NaN and infinities None."""
+    """Turn ``value`` into JSON types: NumPy becomes lists and numbers, paths text, NaN and infinities None."""
     if isinstance(value, Mapping):
         return {str(k): json_safe(v) for k, v in value.items()}
     if isinstance(value, np.ndarray | np.generic):
@@ -144,37 +151,20 @@ _RASTERS = ("images", "labels")
 
 
 def read_back(sdata: SpatialData, store: Path, names: Mapping[str, str], *, scratch: Path) -> None:
-    """Replace elements in memory by what is in the store now.
+    """Replace elements in memory, element name → type, by what is in the store now.
 
     Images and labels come lazily, tables and shapes of up to 1 GiB as a whole. Larger ones are left on disk, and no
-    table, shapes or points of the user are read.
-
-    Parameters
-    ----------
-    sdata
-        The object.
-    store
-        Its store.
-    names
-        Element name → element type.
-    scratch
-        Folder for a few links; on any file system that has them.
+    table, shapes or points of the user are read. ``scratch`` is a folder for a few links.
     """
     rasters = {name: kind for name, kind in names.items() if kind in _RASTERS}
-    _read_rasters(sdata, store, rasters)
+    fresh = sd.read_zarr(store, selection=tuple(set(rasters.values()))) if rasters else None
+    for name, kind in rasters.items():
+        if name in getattr(fresh, kind):
+            getattr(sdata, kind)[name] = getattr(fresh, kind)[name]
     # shapes before the tables that annotate them
     for name, kind in sorted(names.items(), key=lambda item: item[1]):
         if kind not in _RASTERS and (store / kind / name).is_dir():
             _read_whole(sdata, store, kind, name, scratch)
-
-
-def _read_rasters(sdata: SpatialData, store: Path, names: Mapping[str, str]) -> None:
-    if not names:
-        return
-    fresh = sd.read_zarr(store, selection=tuple(set(names.values())))
-    for name, kind in names.items():
-        if name in getattr(fresh, kind):
-            getattr(sdata, kind)[name] = getattr(fresh, kind)[name]
 
 
 def _read_whole(sdata: SpatialData, store: Path, kind: str, name: str, scratch: Path) -> None:
@@ -196,7 +186,7 @@ def _read_whole(sdata: SpatialData, store: Path, kind: str, name: str, scratch: 
 
 
 def _alone(store: Path, kind: str, name: str, scratch: Path) -> Any:
-    """One element, as spatialdata's own reader gives it: of a store that links to nothing else."""
+    """Read one element with spatialdata's own reader, from a store that links to nothing else."""
     scratch.mkdir(parents=True, exist_ok=True)
     view = Path(tempfile.mkdtemp(prefix="view-", dir=scratch))
     try:
@@ -213,7 +203,7 @@ def _alone(store: Path, kind: str, name: str, scratch: Path) -> Any:
 
 
 def _memory_bytes(element: Path, kind: str) -> int:
-    """About what an element will take in memory."""
+    """Estimate what an element will take in memory."""
     if kind == "tables":
         x = zarr.open_group(str(element), mode="r")["X"]
         return int(x.nbytes) if isinstance(x, zarr.Array) else 0
@@ -222,10 +212,6 @@ def _memory_bytes(element: Path, kind: str) -> int:
 
         return int(pq.read_metadata(element / "shapes.parquet").num_rows) * _SHAPE_BYTES
     return 0
-
-
-WRITTEN = "written"
-"""Section of the notes: element name → stamp."""
 
 
 def element_stamp(element: Path) -> str:
@@ -247,7 +233,7 @@ def image_stamp(image: Any) -> str:
 
 
 def written_by(sdata: SpatialData, section: str, key: str, identity: str, names: Mapping[str, str]) -> bool:
-    """Whether the store holds the results of a call with this identity, untouched since.
+    """Whether the store of an object holds the results of a call with this identity, untouched since.
 
     Parameters
     ----------
@@ -263,9 +249,10 @@ def written_by(sdata: SpatialData, section: str, key: str, identity: str, names:
     store = local_store(sdata)
     if store is None:
         return False
-    notes = _notes(store)
-    note = _mapping(_mapping(notes.get(section)).get(key))
-    return note.get("identity") == identity and len(_untouched(store, notes, names)) == len(names)
+    notes = _stored_notes(store)
+    note = note_of(notes, section, key)
+    noted = isinstance(note, Mapping) and note.get("identity") == identity
+    return noted and len(_untouched(store, notes, names)) == len(names)
 
 
 def attach_written(sdata: SpatialData, names: Mapping[str, str], *, again: bool = False) -> None:
@@ -281,28 +268,25 @@ def attach_written(sdata: SpatialData, names: Mapping[str, str], *, again: bool 
         Whether those that the object has are read again, too.
     """
     store = local_store(sdata)
-    if store is None:
-        return
     lacking = {name: kind for name, kind in names.items() if again or name not in getattr(sdata, kind)}
-    notes = _notes(store) if lacking else {}
+    if store is None or not lacking:
+        return
+    notes = _stored_notes(store)
     untouched = _untouched(store, notes, lacking)
     if untouched:
         read_back(sdata, store, untouched, scratch=work_folder(store))
         sdata.attrs[ATTRS_KEY] = merged_notes(notes, sdata.attrs.get(ATTRS_KEY), {})
 
 
-def _untouched(store: Path, notes: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
-    stamps = _mapping(notes.get(WRITTEN))
+def _untouched(store: Path, notes: Any, names: Mapping[str, str]) -> dict[str, str]:
+    """Select the elements, name → type, that lie in the store as this package wrote them."""
+    stamps = {name: note_of(notes, WRITTEN, name) for name in names}
     return {
         name: kind
         for name, kind in names.items()
-        if name in stamps and (store / kind / name).is_dir() and element_stamp(store / kind / name) == stamps[name]
+        if stamps[name] and (store / kind / name).is_dir() and element_stamp(store / kind / name) == stamps[name]
     }
 
 
-def _notes(store: Path) -> Mapping[str, Any]:
-    return _mapping(_mapping(read_json(store / "zarr.json").get("attributes")).get(ATTRS_KEY))
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+def _stored_notes(store: Path) -> Any:
+    return note_of(read_json(store / "zarr.json"), "attributes", ATTRS_KEY) or {}

@@ -1,51 +1,40 @@
-"""Predicted regions, gathered window by window, then made into a table and shapes."""
+"""Predicted regions, gathered window by window, then made into a table and shapes: in memory, or streamed to disk."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError
 
-from ._disk import hold_lock, local_store, work_folder
-from ._stream import MakeShapes, MakeTable, memory_shapes, memory_table, write_shapes, write_table
-from ._sums import Describe, Express, MemoryRows, RowFile
-from ._transaction import Staged, check_target
+from ._disk import explain_disk_errors
+from ._stream import Staged, TableArrays, consolidate, write_scratch_store, write_shapes
+from ._sums import FileSums, MemorySums
+from ._tables import INSTANCE_KEY, Describe, Express, Expressed, MakeShapes, MakeTable, RowInfo
+from ._transaction import Transaction
 
 if TYPE_CHECKING:
     import numpy as np
+    from anndata import AnnData
     from numpy.typing import NDArray
-    from spatialdata import SpatialData
 
-    from pixnet_sd.geometry import Window
+    from pixnet_sd.geometry import RegionShare, Window
 
-__all__ = ["RegionResults", "RegionWriter", "estimate_table_bytes"]
-
-LOCK_WAIT_S = 15.0
+__all__ = ["RegionWriter", "estimate_table_bytes"]
 
 _DESCRIBED_BYTES = 300  # of a region: id, name, centre, areas, outline
 _SHARED = 0.5  # shares of regions that lie in several windows, per region
+_BATCH_CHUNKS = 7  # in one call, so that zarr compresses several at once; small enough to be taken from memory in use
 
-
-@dataclass(frozen=True)
-class RegionResults:
-    """What to give to `commit`.
-
-    Attributes
-    ----------
-    elements
-        For objects in memory.
-    staged
-        For backed objects.
-    """
-
-    elements: dict[str, Any] = field(default_factory=dict)
-    staged: tuple[Staged, ...] = ()
+T = TypeVar("T")
 
 
 class RegionWriter:
@@ -59,40 +48,34 @@ class RegionWriter:
     ----------
     rows
         Sums and weights of the regions.
-    resumed
-        Whether those of a killed run were taken up.
     """
 
     def __init__(
-        self, rows: RowFile | MemoryRows, n_genes: int, n_layers: int, *, table_key: str, lock: ExitStack
+        self, rows: FileSums | MemorySums, n_genes: int, n_layers: int, *, table_key: str, lock: ExitStack
     ) -> None:
         self.rows, self._n_genes, self._n_values = rows, n_genes, n_genes * (1 + n_layers)
-        self.resumed = isinstance(rows, RowFile) and rows.resumed
         self._key, self._lock = table_key, lock
 
     @classmethod
     def open(
         cls,
-        sdata: SpatialData,
+        out: Transaction,
         *,
         table_key: str,
-        shapes_key: str | None,
         n_regions: int,
         genes: Sequence[str],
         n_columns: int | None = None,
         n_layers: int = 0,
         fingerprint: str,
-        overwrite: bool = False,
-        also_needed: int = 0,
     ) -> RegionWriter:
         """Start a table, or take up a partial one.
 
         Parameters
         ----------
-        sdata
-            The object that the table is for. One in memory keeps it there.
-        table_key, shapes_key
-            Names of the elements to be; None: no shapes.
+        out
+            Of the object that the table is for. One in memory keeps it there.
+        table_key
+            Name of the table to be.
         n_regions
             Regions that are asked for.
         genes
@@ -104,34 +87,23 @@ class RegionWriter:
         fingerprint
             Text that is equal for two runs exactly when their values would be (model, slide, regions, settings, sizes
             of the windows).
-        overwrite
-            Whether elements of those names may be replaced.
-        also_needed
-            Bytes of disk that the rest of the same result still needs.
 
         Raises
         ------
         StoreError
-            Name taken, store read-only, too little disk or memory, another run writing the same table.
+            Too little memory, another run writing the same table.
         """
-        names = {table_key: "tables"} | ({} if shapes_key is None else {shapes_key: "shapes"})
-        check_target(sdata, names, overwrite=overwrite)
-        store = local_store(sdata)
         n_genes = len(genes)
         n_values = n_genes * (1 + n_layers)
         n_columns = n_genes if n_columns is None else n_columns
         with ExitStack() as stack:
-            rows: RowFile | MemoryRows
-            if store is None:
-                rows = MemoryRows(n_regions, n_columns, n_values)
+            rows: FileSums | MemorySums
+            if out.store is None:
+                rows = MemorySums(n_regions, n_columns, n_values)
             else:
-                folder = work_folder(store) / f"table-{table_key}"
-                busy = f"Another run is writing the table {table_key!r} of {store}. Wait for it, or choose another key."
-                lock = folder.with_name(f"{folder.name}.lock")
-                stack.enter_context(hold_lock(lock, wait_s=LOCK_WAIT_S, busy=busy))
-                rows = RowFile(folder, n_regions, n_columns, {"fingerprint": fingerprint, "genes": list(genes)})
+                folder = out.folder(f"table-{table_key}")
+                rows = FileSums(folder, n_regions, n_columns, {"fingerprint": fingerprint, "genes": list(genes)})
                 stack.callback(rows.close)
-                _check_room(sdata, names, overwrite, rows, _missing_bytes(rows, n_values) + also_needed)
             return cls(rows, n_genes, n_layers, table_key=table_key, lock=stack.pop_all())
 
     @property
@@ -146,21 +118,13 @@ class RegionWriter:
 
     def summary(self) -> str:
         """What will be written, in words."""
-        there = (
-            "; some are there already" if isinstance(self.rows, RowFile) and self.resumed and self.rows.n_done else ""
-        )
-        return f"table {self._key!r}: {self.rows.n_rows} regions x {self._n_genes} genes{there}"
+        begun = isinstance(self.rows, FileSums) and self.rows.n_done
+        text = f"table {self._key!r}: {self.rows.n_rows} regions x {self._n_genes} genes"
+        return f"{text}; some are there already" if begun else text
 
-    def put(
-        self,
-        window: Window,
-        index: NDArray[np.intp],
-        sums: NDArray[np.float32],
-        weight: NDArray[np.float64],
-        complete: NDArray[np.bool_],
-    ) -> None:
-        """Take a window's share of the regions that it touches; see `Rows.put`."""
-        self.rows.put(window, index, sums, weight, complete)
+    def put(self, share: RegionShare) -> None:
+        """Take a window's share of the regions that it touches; see `RegionSums.put`."""
+        self.rows.put(share)
 
     def is_done(self, window: Window) -> bool:
         """Whether the window was put, by this run or by the one that it takes up."""
@@ -174,15 +138,15 @@ class RegionWriter:
         express: Express,
         shapes_key: str | None = None,
         make_shapes: MakeShapes | None = None,
-    ) -> RegionResults:
-        """Make the elements, for a backed object on disk, once all windows are put.
+    ) -> dict[str, Any]:
+        """Make the elements for `Transaction.commit`, of a backed object on disk, once all windows are put.
 
         Regions that hold no pixel of the slide are left out.
 
         Parameters
         ----------
         describe
-            Ids, centres and columns by range of regions.
+            Ids, centres and columns by range of regions; ids are different from one another, which is not checked.
         make_table
             `region_table`, all given but ``values``, ``layers``, ``instance_ids``, ``centres_px`` and ``obs``.
         express
@@ -204,23 +168,21 @@ class RegionWriter:
             )
         if not keep.all():
             logger.warning("%d regions hold no pixel of the slide and are left out of the table", (~keep).sum())
-        shapes = {} if shapes_key is None or make_shapes is None else {shapes_key: make_shapes}
-        if isinstance(self.rows, MemoryRows):
-            elements: dict[str, Any] = {key: memory_shapes(describe, keep, make) for key, make in shapes.items()}
-            elements[self._key] = memory_table(self.rows, describe, keep, make_table, express)
-            return RegionResults(elements)
-        folder = self.rows.folder
+        rows = _KeptRows(self.rows, keep, describe, express)
+        if isinstance(self.rows, MemorySums):
+            elements: dict[str, Any] = {}
+            if shapes_key is not None and make_shapes is not None:
+                info = describe(0, len(keep), None).subset(keep)
+                elements[shapes_key] = make_shapes(info.centres_px, index=info.ids)
+            elements[self._key] = _made(make_table, *rows.read(0, len(keep)))
+            return elements
+        staged = []
         for store in ("shapes.zarr", "table.zarr"):
-            shutil.rmtree(folder / store, ignore_errors=True)  # of a run that was killed while it wrote them
-        staged = [write_shapes(folder / "shapes.zarr", key, describe, keep, make) for key, make in shapes.items()]
-        staged.append(write_table(folder / "table.zarr", self._key, self.rows, describe, keep, make_table, express))
-        return RegionResults(staged=tuple(staged))
-
-    def abort(self) -> None:
-        """Delete what was put."""
-        if isinstance(self.rows, RowFile):
-            self.rows.discard()
-        self.close()
+            shutil.rmtree(self.rows.folder / store, ignore_errors=True)  # of a run that was killed while it wrote them
+        if shapes_key is not None and make_shapes is not None:
+            staged.append(write_shapes(self.rows.folder / "shapes.zarr", shapes_key, describe, keep, make_shapes))
+        staged.append(_write_table(self.rows.folder / "table.zarr", self._key, rows, make_table))
+        return {item.name: item for item in staged}
 
     def close(self) -> None:
         """Let go of the rows; another run may then take them up."""
@@ -232,7 +194,7 @@ class RegionWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and isinstance(self.rows, RowFile):
+        if kind is not None and isinstance(self.rows, FileSums):
             if self.rows.n_done:
                 logger.info("Regions that are done are kept in %s; the same call goes on from there.", self.rows.folder)
             else:
@@ -240,21 +202,68 @@ class RegionWriter:
         self.close()
 
 
+@dataclass(frozen=True)
+class _KeptRows:
+    """Expression and description of the regions that a table gets."""
+
+    sums: FileSums | MemorySums
+    keep: NDArray[np.bool_]
+    describe: Describe
+    express: Express
+
+    def read(self, start: int, stop: int) -> tuple[Expressed, RowInfo]:
+        """Read those of the regions ``start`` … ``stop − 1``."""
+        kept = self.keep[start:stop]
+        sums, weight = self.sums.rows(start, stop)
+        info = self.describe(start, stop, weight)
+        if not kept.all():
+            sums, weight, info = sums[kept], weight[kept], info.subset(kept)
+        values = self.express(sums, weight)
+        return values, replace(info, obs={**info.obs, **values.obs})
+
+    def batches(self, size: int) -> Iterator[tuple[Expressed, RowInfo]]:
+        """Read all, ``size`` regions at a time; while a batch is looked at, the next is read."""
+        starts = [start for start in range(0, len(self.keep), size) if self.keep[start : start + size].any()]
+        return _one_ahead(partial(self.read, start, min(start + size, len(self.keep))) for start in starts)
+
+
+def _write_table(path: Path, name: str, rows: _KeptRows, make: MakeTable) -> Staged:
+    """Write the table into a new scratch store, chunk by chunk."""
+    first = int(rows.keep.argmax())
+    with explain_disk_errors("Writing the table", path.parent):
+        values, info = rows.read(first, first + 1)
+        (staged,) = write_scratch_store(path, {name: _made(make, values, info)})
+        table = TableArrays(path / "tables" / name, int(rows.keep.sum()), values.x.shape[1])
+        for values, info in rows.batches(table.chunk_rows * _BATCH_CHUNKS):
+            table.add_rows(info.ids, {**info.obs, INSTANCE_KEY: info.ids}, info.centres_px)
+            table.add_values(values.x, values.layers)
+        table.finish()
+        consolidate(path)
+    return staged
+
+
+def _made(make: MakeTable, values: Expressed, info: RowInfo) -> AnnData:
+    return make(values=values.x, layers=values.layers, instance_ids=info.ids, centres_px=info.centres_px, obs=info.obs)
+
+
+def _one_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Yield results in order; while one is looked at, the next is made."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for job in jobs:
+            following = pool.submit(job)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
 def estimate_table_bytes(n_regions: int, n_values: int, n_columns: int) -> int:
     """Bytes of disk that a table, its shapes and the sums that they are made from take at most."""
-    return int(n_regions * (4 * n_values + (1 + _SHARED) * 4 * n_columns + _DESCRIBED_BYTES))
+    return int(n_regions * (4 * n_values + (1 + _SHARED) * (4 * n_columns + 16) + _DESCRIBED_BYTES))
 
 
-def _missing_bytes(rows: RowFile | MemoryRows, n_values: int) -> int:
-    there = rows.stored_bytes if isinstance(rows, RowFile) else 0
-    return max(0, estimate_table_bytes(rows.n_rows, n_values, rows.n_columns) - there)
-
-
-def _check_room(sdata: SpatialData, names: dict[str, str], overwrite: bool, rows: RowFile, needed: int) -> None:
-    """Disk for what is still to come."""
-    try:
-        check_target(sdata, names, overwrite=overwrite, needed_bytes=needed)
-    except BaseException:
-        if not rows.n_done:
-            rows.discard()
-        raise
+def _missing_bytes(rows: FileSums | MemorySums, n_values: int) -> int:
+    stored = rows.stored_bytes if isinstance(rows, FileSums) else 0
+    return max(0, estimate_table_bytes(rows.n_rows, n_values, rows.n_columns) - stored)

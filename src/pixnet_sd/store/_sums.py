@@ -1,36 +1,23 @@
-"""Whole records read from and written to open files at their places, few calls for many records.
+"""Sums over any number of regions, put window by window of the map and read back by range of regions.
 
-No memory maps: their pages count as memory of the process for as long as they are mapped.
-
-An append-only log of the windows of the map whose regions are on disk.
-
-Sums over regions, gathered window by window of the map: the part that needs no disk.
-
-A region that lies in one window is put once, whole. One that lies in several is put in shares, and its sum is taken in
-the order of the windows, in double precision: so it does not matter in which order, or in how many runs, they came.
-
-Sums over any number of regions, on disk beside the store while they are being gathered.
-
-Four flat files and a log. Whole regions go to their places in ``sums.f32`` and ``weights.f64``, shares of regions that
-lie in several windows are appended to ``shares.f32`` and ``shares.idx``, and last the window goes into ``done.log``: a
-kill between any two of these leaves a window that counts as not done, and is put again over what was there.
+A region that lies in several windows is put in shares, which are added in the order of the windows, in double
+precision: so the result is the same to the last bit, in whatever order, or in how many runs, the windows came.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import struct
+import zlib
+from abc import ABC, abstractmethod
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError, StoreError
+from pixnet_sd.geometry import RegionShare, Window
 
 from ._disk import (
     available_memory,
@@ -46,304 +33,70 @@ from ._disk import (
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from pixnet_sd.geometry import Window
-
-__all__ = [
-    "Corners",
-    "Describe",
-    "Express",
-    "Expressed",
-    "MemoryRows",
-    "RowFile",
-    "RowInfo",
-    "Rows",
-    "ShareRange",
-    "WindowLog",
-    "add_in_order",
-    "check_put",
-    "expression",
-    "read_at",
-    "read_records",
-    "write_at",
-    "write_records",
-]
+__all__ = ["FileSums", "MemorySums", "RegionSums"]
 
 
-def write_at(handle: int, array: NDArray[Any], offset: int) -> None:
-    """Write the bytes of ``array`` at ``offset``, all of them."""
-    left = _bytes_of(np.ascontiguousarray(array))
-    while len(left):
-        written = os.pwrite(handle, left, offset)
-        left, offset = left[written:], offset + written
+class RegionSums(ABC):
+    """Sums of ``n_columns`` values over each of ``n_rows`` regions."""
 
+    def __init__(self, n_rows: int, n_columns: int) -> None:
+        self.n_rows, self.n_columns = n_rows, n_columns
 
-def read_at(handle: int, array: NDArray[Any], offset: int) -> None:
-    """Fill the contiguous ``array`` with the bytes at ``offset``.
+    def put(self, share: RegionShare) -> None:
+        """Take a window's share; nothing happens for a window that is done.
 
-    Raises
-    ------
-    OSError
-        When the file ends before.
-    """
-    left = _bytes_of(array)
-    while len(left):
-        n_read = os.preadv(handle, [left], offset)
-        if n_read == 0:
-            raise OSError("a file of ours is shorter than it was")
-        left, offset = left[n_read:], offset + n_read
-
-
-def write_records(handle: int, index: NDArray[np.intp], records: NDArray[Any], chosen: NDArray[np.intp]) -> None:
-    """Write ``records[k]`` as record ``index[k]`` of the file for every chosen k; neighbours go in one call.
-
-    ``index`` and ``chosen`` ascend. Nothing is copied that lies together.
-    """
-    size = _record_bytes(records)
-    for first, last in _runs(index[chosen], chosen):
-        k = int(chosen[first])
-        write_at(handle, records[k : k + last - first], int(index[k]) * size)
-
-
-def read_records(handle: int, index: NDArray[np.intp], out: NDArray[Any]) -> None:
-    """Read record ``index[i]`` of the file into ``out[i]``; neighbours come in one call, whatever their order."""
-    order = np.argsort(index, kind="stable")
-    placed, size = index[order], _record_bytes(out)
-    found = np.empty_like(out)
-    for first, last in _runs(placed):
-        read_at(handle, found[first:last], int(placed[first]) * size)
-    out[order] = found
-
-
-def _bytes_of(array: NDArray[Any]) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
-
-
-def _record_bytes(records: NDArray[Any]) -> int:
-    return records.itemsize * int(np.prod(records.shape[1:], dtype=np.int64))
-
-
-def _runs(*numbers: NDArray[np.intp]) -> list[tuple[int, int]]:
-    """Stretches in which all numbers are consecutive, as ranges of positions."""
-    if not len(numbers[0]):
-        return []
-    breaks = np.flatnonzero(np.any([np.diff(each) != 1 for each in numbers], axis=0)) + 1
-    return list(pairwise([0, *breaks.tolist(), len(numbers[0])]))
-
-
-Corners = tuple[int, int, int, int]
-"""row0, row1, col0, col1 of a window."""
-
-_SYNCED = "synced ."
-
-
-class ShareRange(NamedTuple):
-    """Which records of the file of shares are those of a window."""
-
-    first: int
-    n: int
-
-
-class WindowLog:
-    """One line a window, written after the window's data; a line that a kill cut short counts as not written.
-
-    A line ``synced`` says that the data of all windows before it were forced to disk. After a crash of the machine only
-    those can be believed.
-
-    Parameters
-    ----------
-    path
-        Log file.
-    believe_all
-        Whether lines after the last ``synced`` count.
-    """
-
-    def __init__(self, path: Path, *, believe_all: bool) -> None:
-        lines = _whole_lines(path)
-        if not believe_all:
-            synced = [k for k, line in enumerate(lines) if line == _SYNCED]
-            lines = lines[: synced[-1] + 1] if synced else []
-        self.windows: dict[Corners, ShareRange] = {}
-        for line in lines:
-            if line != _SYNCED:
-                row0, row1, col0, col1, first, n = map(int, line.split()[:-1])
-                self.windows[row0, row1, col0, col1] = ShareRange(first, n)
-        self._handle = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        if not believe_all:
-            os.ftruncate(self._handle, 0)
-            self._append("\n".join(lines))
-            os.fsync(self._handle)
-
-    def __contains__(self, window: Window | Corners) -> bool:
-        return tuple(window) in self.windows
-
-    @property
-    def n_shares(self) -> int:
-        """Records of the file of shares that belong to a window; later ones are leftovers of a kill."""
-        return max((at.first + at.n for at in self.windows.values()), default=0)
-
-    def add(self, window: Window | Corners, shares: ShareRange) -> None:
-        """Log a window whose data were written."""
-        row0, row1, col0, col1 = window
-        self._append(f"{row0} {row1} {col0} {col1} {shares.first} {shares.n} .")
-        self.windows[row0, row1, col0, col1] = shares
-
-    def note_synced(self) -> None:
-        """Log that the data of all windows so far were forced to disk."""
-        self._append(_SYNCED)
-        os.fsync(self._handle)
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._handle)
-
-    def _append(self, line: str) -> None:
-        left = f"\n{line}".encode("ascii")  # the leading newline parts it from a torn line before
-        while left:
-            left = left[os.write(self._handle, left) :]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="ascii", errors="replace").splitlines()
-    return [line for line in lines if line == _SYNCED or _is_window(line.split())]
-
-
-def _is_window(words: list[str]) -> bool:
-    return len(words) == 7 and words[-1] == "." and all(word.isdecimal() for word in words[:-1])
-
-
-@dataclass(frozen=True)
-class RowInfo:
-    """What a table and a shapes element say about some regions, apart from their expression.
-
-    Attributes
-    ----------
-    ids
-        (m,) integers or text.
-    centres_px
-        (m, 2) x, y in image scale-0 pixels.
-    obs
-        Column name → (m,) numbers.
-    """
-
-    ids: Any
-    centres_px: NDArray[np.float64]
-    obs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-
-    def subset(self, keep: NDArray[np.bool_]) -> RowInfo:
-        """The regions where ``keep`` (m,) is true."""
-        obs = {name: np.asarray(column)[keep] for name, column in self.obs.items()}
-        return RowInfo(np.asarray(self.ids)[keep], self.centres_px[keep], obs)
-
-    @staticmethod
-    def joined(parts: Sequence[RowInfo]) -> RowInfo:
-        """Several groups of regions as one."""
-        if len(parts) == 1:
-            return parts[0]
-        obs = {name: np.concatenate([np.asarray(part.obs[name]) for part in parts]) for name in parts[0].obs}
-        ids = np.concatenate([np.asarray(part.ids) for part in parts])
-        return RowInfo(ids, np.concatenate([part.centres_px for part in parts]), obs)
-
-
-Describe = Callable[[int, int, "NDArray[np.float64] | None"], RowInfo]
-"""``describe(start, stop, weight)``: the regions ``start`` … ``stop − 1``, and their weights where these are known."""
-
-
-class Expressed(NamedTuple):
-    """What a table says of some regions.
-
-    Attributes
-    ----------
-    x
-        (m, genes) values.
-    layers
-        Name → (m, genes) other values.
-    obs
-        Name → (m,) other columns.
-    """
-
-    x: NDArray[np.float32]
-    layers: Mapping[str, NDArray[np.float32]] = {}
-    obs: Mapping[str, NDArray[Any]] = {}
-
-    @staticmethod
-    def joined(parts: Sequence[Expressed]) -> Expressed:
-        """Several groups of regions as one."""
-        if len(parts) == 1:
-            return parts[0]
-        layers, obs = (
-            {name: np.concatenate([getattr(part, kind)[name] for part in parts]) for name in getattr(parts[0], kind)}
-            for kind in ("layers", "obs")
-        )
-        return Expressed(np.concatenate([part.x for part in parts]), layers, obs)
-
-
-Express = Callable[["NDArray[np.float32]", "NDArray[np.float64]"], Expressed]
-"""``express(sums, weight)``: values of a table from the sums (m, columns) and weights (m,) of regions that have weight;
-may write over the sums."""
-
-
-class Rows(Protocol):
-    """Sums over regions, put in shares and read back whole."""
-
-    n_rows: int
-    n_columns: int
-
-    def put(
-        self,
-        window: Window,
-        index: NDArray[np.intp],
-        sums: NDArray[np.float32],
-        weight: NDArray[np.float64],
-        complete: NDArray[np.bool_],
-    ) -> None:
-        """Take a window's share of the regions that it touches; nothing happens for a window that is done.
-
-        Parameters
-        ----------
-        window
-            Of the map.
-        index
-            (k,) regions, ascending.
-        sums
-            (k, columns) share of the sums over the regions' pixels.
-        weight
-            (k,) share of the pixels by which a mean divides.
-        complete
-            (k,) whether the region lies wholly in this window.
+        Raises
+        ------
+        DataError
+            When it does not fit, or is not finite.
         """
+        window, index, sums, weight, complete = share
+        if self.is_done(window):
+            return
+        fits = sums.shape == (len(index), self.n_columns) and len(weight) == len(complete) == len(index)
+        if not fits or (len(index) and not 0 <= index[0] <= index[-1] < self.n_rows):
+            raise DataError(
+                f"The shares of window {tuple(window)}, sums of shape {sums.shape} for {len(index)} regions, do not "
+                f"fit {self.n_rows} regions of {self.n_columns} columns."
+            )
+        if sums.size and not (np.isfinite(sums.min()) and np.isfinite(sums.max())):
+            raise DataError(
+                f"The prediction of regions in window {tuple(window)} is not finite (NaN or infinity): the model is "
+                "broken."
+            )
+        self._add(share)
 
+    @abstractmethod
+    def _add(self, share: RegionShare) -> None: ...
+
+    @abstractmethod
     def is_done(self, window: Window) -> bool:
         """Whether the window was put."""
 
+    @abstractmethod
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Sums (m, columns) and weights (m,) of the regions ``start`` … ``stop − 1``; zero where nothing was put."""
+        """Read sums (m, columns) and weights (m,) of the regions ``start`` … ``stop − 1``, zero where none was put."""
 
+    @abstractmethod
     def keep(self) -> NDArray[np.bool_]:
-        """(n,) which regions have any weight: the others hold no pixel of the slide."""
+        """Tell which regions (n,) have any weight: the others hold no pixel of the slide."""
 
 
-class MemoryRows:
-    """Rows in memory, for objects that are not backed.
-
-    Parameters
-    ----------
-    n_rows, n_columns
-        Regions, and what is summed up of each.
-    n_values
-        Values of the table to be made of them, per region.
+class MemorySums(RegionSums):
+    """Sums in memory, for objects that are not backed; ``n_values`` is how many a region has in the table to be made.
 
     Raises
     ------
     StoreError
-        When they would take more than half of the free memory.
+        When sums and table would take more than half of the free memory.
     """
 
     def __init__(self, n_rows: int, n_columns: int, n_values: int) -> None:
+        super().__init__(n_rows, n_columns)
         needed, available = n_rows * (4 * (n_columns + n_values) + 16), available_memory()
         if needed > available / 2:
             raise StoreError(
@@ -351,128 +104,67 @@ class MemoryRows:
                 f"more than half of the {size_text(available)} of memory that are free. Write the object to disk "
                 "first: `sdata.write('/some/folder.zarr')`; the table is then streamed into that store."
             )
-        self.n_rows, self.n_columns = n_rows, n_columns
-        self._sums = np.zeros((n_rows, n_columns), np.float32)
-        self._weight = np.zeros(n_rows)
-        self._done: set[Corners] = set()
-        self._shares: dict[Corners, tuple[NDArray[Any], ...]] = {}
-        self._settled = True
+        self._sums, self._weight = np.zeros((n_rows, n_columns), np.float32), np.zeros(n_rows)
+        self._shared: dict[Window, tuple[NDArray[Any], ...]] = {}  # of regions in several windows
 
-    def put(
-        self,
-        window: Window,
-        index: NDArray[np.intp],
-        sums: NDArray[np.float32],
-        weight: NDArray[np.float64],
-        complete: NDArray[np.bool_],
-    ) -> None:
-        """As `Rows.put`."""
-        if self.is_done(window):
-            return
-        check_put(self, window, index, sums, weight, complete)
-        self._sums[index[complete]], self._weight[index[complete]] = sums[complete], weight[complete]
-        self._shares[_corners(window)] = tuple(part[~complete] for part in (index, sums, weight))
-        self._done.add(_corners(window))
-        self._settled = False
+    def _add(self, share: RegionShare) -> None:
+        whole = share.complete
+        self._sums[share.index[whole]], self._weight[share.index[whole]] = share.sums[whole], share.weight[whole]
+        self._shared[share.window] = share.index[~whole], share.sums[~whole], share.weight[~whole]
 
     def is_done(self, window: Window) -> bool:
-        """As `Rows.is_done`."""
-        return _corners(window) in self._done
+        """Whether the window was put."""
+        return window in self._shared
 
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """As `Rows.rows`; views."""
-        self._settle()
+        """Read a range of regions; views."""
+        self._add_shared()
         return self._sums[start:stop], self._weight[start:stop]
 
     def keep(self) -> NDArray[np.bool_]:
-        """As `Rows.keep`."""
-        self._settle()
+        """Tell which regions have any weight."""
+        self._add_shared()
         return self._weight > 0
 
-    def _settle(self) -> None:
-        """Add up the shares, in the order of the windows."""
-        if self._settled:
-            return
-        parts = [self._shares[window] for window in sorted(self._shares)]
-        found = np.unique(np.concatenate([index for index, _, _ in parts]))
-        sums, weights = np.zeros((len(found), self.n_columns)), np.zeros(len(found))
-        for index, share, weight in parts:
-            at = np.searchsorted(found, index)
+    def _add_shared(self) -> None:
+        shares = [self._shared[window] for window in sorted(self._shared)]
+        rows = np.unique(np.concatenate([np.empty(0, np.intp), *(index for index, _, _ in shares)]))
+        sums, weights = np.zeros((len(rows), self.n_columns)), np.zeros(len(rows))
+        for index, share, weight in shares:
+            at = np.searchsorted(rows, index)
             sums[at] += share
             weights[at] += weight
-        self._sums[found], self._weight[found] = sums, weights
-        self._settled = True
+        self._sums[rows], self._weight[rows] = sums, weights
 
-
-def _corners(window: Window) -> Corners:
-    row0, row1, col0, col1 = window
-    return row0, row1, col0, col1
-
-
-def check_put(
-    rows: Rows,
-    window: Window,
-    index: NDArray[np.intp],
-    sums: NDArray[np.float32],
-    weight: NDArray[np.float64],
-    complete: NDArray[np.bool_],
-) -> None:
-    """Refuse shares that do not fit the rows, or that are not finite.
-
-    Raises
-    ------
-    DataError
-        Saying which window.
-    """
-    where = f"window {tuple(window)}"
-    fits = sums.shape == (len(index), rows.n_columns) and len(weight) == len(complete) == len(index)
-    if not fits or (len(index) and not 0 <= index[0] <= index[-1] < rows.n_rows):
-        raise DataError(
-            f"The shares of {where}, sums of shape {sums.shape} for {len(index)} regions, do not fit "
-            f"{rows.n_rows} regions of {rows.n_columns} columns."
-        )
-    if sums.size and not (np.isfinite(sums.min()) and np.isfinite(sums.max())):
-        raise DataError(f"The prediction of regions in {where} is not finite (NaN or infinity): the model is broken.")
-
-
-def add_in_order(total: NDArray[np.float64], row: NDArray[np.intp], shares: NDArray[Any]) -> None:
-    """``total[row] += shares``, one after the other where a row comes again; ``row`` ascends."""
-    first = np.flatnonzero(np.diff(row, prepend=-1))
-    count = np.diff(first, append=len(row))
-    for k in range(int(count.max(initial=0))):
-        again = first[count > k] + k
-        total[row[again]] += shares[again]
-
-
-def expression(
-    sums: NDArray[np.float32], weight: NDArray[np.float64], aggregation: Literal["mean", "sum"]
-) -> Expressed:
-    """Values of a table from the sums of genes over regions that have weight, (m, genes)."""
-    if aggregation == "sum":
-        return Expressed(sums)
-    weight = weight.astype(np.float32)  # single precision, as the sums: four times as fast
-    return Expressed(np.divide(sums, weight[:, None], out=sums if sums.flags.owndata else None))
-
-
-SYNC_S = 600.0
-"""How often what was written is forced to disk, seconds: what a crash of the machine costs at most."""
 
 PIECE_BYTES = 8 * 2**20
-"""Bytes of shares, or of weights, that are looked at together."""
+"""Bytes of shares that are looked at together."""
 
-_FILES = ("sums.f32", "weights.f64", "shares.f32", "shares.idx")
-_SHARE = np.dtype([("row", "<i8"), ("weight", "<f8")])
+_FILE = "sums.bin"
+_MARK = b"PSUM"
+_HEAD = struct.Struct("<4s5q")  # mark, window, number of regions; then CRC-32 of this and of what follows
+_CRC_BYTES = 4
+_LOW_32 = np.uint64(2**32 - 1)
 
 
-class RowFile:
-    """Rows on disk, taken up where a killed run left them; see `Rows`.
+class _Block(NamedTuple):
+    """Place of a window's indices (8 bytes each), weights (8) and sums in the file, and their number."""
 
-    Memory holds one number per share of a region, nothing per region.
+    offset: int
+    n: int
+
+
+class FileSums(RegionSums):
+    """Sums on disk beside the store, taken up where a killed run left them.
+
+    One file, to which each window's share is appended with a checksum. What a resumed run finds is believed up to the
+    first window whose checksum is wrong: so nothing is ever forced to disk, and neither a kill nor a crash of the
+    machine costs more than the windows that had not arrived there. Memory holds 8 bytes per share and per region.
 
     Parameters
     ----------
     folder
-        Own folder of this table inside the work folder; rows in it are taken up when they were made for the same
+        Own folder of this table inside the work folder; sums in it are taken up when they were made for the same
         ``identity``, and deleted when not.
     n_rows, n_columns
         Regions, and what is summed up of each.
@@ -482,7 +174,7 @@ class RowFile:
     Attributes
     ----------
     resumed
-        Whether rows were taken up.
+        Whether sums were taken up.
 
     Raises
     ------
@@ -491,235 +183,209 @@ class RowFile:
     """
 
     def __init__(self, folder: Path, n_rows: int, n_columns: int, identity: dict[str, Any]) -> None:
+        super().__init__(n_rows, n_columns)
         if n_rows >= 2**32:
             raise StoreError(f"{n_rows} regions are more than a table can take; predict a part of them at a time.")
-        self.folder, self.n_rows, self.n_columns = folder, n_rows, n_columns
+        self.folder = folder
+        self._windows: dict[Window, _Block] = {}
+        self._end = 0
         self._order: NDArray[np.uint64] | None = None
-        self._handles: list[int] = []
-        with self._explained():
-            made_for, boot = {**identity, "n_rows": n_rows, "n_columns": n_columns}, _boot_id()
-            found = _partial(folder)
-            self.resumed = found.get("identity") == made_for and self._whole()
+        self._handle = -1
+        made_for = {**identity, "n_rows": n_rows, "n_columns": n_columns}
+        with self._explained("Writing"):
+            self.resumed = self._is_for(made_for)
             if not self.resumed:
-                self._start()
+                self._start(made_for)
             self._home = folder_id(folder)
-            self._handles = [open_regular(folder / name, os.O_RDWR) for name in _FILES]
-            same_boot = bool(boot) and found.get("boot") == boot
-            self._log = WindowLog(folder / "done.log", believe_all=self.resumed and same_boot)
-            # last, because from here on the rows may be taken up, and lines of the log be believed
-            self._note({"identity": made_for, "boot": boot})
-        self._next_share = self._log.n_shares
-        self._synced_at = time.monotonic()
-
-    def _note(self, partial: dict[str, Any]) -> None:
-        try:
-            write_json(self.folder / "partial.json", partial, scratch=self.folder)
-        except BaseException:
-            if not self.resumed:
-                self.discard()
-            raise
+            self._handle = open_regular(folder / _FILE, os.O_RDWR)
+            self._find_windows()
 
     @property
     def n_done(self) -> int:
         """Windows that were put."""
-        return len(self._log.windows)
+        return len(self._windows)
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that the rows take on disk by now."""
-        return sum(os.fstat(handle).st_blocks * 512 for handle in self._handles)
+        """Bytes that the sums take on disk by now."""
+        return self._end
 
-    def put(
-        self,
-        window: Window,
-        index: NDArray[np.intp],
-        sums: NDArray[np.float32],
-        weight: NDArray[np.float64],
-        complete: NDArray[np.bool_],
-    ) -> None:
-        """As `Rows.put`."""
-        if self.is_done(window):
-            return
-        check_put(self, window, index, sums, weight, complete)
-        weight = weight.astype("<f8", copy=False)
-        with self._explained():
+    def _add(self, share: RegionShare) -> None:
+        window, index, sums, weight, _ = share
+        head = _HEAD.pack(_MARK, *window, len(index))
+        arrays = [_bytes_of(array) for array in (index.astype("<i8"), weight.astype("<f8"), sums.astype("<f4"))]
+        crc = zlib.crc32(head)
+        for array in arrays:
+            crc = zlib.crc32(array, crc)
+        with self._explained("Writing"):
             check_same_folder(self.folder, self._home)
-            chosen = np.flatnonzero(complete)
-            for handle, values in zip(self._handles, (sums.astype("<f4", copy=False), weight), strict=False):
-                write_records(handle, index, values, chosen)
-            shares = self._append_shares(index[~complete], sums[~complete], weight[~complete])
-            self._log.add(window, shares)
-            self._next_share, self._order = shares.first + shares.n, None
-            if time.monotonic() - self._synced_at > SYNC_S:
-                self.sync()
+            end = self._end
+            for content in (memoryview(head), memoryview(crc.to_bytes(_CRC_BYTES, "little")), *arrays):
+                end = _write_at(self._handle, content, end)
+        self._windows[window] = _Block(self._end + _HEAD.size + _CRC_BYTES, len(index))
+        self._end, self._order = end, None
 
     def is_done(self, window: Window) -> bool:
-        """As `Rows.is_done`."""
-        return window in self._log
+        """Whether the window was put, by this run or by the one that it takes up."""
+        return window in self._windows
 
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """As `Rows.rows`."""
-        sums, weight = np.empty((stop - start, self.n_columns), "<f4"), np.empty(stop - start, "<f8")
+        """Read a range of regions."""
         with self._explained("Reading"):
-            read_at(self._handles[0], sums, start * self.n_columns * 4)
-            read_at(self._handles[1], weight, start * 8)
-            self._add_shares(start, stop, sums, weight)
-        return sums, weight
+            order = self._sort_shares()
+            first, last = np.searchsorted(order, np.array([start, stop], np.uint64) << np.uint64(32))
+            row = (order[first:last] >> np.uint64(32)).astype(np.intp) - start
+            offset = self._offsets((order[first:last] & _LOW_32).astype(np.intp))
+            sums = np.zeros((stop - start, self.n_columns), "<f4")
+            alone = np.bincount(row, minlength=stop - start)[row] == 1
+            self._read_sums(offset[alone], sums, row[alone])
+            self._add_shared(offset[~alone], sums, row[~alone])
+        return sums, self._weight[start:stop]
 
     def keep(self) -> NDArray[np.bool_]:
-        """As `Rows.keep`."""
-        found = np.zeros(self.n_rows, bool)
-        step = PIECE_BYTES // 8
+        """Tell which regions have any weight."""
         with self._explained("Reading"):
             check_same_folder(self.folder, self._home)
-            for start in range(0, self.n_rows, step):
-                weight = np.empty(min(step, self.n_rows - start), "<f8")
-                read_at(self._handles[1], weight, start * 8)
-                found[start : start + step] = weight > 0
-            for at in self._log.windows.values():
-                for share in self._share_index(at):
-                    found[share["row"][share["weight"] > 0]] = True
-        return found
-
-    def sync(self) -> None:
-        """Force what was written to disk, so that it outlives a crash of the machine."""
-        with self._explained():
-            for handle in self._handles:
-                os.fsync(handle)
-            self._log.note_synced()
-        self._synced_at = time.monotonic()
+            self._sort_shares()
+        return self._weight > 0
 
     def close(self) -> None:
-        """Close the files; unless they were put away meanwhile, the rows stay for the next run."""
-        if self._handles and (self.folder / "partial.json").is_file():
-            with contextlib.suppress(StoreError):  # a full disk: what was written may still be read by the next run
-                self.sync()
-        self._release()
+        """Close the file; the sums stay for the next run."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._handle = -1
 
     def discard(self) -> None:
-        """Delete the rows."""
-        self._release()
-        with contextlib.suppress(OSError):
+        """Delete the sums."""
+        self.close()
+        try:
             delete_folder(self.folder)
+        except OSError as error:
+            logger.debug("%s stays: %s", self.folder, error)
 
-    def _release(self) -> None:
-        for handle in self._handles:
-            os.close(handle)
-        if self._handles:
-            self._log.close()
-        self._handles = []
-
-    def _explained(self, doing: str = "Writing") -> AbstractContextManager[None]:
+    def _explained(self, doing: str) -> AbstractContextManager[None]:
         return explain_disk_errors(f"{doing} the predicted regions", self.folder)
 
-    def _sizes(self) -> list[int]:
-        return [self.n_rows * self.n_columns * 4, self.n_rows * 8]
-
-    def _whole(self) -> bool:
-        """Whether the files of a partial table are there."""
+    def _is_for(self, identity: dict[str, Any]) -> bool:
+        """Whether sums of a run with this identity are there."""
         try:
-            found = [(self.folder / name).lstat() for name in _FILES]
-        except FileNotFoundError:
+            about = (self.folder / _FILE).lstat()
+            # a second name of the file may be a file of the user's
+            return about.st_nlink == 1 and read_json(self.folder / "partial.json") == identity
+        except (FileNotFoundError, ValueError):
             return False
-        # a second name of a file may be a file of the user's
-        return [each.st_size for each in found[:2]] == self._sizes() and all(each.st_nlink == 1 for each in found)
 
-    def _start(self) -> None:
-        """Empty rows in place of what is there; on failure nothing remains."""
+    def _start(self, identity: dict[str, Any]) -> None:
+        """Put an empty file in the place of what is there; on failure nothing remains."""
         if self.folder.exists():
             logger.info("The partial table in %s was made with other settings and is deleted.", self.folder)
         delete_folder(self.folder)
         try:
-            self._create()
+            self.folder.mkdir()
+            (self.folder / _FILE).touch()
+            # last, because from here on the sums may be taken up
+            write_json(self.folder / "partial.json", identity, scratch=self.folder)
         except BaseException:
             self.discard()
             raise
 
-    def _create(self) -> None:
-        """Files of the full size that take no room yet."""
-        self.folder.mkdir()
-        for name, size in zip(_FILES, (*self._sizes(), 0, 0), strict=True):
-            with (self.folder / name).open("wb") as file:
-                file.truncate(size)
+    def _find_windows(self) -> None:
+        """Look up the windows of an earlier run, and cut off what follows the last whole one."""
+        size = os.fstat(self._handle).st_size
+        while self._end + _HEAD.size + _CRC_BYTES <= size:
+            head = np.empty(_HEAD.size + _CRC_BYTES, np.uint8)
+            _read_at(self._handle, head, self._end)
+            mark, *window, n = _HEAD.unpack(head[: _HEAD.size].tobytes())
+            block = _Block(self._end + len(head), n)
+            end = block.offset + n * (16 + 4 * self.n_columns)
+            if mark != _MARK or not 0 <= n <= self.n_rows or end > size or not self._is_whole(head, block, end):
+                break
+            self._windows[Window(*window)] = block
+            self._end = end
+        os.ftruncate(self._handle, self._end)
 
-    def _append_shares(
-        self, index: NDArray[np.intp], sums: NDArray[np.float32], weight: NDArray[np.float64]
-    ) -> ShareRange:
-        first = self._next_share
-        about = np.empty(len(index), _SHARE)
-        about["row"], about["weight"] = index, weight
-        write_at(self._handles[2], sums.astype("<f4", copy=False), first * self.n_columns * 4)
-        write_at(self._handles[3], about, first * _SHARE.itemsize)
-        return ShareRange(first, len(index))
+    def _is_whole(self, head: NDArray[np.uint8], block: _Block, end: int) -> bool:
+        crc = zlib.crc32(head[: _HEAD.size])
+        for start in range(block.offset, end, PIECE_BYTES):
+            crc = zlib.crc32(self._read(start, min(PIECE_BYTES, end - start), "u1"), crc)
+        index = self._read(block.offset, block.n, "<i8")
+        in_range = not block.n or bool(index[0] >= 0 and index[-1] < self.n_rows and (np.diff(index) > 0).all())
+        return crc == int.from_bytes(head[_HEAD.size :].tobytes(), "little") and in_range
 
-    def _share_index(self, at: ShareRange) -> list[NDArray[Any]]:
-        """Rows and weights of a window's shares, in pieces."""
-        step = PIECE_BYTES // _SHARE.itemsize
-        pieces = []
-        for first in range(at.first, at.first + at.n, step):
-            piece = np.empty(min(step, at.first + at.n - first), _SHARE)
-            read_at(self._handles[3], piece, first * _SHARE.itemsize)
-            pieces.append(piece)
-        return pieces
+    def _read(self, offset: int, n: int, dtype: str) -> NDArray[Any]:
+        array = np.empty(n, dtype)
+        _read_at(self._handle, array, offset)
+        return array
 
-    def _windows(self) -> list[ShareRange]:
-        """Where the windows' shares are, in the order in which they are added up: row by row of the map."""
-        return [self._log.windows[window] for window in sorted(self._log.windows)]
-
-    def _sorted_shares(self) -> NDArray[np.uint64]:
-        """All shares as ``row << 32 | place``, sorted; the place counts shares in the order of `_windows`."""
+    def _sort_shares(self) -> NDArray[np.uint64]:
+        """Sort all shares as ``row << 32 | place`` and add up weights; places count shares in the windows' order."""
         if self._order is None:
-            windows = self._windows()
-            order = np.empty(sum(at.n for at in windows), np.uint64)
-            place = 0
-            for at in windows:
-                for share in self._share_index(at):
-                    stop = place + len(share)
-                    order[place:stop] = share["row"].astype(np.uint64) << np.uint64(32)
-                    order[place:stop] |= np.arange(place, stop, dtype=np.uint64)
-                    place = stop
+            self._blocks = np.array([self._windows[window] for window in sorted(self._windows)], np.int64).reshape(
+                -1, 2
+            )
+            self._begin = np.cumsum(self._blocks[:, 1]) - self._blocks[:, 1]
+            order = np.empty(self._blocks[:, 1].sum(), np.uint64)
+            self._weight = np.zeros(self.n_rows)
+            for begin, (offset, n) in zip(self._begin.tolist(), self._blocks.tolist(), strict=True):
+                index = self._read(offset, n, "<i8")
+                self._weight[index] += self._read(offset + 8 * n, n, "<f8")
+                order[begin : begin + n] = index.astype(np.uint64) << np.uint64(32)
+                order[begin : begin + n] |= np.arange(begin, begin + n, dtype=np.uint64)
             order.sort()
             self._order = order
         return self._order
 
-    def _add_shares(self, start: int, stop: int, sums: NDArray[np.float32], weight: NDArray[np.float64]) -> None:
-        """Add the shares of the regions ``start`` … ``stop − 1``."""
-        order = self._sorted_shares()
-        first, last = np.searchsorted(order, np.array([start, stop], np.uint64) << np.uint64(32))
-        if first == last:
-            return
-        row = (order[first:last] >> np.uint64(32)).astype(np.intp) - start
-        found, total_row = np.unique(row, return_inverse=True)
-        total, total_weight = sums[found].astype(np.float64), weight[found]
-        place = (order[first:last] & np.uint64(2**32 - 1)).astype(np.intp)
-        position = _positions(place, self._windows())
+    def _offsets(self, place: NDArray[np.intp]) -> NDArray[np.int64]:
+        """Find where in the file the sums of shares are."""
+        # windows without shares begin where the next one does: the last that begins there is meant
+        window = np.searchsorted(self._begin, place, side="right") - 1
+        offset, n = self._blocks[window].T
+        return np.asarray(offset + 16 * n + 4 * self.n_columns * (place - self._begin[window]))
+
+    def _read_sums(self, offset: NDArray[np.int64], out: NDArray[np.float32], row: NDArray[np.intp]) -> None:
+        """Read the sums at offsets into rows of ``out``; what lies together in both comes in one call."""
+        ascending = np.argsort(offset, kind="stable")
+        offset, row = offset[ascending], row[ascending]
+        breaks = np.flatnonzero((np.diff(offset) != 4 * self.n_columns) | (np.diff(row) != 1)) + 1
+        for first, last in pairwise([0, *breaks.tolist(), len(offset)]):
+            if last > first:
+                _read_at(self._handle, out[row[first] : row[first] + last - first], int(offset[first]))
+
+    def _add_shared(self, offset: NDArray[np.int64], sums: NDArray[np.float32], row: NDArray[np.intp]) -> None:
+        """Add up the shares of regions in several windows; ``row`` ascends."""
+        rows, place = np.unique(row, return_inverse=True)
+        total = np.zeros((len(rows), self.n_columns))
         step = max(1, PIECE_BYTES // (4 * self.n_columns))
         for piece in (slice(k, k + step) for k in range(0, len(row), step)):
-            share = np.empty((len(row[piece]), self.n_columns), "<f4")
-            about = np.empty(len(share), _SHARE)
-            read_records(self._handles[2], position[piece], share)
-            read_records(self._handles[3], position[piece], about)
-            add_in_order(total, total_row[piece], share)
-            add_in_order(total_weight, total_row[piece], about["weight"])
-        sums[found], weight[found] = total, total_weight
+            ascending = np.argsort(offset[piece], kind="stable")
+            share = np.empty((len(ascending), self.n_columns), "<f4")
+            self._read_sums(offset[piece][ascending], share, np.arange(len(share)))
+            share = share[np.argsort(ascending)]
+            first = np.flatnonzero(np.diff(place[piece], prepend=-1))
+            count = np.diff(first, append=len(share))
+            for k in range(int(count.max(initial=0))):  # the k-th share of each
+                again = first[count > k] + k
+                total[place[piece][again]] += share[again]
+        sums[rows] = total
 
 
-def _positions(place: NDArray[np.intp], windows: list[ShareRange]) -> NDArray[np.intp]:
-    """Records of the file of shares, from places in the order of the windows."""
-    first, count = np.array(windows, np.intp).reshape(-1, 2).T
-    begin = np.cumsum(count) - count
-    # windows without shares begin where the next one does: the last that begins there is meant
-    window = np.searchsorted(begin, place, side="right") - 1
-    return np.asarray(first[window] + place - begin[window])
+def _write_at(handle: int, content: memoryview, offset: int) -> int:
+    """Write all bytes at an offset; where they end."""
+    while len(content):
+        written = os.pwrite(handle, content, offset)
+        content, offset = content[written:], offset + written
+    return offset
 
 
-def _partial(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return read_json(folder / "partial.json")
-    return {}
+def _read_at(handle: int, array: NDArray[Any], offset: int) -> None:
+    """Fill a contiguous array with the bytes at an offset."""
+    left = _bytes_of(array)
+    while len(left):
+        n_read = os.preadv(handle, [left], offset)
+        if n_read == 0:
+            raise OSError("a file of ours is shorter than it was")
+        left, offset = left[n_read:], offset + n_read
 
 
-def _boot_id() -> str:
-    """The kernel's name for the time since the machine started; empty where there is none."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text(encoding="ascii").strip() if path.is_file() else ""
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -1,15 +1,10 @@
-"""A small copy of the slide image, for plots of tables.
-
-Predicted expression of regions as a table that squidpy can plot at the first call.
-
-Regions as shapes elements, in pixels of the image's scale 0 and with all of its coordinate systems.
-"""
+"""What regions become: tables that squidpy plots at the first call, shapes, and a small picture to plot them on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import geopandas as gpd
 import numpy as np
@@ -25,77 +20,80 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from spatialdata.transformations import BaseTransformation
 
-__all__ = ["INSTANCE_KEY", "REGION_KEY", "Thumbnail", "circles_element", "region_table", "squares_element", "thumbnail"]
-
-OVERSAMPLE = 4
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """A small image and its scale.
-
-    Attributes
-    ----------
-    rgb
-        uint8 (rows, columns, 3).
-    scale
-        Thumbnail pixels per image scale-0 pixel.
-    """
-
-    rgb: NDArray[np.uint8]
-    scale: float
-
-
-def thumbnail(
-    sdata: SpatialData, image_key: str, *, channels: Sequence[int] = (0, 1, 2), max_px: int = 2000
-) -> Thumbnail:
-    """Reduce an RGB image until its longer side is at most ``max_px``.
-
-    It starts from the coarsest level that is not smaller than that, and skips pixels first where the level is far
-    larger, so that a slide without levels needs little memory.
-
-    Raises
-    ------
-    DataError
-        When the image has fewer than three channels or its pixels are not uint8.
-    """
-    levels = _levels(sdata.images[image_key])
-    full_side = max(levels[0].shape[1:])
-    level = next((array for array in reversed(levels) if max(array.shape[1:]) >= max_px), levels[0])
-    if level.shape[0] < 3 or level.dtype != np.uint8:
-        raise DataError(
-            f"The image {image_key!r} has {level.shape[0]} channels of {level.dtype}; a thumbnail needs RGB in uint8."
-        )
-    factor = -(-max(level.shape[1:]) // max_px)
-    skip = max(1, factor // OVERSAMPLE)
-    pixels = np.asarray(level[list(channels), skip // 2 :: skip, skip // 2 :: skip])
-    rgb = _block_mean(pixels, -(-factor // skip))
-    shrunk = full_side / max(level.shape[1:]) * skip * -(-factor // skip)
-    return Thumbnail(np.ascontiguousarray(rgb.transpose(1, 2, 0)), 1 / shrunk)
-
-
-def _levels(element: Any) -> list[Any]:
-    """Arrays of all levels, finest first."""
-    if hasattr(element, "children"):
-        return [element[f"scale{k}"]["image"].data for k in range(len(element.children))]
-    return [element.data]
-
-
-def _block_mean(image: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-    """Mean over ``factor`` × ``factor`` pixels; the last, incomplete ones repeat the edge."""
-    if factor == 1:
-        return image
-    pad = [(0, 0)] + [(0, -side % factor) for side in image.shape[1:]]
-    padded = np.pad(image, pad, mode="edge")
-    total = np.zeros((image.shape[0], padded.shape[1] // factor, padded.shape[2] // factor), dtype=np.uint32)
-    for row in range(factor):
-        for col in range(factor):
-            total += padded[:, row::factor, col::factor]
-    return ((total + factor**2 // 2) // factor**2).astype(np.uint8)
-
+__all__ = [
+    "INSTANCE_KEY",
+    "REGION_KEY",
+    "Describe",
+    "Express",
+    "Expressed",
+    "MakeShapes",
+    "MakeTable",
+    "RowInfo",
+    "Thumbnail",
+    "circles_element",
+    "expression",
+    "region_table",
+    "squares_element",
+    "thumbnail",
+]
 
 REGION_KEY = "region"
 INSTANCE_KEY = "instance_id"
+
+
+@dataclass(frozen=True)
+class RowInfo:
+    """Identity and place of m regions: all that their table and shapes hold, apart from expression.
+
+    Attributes
+    ----------
+    ids
+        (m,) integers or text.
+    centres_px
+        (m, 2) x, y in image scale-0 pixels.
+    obs
+        Column name → (m,) numbers.
+    """
+
+    ids: Any
+    centres_px: NDArray[np.float64]
+    obs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    def subset(self, keep: NDArray[Any]) -> RowInfo:
+        """Select regions by mask (m,) or by position."""
+        obs = {name: np.asarray(column)[keep] for name, column in self.obs.items()}
+        return RowInfo(np.asarray(self.ids)[keep], self.centres_px[keep], obs)
+
+
+class Expressed(NamedTuple):
+    """Expression of m regions: ``X`` (m, genes), layers (m, genes) and columns of ``obs`` (m,) of their table."""
+
+    x: NDArray[np.float32]
+    layers: Mapping[str, NDArray[np.float32]] = {}
+    obs: Mapping[str, NDArray[Any]] = {}
+
+
+Describe = Callable[[int, int, "NDArray[np.float64] | None"], RowInfo]
+"""``describe(start, stop, weight)``: the regions ``start`` … ``stop − 1``; weights (m,) are None for shapes."""
+
+Express = Callable[["NDArray[np.float32]", "NDArray[np.float64]"], Expressed]
+"""``express(sums, weight)``: expression from sums (m, columns) and weights (m,) above 0; may write over the sums."""
+
+MakeTable = Callable[..., AnnData]
+"""`region_table` with all given but ``values``, ``layers``, ``instance_ids``, ``centres_px`` and ``obs``."""
+
+MakeShapes = Callable[..., gpd.GeoDataFrame]
+"""`circles_element` or `squares_element` with everything given but the centres and ``index``."""
+
+
+def expression(
+    sums: NDArray[np.float32], weight: NDArray[np.float64], aggregation: Literal["mean", "sum"]
+) -> Expressed:
+    """Take gene sums (m, genes) as they are, or divide them by the weights."""
+    if aggregation == "sum":
+        return Expressed(sums)
+    weight = weight.astype(np.float32)  # single precision, as the sums: four times as fast
+    return Expressed(np.divide(sums, weight[:, None], out=sums if sums.flags.owndata else None))
 
 
 def region_table(
@@ -113,7 +111,7 @@ def region_table(
     var: pd.DataFrame | None = None,
     uns: Mapping[str, Any] | None = None,
 ) -> AnnData:
-    """Table of regions × genes that annotates a shapes or labels element.
+    """Make the table of regions × genes that annotates a shapes or labels element.
 
     Parameters
     ----------
@@ -122,84 +120,69 @@ def region_table(
     genes
         Names of the columns of ``values``.
     instance_ids
-        (n,) index values of the regions in the element: integers or text, each once.
+        (n,) ids of the regions in the element, each once.
     region
         Name of the element.
     centres_px
         (n, 2) x, y in image scale-0 pixels, kept as ``obsm["spatial"]``.
     spot_diameter_px
-        Diameter at which squidpy draws a region, in image scale-0 pixels: that of the circle, the side of a square.
+        Diameter at which squidpy draws a region, in image scale-0 pixels.
     picture
-        Small copy of the slide that squidpy draws under the regions.
+        Picture that squidpy draws under the regions.
     library_id
         Key of ``uns["spatial"]``.
     layers
         Other values, each (n, genes).
     obs
-        More columns by region, such as ``area_um2``.
+        More columns by region, matched by position.
     var
-        Columns by gene, such as the held-out Pearson correlation; matched to ``genes`` by name.
+        Columns by gene, matched to ``genes`` by name.
     uns
         More unstructured entries.
-
-    Returns
-    -------
-    AnnData
-        ``X`` float32, ``obs`` with ``region``, ``instance_id`` and the columns given, ``obsm["spatial"]`` and
-        ``uns["spatial"]``.
 
     Raises
     ------
     DataError
         When lengths do not fit, or an id or gene is named twice.
     """
-    ids = pd.Index(instance_ids)
-    _check(values, list(genes), ids, centres_px)
+    ids, names = pd.Index(instance_ids), pd.Index([str(gene) for gene in genes])
+    if values.shape != (len(ids), len(names)) or np.shape(centres_px) != (len(ids), 2):
+        raise DataError(
+            f"{len(ids)} regions and {len(names)} genes, but values of shape {values.shape} and centres of shape "
+            f"{np.shape(centres_px)}."
+        )
+    for what, index in (("region", ids), ("gene", names)):
+        if not index.is_unique:
+            raise DataError(f"The {what} {index[index.duplicated()][0]} is named twice; make its names unique.")
     frame = pd.DataFrame(index=pd.Index(ids.astype(str)))
     for name, column in (obs if obs is not None else {}).items():
-        frame[str(name)] = np.asarray(column)  # by position: the ids of `obs`, if it has any, are not looked at
+        frame[str(name)] = np.asarray(column)
     frame[REGION_KEY] = pd.Categorical([region] * len(ids))
     frame[INSTANCE_KEY] = ids.to_numpy()
-    columns = pd.DataFrame(index=pd.Index([str(gene) for gene in genes]))
-    if var is not None:
-        columns = var.reindex(columns.index)
     table = AnnData(
         X=np.ascontiguousarray(values, dtype=np.float32),
         obs=frame,
         layers={name: np.ascontiguousarray(layer, dtype=np.float32) for name, layer in (layers or {}).items()},
-        var=columns,
+        var=pd.DataFrame(index=names) if var is None else var.reindex(names),
         obsm={"spatial": np.asarray(centres_px, dtype=np.float64)},
         uns={**(uns or {}), "spatial": {_safe_key(library_id): _library(picture, spot_diameter_px)}},
     )
     return TableModel.parse(table, region=region, region_key=REGION_KEY, instance_key=INSTANCE_KEY)
 
 
-def _check(values: NDArray[np.float32], genes: list[str], ids: pd.Index, centres_px: NDArray[np.float64]) -> None:
-    """Lengths and uniqueness."""
-    n = len(ids)
-    if values.shape != (n, len(genes)) or np.shape(centres_px) != (n, 2):
-        raise DataError(
-            f"{n} regions and {len(genes)} genes, but values of shape {values.shape} and centres of shape "
-            f"{np.shape(centres_px)}."
-        )
-    for what, names in (("region", ids), ("gene", pd.Index(genes))):
-        if not names.is_unique:
-            raise DataError(f"The {what} {names[names.duplicated()][0]} is named twice; make its names unique.")
-
-
 def _safe_key(library_id: str) -> str:
-    """A key that can be stored: coordinate systems may be called ``""``, and ``/`` would nest groups."""
+    """Make a key that can be stored: coordinate systems may be called ``""``, and ``/`` would nest groups."""
     return library_id.replace("/", "_") or "pixnet"
 
 
 def _library(picture: Thumbnail | None, spot_diameter_px: float) -> dict[str, Any]:
-    """The entry of ``uns["spatial"]`` that squidpy and scanpy read."""
-    scalefactors = {"spot_diameter_fullres": float(spot_diameter_px)}
-    if picture is None:
-        return {"images": {}, "scalefactors": {**scalefactors, "tissue_hires_scalef": 1.0}}
+    """Make the entry of ``uns["spatial"]`` that squidpy and scanpy read."""
     return {
-        "images": {"hires": picture.rgb},
-        "scalefactors": {**scalefactors, "tissue_hires_scalef": float(picture.scale)},
+        "images": {} if picture is None else {"hires": picture.rgb},
+        "scalefactors": {
+            "spot_diameter_fullres": float(spot_diameter_px),
+            "tissue_hires_scalef": 1.0 if picture is None else float(picture.scale),
+        },
     }
 
 
@@ -210,20 +193,12 @@ def circles_element(
     *,
     index: Sequence[Any] | NDArray[Any] | None = None,
 ) -> gpd.GeoDataFrame:
-    """Circles of one radius.
+    """Make circles of one radius around centres (n, 2) x, y, all in image scale-0 pixels.
 
-    Parameters
-    ----------
-    centres_px
-        (n, 2) x, y in image scale-0 pixels.
-    radius_px
-        Radius in image scale-0 pixels.
-    transforms
-        Transformations of the image (`image_transforms`).
-    index
-        Instance ids; default 0 … n − 1.
+    ``transforms`` are those of the image (`image_transforms`), ``index`` the instance ids (default 0 … n − 1).
     """
-    frame = gpd.GeoDataFrame({"radius": np.full(len(centres_px), float(radius_px))}, geometry=_points(centres_px))
+    points = np.asarray(shapely.points(np.asarray(centres_px, dtype=np.float64)))
+    frame = gpd.GeoDataFrame({"radius": np.full(len(centres_px), float(radius_px))}, geometry=points)
     return _parsed(frame, transforms, index)
 
 
@@ -235,21 +210,7 @@ def squares_element(
     angle_rad: float = 0.0,
     index: Sequence[Any] | NDArray[Any] | None = None,
 ) -> gpd.GeoDataFrame:
-    """Squares of one size.
-
-    Parameters
-    ----------
-    centres_px
-        (n, 2) x, y in image scale-0 pixels.
-    side_px
-        Side in image scale-0 pixels.
-    transforms
-        Transformations of the image (`image_transforms`).
-    angle_rad
-        Angle from the image's x axis towards its y axis by which the squares are turned.
-    index
-        Instance ids; default 0 … n − 1.
-    """
+    """Make squares of one size; as `circles_element`, and turned by an angle from the image's x towards its y axis."""
     cos, sin = np.cos(angle_rad), np.sin(angle_rad)
     ring = side_px / 2 * np.array([[1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
     ring = ring @ np.array([[cos, sin], [-sin, cos]])
@@ -257,12 +218,7 @@ def squares_element(
     each = np.arange(len(points) // len(ring) + 1)
     # from flat arrays in a quarter of the time that `shapely.polygons` takes
     squares = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points, (each * len(ring), each))
-    frame = gpd.GeoDataFrame(geometry=np.asarray(squares))
-    return _parsed(frame, transforms, index)
-
-
-def _points(centres_px: NDArray[np.float64]) -> NDArray[np.object_]:
-    return np.asarray(shapely.points(np.asarray(centres_px, dtype=np.float64)))
+    return _parsed(gpd.GeoDataFrame(geometry=np.asarray(squares)), transforms, index)
 
 
 def _parsed(
@@ -271,3 +227,55 @@ def _parsed(
     if index is not None:
         frame.index = np.asarray(index)
     return ShapesModel.parse(frame, transformations=dict(transforms))
+
+
+class Thumbnail(NamedTuple):
+    """A small image, uint8 (rows, columns, 3), and its pixels per image scale-0 pixel."""
+
+    rgb: NDArray[np.uint8]
+    scale: float
+
+
+OVERSAMPLE = 4
+
+
+def thumbnail(
+    sdata: SpatialData, image_key: str, *, channels: Sequence[int] = (0, 1, 2), max_px: int = 2000
+) -> Thumbnail:
+    """Reduce an RGB image until its longer side is at most ``max_px``.
+
+    It starts from the coarsest level that is not smaller than that, and skips pixels first where the level is far
+    larger, so that a slide without levels needs little memory.
+
+    Raises
+    ------
+    DataError
+        When the image has fewer than three channels or its pixels are not uint8.
+    """
+    image: Any = sdata.images[image_key]
+    levels = [node["image"].data for node in image.children.values()] if hasattr(image, "children") else [image.data]
+    full_side = max(levels[0].shape[1:])
+    level = next((array for array in reversed(levels) if max(array.shape[1:]) >= max_px), levels[0])
+    if level.shape[0] < 3 or level.dtype != np.uint8:
+        raise DataError(
+            f"The image {image_key!r} has {level.shape[0]} channels of {level.dtype}; a thumbnail needs RGB in uint8."
+        )
+    side = max(level.shape[1:])
+    factor = -(-side // max_px)
+    skip = max(1, factor // OVERSAMPLE)
+    mean_over = -(-factor // skip)
+    pixels = np.asarray(level[list(channels), skip // 2 :: skip, skip // 2 :: skip])
+    rgb = _block_mean(pixels, mean_over)
+    return Thumbnail(np.ascontiguousarray(rgb.transpose(1, 2, 0)), side / (full_side * skip * mean_over))
+
+
+def _block_mean(image: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    """Average (channels, rows, columns) over ``factor`` × ``factor`` pixels; incomplete blocks repeat the edge."""
+    if factor == 1:
+        return image
+    padded = np.pad(image, [(0, 0), *((0, -side % factor) for side in image.shape[1:])], mode="edge")
+    total = np.zeros((image.shape[0], padded.shape[1] // factor, padded.shape[2] // factor), dtype=np.uint32)
+    for row in range(factor):
+        for col in range(factor):
+            total += padded[:, row::factor, col::factor]
+    return ((total + factor**2 // 2) // factor**2).astype(np.uint8)

@@ -1,11 +1,4 @@
-"""What is needed to finish a commit, believed only when this user's pixnet_sd wrote it for this very store.
-
-A journal comes from a folder beside the user's data, and so perhaps with an archive, or from someone else. It holds no
-paths: every place follows from names of elements, which cannot leave the work folder and the store. It is signed with a
-secret of the user, and names the store by its inode, which a copy does not share (the number of the device would change
-with every mount).
-
-How a result enters a SpatialData object: complete, or not at all.
+"""How results enter a SpatialData object: complete, or not at all.
 
 For a backed object every element is first written in full into a scratch store beside the user's store. Then, under a
 lock and with a journal:
@@ -16,8 +9,10 @@ lock and with a journal:
    one rename makes all of them visible together;
 4. the scratch is renamed away, the journal goes, then the old elements and the scratch.
 
-A run killed before the journal is there has changed nothing; one killed after it is finished by the next run, which
-then knows the results as its own when it is the same call (`written_by`). In every state in between the store opens.
+A run killed before the journal is there has changed nothing; one killed after it is finished by the next run. In every
+state in between the store opens. The journal may have come with an archive, or from another user: it holds no paths
+(every place follows from names of elements, which cannot leave the work folder and the store), is signed with a secret
+of the user, and names the store by its inode, which a copy does not share (a device's number changes with each mount).
 """
 
 from __future__ import annotations
@@ -30,26 +25,12 @@ import os
 import re
 import shutil
 import uuid
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-import spatialdata as sd
-import zarr
-from spatialdata.models import (
-    Image2DModel,
-    Image3DModel,
-    Labels2DModel,
-    Labels3DModel,
-    PointsModel,
-    ShapesModel,
-    TableModel,
-    get_model,
-)
-
-from pixnet_sd._notes import ATTRS_KEY
+from pixnet_sd._files import clear_left_over
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
 
@@ -66,202 +47,41 @@ from ._disk import (
     is_ours,
     known_secrets,
     local_store,
+    plain_files,
     read_json,
     secret,
-    sweep_drafts,
     work_folder,
     write_json,
 )
-from ._notes import WRITTEN, element_stamp, json_safe, merged_notes, read_back
+from ._notes import (
+    WRITTEN,
+    element_stamp,
+    image_stamp,
+    json_safe,
+    merge_notes,
+    note_in_memory,
+    read_back,
+    take_notes,
+)
+from ._stream import Staged, element_type, write_scratch_store
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from spatialdata import SpatialData
 
-__all__ = [
-    "COMMIT",
-    "JOURNAL",
-    "Journal",
-    "Move",
-    "Staged",
-    "check_target",
-    "commit",
-    "consolidate",
-    "element_type",
-    "read_journal",
-    "recover",
-    "remove_journal",
-    "write_journal",
-    "write_scratch_store",
-]
+__all__ = ["Transaction", "recover"]
 
 JOURNAL = "journal.json"
-COMMIT = "commit"
-"""Folder, inside the work folder, of elements that are written when they are committed."""
+COMMIT = "commit"  # folder, inside the work folder, of elements that are written when they are committed
+STREAM_WAIT_S, COMMIT_WAIT_S = 15.0, 600.0
 
 _PLACE = re.compile(r"(commit/new|map-[\w.-]+/map|table-[\w.-]+/(table|shapes))\.zarr")
 
 
-@dataclass(frozen=True)
-class Move:
-    """One element on its way from a scratch store into the store.
+class Transaction:
+    """The results of one call on their way into an object: a context manager.
 
-    Attributes
-    ----------
-    name, kind
-        Of the element.
-    place
-        The scratch store, ``{folder}/{store}``, in the work folder.
-    replaces
-        Whether it takes the place of another.
-    """
-
-    name: str
-    kind: str
-    place: str
-    replaces: bool
-
-    @property
-    def path(self) -> str:
-        """Of the element inside either store."""
-        return f"{self.kind}/{self.name}"
-
-
-@dataclass
-class Journal:
-    """All that is needed to finish a commit.
-
-    Attributes
-    ----------
-    moves
-        Elements.
-    nodes
-        Consolidated metadata of them, key → node.
-    groups
-        Element type → metadata of its group.
-    notes
-        For ``attrs["pixnet_sd"]``.
-    """
-
-    moves: list[Move] = field(default_factory=list)
-    nodes: dict[str, Any] = field(default_factory=dict)
-    groups: dict[str, Any] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def folders(self) -> list[str]:
-        """Folders of the work folder that are not needed once the elements are in the store."""
-        return sorted({COMMIT, *(move.place.partition("/")[0] for move in self.moves)})
-
-
-def write_journal(work: Path, store: Path, journal: Journal) -> None:
-    """Write the journal; from here on the next run finishes the commit.
-
-    Raises
-    ------
-    OSError
-        When that fails.
-    """
-    value = asdict(journal)
-    write_json(work / JOURNAL, {"journal": value, "signature": _signature(secret(), store, value)}, scratch=work)
-
-
-def read_journal(work: Path, store: Path) -> Journal | None:
-    """The journal of a commit that was cut off, or None.
-
-    Raises
-    ------
-    StoreError
-        When it is damaged, or was not written here by this user.
-    """
-    path = work / JOURNAL
-    if not os.path.lexists(path):
-        return None
-    try:
-        found = read_json(path)
-        owner, value = path.lstat().st_uid, found["journal"]
-        signed = any(hmac.compare_digest(_signature(key, store, value), found["signature"]) for key in known_secrets())
-        if signed and is_ours(owner, work):
-            return _parsed(value)
-        why = "it is not signed by this user for this store"
-    except (KeyError, TypeError, OSError, ValueError) as error:
-        why = f"it cannot be read ({error})"
-    raise StoreError(
-        f"{path} asks for a write into {store} to be finished, but {why}, so nothing of it was done. Was the store "
-        f"copied or unpacked with it, or is the run another user's? Look at {work}; if you miss no results that are in "
-        "it, delete it."
-    )
-
-
-def remove_journal(work: Path) -> None:
-    """The commit is finished."""
-    (work / JOURNAL).unlink(missing_ok=True)
-
-
-def _signature(key: bytes, store: Path, value: dict[str, Any]) -> str:
-    text = json.dumps([store.stat().st_ino, value], sort_keys=True)
-    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
-
-
-def _parsed(value: dict[str, Any]) -> Journal:
-    """The journal, each part of which is what it should be."""
-    journal = Journal(**{**value, "moves": [Move(**move) for move in value["moves"]]})
-    paths = [move.path for move in journal.moves]
-    if not all(_is_sound(move) for move in journal.moves) or not all(
-        isinstance(part, dict) for part in (journal.nodes, journal.groups, journal.notes)
-    ):
-        raise ValueError("elements that cannot be")
-    if not set(journal.groups) <= {move.kind for move in journal.moves}:
-        raise ValueError("groups of no element")
-    if not all(any(key == path or key.startswith(f"{path}/") for path in paths) for key in journal.nodes):
-        raise ValueError("metadata of other elements")
-    return journal
-
-
-def _is_sound(move: Move) -> bool:
-    return (
-        move.kind in ELEMENT_TYPES
-        and is_name(move.name)
-        and _PLACE.fullmatch(move.place) is not None
-        and isinstance(move.replaces, bool)
-    )
-
-
-LOCK_WAIT_S = 600.0
-
-_TYPES: dict[Any, str] = {
-    Image2DModel: "images",
-    Image3DModel: "images",
-    Labels2DModel: "labels",
-    Labels3DModel: "labels",
-    PointsModel: "points",
-    ShapesModel: "shapes",
-    TableModel: "tables",
-}
-
-
-@dataclass(frozen=True)
-class Staged:
-    """An element that lies complete in a scratch store inside the work folder.
-
-    Attributes
-    ----------
-    name, kind
-        Element name and type (``"images"``, …).
-    scratch_store
-        The scratch store, holding the element at ``{kind}/{name}``, with consolidated metadata.
-    """
-
-    name: str
-    kind: str
-    scratch_store: Path
-
-
-def check_target(
-    sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool = False, needed_bytes: int = 0
-) -> None:
-    """Everything that can be refused before any work is done; also finishes what a killed run left behind.
+    Entering it checks all that can be refused before any work is done, and finishes what a killed run left behind;
+    `commit` puts everything in at once; leaving it without keeps streamed results for the same call.
 
     Parameters
     ----------
@@ -271,106 +91,135 @@ def check_target(
         Element name → element type of the coming results.
     overwrite
         Whether elements of the same name and type may be replaced.
-    needed_bytes
-        Bytes that the results will take on disk, at most.
+    n_bytes, n_files
+        That the results take on disk, at most; what an earlier run has streamed of them is not needed again.
+    wait_s
+        Seconds to wait for another run that streams a result of the same name.
 
     Raises
     ------
     StoreError
         Name taken or not allowed, store read-only, old, away or not local, disk too small.
     """
-    store = local_store(sdata)
-    if store is not None:
-        check_writable(store)
-        secret()  # the journal will need it
-        recover(sdata)
-    check_names(sdata, names, overwrite=overwrite)
-    if store is not None:
-        check_free_disk(store.parent, needed_bytes)
 
+    def __init__(
+        self,
+        sdata: SpatialData,
+        names: Mapping[str, str],
+        *,
+        overwrite: bool = False,
+        n_bytes: int = 0,
+        n_files: int = 0,
+        wait_s: float = STREAM_WAIT_S,
+    ) -> None:
+        self.sdata, self.store = sdata, local_store(sdata)
+        self._names, self._overwrite, self._wait_s = dict(names), overwrite, wait_s
+        self._n_bytes, self._n_files = n_bytes, n_files
+        self._locks = contextlib.ExitStack()
+        self.is_late = False  # whether a journal was written, so that the next run finishes
 
-def commit(
-    sdata: SpatialData,
-    elements: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-    staged: tuple[Staged, ...] = (),
-    provenance: Mapping[str, Any] | None = None,
-) -> None:
-    """Add elements to ``sdata``, and to its store when it is backed, all at once.
+    def __enter__(self) -> Self:
+        if self.store is not None:
+            check_writable(self.store)
+            secret()  # the journal will need it
+            recover(self.sdata)
+        check_names(self.sdata, self._names, overwrite=self._overwrite)
+        if self.store is not None:
+            self._check_room(self.store)
+        return self
 
-    Parameters
-    ----------
-    sdata
-        The object; its elements and ``attrs["pixnet_sd"]`` are changed in place. Rasters that were written are replaced
-        in memory by what is read back lazily; tables and shapes stay as given, and those of ``staged`` are read as
-        `read_back` says.
-    elements
-        Element name → element, as the models of `spatialdata.models` parse them.
-    overwrite
-        Whether elements of the same name and type are replaced.
-    staged
-        Elements already written completely into a scratch store inside the work folder; the folder of that store goes
-        afterwards, with all that is in it.
-    provenance
-        Section → key → info, noted in ``sdata.attrs["pixnet_sd"]`` together with the elements.
+    def __exit__(self, *_: object) -> None:
+        self._locks.close()
 
-    Raises
-    ------
-    StoreError
-        As `check_target`, and when writing fails.
-    KeyboardInterrupt
-        Once it is too late to stop, when everything is in the store and in the object.
-    """
-    names = {name: element_type(element) for name, element in elements.items()}
-    names.update({item.name: item.kind for item in staged})
-    store = local_store(sdata)
-    if store is None:
-        check_names(sdata, names, overwrite=overwrite)
-        _set(sdata, elements)
-        _set_notes(sdata, merged_notes({}, sdata.attrs.get(ATTRS_KEY), provenance or {}))
-        return
-    check_target(sdata, names, overwrite=overwrite)
-    work = work_folder(store)
-    with _commit_lock(store):
-        _settle(store, work, sdata)  # again: another run may have been killed, or have taken a name, while we waited
-        check_names(sdata, names, overwrite=overwrite)
-        journal = _write_down(store, work, elements, staged, provenance or {})
-        given = {name: element for name, element in elements.items() if names[name] not in ("images", "labels")}
+    def folder(self, name: str) -> Path:
+        """Lock the folder of a result that is streamed, for a backed object, until the transaction is left.
+
+        Raises
+        ------
+        StoreError
+            Another run holds it.
+        """
+        assert self.store is not None  # in memory nothing is streamed
+        path = work_folder(self.store) / name
+        busy = f"Another run is writing {name} of {self.store}. Wait for it, or choose another key."
+        self._locks.enter_context(hold_lock(path.with_name(f"{name}.lock"), wait_s=self._wait_s, busy=busy))
+        return path
+
+    def commit(self, elements: Mapping[str, Any], *, provenance: Mapping[str, Any] | None = None) -> None:
+        """Add elements to the object, and to its store when it is backed, all at once.
+
+        Rasters that were written are replaced in memory by what is read back lazily; tables and shapes stay as given,
+        and staged ones are read as `read_back` says.
+
+        Parameters
+        ----------
+        elements
+            Element name → element, as the models of `spatialdata.models` parse them, or `Staged`; the folder of its
+            scratch store goes afterwards, with all that is in it.
+        provenance
+            Section → key → info, noted in the object (`record`) together with the elements.
+
+        Raises
+        ------
+        StoreError
+            As on entering, and when writing fails.
+        KeyboardInterrupt
+            Once it is too late to stop, when everything is in the store and in the object.
+        """
+        names = {name: _type_of(element) for name, element in elements.items()}
+        notes = dict(provenance or {})
+        if self.store is None:
+            check_names(self.sdata, names, overwrite=self._overwrite)
+            stamps = {name: image_stamp(elements[name]) for name, kind in names.items() if kind == "images"}
+            notes |= {WRITTEN: stamps} if stamps else {}
+            _set(self.sdata, elements)
+            note_in_memory(self.sdata, notes)
+            return
+        work = work_folder(self.store)
+        with _commit_lock(self.store):
+            _settle(self.store, work, self.sdata)  # another run may have been killed, or have taken a name
+            check_names(self.sdata, names, overwrite=self._overwrite)
+            journal = self._write_down(work, elements, notes)
+            in_memory = {
+                name: element
+                for name, element in elements.items()
+                if not isinstance(element, Staged) and names[name] not in ("images", "labels")
+            }
+            try:
+                _bring_in(self.store, work, journal, self.sdata, in_memory)
+            except KeyboardInterrupt:
+                _bring_in(self.store, work, journal, self.sdata, in_memory)
+                raise
+
+    def _check_room(self, store: Path) -> None:
+        """Compare bytes and files to come with what the disk has free."""
+        partial = [work_folder(store) / f"{kind}-{name}" for name in self._names for kind in ("map", "table")]
+        there = [os.lstat(file.path) for folder in partial if folder.is_dir() for file in plain_files(folder)]
+        check_free_disk(store.parent, max(0, self._n_bytes - sum(stat.st_blocks * 512 for stat in there)))
+        disk, missing = os.statvfs(store.parent), self._n_files - len(there)
+        if disk.f_files and missing > disk.f_favail:  # file systems without a limit say 0
+            raise StoreError(
+                f"The result may take up to {missing:,} files, but only {disk.f_favail:,} more can be made at "
+                f"{store.parent}. Delete some, write the object to another disk, or predict a coarser map (`map_um=`)."
+            )
+
+    def _write_down(self, work: Path, elements: Mapping[str, Any], notes: Mapping[str, Any]) -> Journal:
+        """Write all that is still missing beside the store, the journal last; on failure nothing of it remains."""
+        assert self.store is not None
+        staged = [element for element in elements.values() if isinstance(element, Staged)]
+        fresh = {name: element for name, element in elements.items() if not isinstance(element, Staged)}
         try:
-            _bring_in(store, work, journal, sdata, given)
-        except KeyboardInterrupt:
-            _bring_in(store, work, journal, sdata, given)
+            with explain_disk_errors("Preparing the results", work):
+                if fresh:
+                    staged += write_scratch_store(work / COMMIT / "new.zarr", fresh)
+                journal = _plan(self.store, work, staged, json_safe(notes))
+                _write_journal(work, self.store, journal)
+                self.is_late = True
+            return journal
+        except BaseException:
+            if not (work / JOURNAL).exists():  # else it is too late, and the next run finishes
+                shutil.rmtree(work / COMMIT, ignore_errors=True)
             raise
-
-
-def _write_down(
-    store: Path,
-    work: Path,
-    elements: Mapping[str, Any],
-    staged: tuple[Staged, ...],
-    provenance: Mapping[str, Any],
-) -> Journal:
-    """Write all that is still missing beside the store, the journal last; on failure nothing of it remains."""
-    try:
-        with explain_disk_errors("Preparing the results", work):
-            fresh = write_scratch_store(work / COMMIT / "new.zarr", elements) if elements else ()
-            journal = _plan(store, work, (*fresh, *staged), json_safe(provenance))
-            write_journal(work, store, journal)
-        return journal
-    except BaseException:
-        if not (work / JOURNAL).exists():  # else it is too late, and the next run finishes
-            shutil.rmtree(work / COMMIT, ignore_errors=True)
-        raise
-
-
-def _bring_in(store: Path, work: Path, journal: Journal, sdata: SpatialData, given: Mapping[str, Any]) -> None:
-    """Move the elements into the store and attach them to the object; may be repeated from where it stopped."""
-    _finish(store, work, journal, sdata)
-    names = {move.name: move.kind for move in journal.moves if move.name not in given}
-    read_back(sdata, store, names, scratch=work)
-    _set(sdata, given)
-    _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
 
 
 def recover(sdata: SpatialData) -> None:
@@ -392,66 +241,119 @@ def recover(sdata: SpatialData) -> None:
         names = {name: kind for name, kind in names.items() if kind == before.get(name, kind)}
         read_back(sdata, store, names, scratch=work)
     if names:
-        _set_notes(sdata, read_json(store / "zarr.json")["attributes"].get(ATTRS_KEY, {}))
+        take_notes(sdata, store)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One element on its way from a scratch store, ``{folder}/{store}`` in the work folder, into the store."""
+
+    name: str
+    kind: str
+    place: str
+    replaces: bool
+
+    @property
+    def path(self) -> str:
+        """Path of the element inside either store."""
+        return f"{self.kind}/{self.name}"
+
+
+@dataclass
+class Journal:
+    """All that is needed to finish a commit."""
+
+    moves: list[Move] = field(default_factory=list)
+    nodes: dict[str, Any] = field(default_factory=dict)  # consolidated metadata of the elements, key → node
+    groups: dict[str, Any] = field(default_factory=dict)  # element type → metadata of its group
+    notes: dict[str, Any] = field(default_factory=dict)  # section → key → info
+
+
+def _write_journal(work: Path, store: Path, journal: Journal) -> None:
+    """Write the journal; from here on the next run finishes the commit."""
+    value = asdict(journal)
+    write_json(work / JOURNAL, {"journal": value, "signature": _signature(secret(), store, value)}, scratch=work)
+
+
+def _read_journal(work: Path, store: Path) -> Journal | None:
+    """Read the journal of a commit that was cut off, if there is one; raises unless this user wrote it here."""
+    path = work / JOURNAL
+    if not os.path.lexists(path):
+        return None
+    try:
+        content = read_json(path)
+        owner, value = path.lstat().st_uid, content["journal"]
+        signed = any(
+            hmac.compare_digest(_signature(key, store, value), content["signature"]) for key in known_secrets()
+        )
+        if signed and is_ours(owner, work):
+            return _parsed(value)
+        why = "it is not signed by this user for this store"
+    except (KeyError, TypeError, OSError, ValueError) as error:
+        why = f"it cannot be read ({error})"
+    raise StoreError(
+        f"{path} asks for a write into {store} to be finished, but {why}, so nothing of it was done. Was the store "
+        f"copied or unpacked with it, or is the run another user's? Look at {work}; if you miss no results that are in "
+        "it, delete it."
+    )
+
+
+def _signature(key: bytes, store: Path, value: dict[str, Any]) -> str:
+    text = json.dumps([store.stat().st_ino, value], sort_keys=True)
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _parsed(value: dict[str, Any]) -> Journal:
+    """Check that each entry of a journal is what it should be."""
+    journal = Journal(**{**value, "moves": [Move(**move) for move in value["moves"]]})
+    sound = (
+        all(
+            move.kind in ELEMENT_TYPES
+            and is_name(move.name)
+            and _PLACE.fullmatch(move.place) is not None
+            and isinstance(move.replaces, bool)
+            for move in journal.moves
+        )
+        and all(isinstance(entry, dict) for entry in (journal.nodes, journal.groups, journal.notes))
+        and set(journal.groups) <= {move.kind for move in journal.moves}
+        and all(any(_is_under(key, move.path) for move in journal.moves) for key in journal.nodes)
+    )
+    if not sound:
+        raise ValueError("elements, groups or metadata that cannot be")
+    return journal
+
+
+def _type_of(element: Any) -> str:
+    return element.kind if isinstance(element, Staged) else element_type(element)
+
+
+def _commit_lock(store: Path) -> contextlib.AbstractContextManager[None]:
+    """One commit into a store at a time."""
+    busy = f"Another run is writing into {store}; try again later."
+    return hold_lock(work_folder(store) / "lock", wait_s=COMMIT_WAIT_S, busy=busy)
 
 
 def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
     """Finish or forget an interrupted commit; name → type of what a finished one brought in."""
     names = {}
-    journal = read_journal(work, store)
+    journal = _read_journal(work, store)
     if journal is not None:
         names = {move.name: move.kind for move in journal.moves}
         logger.warning("Finishing the write of %s into %s, which was interrupted.", ", ".join(names), store)
         _finish(store, work, journal, sdata)
     for leftover in (work / COMMIT, work / "old", *work.glob("view-*")):
         shutil.rmtree(leftover, ignore_errors=True)
-    sweep_drafts(work)
+    clear_left_over(work)
     for name in {path.name.removesuffix(".lock") for kind in ("map", "table") for path in work.glob(f"{kind}-*")}:
-        _sweep(work / name)
+        # the lock file of a run that was killed goes, and its folder unless the same call can go on from it
+        lock = hold_lock(work / f"{name}.lock", wait_s=0, busy="that run is alive")
+        with contextlib.suppress(StoreError), lock:
+            if not (work / name / "partial.json").is_file():
+                shutil.rmtree(work / name, ignore_errors=True)
     return names
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the lock file of a run that was killed, and its folder unless the same call can go on from it."""
-    lock = folder.with_name(f"{folder.name}.lock")
-    with contextlib.suppress(StoreError), hold_lock(lock, wait_s=0, busy="that run is alive"):
-        if not (folder / "partial.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def element_type(element: Any) -> str:
-    """``"images"``, ``"labels"``, ``"points"``, ``"shapes"`` or ``"tables"``."""
-    return _TYPES[get_model(element)]
-
-
-def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged, ...]:
-    """Write elements completely into a new store at ``path`` with spatialdata's own writer."""
-    with warnings.catch_warnings():
-        # a table of ours may annotate an element that is already in the user's store
-        warnings.filterwarnings("ignore", message="The table is annotating")
-        warnings.filterwarnings("ignore", message="zarr v3 autosharding")  # of anndata, about versions to come
-        holder = sd.SpatialData.init_from_elements(dict(elements))
-        path.parent.mkdir(exist_ok=True)
-        holder.write(path, update_sdata_path=False, consolidate_metadata=False)
-    consolidate(path)
-    return tuple(Staged(name, element_type(element), path) for name, element in elements.items())
-
-
-def consolidate(path: Path) -> None:
-    """Write consolidated metadata into a scratch store; `SpatialData.write` does so only when it sets ``path``."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=zarr.errors.ZarrUserWarning)
-        zarr.consolidate_metadata(str(path))
-
-
-def _commit_lock(store: Path) -> AbstractContextManager[None]:
-    """One commit into a store at a time."""
-    return hold_lock(
-        work_folder(store) / "lock", wait_s=LOCK_WAIT_S, busy=f"Another run is writing into {store}; try again later."
-    )
-
-
-def _plan(store: Path, work: Path, staged: tuple[Staged, ...], notes: dict[str, Any]) -> Journal:
+def _plan(store: Path, work: Path, staged: list[Staged], notes: dict[str, Any]) -> Journal:
     """Collect what has to be moved and the metadata that the root will show."""
     journal = Journal(notes=notes)
     stamps = journal.notes.setdefault(WRITTEN, {})
@@ -466,6 +368,15 @@ def _plan(store: Path, work: Path, staged: tuple[Staged, ...], notes: dict[str, 
     return journal
 
 
+def _bring_in(store: Path, work: Path, journal: Journal, sdata: SpatialData, in_memory: Mapping[str, Any]) -> None:
+    """Move the elements into the store and attach them to the object; may be repeated from where it stopped."""
+    _finish(store, work, journal, sdata)
+    names = {move.name: move.kind for move in journal.moves if move.name not in in_memory}
+    read_back(sdata, store, names, scratch=work)
+    _set(sdata, in_memory)
+    take_notes(sdata, store)
+
+
 def _finish(store: Path, work: Path, journal: Journal, sdata: SpatialData) -> None:
     """Steps 1 to 4 of the module's docstring; may be repeated from any point at which it stopped, or after the last."""
     _check_folders(store, work, journal)
@@ -473,12 +384,18 @@ def _finish(store: Path, work: Path, journal: Journal, sdata: SpatialData) -> No
         if (work / JOURNAL).exists():
             _hide(store, work, [move.path for move in journal.moves if move.replaces])
             for kind, group in journal.groups.items():
-                _require_group(store / kind, group, work)
+                if not (store / kind / "zarr.json").is_file():
+                    (store / kind).mkdir(exist_ok=True)
+                    write_json(store / kind / "zarr.json", group, scratch=work)
             placed = [move.path for move in journal.moves if _place(store, work, move)]
             _list_labels(store, work, [path.partition("/")[2] for path in placed if path.startswith("labels/")])
-            _publish(store, work, journal, placed, sdata.attrs.get(ATTRS_KEY))
-            _put_away(work, journal.folders)
-            remove_journal(work)
+            _publish(store, work, journal, placed, sdata)
+            # renamed, so that a kill cannot leave a half-deleted folder that looks like unfinished work
+            for name in {COMMIT, *(move.place.partition("/")[0] for move in journal.moves)}:
+                if (work / name).exists():
+                    (work / "old").mkdir(exist_ok=True)
+                    (work / name).rename(work / "old" / f"{name}-{uuid.uuid4().hex}")
+            (work / JOURNAL).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(
             f"Writing into {store} failed: {error}. The store still opens; the results wait in {work} and are moved in "
@@ -489,29 +406,16 @@ def _finish(store: Path, work: Path, journal: Journal, sdata: SpatialData) -> No
 
 def _check_folders(store: Path, work: Path, journal: Journal) -> None:
     """Raise when a folder that something is moved from or to is a link."""
-    places = [path for move in journal.moves for path in _up_to(work, f"{move.place}/{move.path}")]
-    olds = [path for move in journal.moves for path in _up_to(work, f"old/{move.path}")]
-    for path in (store, work, *(store / move.kind for move in journal.moves), *places, *olds):
-        if path.is_symlink():
+    folders = [store, work, *(store / move.kind for move in journal.moves)]
+    for move in journal.moves:
+        for end in (work / move.place / move.path, work / "old" / move.path):
+            folders += [end, *(folder for folder in end.parents if folder.is_relative_to(work))]
+    for folder in folders:
+        if folder.is_symlink():
             raise StoreError(
-                f"{path} is a link, and nothing is moved through one. Look at it, and delete {work} if you miss no "
+                f"{folder} is a link, and nothing is moved through one. Look at it, and delete {work} if you miss no "
                 "results that are in it."
             )
-
-
-def _up_to(folder: Path, relative: str) -> Iterator[Path]:
-    """All of the folders on the way, the last included."""
-    for part in relative.split("/"):
-        folder = folder / part
-        yield folder
-
-
-def _put_away(work: Path, folders: Iterable[str]) -> None:
-    """Rename folders to where a kill cannot leave a half-deleted one that looks like unfinished work."""
-    for name in folders:
-        if (work / name).exists():
-            (work / "old").mkdir(exist_ok=True)
-            (work / name).rename(work / "old" / f"{name}-{uuid.uuid4().hex}")
 
 
 def _is_under(key: str, path: str) -> bool:
@@ -523,17 +427,10 @@ def _hide(store: Path, work: Path, paths: list[str]) -> None:
     root = read_json(store / "zarr.json")
     nodes = (root.get("consolidated_metadata") or {}).get("metadata", {})
     hidden = [key for key in nodes if any(_is_under(key, path) for path in paths)]
+    for key in hidden:
+        del nodes[key]
     if hidden:
-        for key in hidden:
-            del nodes[key]
         write_json(store / "zarr.json", root, scratch=work)
-
-
-def _require_group(folder: Path, group: dict[str, Any], work: Path) -> None:
-    """Make the group of an element type where the store has none yet."""
-    if not (folder / "zarr.json").is_file():
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "zarr.json", group, scratch=work)
 
 
 def _place(store: Path, work: Path, move: Move) -> bool:
@@ -553,9 +450,9 @@ def _place(store: Path, work: Path, move: Move) -> bool:
 
 def _list_labels(store: Path, work: Path, names: list[str]) -> None:
     """OME-Zarr lists the label images in the attributes of their group."""
-    path = store / "labels" / "zarr.json"
     if not names:
         return
+    path = store / "labels" / "zarr.json"
     group = read_json(path)
     listed = group.setdefault("attributes", {}).setdefault("ome", {}).setdefault("labels", [])
     missing = [name for name in names if name not in listed]
@@ -564,13 +461,10 @@ def _list_labels(store: Path, work: Path, names: list[str]) -> None:
         write_json(path, group, scratch=work)
 
 
-def _publish(store: Path, work: Path, journal: Journal, placed: list[str], notes_in_memory: Any) -> None:
+def _publish(store: Path, work: Path, journal: Journal, placed: list[str], sdata: SpatialData) -> None:
     """Replace the root ``zarr.json``: consolidated metadata, where the store has it, and provenance."""
     root = read_json(store / "zarr.json")
-    attributes = root.setdefault("attributes", {})
-    notes = merged_notes(attributes.get(ATTRS_KEY), notes_in_memory, journal.notes)
-    if notes:
-        attributes[ATTRS_KEY] = notes
+    merge_notes(root, sdata, journal.notes)
     consolidated = root.get("consolidated_metadata")
     if consolidated:
         nodes = consolidated["metadata"]
@@ -585,10 +479,4 @@ def _publish(store: Path, work: Path, journal: Journal, placed: list[str], notes
 def _set(sdata: SpatialData, elements: Mapping[str, Any]) -> None:
     """Set elements in memory."""
     for name, element in elements.items():
-        getattr(sdata, element_type(element))[name] = element
-
-
-def _set_notes(sdata: SpatialData, notes: dict[str, Any]) -> None:
-    """Keep the attribute away from objects that pixnet_sd has nothing to say about."""
-    if notes:
-        sdata.attrs[ATTRS_KEY] = notes
+        getattr(sdata, _type_of(element))[name] = element

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._cross_validate import CrossValidation, cross_validate
+    from ._cross_validate import read_scores as read_scores
+    from ._cross_validate import write_scores as write_scores
     from ._evaluate import evaluate
     from ._evaluate import matched_values as matched_values
+    from ._evaluate import moments as moments
+    from ._evaluate import pooled as pooled
     from ._fit import fit
     from ._predict import predict
+    from ._predict import predict_regions as predict_regions
     from ._training_data import Source as Source
     from ._training_data import Validation as Validation
     from ._training_data import open_sources as open_sources
@@ -26,9 +31,14 @@ _LATER = {
     "evaluate": "_evaluate",
     "fit": "_fit",
     "matched_values": "_evaluate",
+    "moments": "_evaluate",
     "open_sources": "_training_data",
+    "pooled": "_evaluate",
     "predict": "_predict",
+    "predict_regions": "_predict",
+    "read_scores": "_cross_validate",
     "split_slides": "_training_data",
+    "write_scores": "_cross_validate",
 }
 
 

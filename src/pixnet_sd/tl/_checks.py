@@ -1,11 +1,4 @@
-"""Pixels of a slide as part of what an answer depends on.
-
-What answers depend on: the parts of the fingerprints of a training run, a model, and a map.
-
-Whether a model knows more than the mean of each gene.
-
-Whether what a call asks for fits the machine, told with the number before anything of it is made.
-"""
+"""What answers depend on, part by part, and whether a call fits the machine, told before anything of it is made."""
 
 from __future__ import annotations
 
@@ -18,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
-from pixnet_sd._fingerprint import content_sha256, release
+from pixnet_sd._fingerprint import content_sha256
 from pixnet_sd._notes import stored_note
 from pixnet_sd.errors import PixNetError, ResolutionError
 from pixnet_sd.geometry import MAP_STRIDE, STRIDES
@@ -63,10 +56,6 @@ def slide_parts(slide: Slide, pixels: PixelContent) -> dict[str, Any]:
     }
 
 
-_DECIDING = ("torch", "timm", "pixnet_sd")
-"""Libraries that make a network's numbers; a patch release is taken to make the same."""
-
-
 def training_parts(
     record: ModelRecord,
     settings: Mapping[str, Any],
@@ -75,16 +64,7 @@ def training_parts(
 ) -> dict[str, Any]:
     """Parts of a training run: equal for two runs exactly when they would train the same network on the same data.
 
-    Parameters
-    ----------
-    record
-        The network that is about to be trained.
-    settings
-        How.
-    slides
-        Slides by name, in the order of training, with their pixels.
-    data
-        Hashes of regions and targets by slide.
+    Slides come in the order of training, with the hashes of their regions and targets in ``data``.
     """
     described = ("objective", "aggregation", "target_sum", "freeze_encoder", "halo_px", "encoder", "encoder_sha256")
     return {
@@ -93,49 +73,25 @@ def training_parts(
         "settings": dict(settings),
         "order of slides": list(slides),
         "slides": {name: slide_parts(*of_slide) | {"tables": data[name]} for name, of_slide in slides.items()},
-        "libraries": _libraries(record),
     }
-
-
-def _libraries(record: ModelRecord) -> dict[str, str]:
-    return {name: release(record.versions[name]) for name in _DECIDING}
 
 
 def model_parts(model: PixNet) -> dict[str, Any]:
     """Parts of a model that decide about a map: the weights that it has now, and what is made of their outputs."""
-    record = model.record
     named = ("objective", "target_sum", "aggregation", "working_mpp", "halo_px")
-    return {"weights": hash_weights(model.network), **{name: getattr(record, name) for name in named}}
+    return {"weights": hash_weights(model.network), **{name: getattr(model.record, name) for name in named}}
 
 
 def map_parts(
-    model: PixNet,
-    slide: Slide,
-    pixels: PixelContent,
-    tissue: NDArray[np.bool_],
-    *,
-    n_symmetries: int,
-    tile_px: int,
+    model: PixNet, slide: Slide, pixels: PixelContent, tissue: NDArray[np.bool_], *, n_symmetries: int, tile_px: int
 ) -> dict[str, Any]:
-    """Parts of a gene map, besides its genes and pitch.
-
-    Parameters
-    ----------
-    model
-        The model.
-    slide, pixels
-        The slide, and its pixels.
-    tissue
-        Where the map is predicted, on the map grid.
-    n_symmetries, tile_px
-        As of :func:`pixnet_sd.tl.predict`; the latter decides only for encoders that see whole tiles.
-    """
+    """Parts of a gene map, besides its genes and pitch; ``tissue`` is where it is predicted, on the map grid."""
     return {
         "model": model_parts(model),
         "image": {"key": slide.image_key, **slide_parts(slide, pixels)},
         "tissue": content_sha256(np.packbits(tissue), np.array(tissue.shape)),
         "n_symmetries": n_symmetries,
-        "tile_px": tile_px if model.record.sees_whole_tile else None,
+        "tile_px": tile_px if model.record.sees_whole_tile else None,  # decides about nothing else
     }
 
 
@@ -143,43 +99,37 @@ _ABOVE, _FAR_ABOVE = 1.5, 10.0
 _NO_PCC = 0.1
 
 
-def quality_of(found: dict[str, Any]) -> dict[str, Any]:
-    """What a record says of a model's scores; what is not known is None."""
-    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in found.items()}
+def quality_of(scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores as a model's record has them: None where unknown."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in scores.items()}
 
 
 def why_poor(record: ModelRecord) -> str:
-    """What makes a model worse than predicting each gene's mean over the training regions; nothing if it is not.
+    """Say why a model is worse than predicting each gene's mean over the training regions; nothing if it is not.
 
     It is where its mean squared error is more than 1.5 times that of the means and its correlation shows nothing (at
     most 0.1), or more than ten times it: a short or honest run on few regions ends within a third of it, either way.
     """
-    said = record.training
-    mse, of_means, pcc = (said.get(name) for name in ("mse", "gene_mean_mse", "pcc"))
+    training = record.training
+    mse, of_means, pcc = (training.get(name) for name in ("mse", "gene_mean_mse", "pcc"))
     if not isinstance(mse, int | float) or not isinstance(of_means, int | float) or of_means <= 0:
         return ""
     limit = _FAR_ABOVE if isinstance(pcc, int | float) and pcc > _NO_PCC else _ABOVE
     if mse <= limit * of_means:
         return ""
-    which = "held-out" if said.get("scored_on") == "held_out" else "training"
+    which = "held-out" if training.get("scored_on") == "held_out" else "training"
     return f"on {which} regions its mean squared error is {mse:.3g}, and that of each gene's mean is {of_means:.3g}"
 
 
 _MOST_REGIONS = 2**32
-_REGION_BYTES = 24  # row and column while they are listed
+_REGION_BYTES = 24  # row and column of a region while they are listed
 _MASKS = 3  # of the map's size: tissue, and what regions need on it and off it
 _TRAINED = 4  # a weight, its gradient, and the optimizer's two means
 _LEAST_BLOCK_PX = 32
 
 
 def check_working_size(slide: Slide) -> None:
-    """Refuse a slide that at its working resolution is next to nothing, or more than memory holds a mask of.
-
-    Raises
-    ------
-    ResolutionError
-        With the size it would have.
-    """
+    """Refuse a slide that at its working resolution is next to nothing, or more than memory holds a mask of."""
     rows, cols = (px * slide.mpp / slide.working_mpp for px in (slide.height_px, slide.width_px))
     needed, available = _MASKS * rows * cols / MAP_STRIDE**2, available_memory()
     if max(rows, cols) >= STRIDES[-1] and needed <= available:
@@ -196,18 +146,12 @@ def check_working_size(slide: Slide) -> None:
 
 
 def _size(n_bytes: float) -> str:
-    """A size that may be beyond every unit."""
+    """Spell a size that may be beyond every unit."""
     return size_text(int(n_bytes)) if n_bytes < 2**60 else f"{n_bytes:.2g} bytes"
 
 
 def check_decoder(channels: Sequence[int], config: DecoderConfig, decoder_width: int, device: torch.device) -> None:
-    """Refuse a decoder whose weights do not fit, by counting those of one that has no memory.
-
-    Raises
-    ------
-    PixNetError
-        With what it would take.
-    """
+    """Refuse a decoder whose weights do not fit, by counting those of one that has no memory."""
     import torch
 
     from pixnet_sd.model import Decoder
@@ -223,7 +167,7 @@ def check_decoder(channels: Sequence[int], config: DecoderConfig, decoder_width:
 
 
 def values_per_px(channels: Sequence[int], config: DecoderConfig) -> float:
-    """Values that a network holds at once for a working pixel, at the least: its pyramid and its decoder."""
+    """Count the values that pyramid and decoder hold at once for a working pixel, at the least."""
     widths = channels if config.widths is None else config.widths
     hidden = (*config.hidden, 0)
     return sum((c + w + h) / s**2 for c, w, h, s in zip(channels, widths, hidden, STRIDES, strict=True))
@@ -232,24 +176,7 @@ def values_per_px(channels: Sequence[int], config: DecoderConfig) -> float:
 def check_batch(
     sides_px: Iterable[tuple[float, float]], batch_size: int, tile_px: int, values: float, device: torch.device
 ) -> None:
-    """Refuse a batch of which one forward pass does not fit.
-
-    Parameters
-    ----------
-    sides_px
-        Rows and columns of a tile, on each slide.
-    batch_size, tile_px
-        As given, for the message.
-    values
-        Of `values_per_px`.
-    device
-        Where it runs.
-
-    Raises
-    ------
-    PixNetError
-        With what it would take.
-    """
+    """Refuse a batch of which one forward pass does not fit: tiles of rows x columns, with `values_per_px`."""
     n_px = max(rows * cols for rows, cols in sides_px) * batch_size
     needed = n_px * values * (2 if device.type == "cuda" else 4)
     if needed > (available := _memory(device)):
@@ -266,23 +193,9 @@ def _memory(device: torch.device) -> int:
 
 
 def check_map_um(map_um: float, factor: int, slide: Slide, n_values: int) -> None:
-    """Refuse map pixels larger than the slide, or so large that memory does not hold the part that is averaged at once.
+    """Refuse map pixels larger than the slide, or so large that memory does not hold what is averaged at once.
 
-    Parameters
-    ----------
-    map_um
-        As given.
-    factor
-        Native map pixels per pixel of the map.
-    slide
-        The slide.
-    n_values
-        Values of a native map pixel.
-
-    Raises
-    ------
-    PixNetError
-        With the largest that can be had.
+    ``factor`` is the number of native map pixels along a side, ``n_values`` that of values of each.
     """
     native, (height, width) = MAP_STRIDE * slide.working_mpp, slide.map_shape
     available = available_memory()
@@ -299,22 +212,7 @@ def check_map_um(map_um: float, factor: int, slide: Slide, n_values: int) -> Non
 
 
 def check_regions(argument: str, pitch_um: float, slide: Slide, tissue: NDArray[np.bool_]) -> None:
-    """Refuse a grid of more regions than can be counted or listed.
-
-    Parameters
-    ----------
-    argument
-        What decides about the pitch, with its value.
-    pitch_um
-        Of the grid.
-    slide, tissue
-        Where they lie.
-
-    Raises
-    ------
-    PixNetError
-        With how many there would be.
-    """
+    """Refuse a grid of more regions than can be counted or listed; ``argument`` says what decides about its pitch."""
     height, width = slide.working_shape
     squares = (height * slide.working_mpp / pitch_um) * (width * slide.working_mpp / pitch_um)
     n = squares * float(tissue.mean())

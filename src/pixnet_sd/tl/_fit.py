@@ -1,22 +1,15 @@
-"""From the arguments of `fit` to the shape of the network and the settings of a run.
-
-One run at a time in a checkpoint's folder: two would overwrite one another's state.
-
-Train a model on slides that have both an image and measured expression.
-"""
+"""Train a model on slides that have both an image and measured expression."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -25,9 +18,10 @@ from spatialdata import SpatialData
 from pixnet_sd._arguments import checked
 from pixnet_sd._files import folder_for, home_expanded, no_empty_folders_left
 from pixnet_sd._fingerprint import as_json, differing_parts, fingerprint
+from pixnet_sd._notes import remember
 from pixnet_sd._util import logger, warn
 from pixnet_sd.engine import MARGIN_SHARE, make_fabric
-from pixnet_sd.engine.train import RunState, TrainSettings, train
+from pixnet_sd.engine.train import Run, RunState, train, warn_of_versions
 from pixnet_sd.errors import CheckpointError, PixNetError, StoreError
 from pixnet_sd.geometry import STRIDES
 from pixnet_sd.model import (
@@ -50,28 +44,18 @@ from pixnet_sd.store import hold_lock
 from pixnet_sd.store import record as note
 
 from ._checks import check_batch, check_decoder, pixels_of, quality_of, training_parts, values_per_px, why_poor
-from ._training_data import TrainingData, check_validation, data_parts, describe, open_sources, training_data
+from ._training_data import TrainingData, data_parts, describe, held_out_names, open_sources, training_data
 
-__all__ = [
-    "aggregation_of",
-    "alone_in",
-    "alone_in_checkpoint_dir",
-    "decoder_config",
-    "fit",
-    "train_settings",
-]
-
-DROPOUT = 0.5
-"""Channel dropout of the decoder's laterals."""
-
-MIN_WIDTH = 32
-"""Fewest channels of a level, unless `decoder_width` itself is smaller."""
-
+_DROPOUT = 0.5  # of channels of the decoder's laterals
+_MIN_WIDTH = 32  # fewest channels of a level, unless `decoder_width` itself is smaller
 _LEVELS = len(STRIDES)
+_BATCH_SIZE = {"cuda": 8, "mps": 4, "cpu": 2}
+_LOCK = ".training.lock"
+_FIRST = 5  # differences that are named
 
 
 def decoder_config(params: ModelParams) -> DecoderConfig:
-    """Shape of the decoder.
+    """Choose the shape of the decoder.
 
     By default every level of the pyramid is standardised and projected, to `decoder_width` channels at the coarsest
     stride and half as many at each finer one, where maps have four times the pixels, down to 32: the finest width is
@@ -81,19 +65,12 @@ def decoder_config(params: ModelParams) -> DecoderConfig:
     width = params.decoder_width
     if params.decoder == "paper":
         return DecoderConfig(widths=None, hidden=(width,) * (_LEVELS - 1))
-    least = min(width, MIN_WIDTH)
-    widths = tuple(max(width >> (_LEVELS - 1 - k), least) for k in range(_LEVELS))
-    return DecoderConfig(widths=widths, hidden=tuple(2 * w for w in widths[:-1]), dropout=DROPOUT)
+    widths = tuple(max(width >> (_LEVELS - 1 - k), min(width, _MIN_WIDTH)) for k in range(_LEVELS))
+    return DecoderConfig(widths=widths, hidden=tuple(2 * w for w in widths[:-1]), dropout=_DROPOUT)
 
 
-def aggregation_of(params: ModelParams, objective: ObjectiveName) -> Aggregation:
-    """Choose sum or mean: counts are summed, and the mean puts logarithms of several sizes on one scale.
-
-    Raises
-    ------
-    PixNetError
-        The mean of counts.
-    """
+def _aggregation(params: ModelParams, objective: ObjectiveName) -> Aggregation:
+    """Choose sum or mean: counts are summed, and the mean puts logarithms of several sizes on one scale."""
     if objective == "mse_pcc":
         return params.aggregation or "mean"
     if params.aggregation == "mean":
@@ -101,48 +78,11 @@ def aggregation_of(params: ModelParams, objective: ObjectiveName) -> Aggregation
     return "sum"
 
 
-def train_settings(
-    params: TrainParams, *, objective: ObjectiveName, target_sum: float, holds_out: bool, **given: Any
-) -> TrainSettings:
-    """Settings of a run; `given` are max_epochs, batch_size and seed.
-
-    A run with held-out regions may stop at any epoch, so its rate stays constant; one of known length anneals it.
-    """
-    shared = asdict(params)
-    del shared["allow_any_mpp"]
-    shared["anneal"] = not holds_out if params.anneal is None else params.anneal
-    shared["patience"] = params.patience if holds_out else None
-    return TrainSettings(objective=objective, target_sum=target_sum, **shared, **given)
-
-
-_LOCK = ".training.lock"
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def alone_in_checkpoint_dir(verb: Callable[P, R]) -> Callable[P, R]:
-    """Make a verb hold the folder that its argument `checkpoint_dir` names, before it does anything that takes long."""
-
-    @functools.wraps(verb)
-    def alone(*args: P.args, **options: P.kwargs) -> R:
-        directory = options.get("checkpoint_dir")
-        if not isinstance(directory, str | Path) or not str(directory):
-            return verb(*args, **options)  # a default that is only known later, or an argument that is refused
-        with alone_in(home_expanded(directory)):
-            return verb(*args, **options)
-
-    return alone
-
-
 @contextlib.contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Hold a checkpoint's folder; one with a finished model is only read, by as many as want to.
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Hold a checkpoint's folder, as two runs would overwrite one another's state; a finished model is only read.
 
-    Parameters
-    ----------
-    directory
-        The folder; made if it is not there, and taken back if nothing was put into it.
+    The folder is made if it is not there, and taken back if nothing was put into it.
 
     Raises
     ------
@@ -150,7 +90,9 @@ def alone_in(directory: Path) -> Iterator[None]:
         It cannot be written, or another run is in it.
     """
     if os.path.exists(directory / CHECKSUMS):  # unlike that of a path it raises for no name
-        _unlock_left_over(directory)
+        if (directory / _LOCK).exists():  # of a run that was killed when its model was there
+            with contextlib.suppress(OSError, StoreError), hold_lock(directory / _LOCK, wait_s=0, busy=""):
+                pass
         yield
         return
     with contextlib.ExitStack() as held:
@@ -174,20 +116,7 @@ def alone_in(directory: Path) -> Iterator[None]:
         yield
 
 
-def _unlock_left_over(directory: Path) -> None:
-    """Remove the lock file of a run that was killed when its model was there."""
-    if (directory / _LOCK).exists():
-        with contextlib.suppress(OSError, StoreError), hold_lock(directory / _LOCK, wait_s=0, busy=""):
-            pass
-
-
-_FIRST = 5  # differences that are named
-
-_BATCH_SIZE = {"cuda": 8, "mps": 4, "cpu": 2}
-
-
 @checked()
-@alone_in_checkpoint_dir
 def fit(  # noqa: PLR0913
     sdata: SpatialData | Mapping[str, SpatialData],
     *,
@@ -286,149 +215,160 @@ def fit(  # noqa: PLR0913
     Zhang et al., arXiv 2503.01347, Eq. 1-6.
     """
     slides = {"slide": sdata} if isinstance(sdata, SpatialData) else dict(sdata)
-    model_params, train_params = ModelParams.read(model_params), TrainParams.read(train_params)
-    aggregation = aggregation_of(model_params, objective)
-    check_validation(validation, list(slides))
+    params, train_params = ModelParams.read(model_params), TrainParams.read(train_params)
+    aggregation = _aggregation(params, objective)
+    held_out_names(validation, list(slides))
     fabric = make_fabric(device)
-    settings = train_settings(
-        train_params,
-        objective=objective,
-        target_sum=model_params.target_sum,
-        holds_out=validation is not None,
-        max_epochs=max_epochs,
-        batch_size=batch_size or _BATCH_SIZE.get(fabric.device.type, 2),
-        seed=seed,
-    )
-    torch.manual_seed(seed)
-    weights = model_params.encoder_weights
-    backbone = build_encoder(model_params.encoder, weights, frozen=model_params.freeze_encoder)
-    shape = decoder_config(model_params)
-    check_decoder(backbone.channels, shape, model_params.decoder_width, fabric.device)
-    sources = open_sources(
-        slides,
-        image_key=image_key,
-        table_key=table_key,
-        coordinate_system=coordinate_system,
-        mpp=mpp,
-        allow_any_mpp=train_params.allow_any_mpp,
-        working_mpp=model_params.working_mpp,
-    )
-    tiles = [_tile(source.slide, settings.tile_px) for source in sources.values()]
-    check_batch(tiles, settings.batch_size, settings.tile_px, values_per_px(backbone.channels, shape), fabric.device)
-    n_genes = genes if isinstance(genes, int) else None
-    data = training_data(
-        sources,
-        genes=None if genes == "all" or isinstance(genes, int) else genes,
-        n_genes=n_genes,
-        target_sum=model_params.target_sum,
-        objective=objective,
-        validation=validation,
-        seed=seed,
-        cache=_models_folder(checkpoint_dir, slides) / "pixnet_sd_cache",
-    )
-    described = describe(sources, data)
-    images = {name: (source.slide, pixels_of(slides[name], source.slide)) for name, source in sources.items()}
-    del sources  # of millions of bins it holds what the training does not need
-    genes_learnt = [str(gene) for gene in data.genes]
-    network = Network(
-        backbone,
-        shape,
-        len(outputs_of(genes_learnt, objective)),
-        aggregation,
-        link_of(objective),
-    )
-    record = _record(
-        network,
-        settings,
-        genes=genes_learnt,
-        objective=objective,
-        target_sum=model_params.target_sum,
-        working_mpp=model_params.working_mpp,
-        encoder=model_params.encoder,
-        encoder_weights=None if weights is None else Path(weights).name,
-        slides=described,
-        images=images,
-        data=data_parts(data),
-    )
-    directory = _directory(checkpoint_dir, slides, record.training["fingerprint"])
-    record.check()
-    # A folder that was given is held since the call began.
-    with alone_in(directory) if checkpoint_dir is None else nullcontext():
-        model = _finished(directory, record) or _trained(
-            PixNet(network, record), data, images, settings, fabric, directory, show_progress_bar
+    schedule = {"max_epochs": max_epochs, "batch_size": batch_size or _BATCH_SIZE[fabric.device.type], "seed": seed}
+    folder = None if checkpoint_dir is None else home_expanded(checkpoint_dir)
+    home = _models_folder(slides) if folder is None else folder.parent
+    with contextlib.ExitStack() as held:
+        if folder is not None:  # a folder that was given is held before anything that takes long
+            held.enter_context(_alone_in(folder))
+        torch.manual_seed(seed)
+        encoder = build_encoder(params.encoder, params.encoder_weights, frozen=params.freeze_encoder)
+        shape = decoder_config(params)
+        check_decoder(encoder.channels, shape, params.decoder_width, fabric.device)
+        sources = open_sources(
+            slides,
+            image_key=image_key,
+            table_key=table_key,
+            coordinate_system=coordinate_system,
+            mpp=mpp,
+            allow_any_mpp=train_params.allow_any_mpp,
+            working_mpp=params.working_mpp,
         )
+        tile_px, values = train_params.tile_px, values_per_px(encoder.channels, shape)
+        sides = [_tile_sides(source.slide, tile_px) for source in sources.values()]
+        check_batch(sides, schedule["batch_size"], tile_px, values, fabric.device)
+        data = training_data(
+            sources,
+            genes=None if genes == "all" or isinstance(genes, int) else genes,
+            n_genes=genes if isinstance(genes, int) else None,
+            target_sum=params.target_sum,
+            objective=objective,
+            validation=validation,
+            seed=seed,
+            cache=home / "pixnet_sd_cache",
+        )
+        images = {name: (source.slide, pixels_of(slides[name], source.slide)) for name, source in sources.items()}
+        names, described = [str(gene) for gene in data.genes], describe(sources, data)
+        del sources  # of millions of bins it holds what the training does not need
+        network = Network(encoder, shape, len(outputs_of(names, objective)), aggregation, link_of(objective))
+        record = _record(network, params, objective, genes=names, slides=described, tile_px=tile_px)
+        identity = _identify(record, {**schedule, **asdict(train_params)}, images, data)
+        if folder is None:
+            folder = home / identity[:12]
+            held.enter_context(_alone_in(folder))
+        directory, scale = folder / "training", params.target_sum
+        run = Run(
+            data.training,
+            data.held_out,
+            train_params,
+            directory,
+            identity,
+            objective=objective,
+            target_sum=scale,
+            **schedule,
+        )
+        model = _finished(folder, record)
+        if model is None:
+            model = _trained(PixNet(network, record), run, fabric, images, show_progress_bar=show_progress_bar)
     if record_model:
         for name, (slide, pixels) in images.items():
-            _note(slides[name], str(directory.resolve()), slide.image_key, pixels)
+            _note(slides[name], str(folder.resolve()), slide.image_key, pixels)
     return model
 
 
-def _tile(slide: Slide, tile_px: int) -> tuple[int, int]:
+def _tile_sides(slide: Slide, tile_px: int) -> tuple[int, int]:
     """Rows and columns of a tile: no larger than the slide and the margins that regions keep."""
     rows, cols = (min(tile_px, size + 2 * (tile_px // MARGIN_SHARE)) for size in slide.working_shape)
     return rows, cols
 
 
-def _record(
-    network: Network,
-    settings: TrainSettings,
-    *,
-    images: Mapping[str, tuple[Slide, PixelContent]],
-    data: Mapping[str, Any],
-    **known: Any,
-) -> ModelRecord:
+def _models_folder(slides: Mapping[str, SpatialData]) -> Path:
+    """Choose the folder of checkpoints: beside the first backed store, else in the working directory."""
+    stores = [Path(sdata.path).parent for sdata in slides.values() if sdata.path is not None]
+    return (stores[0] if stores else Path.cwd()) / "pixnet_sd_models"
+
+
+def _record(network: Network, params: ModelParams, objective: ObjectiveName, **known: Any) -> ModelRecord:
     """Describe a network that is about to be trained; `known` are fields of the record."""
-    halo_px = receptive_radius_px(network)
-    record = ModelRecord(
+    halo_px, weights = receptive_radius_px(network), params.encoder_weights
+    return ModelRecord(
+        objective=objective,
+        target_sum=params.target_sum,
+        working_mpp=params.working_mpp,
         aggregation=network.aggregation,
+        encoder=params.encoder,
+        encoder_weights=None if weights is None else Path(weights).name,
         encoder_sha256=hash_weights(network.encoder),
         freeze_encoder=network.encoder.frozen,
         decoder=network.decoder_config,
-        tile_px=settings.tile_px,
         halo_px=halo_px,
         sees_whole_tile=sees_whole_tile(network, halo_px),
         versions=library_versions(),
         **known,
     )
-    record.training = asdict(settings)
-    record.depends_on = as_json(training_parts(record, record.training, images, data))
-    record.training["fingerprint"] = fingerprint(record.depends_on)
-    return record
 
 
-def _directory(chosen: str | Path | None, slides: Mapping[str, SpatialData], fingerprint: str) -> Path:
-    return Path(chosen).expanduser() if chosen is not None else _models_folder(None, slides) / fingerprint[:12]
+def _identify(
+    record: ModelRecord,
+    training: dict[str, Any],
+    images: Mapping[str, tuple[Slide, PixelContent]],
+    data: TrainingData,
+) -> str:
+    """Write into a record how it is trained and on what, and return the fingerprint of all that decides about it."""
+    record.training = {name: value for name, value in training.items() if name != "allow_any_mpp"}
+    record.depends_on = as_json(training_parts(record, record.training, images, data_parts(data)))
+    record.training["fingerprint"] = identity = fingerprint(record.depends_on)
+    record.check()
+    return identity
 
 
-def _models_folder(chosen: str | Path | None, slides: Mapping[str, SpatialData]) -> Path:
-    """Folder that the checkpoint is in."""
-    if chosen is not None:
-        return Path(chosen).expanduser().parent
-    stores = [Path(s.path).parent for s in slides.values() if s.path is not None]
-    return (stores[0] if stores else Path.cwd()) / "pixnet_sd_models"
-
-
-def _finished(directory: Path, record: ModelRecord) -> PixNet | None:
-    """The model, if the same run is already there."""
-    whole = (directory / CHECKSUMS).exists()  # the last that is written
-    if not whole and (RunState.is_there(directory / "training") or not (directory / "config.json").exists()):
+def _finished(folder: Path, record: ModelRecord) -> PixNet | None:
+    """Load the model, if the same run has finished in the folder."""
+    whole = (folder / CHECKSUMS).exists()  # the last that is written
+    if not whole and (RunState.is_there(folder / "training") or not (folder / "config.json").exists()):
         return None  # of a run that was killed while its model was saved the state is still there
-    found = PixNet.load(directory)
-    if found.record.training.get("fingerprint") != record.training["fingerprint"]:
-        differing = differing_parts(found.record.depends_on, record.depends_on)
+    model = PixNet.load(folder)
+    if model.record.training.get("fingerprint") != record.training["fingerprint"]:
+        differing = differing_parts(model.record.depends_on, record.depends_on)
+        more = f" and {len(differing) - _FIRST} more" if len(differing) > _FIRST else ""
         raise CheckpointError(
-            f"{str(directory)!r} already holds a model of another run, which differs in {_listed(differing)}. Give "
-            "another checkpoint_dir, or delete it."
+            f"{str(folder)!r} already holds a model of another run, which differs in "
+            f"{', '.join(map(repr, differing[:_FIRST]))}{more}. Give another checkpoint_dir, or delete it."
         )
-    with suppress(OSError):  # a kill may have come before it, and now the folder may be one that is only read
-        RunState.remove(directory / "training")
-    logger.info("the same run has finished before: its model is taken from %s", directory)
-    return found
+    with contextlib.suppress(OSError):  # a kill may have come before it, and now the folder may only be readable
+        RunState.remove(folder / "training")
+    warn_of_versions(model.record.versions, f"The model in {str(folder)!r}")
+    logger.info("the same run has finished before: its model is taken from %s", folder)
+    return model
 
 
-def _listed(parts: Sequence[str]) -> str:
-    more = f" and {len(parts) - _FIRST} more" if len(parts) > _FIRST else ""
-    return ", ".join(map(repr, parts[:_FIRST])) + more
+def _trained(
+    model: PixNet,
+    run: Run,
+    fabric: Fabric,
+    images: Mapping[str, tuple[Slide, PixelContent]],
+    *,
+    show_progress_bar: bool,
+) -> PixNet:
+    """Train, and save into the folder that the run's is in."""
+    with no_empty_folders_left(run.directory):
+        result = train(model.network, run, fabric, show_progress_bar=show_progress_bar)
+    for slide, pixels in images.values():
+        check_same_pixels(slide, pixels)
+    model.network.cpu()
+    model.record.history = result.history
+    model.record.held_out_pcc = [None if math.isnan(v) else v for v in result.pcc_per_gene]
+    model.record.training |= {"best_epoch": result.best_epoch, **quality_of(result.quality)}
+    model.save(run.directory.parent)
+    RunState.remove(run.directory)
+    logger.info("model of epoch %d saved to %s", result.best_epoch, run.directory.parent)
+    if poor := why_poor(model.record):
+        warn(f"The model is worse than none: {poor}. Lower lr= (now {run.params.lr:g}), or train longer.")
+    return model
 
 
 def _note(sdata: SpatialData, folder: str, image_key: str, pixels: PixelContent) -> None:
@@ -438,41 +378,5 @@ def _note(sdata: SpatialData, folder: str, image_key: str, pixels: PixelContent)
         if pixels.is_settled:
             note(sdata, "content", image_key, pixels.note())
     except StoreError as error:
-        sdata.attrs["pixnet_sd"] = {**(sdata.attrs.get("pixnet_sd") or {}), "model": folder}
+        remember(sdata, "model", folder)
         logger.warning("the model is recorded in memory only: %s", error)
-
-
-def _trained(
-    model: PixNet,
-    data: TrainingData,
-    images: Mapping[str, tuple[Slide, PixelContent]],
-    settings: TrainSettings,
-    fabric: Fabric,
-    directory: Path,
-    show_progress_bar: bool,
-) -> PixNet:
-    """Train, and save into the directory."""
-    with no_empty_folders_left(directory / "training"):
-        result = train(
-            model.network,
-            data.training,
-            data.held_out,
-            settings,
-            fabric=fabric,
-            directory=directory / "training",
-            fingerprint=model.record.training["fingerprint"],
-            show_progress_bar=show_progress_bar,
-        )
-    for slide, pixels in images.values():
-        check_same_pixels(slide, pixels)
-    model.network.cpu()
-    model.record.history = result.history
-    model.record.held_out_pcc = [None if math.isnan(v) else v for v in result.pcc_per_gene]
-    model.record.training |= {"best_epoch": result.best_epoch, **quality_of(result.quality)}
-    model.save(directory)
-    RunState.remove(directory / "training")
-    logger.info("model of epoch %d saved to %s", result.best_epoch, directory)
-    poor = why_poor(model.record)
-    if poor:
-        warn(f"The model is worse than none: {poor}. Lower lr= (now {settings.lr:g}), or train longer.")
-    return model

@@ -1,9 +1,11 @@
-"""Which regions a call of `predict` asks for, and what they are called."""
+"""Regions that a call of `predict` asks for, and what their sums become in a table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,59 +16,57 @@ from pixnet_sd.errors import PixNetError
 from pixnet_sd.geometry import MAP_STRIDE, Circles, Lattice, Regions
 from pixnet_sd.slide import Slide, ids_sha256, regions_sha256
 from pixnet_sd.slide.elements import check_regions_on_image, regions_of
-from pixnet_sd.store import MakeShapes, RowInfo, circles_element, squares_element
+from pixnet_sd.store import Express, Expressed, MakeShapes, RowInfo, circles_element, expression, squares_element
 from pixnet_sd.store.gene_map import image_transforms
 
 from ._checks import check_regions
 
-__all__ = ["RegionRequest", "check_together", "placed_regions", "region_parts", "request_regions"]
+if TYPE_CHECKING:
+    from pixnet_sd.model import ModelRecord, PixNet
+
+__all__ = [
+    "RegionRequest",
+    "Units",
+    "check_together",
+    "express",
+    "placed_regions",
+    "region_parts",
+    "request_regions",
+    "units_of",
+]
 
 _SAMPLE = 5000  # regions whose median area is taken
+COUNTS, TOTAL = "expected_counts", "expected_total_counts"
 
 
 @dataclass(frozen=True)
 class RegionRequest:
-    """Regions to predict, any number of them: what is said of each is said of a few at a time.
-
-    Attributes
-    ----------
-    table_key
-        Name of the table to be.
-    element_key
-        Element that it will annotate.
-    make_shapes
-        Makes that element from centres and ids; None for one that is there.
-    regions
-        In working pixels.
-    ids
-        Instance id of each region.
-    diameter_um
-        At which a region is drawn: a circle's diameter, a bin's side, else that of a disk of the median area.
-    slide
-        Where they lie.
-    """
+    """Regions to predict, any number of them, in working pixels: what is said of each is said of a few at a time."""
 
     table_key: str
-    element_key: str
-    make_shapes: MakeShapes | None
+    element_key: str  # that the table will annotate
+    make_shapes: MakeShapes | None  # makes that element from centres and ids; None for one that is there
     regions: Regions
     ids: pd.Index
-    diameter_um: float
+    diameter_um: float  # at which a region is drawn: of a circle, a bin's side, else of a disk of the median area
     slide: Slide
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Name → type of the elements to be."""
+        return {self.table_key: "tables"} | ({} if self.make_shapes is None else {self.element_key: "shapes"})
+
+    @cached_property
+    def parts(self) -> dict[str, str]:
+        """Parts of the answer's fingerprint: where the regions are, and what they are called."""
+        return region_parts(self.regions, self.ids)
 
     def describe(
         self, on_glass: NDArray[np.bool_], start: int, stop: int, weight: NDArray[np.float64] | None
     ) -> RowInfo:
         """Ids, centres and areas of the regions ``start`` ... ``stop - 1``.
 
-        Parameters
-        ----------
-        on_glass
-            Which of all regions have no tissue.
-        start, stop
-            The regions wanted.
-        weight
-            Tissue pixels of each, or all pixels of one on glass; None leaves the tissue's area out.
+        ``weight`` counts their tissue pixels, or all pixels of one ``on_glass``; None leaves the tissue's area out.
         """
         some = self.regions.subset(np.arange(start, stop))
         px_um2 = self.slide.working_mpp**2
@@ -74,10 +74,6 @@ class RegionRequest:
         if weight is not None:
             obs["tissue_area_um2"] = np.where(on_glass[start:stop], 0.0, weight * px_um2)
         return RowInfo(self.ids[start:stop], some.centre_xy * self.slide.working_scale, obs)
-
-    def parts(self) -> dict[str, str]:
-        """Parts of the answer's fingerprint: where the regions are, and what they are called."""
-        return region_parts(self.regions, self.ids)
 
 
 def request_regions(
@@ -91,11 +87,7 @@ def request_regions(
     shapes_key: str | None,
     key_added: str,
 ) -> RegionRequest | None:
-    """Turn the arguments of :func:`pixnet_sd.tl.predict` into regions.
-
-    Returns
-    -------
-    The regions, or None when none are asked for.
+    """Turn the arguments of `predict` into regions; None when none are asked for.
 
     Raises
     ------
@@ -196,17 +188,7 @@ def _at_shapes(
 
 
 def placed_regions(sdata: SpatialData, slide: Slide, shapes_key: str) -> tuple[Regions, pd.Index]:
-    """Regions of an element that lie on the slide, working pixels, and their ids.
-
-    Parameters
-    ----------
-    sdata
-        Object with the element.
-    slide
-        The slide.
-    shapes_key
-        Shapes or labels.
-    """
+    """Read the regions of a shapes or labels element that lie on the slide, working pixels, and their ids."""
     regions, ids = regions_of(
         sdata, shapes_key, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system
     )
@@ -220,3 +202,58 @@ def placed_regions(sdata: SpatialData, slide: Slide, shapes_key: str) -> tuple[R
 def region_parts(regions: Regions, ids: pd.Index) -> dict[str, str]:
     """Hash where regions are, working pixels, and what they are called."""
     return {"regions": regions_sha256(regions), "ids": ids_sha256(ids)}
+
+
+@dataclass(frozen=True)
+class Units:
+    """What the numbers of a prediction are, in words: of the map, of a table's ``X``, and of each layer."""
+
+    map: str
+    x: str
+    layers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """Entries for a table's ``uns``."""
+        return {"X": self.x, "layers": self.layers}
+
+
+def units_of(record: ModelRecord) -> Units:
+    """Say in which units a model predicts."""
+    logs = "log1p({:g} * {} / sum), natural logarithm, the sum over all genes measured"
+    if record.objective == "mse_pcc":
+        pooled = "sum over a region's pixels of" if record.aggregation == "sum" else "mean over a region's pixels of"
+        measured = logs.format(record.target_sum, "counts")
+        return Units(measured, f"{pooled} {measured}")
+    counts = "expected counts in a region, at the mean depth of the training slides; they add up over regions"
+    return Units("counts per µm²", logs.format(record.target_sum, COUNTS), {COUNTS: counts})
+
+
+def express(model: PixNet, index: Sequence[int], n_columns: int) -> Express:
+    """Choose how sums over regions become a table's values.
+
+    ``index`` are the genes that are predicted, among the model's; the sums have one column a gene (and one for all of
+    them, of a model of counts), or one for each channel of D.
+    """
+    import torch  # plots look for regions, and load none
+
+    from pixnet_sd.model import apply_head, log_normalised
+
+    record, head = model.record, model.network.head
+    if record.objective == "mse_pcc" and n_columns == len(index):
+        return partial(expression, aggregation=record.aggregation)
+    weight, bias = (each.detach().cpu().float()[list(index)] for each in (head.weight, head.bias))
+
+    @torch.inference_mode()
+    def of_features(pooled: NDArray[np.float32], n_px: NDArray[np.float64]) -> Expressed:
+        n_px_column = torch.from_numpy(n_px).float()[:, None]
+        return Expressed(apply_head(torch.from_numpy(pooled), n_px_column, weight, bias, record.aggregation).numpy())
+
+    def of_densities(sums: NDArray[np.float32], _n_px: NDArray[np.float64]) -> Expressed:
+        """From sums of densities per µm² over pixels, the last column that of all genes."""
+        expected = sums * np.float32(record.working_mpp**2)
+        counts, total = np.ascontiguousarray(expected[:, :-1]), expected[:, -1:]
+        x = log_normalised(torch.from_numpy(counts), torch.from_numpy(total), record.target_sum).numpy()
+        return Expressed(x, {COUNTS: counts}, {TOTAL: total[:, 0]})
+
+    return of_features if record.objective == "mse_pcc" else of_densities

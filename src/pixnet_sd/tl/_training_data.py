@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from pixnet_sd._fingerprint import content_sha256
@@ -17,59 +16,27 @@ from pixnet_sd._util import warn
 from pixnet_sd.engine import MeasuredRegions, TrainingSlide
 from pixnet_sd.engine.train import hold_out_blocks
 from pixnet_sd.errors import PixNetError
-from pixnet_sd.geometry import Regions
+from pixnet_sd.params import ObjectiveName
 from pixnet_sd.slide import Slide, open_slide, regions_sha256
-from pixnet_sd.slide.tables import (
-    Measured,
-    StoredTargets,
-    Targets,
-    choose_genes,
-    measured,
-    measured_regions,
-    targets_of,
-)
+from pixnet_sd.slide.tables import Measured, StoredTargets, choose_genes, measured, measured_regions, targets_of
 
 from ._checks import check_working_size
-
-if TYPE_CHECKING:
-    from pixnet_sd.params import ObjectiveName
-
-__all__ = ["Source", "TrainingData", "Validation", "check_validation", "open_sources", "split_slides", "training_data"]
 
 Validation = float | Sequence[str] | None
 
 _FEW_REGIONS = 20
-
 _SAMPLE = 1001  # regions whose mean area is taken
 
 
-@dataclass(frozen=True)
-class Source:
-    """A slide with measured expression.
-
-    Attributes
-    ----------
-    slide
-        Its image.
-    tables
-        Its measured expression, one entry a table.
-    """
+class Source(NamedTuple):
+    """A slide with its measured expression, one entry a table."""
 
     slide: Slide
     tables: list[Measured]
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run trains and validates on.
-
-    Attributes
-    ----------
-    genes
-        Genes to learn.
-    training, held_out
-        Slides with training regions, and with held-out ones.
-    """
+class TrainingData(NamedTuple):
+    """Genes to learn, and slides with training regions and with held-out ones."""
 
     genes: pd.Index
     training: list[TrainingSlide]
@@ -97,42 +64,29 @@ def open_sources(
             allow_any_mpp=allow_any_mpp,
             working_mpp=working_mpp,
             region_keys=measured_regions(sdata, table_key),
-            name=name,
-        )
+        ).named(name)
         check_working_size(slide)
         sources[name] = Source(slide, measured(sdata, slide, table_key=table_key))
     return sources
 
 
-def check_validation(validation: Validation, names: Sequence[str]) -> None:
-    """Refuse names that do not fit the slides, before any of them is read."""
-    _held_out_names(validation, names)
+def held_out_names(validation: Validation, names: Sequence[str]) -> list[str]:
+    """Read which slides are held out whole.
 
-
-def _held_out_names(validation: Validation, names: Sequence[str]) -> list[str]:
-    """Slides that are held out whole."""
+    Raises
+    ------
+    PixNetError
+        Names that do not fit the slides.
+    """
     if validation is None or isinstance(validation, int | float):
         return []
     wanted = [validation] if isinstance(validation, str) else list(validation)
-    unknown = [name for name in wanted if name not in names]
-    if unknown or not wanted or len(set(wanted)) == len(names):
+    if not wanted or not set(wanted) <= set(names) or len(set(wanted)) == len(names):
         raise PixNetError(
             f"validation={wanted} must name some but not all of the slides {list(names)}. Give a share such as 0.1 to "
             "hold out spatial blocks, or None."
         )
     return wanted
-
-
-def _block_share(validation: Validation) -> float | None:
-    return float(validation) if isinstance(validation, int | float) else None
-
-
-def _as_training_slide(source: Source, targets: Sequence[Targets]) -> TrainingSlide:
-    height, width = source.slide.working_shape
-    groups = tuple(
-        MeasuredRegions(table.table_key, t.regions, t.values) for table, t in zip(source.tables, targets, strict=True)
-    )
-    return TrainingSlide(source.slide.name, source.slide.read, height, width, groups)
 
 
 def training_data(
@@ -146,20 +100,16 @@ def training_data(
     seed: int,
     cache: Path,
 ) -> TrainingData:
-    """Choose genes on the training slides and split off what is held out.
+    """Choose genes on the training slides, make their targets, and split off what is held out.
 
     Parameters
     ----------
-    sources
-        Slides by name.
-    genes, n_genes, target_sum, objective, validation, seed
+    genes, n_genes
+        Genes, or how many; neither: all.
+    target_sum, objective, validation, seed
         As of :func:`pixnet_sd.tl.fit`.
     cache
         Folder for compact counts, where there are too many for memory.
-
-    Returns
-    -------
-    Training and held-out slides.
 
     Raises
     ------
@@ -170,66 +120,59 @@ def training_data(
     StoreError
         Compact counts cannot be written.
     """
-    held_names = _held_out_names(validation, list(sources))
-    tables = {name: source.tables for name, source in sources.items() if name not in held_names}
-    unseen = {name: sources[name].tables for name in held_names}
-    chosen = choose_genes(tables, held_out=unseen, n_genes=n_genes, genes=genes, target_sum=target_sum)
-    every = {name: source.tables for name, source in sources.items()}
-    targets = targets_of(every, chosen, target_sum, cache, objective)
-    slides = {name: _as_training_slide(source, targets[name]) for name, source in sources.items()}
-    if objective != "mse_pcc":
-        slides |= {slide.name: slide for slide in _with_depth([slides[name] for name in tables])}
+    tables = {name: source.tables for name, source in sources.items()}
+    unseen = {name: tables[name] for name in held_out_names(validation, list(sources))}
+    seen = {name: own for name, own in tables.items() if name not in unseen}
+    chosen = choose_genes(seen, held_out=unseen, n_genes=n_genes, genes=genes, target_sum=target_sum)
+    slides = {}
+    for name, targets in targets_of(tables, chosen, target_sum, cache, objective).items():
+        slide, (height, width) = sources[name].slide, sources[name].slide.working_shape
+        groups = [
+            MeasuredRegions(table.table_key, t.regions, t.values)
+            for table, t in zip(tables[name], targets, strict=True)
+        ]
+        slides[name] = TrainingSlide(slide.name, slide.read, height, width, tuple(groups))
+    if objective != "mse_pcc":  # counts per area, relative to the mean of all training slides
+        density = {name: np.mean([_density(group) for group in slides[name].measured]) for name in seen}
+        mean = float(np.mean(list(density.values())))
+        slides |= {name: replace(slides[name], depth=float(own) / mean) for name, own in density.items()}
     data = TrainingData(chosen, *split_slides(slides, validation, seed))
-    n_regions = sum(len(table.regions) for slide in data.training for table in slide.measured)
+    n_regions = sum(len(group.regions) for slide in data.training for group in slide.measured)
     if n_regions < _FEW_REGIONS:
         warn(f"Only {n_regions} regions to learn from: too few for a model that holds elsewhere.")
     return data
 
 
+def _density(group: MeasuredRegions) -> float:
+    """Compute the mean counts of all genes per px²."""
+    n = len(group.regions)
+    sample = np.unique(np.linspace(0, n - 1, min(n, _SAMPLE)).astype(np.int64))
+    return float(group.values.mean(axis=0)[-1] / group.regions.subset(sample).area.mean())
+
+
 def split_slides(
     slides: Mapping[str, TrainingSlide], validation: Validation, seed: int
 ) -> tuple[list[TrainingSlide], list[TrainingSlide]]:
-    """Slides with what is trained on, and with what is held out.
-
-    Parameters
-    ----------
-    slides
-        Slides by name.
-    validation, seed
-        As of :func:`pixnet_sd.tl.fit`.
+    """Split slides into what is trained on and what is held out: spatial blocks of each, or whole slides.
 
     Raises
     ------
     PixNetError
         `validation` fits neither the slides nor a share.
     """
-    held_names = _held_out_names(validation, list(slides))
-    share = _block_share(validation)
-    training = [slide for name, slide in slides.items() if name not in held_names]
-    if share is None:
-        return training, [slides[name] for name in held_names]
-    pairs = [hold_out_blocks(slide, share, seed + k) for k, slide in enumerate(training)]
-    return [p[0] for p in pairs], [p[1] for p in pairs]
-
-
-def _with_depth(slides: list[TrainingSlide]) -> list[TrainingSlide]:
-    """Slides with their counts per area, relative to the mean of all."""
-    density = [np.mean([m.values.mean(axis=0)[-1] / _mean_area(m.regions) for m in slide.measured]) for slide in slides]
-    mean = float(np.mean(density))
-    return [replace(slide, depth=float(own) / mean) for slide, own in zip(slides, density, strict=True)]
-
-
-def _mean_area(regions: Regions) -> float:
-    picked = np.unique(np.linspace(0, len(regions) - 1, min(len(regions), _SAMPLE)).astype(np.int64))
-    return float(regions.subset(picked).area.mean())
+    if isinstance(validation, int | float):
+        pairs = [hold_out_blocks(slide, float(validation), seed + k) for k, slide in enumerate(slides.values())]
+        return [training for training, _ in pairs], [held_out for _, held_out in pairs]
+    unseen = held_out_names(validation, list(slides))
+    return [slide for name, slide in slides.items() if name not in unseen], [slides[name] for name in unseen]
 
 
 def describe(sources: Mapping[str, Source], data: TrainingData) -> dict[str, Any]:
-    """What a checkpoint says of its slides: elements, resolution, and how many regions trained and were held out."""
-    counts = {
-        kind: {s.name: {m.size_name: len(m.regions) for m in s.measured} for s in slides}
-        for kind, slides in (("training", data.training), ("held_out", data.held_out))
-    }
+    """Describe slides for a checkpoint: elements, resolution, and how many regions trained and were held out."""
+    training, held_out = (
+        {slide.name: {m.size_name: len(m.regions) for m in slide.measured} for slide in slides}
+        for slides in (data.training, data.held_out)
+    )
     return {
         name: {
             "image": source.slide.image_key,
@@ -239,8 +182,8 @@ def describe(sources: Mapping[str, Source], data: TrainingData) -> dict[str, Any
             "mpp": source.slide.mpp,
             "mpp_rule": source.slide.mpp_rule,
             "tables": {m.table_key: m.element_key for m in source.tables},
-            "training_regions": counts["training"].get(name, {}),
-            "held_out_regions": counts["held_out"].get(name, {}),
+            "training_regions": training.get(name, {}),
+            "held_out_regions": held_out.get(name, {}),
         }
         for name, source in sources.items()
     }
@@ -249,19 +192,17 @@ def describe(sources: Mapping[str, Source], data: TrainingData) -> dict[str, Any
 def data_parts(data: TrainingData) -> dict[str, Any]:
     """Hash what each slide trains on and is scored on: outlines of the regions, and their targets."""
     parts: dict[str, Any] = {}
-    for kind, slides in (("training", data.training), ("held out", data.held_out)):
+    for use, slides in (("training", data.training), ("held out", data.held_out)):
         for slide in slides:
             for group in slide.measured:
-                hashes = {"regions": regions_sha256(group.regions), "targets": content_sha256(*_content(group.values))}
-                parts.setdefault(slide.name, {})[f"{kind}, {group.size_name}"] = hashes
+                hashes = {"regions": regions_sha256(group.regions), "targets": _targets_sha256(group.values)}
+                parts.setdefault(slide.name, {})[f"{use}, {group.size_name}"] = hashes
     return parts
 
 
-def _content(values: Any) -> Iterator[str | NDArray[Any]]:
-    """Targets themselves, or, of those on disk, the hash of their counts and which of them they are."""
+def _targets_sha256(values: Any) -> str:
+    """Hash targets, or, of those on disk, the hash of their counts and which of them they are."""
     if not isinstance(values, StoredTargets):
-        yield values
-        return
-    yield f"{values.counts.sha256} {values.target_sum}"
-    if values.index is not None:
-        yield values.index
+        return content_sha256(values)
+    index = [] if values.index is None else [values.index]
+    return content_sha256(f"{values.counts.sha256} {values.target_sum}", *index)

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from ._cells import CellCounts, Cells, CountedCells, find_cells
 from ._expression import (
-    DENSITY_PITCH_UM,
     DENSITY_WINDOW,
     Panel,
     density_shape,
     draw_counts,
+    draw_density,
     fill_density,
     integrate_disks,
     integrate_on_grid,
+    integrate_squares,
     library_size,
 )
-from ._noise import Grid
-from ._slide import BASE_UM, Band, Bins, DrawnSlide, Previews, bin_barcodes, cell_barcodes, preview_px, spot_barcodes
-from ._tissue import WINDOW_PX, Source, draw
+from ._grid import Grid, hash_unit, in_order
+from ._image import WINDOW_PX, Previews, draw, draw_window, preview_px
+from ._slide import BASE_UM, Band, CellCounts, DrawnSlide, bin_barcodes, cell_barcodes, spot_barcodes
+from ._tissue import Source
 
 __all__ = [
     "BASE_UM",
-    "DENSITY_PITCH_UM",
     "DENSITY_WINDOW",
     "WINDOW_PX",
     "Band",
-    "Bins",
     "CellCounts",
-    "Cells",
-    "CountedCells",
     "DrawnSlide",
     "Grid",
     "Panel",
@@ -38,10 +35,14 @@ __all__ = [
     "density_shape",
     "draw",
     "draw_counts",
+    "draw_density",
+    "draw_window",
     "fill_density",
-    "find_cells",
+    "hash_unit",
+    "in_order",
     "integrate_disks",
     "integrate_on_grid",
+    "integrate_squares",
     "library_size",
     "preview_px",
     "spot_barcodes",

@@ -1,76 +1,49 @@
-"""Expression of a drawn tissue: what each source makes of each gene, and the density of every source.
+"""Expression of a drawn tissue: rates of every gene, densities of every source, their integrals, and Poisson counts.
 
-Integrals of densities over turned squares, disks, and the pixels of a grid.
-
-Density of every source over a whole slide, in windows that are always the same, whoever asks.
-
-How many transcripts a place catches, and of which genes: library sizes and Poisson draws.
+A source is a kind of nucleus in its surroundings, or an area (`Source`): all genes follow from ten densities, which
+are sampled every µm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.special import ndtri
 
-from ._noise import FloatArray, Grid, hash_unit, in_order
+from ._grid import Floats, Grid, Ints, Mask, Singles, hash_unit, in_order, windows
 from ._tissue import Nuclei, Source, Tissue
 
-__all__ = [
-    "DENSITY_PITCH_UM",
-    "DENSITY_WINDOW",
-    "DIFFUSION_UM",
-    "LIBRARY_FIELD_SIGMA",
-    "LIBRARY_FIELD_UM",
-    "LIBRARY_PLACE_SIGMA",
-    "Panel",
-    "density_shape",
-    "draw_counts",
-    "fill_density",
-    "gene_panel",
-    "integrate_disks",
-    "integrate_on_grid",
-    "integrate_squares",
-    "library_size",
-    "read_box",
-    "sources",
-]
-
-DENSITY_PITCH_UM = 1.0
-
-# transcripts per nucleus for what nuclei make, per µm² for areas
-_BUDGET = {
-    Source.EPITHELIAL: 48.0,
-    Source.TUMOUR_CORE: 76.0,
-    Source.TUMOUR_RIM: 76.0,
-    Source.FIBROBLAST: 50.0,
-    Source.IMMUNE_INFILTRATE: 28.0,
-    Source.IMMUNE_STROMA: 34.0,
-    Source.IMMUNE_EPITHELIUM: 34.0,
-    Source.MATRIX: 0.34,
-    Source.LUMEN: 0.10,
-    Source.TISSUE: 0.12,
-}
+DENSITY_WINDOW = 512  # side of the windows that a density is drawn in, in samples of 1 µm
 DIFFUSION_UM = 2.0
 """Standard deviation of the distance, along each axis, that a transcript travels before it is caught."""
 
-# standard deviation of transcripts about the middle of the nucleus whose cell makes them; areas have sharp borders
-_CELL_UM = {
-    Source.EPITHELIAL: 3.0,
-    Source.TUMOUR_CORE: 3.9,
-    Source.TUMOUR_RIM: 3.9,
-    Source.FIBROBLAST: 3.5,
-    Source.IMMUNE_INFILTRATE: 2.2,
-    Source.IMMUNE_STROMA: 2.7,
-    Source.IMMUNE_EPITHELIUM: 2.2,
+LIBRARY_PLACE_SIGMA = 0.5
+"""Standard deviation of the logarithm of the share that a place catches, independent from place to place."""
+LIBRARY_FIELD_SIGMA = 0.25
+"""The same of a smooth field, such as permeabilisation leaves."""
+_LIBRARY_FIELD_UM = 300.0  # period of that field
+_FIELD_CHANNEL, _PLACE_CHANNEL = 40, 90
+
+SOURCES = {
+    Source.EPITHELIAL: (48.0, 3.0),
+    Source.TUMOUR_CORE: (76.0, 3.9),
+    Source.TUMOUR_RIM: (76.0, 3.9),
+    Source.FIBROBLAST: (50.0, 3.5),
+    Source.IMMUNE_INFILTRATE: (28.0, 2.2),
+    Source.IMMUNE_STROMA: (34.0, 2.7),
+    Source.IMMUNE_EPITHELIUM: (34.0, 2.2),
+    Source.MATRIX: (0.34, 0.0),
+    Source.LUMEN: (0.10, 0.0),
+    Source.TISSUE: (0.12, 0.0),
 }
-_FILLER_SHARE = 0.2  # of every budget
+"""Transcripts per nucleus, for areas per µm²; their standard deviation (µm) about the nucleus whose cell makes them."""
+
+_FILLER_SHARE = 0.2  # of every source's transcripts
 _AMBIENT = 0.03  # of the panel's mean, everywhere on tissue
 _PROFILE_SEED = 230107
 
@@ -125,12 +98,12 @@ class Panel:
     """
 
     names: list[str]
-    markers: NDArray[np.float64]  # (sources, all markers), also of those that the panel leaves out
-    fillers: NDArray[np.float64]  # (sources, fillers)
-    varying: NDArray[np.bool_]  # (genes,)
+    markers: Floats  # (sources, all markers), also of those that the panel leaves out
+    fillers: Floats  # (sources, fillers)
+    varying: Mask  # (genes,)
 
     @property
-    def profile(self) -> NDArray[np.float64]:
+    def profile(self) -> Floats:
         """Rates of the panel's genes, (sources, genes)."""
         return np.concatenate([self.markers, self.fillers], axis=1)[:, : len(self.names)]
 
@@ -151,49 +124,41 @@ def gene_panel(n_genes: int) -> Panel:
 
     The fillers share a fixed budget, so totals stay alike however many there are.
     """
-    markers, constant = _marker_profile()
-    fillers, filler_constant = _filler_profile(max(n_genes - len(_MARKERS), 0))
-    names = list(_MARKERS) + [f"GENE{k + 1:03d}" for k in range(fillers.shape[1])]
-    varying = ~np.concatenate([constant, filler_constant])[:n_genes]
-    return Panel(names[:n_genes], markers, fillers, varying)
+    marker_weights = np.array([[genes.get(source, 0.0) for genes in _MARKERS.values()] for source in Source])
+    n_fillers = max(n_genes - len(_MARKERS), 0)
+    rngs = [np.random.default_rng([_PROFILE_SEED, k]) for k in range(n_fillers)]
+    filler_weights = np.array([rng.gamma(0.35, 1, len(Source)) for rng in rngs]).reshape(n_fillers, len(Source)).T
+    filler_weights[:, 3::4] = 0
+    markers, markers_vary = _rates(marker_weights, 1 - _FILLER_SHARE)
+    fillers, fillers_vary = _rates(filler_weights, _FILLER_SHARE)
+    names = list(_MARKERS) + [f"GENE{k + 1:03d}" for k in range(n_fillers)]
+    return Panel(names[:n_genes], markers, fillers, np.concatenate([markers_vary, fillers_vary])[:n_genes])
 
 
-def _budget() -> NDArray[np.float64]:
-    return np.array([_BUDGET[source] for source in Source])
+def _rates(weights: Floats, share: float) -> tuple[Floats, Mask]:
+    """Rates (sources, genes) that share out a part of every budget by weight, and which genes vary.
+
+    A gene without any weight is constant over the tissue; a little of every other one is all over it, too.
+    """
+    varying = np.asarray(weights.any(axis=0), dtype=np.bool_)
+    weights[Source.TISSUE] = ~varying
+    budget = np.array([SOURCES[source][0] for source in Source])
+    rates = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1) * (share * budget)[:, None]
+    # 100 µm² stand for one nucleus
+    per_um2 = np.where(np.arange(len(Source))[:, None] < Source.MATRIX, rates / 100, rates)
+    rates[Source.TISSUE] += np.where(varying, _AMBIENT * per_um2.mean(axis=0), 0)
+    return rates, varying
 
 
-def _marker_profile() -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    weight = np.array([[genes.get(source, 0.0) for genes in _MARKERS.values()] for source in Source])
-    constant = np.asarray(~weight.any(axis=0), dtype=np.bool_)
-    weight[Source.TISSUE] = constant
-    profile = weight / weight.sum(axis=1, keepdims=True) * ((1 - _FILLER_SHARE) * _budget())[:, None]
-    return _with_ambient(profile, constant), constant
-
-
-def _filler_profile(count: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    constant = np.arange(count) % 4 == 3
-    rngs = [np.random.default_rng([_PROFILE_SEED, k]) for k in range(count)]
-    weight = np.array([rng.gamma(0.35, 1, len(Source)) for rng in rngs]).reshape(count, len(Source)).T
-    weight[:, constant] = 0
-    weight[Source.TISSUE] = constant
-    profile = weight / np.maximum(weight.sum(axis=1, keepdims=True), 1) * (_FILLER_SHARE * _budget())[:, None]
-    return _with_ambient(profile, constant), constant
-
-
-def _with_ambient(profile: NDArray[np.float64], constant: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Add a little of every varying gene all over the tissue; 100 µm² stand for one nucleus."""
-    per_um2 = np.where(np.arange(len(Source))[:, None] < Source.MATRIX, profile / 100, profile)
-    profile[Source.TISSUE] += np.where(constant, 0, _AMBIENT * per_um2.mean(axis=0))
-    return profile
-
-
-def sources(tissue: Tissue, grid: Grid) -> FloatArray:
+def draw_density(tissue: Tissue, grid: Grid) -> Singles:
     """Density of every source over a grid of 1 µm, (sources, n_rows, n_cols): nuclei per µm², areas as 0 to 1.
 
     Each nucleus is spread over its cell as a Gaussian, and then everything diffuses by :data:`DIFFUSION_UM`.
     """
-    pad = int(np.ceil(4 * np.hypot(max(_CELL_UM.values()), DIFFUSION_UM) / grid.pitch_um)) + 1
-    wide = Grid(grid.row0 - pad, grid.col0 - pad, grid.n_rows + 2 * pad, grid.n_cols + 2 * pad, grid.pitch_um)
+    # one Gaussian after another is a Gaussian
+    sigma = {source: np.hypot(cell_um, DIFFUSION_UM) for source, (_, cell_um) in SOURCES.items()}
+    pad = int(np.ceil(4 * max(sigma.values()))) + 1
+    wide = Grid(grid.row0 - pad, grid.col0 - pad, grid.n_rows + 2 * pad, grid.n_cols + 2 * pad)
     masks = tissue.compartments(wide)
     nuclei = tissue.nuclei(wide.box_um)
     area = {
@@ -204,110 +169,26 @@ def sources(tissue: Tissue, grid: Grid) -> FloatArray:
     density = np.empty((len(Source), *grid.shape), dtype=np.float32)
     for source in Source:
         raw = area[source] if source in area else _count(nuclei.subset(nuclei.source == source), wide)
-        # one Gaussian after another is a Gaussian
-        reach_um = np.hypot(_CELL_UM.get(source, 0.0), DIFFUSION_UM)
-        blurred = gaussian_filter(raw, reach_um / grid.pitch_um, truncate=4)
-        density[source] = blurred[pad:-pad, pad:-pad]
+        density[source] = gaussian_filter(raw, sigma[source], truncate=4)[pad:-pad, pad:-pad]
     return density
 
 
-def _count(nuclei: Nuclei, grid: Grid) -> FloatArray:
+def _count(nuclei: Nuclei, grid: Grid) -> Singles:
     """Nuclei per µm², each shared among the four nearest pixels."""
-    found = np.zeros(grid.shape, dtype=np.float32)
-    row, col = nuclei.y_um / grid.pitch_um - grid.row0 - 0.5, nuclei.x_um / grid.pitch_um - grid.col0 - 0.5
+    density = np.zeros(grid.shape, dtype=np.float32)
+    row, col = nuclei.y_um - grid.row0 - 0.5, nuclei.x_um - grid.col0 - 0.5
     for down in (0, 1):
         for right in (0, 1):
             i, j = np.floor(row).astype(np.int64) + down, np.floor(col).astype(np.int64) + right
-            weight = (1 - np.abs(row - i)) * (1 - np.abs(col - j)) / grid.pitch_um**2
+            weight = (1 - np.abs(row - i)) * (1 - np.abs(col - j))
             inside = (i >= 0) & (i < grid.n_rows) & (j >= 0) & (j < grid.n_cols)
-            np.add.at(found, (i[inside], j[inside]), weight[inside].astype(np.float32))
-    return found
-
-
-def integrate_squares(
-    density: FloatArray, x_um: NDArray[np.float64], y_um: NDArray[np.float64], side_um: float, angle: float
-) -> NDArray[np.float64]:
-    """Integral of each source over turned squares, (n, sources).
-
-    Centres count from the upper left corner of ``density``, which has a pitch of 1 µm and is read between its
-    samples; each square is covered by a midpoint rule of step 1 µm or less.
-    """
-    cos, sin = np.cos(angle), np.sin(angle)
-    u, v = _midpoints(side_um)
-    total = np.zeros((len(x_um), len(density)))
-    for x, y in zip(u * cos - v * sin, u * sin + v * cos, strict=True):
-        total += _read(density, x_um + x, y_um + y)
-    return total * (side_um**2 / len(u))
-
-
-def integrate_disks(
-    density: FloatArray, x_um: NDArray[np.float64], y_um: NDArray[np.float64], radius_um: float
-) -> NDArray[np.float64]:
-    """Integral of each source over disks, (n, sources), by the rule of :func:`integrate_squares`."""
-    u, v = _midpoints(2 * radius_um)
-    inside = np.hypot(u, v) <= radius_um
-    total = np.zeros((len(x_um), len(density)))
-    for x, y in zip(u[inside], v[inside], strict=True):
-        total += _read(density, x_um + x, y_um + y)
-    return total * (np.pi * radius_um**2 / inside.sum())
-
-
-def _midpoints(side_um: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    steps = int(np.ceil(side_um / DENSITY_PITCH_UM - 1e-6))
-    offset = ((np.arange(steps) + 0.5) / steps - 0.5) * side_um
-    u, v = np.meshgrid(offset, offset)
-    return u.ravel(), v.ravel()
-
-
-def _read(density: FloatArray, x_um: NDArray[np.float64], y_um: NDArray[np.float64]) -> FloatArray:
-    where = [y_um / DENSITY_PITCH_UM - 0.5, x_um / DENSITY_PITCH_UM - 0.5]
-    return np.stack([map_coordinates(plane, where, order=1, mode="nearest") for plane in density], axis=1)
-
-
-def integrate_on_grid(density: Any, size_um: float, pitch_um: float, rows: range, cols: range) -> FloatArray:
-    """Integral of each source over pixels of a grid in the image's frame, (sources, rows, cols).
-
-    ``density`` is that of the whole slide, an array or a zarr array of which only what is needed is read; ``rows`` and
-    ``cols`` choose pixels of the grid of ``pitch_um`` that begins at the slide's upper left corner.
-    """
-    down, across = (_Intervals.over(density.shape[1], size_um, pitch_um, pixels) for pixels in (rows, cols))
-    box = np.asarray(density[:, down.samples, across.samples])
-    made = np.empty((len(box), len(rows), len(cols)), dtype=np.float32)
-    for source, plane in enumerate(box):
-        made[source] = down.operator @ (across.operator @ plane.T.astype(np.float64)).T
-    return made
-
-
-@dataclass(frozen=True)
-class _Intervals:
-    """Integrals over [i, i + 1) · pitch by the rule of :func:`integrate_squares`, as a sparse matrix."""
-
-    samples: slice
-    operator: sp.csr_array  # (pixels, samples)
-
-    @classmethod
-    def over(cls, length: int, size_um: float, pitch_um: float, pixels: range) -> _Intervals:
-        """Operator for some pixels, and the samples out of ``length`` that they need."""
-        steps = int(np.ceil(pitch_um / DENSITY_PITCH_UM - 1e-6))
-        pixel, step = (part.ravel() for part in np.meshgrid(np.arange(len(pixels)), np.arange(steps), indexing="ij"))
-        point_um = (pixels.start + pixel + (step + 0.5) / steps) * pitch_um
-        weight = np.where(point_um < size_um, pitch_um / steps, 0.0)
-        position = np.clip(point_um / DENSITY_PITCH_UM - 0.5, 0, length - 1)
-        low = np.minimum(np.floor(position).astype(np.int64), max(length - 2, 0))
-        high, part = np.minimum(low + 1, length - 1), position - low
-        first, last = int(low.min()), int(high.max())
-        values = np.concatenate([weight * (1 - part), weight * part])
-        where = (np.tile(pixel, 2), np.concatenate([low, high]) - first)
-        return cls(slice(first, last + 1), sp.csr_array((values, where), shape=(len(pixels), last + 1 - first)))
-
-
-DENSITY_WINDOW = 512
-"""Side of the windows, in samples of 1 µm."""
+            np.add.at(density, (i[inside], j[inside]), weight[inside].astype(np.float32))
+    return density
 
 
 def density_shape(size_um: float) -> tuple[int, int, int]:
-    """Sources, rows, columns."""
-    side = int(np.ceil(size_um / DENSITY_PITCH_UM))
+    """Shape of a slide's density: sources, rows, columns."""
+    side = int(np.ceil(size_um))
     return len(Source), side, side
 
 
@@ -316,70 +197,105 @@ def fill_density(tissue: Tissue, out: Any, n_workers: int | None) -> Any:
 
     Values are rounded to 16 bits, which the blur's last bits do not survive: what is drawn again is the same.
     """
-    side = out.shape[1]
-    grids = list(_windows(side))
-    drawn = in_order(lambda grid: sources(tissue, grid).astype(np.float16), grids, n_workers)
+    grids = list(windows(out.shape[1], DENSITY_WINDOW))
+    drawn = in_order(lambda grid: draw_density(tissue, grid).astype(np.float16), grids, n_workers)
     for grid, values in zip(grids, drawn, strict=True):
-        out[:, grid.row0 : grid.row0 + grid.n_rows, grid.col0 : grid.col0 + grid.n_cols] = values
+        out[:, *grid.slices] = values
     return out
 
 
-def read_box(density: Any, grid: Grid) -> FloatArray:
-    """Part of a density, float32."""
-    rows, cols = slice(grid.row0, grid.row0 + grid.n_rows), slice(grid.col0, grid.col0 + grid.n_cols)
-    return np.asarray(density[:, rows, cols]).astype(np.float32)
+def integrate_squares(density: Singles, x_um: Floats, y_um: Floats, side_um: float, angle: float) -> Floats:
+    """Integral of each source over turned squares, (n, sources).
+
+    Centres count from the upper left corner of ``density``, which has a pitch of 1 µm and is read between its
+    samples; each square is covered by a midpoint rule of step 1 µm or less.
+    """
+    cos, sin = np.cos(angle), np.sin(angle)
+    u, v = _midpoints(side_um)
+    return _integrate(density, x_um, y_um, (u * cos - v * sin, u * sin + v * cos), side_um**2)
 
 
-def _windows(side: int) -> Iterator[Grid]:
-    for row in range(0, side, DENSITY_WINDOW):
-        for col in range(0, side, DENSITY_WINDOW):
-            n_rows, n_cols = min(DENSITY_WINDOW, side - row), min(DENSITY_WINDOW, side - col)
-            yield Grid(row, col, n_rows, n_cols, DENSITY_PITCH_UM)
+def integrate_disks(density: Singles, x_um: Floats, y_um: Floats, radius_um: float) -> Floats:
+    """Integral of each source over disks, (n, sources), by the rule of :func:`integrate_squares`."""
+    u, v = _midpoints(2 * radius_um)
+    inside = np.hypot(u, v) <= radius_um
+    return _integrate(density, x_um, y_um, (u[inside], v[inside]), np.pi * radius_um**2)
 
 
-LIBRARY_PLACE_SIGMA = 0.5
-"""Standard deviation of the logarithm of the share that a place catches, independent from place to place."""
+def _midpoints(side_um: float) -> tuple[Floats, Floats]:
+    steps = int(np.ceil(side_um - 1e-6))
+    offset = ((np.arange(steps) + 0.5) / steps - 0.5) * side_um
+    u, v = np.meshgrid(offset, offset)
+    return u.ravel(), v.ravel()
 
-LIBRARY_FIELD_SIGMA = 0.25
-"""The same of a smooth field, such as permeabilisation leaves."""
 
-LIBRARY_FIELD_UM = 300.0
-"""Period of that field."""
+def _integrate(
+    density: Singles,
+    x_um: Floats,
+    y_um: Floats,
+    offsets_um: tuple[Floats, Floats],
+    area_um2: float,
+) -> Floats:
+    """Area times the mean of each source at offsets from the centres, read between samples; (n, sources)."""
+    total = np.zeros((len(x_um), len(density)))
+    for dx, dy in zip(*offsets_um, strict=True):
+        where = [y_um + dy - 0.5, x_um + dx - 0.5]
+        total += np.stack([map_coordinates(plane, where, order=1, mode="nearest") for plane in density], axis=1)
+    return total * (area_um2 / len(offsets_um[0]))
 
-_FIELD_CHANNEL, _PLACE_CHANNEL = 40, 90
+
+def integrate_on_grid(density: Any, size_um: float, pitch_um: float, rows: range, cols: range) -> Singles:
+    """Integral of each source over pixels of a grid in the image's frame, (sources, rows, cols).
+
+    ``density`` is that of the whole slide, an array or a zarr array of which only what is needed is read; ``rows`` and
+    ``cols`` choose pixels of the grid of ``pitch_um`` that begins at the slide's upper left corner.
+    """
+    (y, down), (x, across) = (_intervals(density.shape[1], size_um, pitch_um, pixels) for pixels in (rows, cols))
+    planes = np.asarray(density[:, y, x])
+    integrals = np.empty((len(planes), len(rows), len(cols)), dtype=np.float32)
+    for source, plane in enumerate(planes):
+        integrals[source] = down @ (across @ plane.T.astype(np.float64)).T  # 64 bits for one source at a time
+    return integrals
+
+
+def _intervals(length: int, size_um: float, pitch_um: float, pixels: range) -> tuple[slice, sp.csr_array]:
+    """Integrals over [i, i + 1) · pitch by the midpoint rule: samples needed, operator (pixels, samples)."""
+    steps = int(np.ceil(pitch_um - 1e-6))
+    pixel, step = (index.ravel() for index in np.indices((len(pixels), steps)))
+    point_um = (pixels.start + pixel + (step + 0.5) / steps) * pitch_um
+    weight = np.where(point_um < size_um, pitch_um / steps, 0.0)
+    position = np.clip(point_um - 0.5, 0, length - 1)
+    low = np.minimum(np.floor(position).astype(np.int64), max(length - 2, 0))
+    high, share = np.minimum(low + 1, length - 1), position - low
+    first, last = int(low.min()), int(high.max())
+    values = np.concatenate([weight * (1 - share), weight * share])
+    where = (np.tile(pixel, 2), np.concatenate([low, high]) - first)
+    return slice(first, last + 1), sp.csr_array((values, where), shape=(len(pixels), last + 1 - first))
 
 
 def library_size(
     tissue: Tissue,
-    row: NDArray[np.int64],
-    col: NDArray[np.int64],
-    x_um: NDArray[np.float64],
-    y_um: NDArray[np.float64],
-) -> NDArray[np.float64]:
+    row: Ints,
+    col: Ints,
+    x_um: Floats,
+    y_um: Floats,
+) -> Floats:
     """What each place catches of what lies there, relative to the mean, (n,): log-normal with mean 1.
 
     A field that is smooth over the slide times a number that belongs to the place's row and column.
     """
-    field = tissue.noise.at(x_um, y_um, LIBRARY_FIELD_UM, _FIELD_CHANNEL).astype(np.float64)
+    field = tissue.noise.at(x_um, y_um, _LIBRARY_FIELD_UM, _FIELD_CHANNEL).astype(np.float64)
     place = ndtri(hash_unit(tissue.seed, row, col, _PLACE_CHANNEL))
     sigmas = LIBRARY_FIELD_SIGMA, LIBRARY_PLACE_SIGMA
     return np.exp(sigmas[0] * field + sigmas[1] * place - (sigmas[0] ** 2 + sigmas[1] ** 2) / 2)
 
 
-def draw_counts(caught: NDArray[np.float64], panel: Panel, stream: Sequence[int]) -> sp.csr_matrix:
-    """Poisson counts, (n, genes), float32, at a cost of the number of transcripts.
+def draw_counts(caught: Floats, panel: Panel, stream: Sequence[int]) -> sp.csr_matrix:
+    """Poisson counts (n, genes), float32, of what places catch of each source (n, sources); ``stream`` is the seed.
 
-    Each source gives every place a Poisson number of transcripts, and each of these is of a gene with the
-    probability that the source's profile gives: the same as Poisson draws of every gene.
-
-    Parameters
-    ----------
-    caught
-        Integral of every source over each place times its library size, (n, sources).
-    panel
-        Genes. Markers and fillers have streams of their own, so the number of genes changes no marker.
-    stream
-        Seed of this draw.
+    Each source gives every place a Poisson number of transcripts, and each of these is of a gene with the probability
+    that the source's profile gives: the same as Poisson draws of every gene, at a cost of the number of transcripts.
+    Markers and fillers have streams of their own, so the number of genes changes no marker.
     """
     n_genes, n_markers = len(panel.names), panel.markers.shape[1]
     place, gene = _draw(caught, panel.markers, np.random.default_rng([*stream, 0]))
@@ -391,9 +307,7 @@ def draw_counts(caught: NDArray[np.float64], panel: Panel, stream: Sequence[int]
     return sp.csr_matrix((ones, (rows, columns)), shape=(len(caught), n_genes))
 
 
-def _draw(
-    caught: NDArray[np.float64], profile: NDArray[np.float64], rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _draw(caught: Floats, profile: Floats, rng: np.random.Generator) -> tuple[Ints, Ints]:
     """Place and gene of every transcript."""
     places, genes = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for source, rates in enumerate(profile):

@@ -1,26 +1,23 @@
-"""Names of bins, cells and spots, made for millions at once.
+"""One drawn slide: bins of a turned lattice, segmented cells, and the counts of both, band by band.
 
-Square bins on a slightly turned lattice, as a Visium HD capture area lies under an image.
-
-Small pictures of a large one that is never there as a whole.
-
-One drawn slide: the generator behind image, counts and truth, in memory or in a folder.
+A band is `BLOCK` rows of the lattice: nothing larger than a band's counts is needed at once, whatever the slide's size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from functools import cached_property, partial, reduce
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
+from scipy.spatial import KDTree
 
 from ._expression import (
-    DENSITY_PITCH_UM,
+    DENSITY_WINDOW,
     Panel,
     density_shape,
     draw_counts,
@@ -28,103 +25,49 @@ from ._expression import (
     gene_panel,
     integrate_squares,
     library_size,
-    read_box,
 )
-from ._noise import Grid, in_order
-from ._tissue import Tissue
-
-__all__ = [
-    "BASE_UM",
-    "BINS_UM",
-    "BLOCK",
-    "Band",
-    "Bins",
-    "DrawnSlide",
-    "Expected",
-    "Lattice",
-    "Previews",
-    "bin_barcodes",
-    "cell_barcodes",
-    "preview_px",
-    "spot_barcodes",
-]
-
-
-def bin_barcodes(bin_um: int, row: NDArray[np.int64], col: NDArray[np.int64]) -> NDArray[np.bytes_]:
-    """``s_002um_00012_00345-1``, (n,)."""
-    return _joined(f"s_{bin_um:03d}um_", _digits(row, 5), "_", _digits(col, 5), "-1")
-
-
-def cell_barcodes(number: NDArray[np.int64]) -> NDArray[np.bytes_]:
-    """``cellid_000000012-1``, (n,)."""
-    return _joined("cellid_", _digits(number, 9), "-1")
-
-
-def spot_barcodes(number: NDArray[np.int64]) -> NDArray[np.bytes_]:
-    """Sixteen bases and ``-1``, (n,)."""
-    bases = np.frombuffer(b"ACGT", dtype=np.uint8)
-    # an odd factor keeps numbers apart and makes neighbours look unlike each other
-    mixed = number.astype(np.uint64) * np.uint64(2654435761) % np.uint64(2**32)
-    return _joined(bases[(mixed[:, None] >> (2 * np.arange(16, dtype=np.uint64))) & np.uint64(3)], "-1")
-
-
-def _digits(number: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
-    """Decimal digits as characters, (n, width)."""
-    return (number[:, None] // 10 ** np.arange(width - 1, -1, -1) % 10 + ord("0")).astype(np.uint8)
-
-
-def _joined(*parts: str | NDArray[np.uint8]) -> NDArray[np.bytes_]:
-    """Texts that all have, and columns of characters, side by side."""
-    n = max(len(part) for part in parts if not isinstance(part, str))
-    columns = [
-        np.broadcast_to(np.frombuffer(part.encode(), dtype=np.uint8), (n, len(part))) if isinstance(part, str) else part
-        for part in parts
-    ]
-    characters = np.ascontiguousarray(np.concatenate(columns, axis=1))
-    return characters.view(f"S{characters.shape[1]}").ravel()
-
+from ._grid import Floats, Grid, Ints, Mask, in_order, windows
+from ._tissue import NUCLEUS_REACH_UM, Nuclei, Tissue
 
 BASE_UM = 2
 BINS_UM = (2, 4, 8, 16)
+BLOCK = 256
+"""Side of the blocks that counts are drawn in, in bins of 2 µm: each has a random stream of its own."""
+CELL_MARGIN_UM = 3.0
+"""How far a cell reaches beyond its nucleus, where no other nucleus is nearer."""
+
+_ANGLE = float(np.deg2rad(0.5))
+_CORNERS = 16  # of an outline
+_NEIGHBOURS = 12  # that may bound a cell
+_REACH_BINS = int(np.ceil(NUCLEUS_REACH_UM / BASE_UM))
+_BATCH = 2048  # nuclei whose bins are found at once
 
 
-@dataclass(frozen=True)
-class Bins:
-    """Bins of one size that lie on tissue, row by row; arrays (n,)."""
-
-    bin_um: int
-    array_row: NDArray[np.int64]
-    array_col: NDArray[np.int64]
-    x_um: NDArray[np.float64]
-    y_um: NDArray[np.float64]
-
-    def __len__(self) -> int:
-        return len(self.array_row)
-
-    @property
-    def barcodes(self) -> NDArray[np.bytes_]:
-        """Names, as bytes."""
-        return bin_barcodes(self.bin_um, self.array_row, self.array_col)
-
-    @property
-    def names(self) -> list[str]:
-        """Names, as text."""
-        return [name.decode() for name in self.barcodes.tolist()]
-
-    def gather(self, base: Bins) -> sp.csr_matrix:
-        """Sparse 0/1 (n, n of base) that sums the smallest bins into these."""
-        step = self.bin_um // base.bin_um
-        own = _key(self.array_row, self.array_col)
-        parent = _key(base.array_row // step, base.array_col // step)
-        owner = np.searchsorted(own, parent).clip(max=max(len(own) - 1, 0))
-        child = np.flatnonzero(own[owner] == parent) if len(own) else np.zeros(0, dtype=np.int64)
-        ones = np.ones(len(child), dtype=np.float32)
-        return sp.csr_matrix((ones, (owner[child], child)), shape=(len(self), len(base)))
+def bin_barcodes(bin_um: int, row: Ints, col: Ints) -> NDArray[np.bytes_]:
+    """``s_002um_00012_00345-1``, (n,)."""
+    return _joined(f"s_{bin_um:03d}um_".encode(), _digits(row, 5), b"_", _digits(col, 5), b"-1")
 
 
-def _key(row: NDArray[np.int64], col: NDArray[np.int64]) -> NDArray[np.int64]:
-    """One number that sorts row by row."""
-    return row * 2**20 + col
+def cell_barcodes(cell: Ints) -> NDArray[np.bytes_]:
+    """``cellid_000000012-1``, (n,), of numbers from 0; the format counts from 1."""
+    return _joined(b"cellid_", _digits(cell + 1, 9), b"-1")
+
+
+def spot_barcodes(number: Ints) -> NDArray[np.bytes_]:
+    """Sixteen bases and ``-1``, (n,)."""
+    # an odd factor keeps numbers apart and makes neighbours look unlike each other
+    mixed = number.astype(np.uint64) * np.uint64(2654435761) % np.uint64(2**32)
+    base = (mixed[:, None] >> (2 * np.arange(16, dtype=np.uint64))) & np.uint64(3)
+    return _joined(np.frombuffer(b"ACGT", dtype=np.uint8)[base].view("S16").ravel(), b"-1")
+
+
+def _digits(number: Ints, width: int) -> NDArray[np.bytes_]:
+    digits = number[:, None] // 10 ** np.arange(width - 1, -1, -1) % 10
+    return (digits + ord("0")).astype(np.uint8).view(f"S{width}").ravel()
+
+
+def _joined(*parts: bytes | NDArray[np.bytes_]) -> NDArray[np.bytes_]:
+    return np.asarray(reduce(np.char.add, parts))
 
 
 @dataclass(frozen=True)
@@ -140,126 +83,42 @@ class Lattice:
         largest = max(BINS_UM)
         return int(self.size_um * 0.97 // largest) * largest // BASE_UM
 
-    def centres_um(
-        self, bin_um: int, row: NDArray[np.int64], col: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def centres_um(self, bin_um: int, row: Ints, col: Ints) -> tuple[Floats, Floats]:
         """Centres (x, y) in the slide's frame."""
         half = self.n_base * BASE_UM / 2
         u, v = (col + 0.5) * bin_um - half, (row + 0.5) * bin_um - half
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         return self.size_um / 2 + u * cos - v * sin, self.size_um / 2 + u * sin + v * cos
 
-    def base_at(
-        self, x_um: NDArray[np.float64], y_um: NDArray[np.float64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def base_at(self, x_um: Floats, y_um: Floats) -> tuple[Ints, Ints]:
         """Row and column of the 2 µm bins that points fall into; outside the capture area too."""
         dx, dy = x_um - self.size_um / 2, y_um - self.size_um / 2
         cos, sin = np.cos(self.angle), np.sin(self.angle)
-        row, col = (part / BASE_UM + self.n_base / 2 for part in (dy * cos - dx * sin, dx * cos + dy * sin))
+        row, col = (value / BASE_UM + self.n_base / 2 for value in (dy * cos - dx * sin, dx * cos + dy * sin))
         return np.floor(row).astype(np.int64), np.floor(col).astype(np.int64)
 
-    def bins(self, bin_um: int, whole: NDArray[np.bool_], first_row: int = 0) -> Bins:
-        """Bins that are marked in an array of :meth:`whole`, whose rows begin at ``first_row``."""
-        row, col = np.nonzero(whole)
-        row = row + first_row
-        return Bins(bin_um, row, col, *self.centres_um(bin_um, row, col))
-
-    def bins_on(self, bin_um: int, base_on_tissue: NDArray[np.bool_]) -> Bins:
-        """Bins of a whole lattice that lie on tissue."""
-        return self.bins(bin_um, self.whole(bin_um, base_on_tissue))
+    def bins(self, bin_um: int, on_tissue: Mask) -> pd.DataFrame:
+        """Row, column and centre (µm) of all bins that are whole, by barcode."""
+        row, col = np.nonzero(self.whole(bin_um, on_tissue))
+        x_um, y_um = self.centres_um(bin_um, row, col)
+        columns = {"array_row": row, "array_col": col, "x_um": x_um, "y_um": y_um}
+        return pd.DataFrame(columns, index=bin_barcodes(bin_um, row, col).astype(str))
 
     @staticmethod
-    def whole(bin_um: int, base_on_tissue: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def whole(bin_um: int, on_tissue: Mask) -> Mask:
         """Whether all 2 µm parts of a bin lie on tissue, so that sums over parts are complete."""
         step = bin_um // BASE_UM
-        n_rows, n_cols = (n // step for n in base_on_tissue.shape)
-        return np.asarray(base_on_tissue.reshape(n_rows, step, n_cols, step).all(axis=(1, 3)))
+        n_rows, n_cols = (n // step for n in on_tissue.shape)
+        return np.asarray(on_tissue.reshape(n_rows, step, n_cols, step).all(axis=(1, 3)))
 
-
-_HIRES_PX, _LOWRES_PX = 1000, 300
-
-
-def preview_px(size_px: int) -> dict[str, int]:
-    """Sides of the two previews."""
-    return {"hires": min(_HIRES_PX, size_px), "lowres": min(_LOWRES_PX, size_px)}
-
-
-@dataclass(frozen=True)
-class Previews:
-    """Both previews of a slide's image, summed up window by window."""
-
-    of: dict[str, _Preview]
-
-    @classmethod
-    def blank(cls, size_px: int) -> Previews:
-        """Previews without any window yet."""
-        return cls({name: _Preview.blank(size_px, px) for name, px in preview_px(size_px).items()})
-
-    def add(self, grid: Grid, pixels: NDArray[np.uint8]) -> None:
-        """Take in one window, (n_rows, n_cols, 3)."""
-        for preview in self.of.values():
-            preview.add(grid, pixels)
-
-    def pixels(self) -> dict[str, NDArray[np.uint8]]:
-        """Pictures by name, each (px, px, 3)."""
-        return {name: preview.pixels for name, preview in self.of.items()}
-
-    def save(self, spatial: Path) -> None:
-        """Write ``tissue_hires_image.png`` and ``tissue_lowres_image.png``."""
-        from PIL import Image
-
-        spatial.mkdir(parents=True, exist_ok=True)
-        for name, pixels in self.pixels().items():
-            Image.fromarray(pixels).save(spatial / f"tissue_{name}_image.png")
-
-
-@dataclass(frozen=True)
-class _Preview:
-    """Mean over boxes of a square picture, summed up window by window."""
-
-    size_px: int
-    light: NDArray[np.float64]  # (px, px, 3)
-
-    @classmethod
-    def blank(cls, size_px: int, px: int) -> _Preview:
-        return cls(size_px, np.zeros((px, px, 3)))
-
-    def add(self, grid: Grid, pixels: NDArray[np.uint8]) -> None:
-        first, down = self._overlap(grid.row0, grid.n_rows)
-        start, across = self._overlap(grid.col0, grid.n_cols)
-        for channel in range(3):
-            part = down @ (across @ pixels[..., channel].T.astype(np.float64)).T
-            self.light[first : first + len(part), start : start + part.shape[1], channel] += part
-
-    @property
-    def pixels(self) -> NDArray[np.uint8]:
-        return np.rint(self.light).clip(0, 255).astype(np.uint8)
-
-    def _overlap(self, start: int, count: int) -> tuple[int, sp.csr_array]:
-        """First box that a run of pixels meets, and the share that each pixel has in each box."""
-        box = self.size_px / len(self.light)
-        first, last = int(start / box), min(int((start + count - 1e-9) / box), len(self.light) - 1)
-        low = np.arange(first, last + 1)[:, None] * box
-        pixel = np.arange(start, start + count)
-        share = np.minimum(low + box, pixel + 1) - np.maximum(low, pixel)
-        return first, sp.csr_array(share.clip(min=0) / box)
-
-
-Result = TypeVar("Result")
-
-BLOCK = 256
-"""Side of the blocks that counts are drawn in, in bins of 2 µm: each has a random stream of its own."""
-
-_ANGLE = float(np.deg2rad(0.5))
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What 2 µm bins on tissue are expected to catch; arrays over the bins, row by row."""
-
-    on_tissue: NDArray[np.bool_]  # (rows, cols) of the lattice
-    sources: NDArray[np.float64]  # (n, sources): integral of each over each bin
-    library: NDArray[np.float64]  # (n,)
+    def gather(self, bin_um: int, on_tissue: Mask) -> sp.csr_matrix:
+        """Sparse 0/1 (bins, 2 µm bins on tissue) that sums 2 µm bins into those of :meth:`bins`."""
+        whole, step = self.whole(bin_um, on_tissue), bin_um // BASE_UM
+        number = np.where(whole, np.cumsum(whole).reshape(whole.shape) - 1, -1)
+        owner = number.repeat(step, axis=0).repeat(step, axis=1)[on_tissue]
+        base = np.flatnonzero(owner >= 0)
+        ones = np.ones(len(base), dtype=np.float32)
+        return sp.csr_matrix((ones, (owner[base], base)), shape=(int(whole.sum()), len(owner)))
 
 
 @dataclass(frozen=True)
@@ -267,8 +126,147 @@ class Band:
     """Counts of ``BLOCK`` rows of the lattice, over its whole width."""
 
     first_row: int
-    on_tissue: NDArray[np.bool_]  # (rows, n_base)
+    on_tissue: Mask  # (rows, n_base)
     counts: sp.csr_matrix  # (bins on tissue, genes), row by row
+
+
+@dataclass(frozen=True)
+class Cells:
+    """All cells of a slide, by the bin of 2 µm that their centre lies in, row by row; arrays (n,)."""
+
+    nuclei: Nuclei
+    row: Ints
+    col: Ints
+    lattice: Lattice
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @cached_property
+    def _tree(self) -> KDTree:
+        return KDTree(np.stack([self.nuclei.x_um, self.nuclei.y_um], axis=1))
+
+    def until_row(self, row: int) -> int:
+        """Number of cells whose centre lies above a row of the lattice."""
+        return int(np.searchsorted(self.row, row))
+
+    def of_bins(self, first_row: int, on_tissue: Mask) -> tuple[Ints, Mask]:
+        """Cell of each bin on tissue of a few rows of the lattice, -1 for none, and whether its nucleus covers it.
+
+        A bin belongs to the nucleus that covers its centre, else to the cell with the nearest centre if that covers it.
+        """
+        owner = self._nuclei_over(first_row, on_tissue.shape)[on_tissue]
+        in_nucleus = owner >= 0
+        row, col = (index[~in_nucleus] for index in np.nonzero(on_tissue))
+        owner[~in_nucleus] = self._nearest(*self.lattice.centres_um(BASE_UM, row + first_row, col))
+        return owner, in_nucleus
+
+    def _nearest(self, x_um: Floats, y_um: Floats) -> Ints:
+        """Cell with the nearest centre, -1 where it does not reach the point."""
+        reach_um = NUCLEUS_REACH_UM + CELL_MARGIN_UM
+        _, nearest = self._tree.query(np.stack([x_um, y_um], axis=1), distance_upper_bound=reach_um)
+        near = np.flatnonzero(nearest < len(self))
+        rho = self._rho(nearest[near], x_um[near], y_um[near], CELL_MARGIN_UM)
+        nearest[nearest == len(self)] = -1
+        nearest[near[rho > 1]] = -1
+        return np.asarray(nearest)
+
+    def _nuclei_over(self, first_row: int, shape: tuple[int, ...]) -> Ints:
+        """Cell whose nucleus covers the centre of each bin, -1 for none, (rows, cols)."""
+        start, stop = (self.until_row(row) for row in (first_row - _REACH_BINS, first_row + shape[0] + _REACH_BINS))
+        owner = np.full(shape, -1, dtype=np.int64)
+        rho_of_owner = np.full(shape, np.inf)
+        for first in range(start, stop, _BATCH):
+            cell, row, col, rho = self._covered(np.arange(first, min(first + _BATCH, stop)))
+            row = row - first_row
+            inside = (row >= 0) & (row < shape[0]) & (col >= 0) & (col < shape[1])
+            inside[inside] = rho[inside] < rho_of_owner[row[inside], col[inside]]
+            # of several values for one bin the last one stays: the innermost, and of two alike the first cell
+            order = np.flatnonzero(inside)[np.lexsort((-cell[inside], -rho[inside]))]
+            owner[row[order], col[order]] = cell[order]
+            rho_of_owner[row[order], col[order]] = rho[order]
+        return owner
+
+    def _covered(self, which: Ints) -> tuple[Ints, Ints, Ints, Floats]:
+        """Cell, row and column of every bin that some nuclei cover, and how far out it lies, 1 on the border."""
+        offset = np.arange(-_REACH_BINS, _REACH_BINS + 1)
+        row, col = self.row[which, None] + offset, self.col[which, None] + offset
+        x, y = self.lattice.centres_um(BASE_UM, row[:, :, None], col[:, None, :])
+        rho = self._rho(which[:, None, None], x, y, 0.0)
+        cell, down, right = np.nonzero(rho <= 1)
+        return which[cell], row[cell, down], col[cell, right], rho[cell, down, right]
+
+    def _rho(self, which: Ints, x_um: Floats, y_um: Floats, margin_um: float) -> Floats:
+        """Distance of points from the centre of some cell each, 1 on the border of its grown ellipse."""
+        own = self.nuclei.subset(which)
+        dx, dy = x_um - own.x_um, y_um - own.y_um
+        cos, sin = np.cos(own.angle), np.sin(own.angle)
+        along, across = (dx * cos + dy * sin) / (own.long_um + margin_um), (dy * cos - dx * sin)
+        return np.hypot(along, across / (own.short_um + margin_um))
+
+    def outlines_px(self, which: Ints, mpp: float, *, nucleus: bool) -> Floats:
+        """Closed outlines of some cells or of their nuclei in pixels, (n, corners + 1, 2), to two decimals.
+
+        A cell is its nucleus's ellipse, grown, up to where another nucleus's centre is nearer.
+        """
+        own = self.nuclei.subset(which[:, None])
+        margin_um = 0.0 if nucleus else CELL_MARGIN_UM
+        long_um, short_um = own.long_um + margin_um, own.short_um + margin_um
+        # corners are closer where the ellipse bends more
+        turn = 2 * np.pi * (np.arange(_CORNERS + 1) % _CORNERS) / _CORNERS
+        angle = own.angle + np.arctan2(short_um * np.sin(turn), long_um * np.cos(turn))
+        radius = _radius_um(long_um, short_um, angle - own.angle)
+        if not nucleus:
+            inner = _radius_um(own.long_um, own.short_um, angle - own.angle)
+            radius = np.maximum(inner, np.minimum(radius, self._half_way_um(which, angle)))
+        x, y = own.x_um + radius * np.cos(angle), own.y_um + radius * np.sin(angle)
+        return (np.stack([x, y], axis=-1) / mpp).round(2)
+
+    def _half_way_um(self, which: Ints, angle: Floats) -> Floats:
+        """Distance at which another centre becomes nearer, in each direction."""
+        centre = np.stack([self.nuclei.x_um[which], self.nuclei.y_um[which]], axis=1)
+        # the first one is the cell itself
+        distance, other = self._tree.query(centre, k=range(2, min(_NEIGHBOURS, len(self) - 1) + 2))
+        direction = np.arctan2(self.nuclei.y_um[other] - centre[:, 1:], self.nuclei.x_um[other] - centre[:, :1])
+        towards = np.cos(angle[:, :, None] - direction[:, None, :])
+        limit = np.full(towards.shape, np.inf)
+        np.divide(distance[:, None, :] / 2, towards, out=limit, where=towards > 0)
+        return np.asarray(limit.min(axis=2, initial=np.inf))
+
+
+def _radius_um(long_um: Floats, short_um: Floats, angle: Floats) -> Floats:
+    """Radius of an ellipse in a direction, which counts from its long axis."""
+    return long_um * short_um / np.hypot(short_um * np.cos(angle), long_um * np.sin(angle))
+
+
+class CellCounts:
+    """Sums bins into cells, band by band; a cell is given out when no later band can add to it."""
+
+    def __init__(self, cells: Cells, n_genes: int) -> None:
+        self._cells = cells
+        self._first = 0
+        self._pending = sp.csr_matrix((0, n_genes), dtype=np.float32)
+        self._n_bins = np.zeros(0, dtype=np.int64)
+
+    def add(self, band: Band, owner: Ints) -> tuple[Ints, sp.csr_matrix]:
+        """Take in a band, whose bins belong to ``owner``; returns the complete cells that have a bin, and counts."""
+        n_rows = len(band.on_tissue)
+        n_pending = self._cells.until_row(band.first_row + 2 * BLOCK) - self._first
+        bins = np.flatnonzero(owner >= 0)
+        row = owner[bins] - self._first
+        ones = np.ones(len(bins), dtype=np.float32)
+        gather = sp.csr_matrix((ones, (row, bins)), shape=(n_pending, len(owner)))
+        self._pending.resize(n_pending, self._pending.shape[1])
+        self._pending = self._pending + gather @ band.counts
+        self._n_bins = np.pad(self._n_bins, (0, n_pending - len(self._n_bins)))
+        self._n_bins += np.bincount(row, minlength=n_pending)
+        is_last = band.first_row + n_rows == self._cells.lattice.n_base
+        n_complete = n_pending if is_last else self._cells.until_row(band.first_row) - self._first
+        complete = np.flatnonzero(self._n_bins[:n_complete])
+        which, counts = complete + self._first, self._pending[complete]
+        self._first += n_complete
+        self._pending, self._n_bins = self._pending[n_complete:], self._n_bins[n_complete:]
+        return which, counts
 
 
 @dataclass(frozen=True)
@@ -277,6 +275,7 @@ class DrawnSlide:
 
     tissue: Tissue
     panel: Panel
+    lattice: Lattice
     size_px: int
     mpp: float
 
@@ -284,7 +283,8 @@ class DrawnSlide:
     def of(cls, *, size_um: float, mpp: float, n_genes: int, seed: int) -> DrawnSlide:
         """Slide of the arguments that the public functions share."""
         size_px = round(size_um / mpp)
-        return cls(Tissue(size_px * mpp, seed), gene_panel(n_genes), size_px, mpp)
+        whole_um = size_px * mpp
+        return cls(Tissue(whole_um, seed), gene_panel(n_genes), Lattice(whole_um, _ANGLE), size_px, mpp)
 
     @property
     def size_um(self) -> float:
@@ -292,73 +292,70 @@ class DrawnSlide:
         return self.tissue.size_um
 
     @cached_property
-    def lattice(self) -> Lattice:
-        """Where the bins lie."""
-        return Lattice(self.size_um, _ANGLE)
-
-    @cached_property
     def density(self) -> NDArray[np.float16]:
         """Density of every source in memory, (sources, rows, cols)."""
         out = np.empty(density_shape(self.size_um), dtype=np.float16)
         return np.asarray(fill_density(self.tissue, out, None))
 
+    def cells(self, n_workers: int | None = None) -> Cells:
+        """All cells whose centre lies on the lattice; some 60 bytes each."""
+        grids = windows(int(np.ceil(self.size_um)), DENSITY_WINDOW)
+        nuclei = Nuclei.joined(list(in_order(self.tissue.nuclei, (grid.box_um for grid in grids), n_workers)))
+        row, col = self.lattice.base_at(nuclei.x_um, nuclei.y_um)
+        order = np.lexsort((nuclei.x_um, col, row))
+        n_base = self.lattice.n_base
+        order = order[((row >= 0) & (row < n_base) & (col >= 0) & (col < n_base))[order]]
+        return Cells(nuclei.subset(order), row[order], col[order], self.lattice)
+
     def bands(self, density: Any, n_workers: int | None = None) -> Iterator[Band]:
         """Counts of all bins, band after band, from a density in memory or on disk."""
 
-        def draw(corner: tuple[int, int]) -> tuple[NDArray[np.bool_], sp.csr_matrix]:
-            expected = self._expected(density, corner)
-            stream = (self.tissue.seed, 7, *corner)
-            return expected.on_tissue, draw_counts(expected.sources * expected.library[:, None], self.panel, stream)
+        def draw(corner: tuple[int, int]) -> tuple[Mask, sp.csr_matrix]:
+            on_tissue, integrals, library = self._expected(density, corner)
+            return on_tissue, draw_counts(integrals * library[:, None], self.panel, (self.tissue.seed, 7, *corner))
 
-        for first_row, blocks in self._bands_of_blocks(draw, n_workers):
-            masks = [mask for mask, _ in blocks]
-            counts = sp.vstack([part for _, part in blocks], format="csr")
-            yield Band(first_row, np.concatenate(masks, axis=1), counts[_row_by_row(masks)])
+        for first_row, on_tissue, counts in self._bands(draw, partial(sp.vstack, format="csr"), n_workers):
+            yield Band(first_row, on_tissue, counts)
 
-    def expected(self) -> Expected:
-        """Expectations of all bins, in memory."""
-        blocks = self._bands_of_blocks(lambda corner: self._expected(self.density, corner), None)
-        bands = [_side_by_side(of_band) for _, of_band in blocks]
-        return Expected(*(np.concatenate([getattr(band, field.name) for band in bands]) for field in fields(Expected)))
+    def expected(self, *, library: bool) -> tuple[Mask, Floats]:
+        """Whether each 2 µm bin lies on tissue, and what those that do catch of every source, (n, sources).
 
-    def _bands_of_blocks(
-        self, work: Callable[[tuple[int, int]], Result], n_workers: int | None
-    ) -> Iterator[tuple[int, list[Result]]]:
-        """First row of each band, and what ``work`` makes of the corners of its blocks."""
+        With ``library`` times the library size of each bin; without, the integral of each source over it.
+        """
+
+        def catch(corner: tuple[int, int]) -> tuple[Mask, Floats]:
+            on_tissue, integrals, sizes = self._expected(self.density, corner)
+            return on_tissue, integrals * sizes[:, None] if library else integrals
+
+        _, masks, caught = zip(*self._bands(catch, np.concatenate, None), strict=True)
+        return np.concatenate(masks), np.concatenate(caught)
+
+    def _bands(
+        self,
+        work: Callable[[tuple[int, int]], tuple[Mask, Any]],
+        stack: Callable[[Sequence[Any]], Any],
+        n_workers: int | None,
+    ) -> Iterator[tuple[int, Mask, Any]]:
+        """First row, mask and values row by row of each band, of what ``work`` makes of the corners of blocks."""
         first = range(0, self.lattice.n_base, BLOCK)
         done = in_order(work, ((row, col) for row in first for col in first), n_workers)
-        for row in first:
-            yield row, [next(done) for _ in first]
+        for first_row in first:
+            masks, values = zip(*(next(done) for _ in first), strict=True)
+            rows = np.concatenate([np.nonzero(mask)[0] for mask in masks])
+            yield first_row, np.concatenate(masks, axis=1), stack(values)[np.argsort(rows, kind="stable")]
 
-    def _expected(self, density: Any, corner: tuple[int, int]) -> Expected:
-        rows, cols = (np.arange(first, min(first + BLOCK, self.lattice.n_base)) for first in corner)
-        row, col = np.meshgrid(rows, cols, indexing="ij")
+    def _expected(self, density: Any, corner: tuple[int, int]) -> tuple[Mask, Floats, Floats]:
+        """Mask of a block's bins on tissue, integral of each source over these (n, sources), and library sizes (n,)."""
+        row, col = np.meshgrid(
+            *(np.arange(first, min(first + BLOCK, self.lattice.n_base)) for first in corner), indexing="ij"
+        )
         x, y = self.lattice.centres_um(BASE_UM, row, col)
-        grid = _grid_about(x, y)
-        edge = self.tissue.edge_um(grid)
-        inside = edge[np.floor(y).astype(np.int64) - grid.row0, np.floor(x).astype(np.int64) - grid.col0] > 0
+        left, top = (max(int(centre.min()) - BASE_UM - 1, 0) for centre in (x, y))
+        right, bottom = (int(centre.max()) + BASE_UM + 2 for centre in (x, y))
+        grid = Grid(top, left, bottom - top, right - left)
+        edge_um = self.tissue.edge_um(grid)
+        inside = edge_um[np.floor(y).astype(np.int64) - top, np.floor(x).astype(np.int64) - left] > 0
         x, y = x[inside], y[inside]
-        made = integrate_squares(read_box(density, grid), x - grid.col0, y - grid.row0, BASE_UM, self.lattice.angle)
-        return Expected(inside, made, library_size(self.tissue, row[inside], col[inside], x, y))
-
-
-def _grid_about(x_um: NDArray[np.float64], y_um: NDArray[np.float64]) -> Grid:
-    """Grid of the density that covers bins with these centres."""
-    left, top = (max(int(part.min()) - BASE_UM - 1, 0) for part in (x_um, y_um))
-    right, bottom = (int(part.max()) + BASE_UM + 2 for part in (x_um, y_um))
-    return Grid(top, left, bottom - top, right - left, DENSITY_PITCH_UM)
-
-
-def _side_by_side(blocks: Sequence[Expected]) -> Expected:
-    """Blocks of one band as one."""
-    masks = [block.on_tissue for block in blocks]
-    order = _row_by_row(masks)
-    sources = np.concatenate([block.sources for block in blocks])[order]
-    library = np.concatenate([block.library for block in blocks])[order]
-    return Expected(np.concatenate(masks, axis=1), sources, library)
-
-
-def _row_by_row(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64]:
-    """Order that turns bins of blocks side by side, one block after the other, into bins row by row."""
-    rows = np.concatenate([np.nonzero(mask)[0] for mask in masks])
-    return np.argsort(rows, kind="stable")
+        box = np.asarray(density[:, *grid.slices]).astype(np.float32)
+        integrals = integrate_squares(box, x - left, y - top, BASE_UM, self.lattice.angle)
+        return inside, integrals, library_size(self.tissue, row[inside], col[inside], x, y)

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from ._plan import BlockSink, RegionPlan, plan_regions, window_side
-from ._run import Inference, InferSettings, infer
+from ._plan import Block, PredictPlan, RegionPlan, StoredMap, Tiling, Visit, plan_regions, window_side, windows_of
+from ._run import Lent, Walk, WindowResult
 
-__all__ = ["BlockSink", "InferSettings", "Inference", "RegionPlan", "infer", "plan_regions", "window_side"]
+__all__ = [
+    "Block",
+    "Lent",
+    "PredictPlan",
+    "RegionPlan",
+    "StoredMap",
+    "Tiling",
+    "Visit",
+    "Walk",
+    "WindowResult",
+    "plan_regions",
+    "window_side",
+    "windows_of",
+]

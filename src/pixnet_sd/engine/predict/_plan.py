@@ -1,23 +1,16 @@
-"""What a pass over a slide reads from and writes to.
-
-Which pixels of the map the requested regions need, and each window's share of their sums.
+"""What a pass over a slide computes: the windows to walk, their tiles and blocks, and the operators of their regions.
 
 The map is zero off tissue, and a region sums the map (Eq. 5), so glass inside a region adds nothing; a mean divides by
-the tissue pixels. A region that lies on glass altogether was still asked for by its user: it is predicted from all of
-its pixels, and the network has to run there.
-
-There may be millions of regions: what is known of each beforehand is a few bytes, found part by part; operators are
-made window by window.
-
-Which windows of a slide are walked, and what is to be done in each.
+the tissue pixels. A region that lies on glass altogether was still asked for: it is predicted from all of its pixels,
+and the network has to run there. There may be millions of regions: what is known of each beforehand is a few bytes,
+and operators are made window by window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,135 +19,53 @@ from torch import Tensor
 
 from pixnet_sd.engine import ALIGN_PX
 from pixnet_sd.geometry import MAP_STRIDE, Grid, Lattice, Regions, Window, chunks
-from pixnet_sd.model import Move, Operator, build_operator, count_pixels, staged_array
+from pixnet_sd.model import Factors, Head, Move, Operator, build_operator, count_pixels, staged_array
 
 __all__ = [
     "Block",
-    "BlockSink",
+    "PredictPlan",
     "RegionPlan",
-    "RegionSink",
-    "Share",
     "StoredMap",
+    "Tiling",
     "Visit",
     "WindowRegions",
     "plan_regions",
-    "plan_visits",
     "window_side",
     "windows_of",
 ]
 
 Block = tuple[int, int, int, int]
-
-
-class BlockSink(Protocol):
-    """Where blocks of the gene map, or of its factors, go."""
-
-    def write(self, block: Block, values: NDArray[np.float32]) -> None:
-        """Take (channels, rows, columns) of one block; several threads may call, in any order."""
-
-    @property
-    def pending(self) -> Sequence[Block]:
-        """Blocks (row0, row1, col0, col1), map pixels, not written yet."""
-
-
-class RegionSink(Protocol):
-    """Where the regions' sums go, window by window."""
-
-    def put(
-        self,
-        window: Window,
-        index: NDArray[np.intp],
-        sums: NDArray[np.float32],
-        weight: NDArray[np.float64],
-        complete: NDArray[np.bool_],
-    ) -> None:
-        """Take a window's share of k regions.
-
-        Parameters
-        ----------
-        window
-            Map pixels; each window is put once.
-        index
-            The regions, ascending, shape (k,).
-        sums
-            Share of the sum over each region's pixels, shape (k, genes), or (k, C) where D is asked for; the array is
-            used again after the call.
-        weight
-            Share of the pixels by which a mean divides, shape (k,).
-        complete
-            Regions of which this is the whole, shape (k,).
-        """
-
-    def is_done(self, window: Window) -> bool:
-        """Whether the window was put, perhaps by a run that was cut off."""
-
-
-class StoredMap(Protocol):
-    """A gene map, or the feature map that it is made from, that is there already."""
-
-    @property
-    def has_features(self) -> bool:
-        """Whether it holds D, from which all can be had, or values of the head, from which only regions can."""
-
-    def covers(self, window: Window) -> bool:
-        """Whether the window was predicted."""
-
-    def read(self, window: Window) -> NDArray[np.float32]:
-        """Values (genes, rows, columns) of a window, or D (C, rows, columns)."""
-
+"""row0, row1, col0, col1 in map pixels."""
 
 _REACH = 2  # map pixels around a window that its bilinear weights can reach
 _SURE_PX = 1.5  # side of a square, or diameter of a circle, that is sure to hold a pixel centre
 
 
-@dataclass(frozen=True, eq=False)
-class Share:
-    """One window's share of some regions.
+@dataclass(frozen=True)
+class StoredMap:
+    """A gene map, or the feature map that it is made from, that an earlier pass has written."""
 
-    Attributes
-    ----------
-    index
-        The regions, ascending, shape (k,).
-    sums
-        Share of the sum over each region's pixels, shape (k, genes), float32, on the device that made it.
-    weight
-        Share of the pixels by which a mean divides, shape (k,).
-    complete
-        Regions of which this share is the whole, shape (k,).
-    """
+    read: Callable[[Window], NDArray[np.float32]]  # values (genes, rows, columns) of a window, or D (C, rows, columns)
+    shape: tuple[int, int]
+    has_features: bool = False  # D, from which all can be had, or values of the head, from which only regions can
 
-    index: NDArray[np.intp]
-    sums: Tensor
-    weight: Tensor
-    complete: NDArray[np.bool_]
+    def covers(self, window: Window) -> bool:
+        """Whether the map reaches over a window."""
+        return window.row1 <= self.shape[0] and window.col1 <= self.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
 class WindowRegions:
-    """Regions that a window touches, and their operator on the window's map pixels.
+    """The k regions that a window touches, and their operator on the window's map pixels."""
 
-    Attributes
-    ----------
-    index
-        The regions, ascending, shape (k,).
-    operator
-        Over the window, tissue not looked at.
-    complete
-        Regions whose weights all lie in the window, shape (k,).
-    on_glass
-        Places among `index` of the regions without tissue, and their own operator; None if there are none.
-    tissue
-        Tissue mask of the window, flat.
-    """
-
-    index: NDArray[np.intp]
-    operator: Operator
-    complete: NDArray[np.bool_]
-    on_glass: tuple[NDArray[np.intp] | Tensor, Operator] | None
-    tissue: NDArray[np.bool_] | Tensor
+    index: NDArray[np.intp]  # (k,), ascending
+    operator: Operator  # tissue not looked at
+    complete: NDArray[np.bool_]  # (k,), whether a region's weights all lie in the window
+    on_glass: tuple[NDArray[np.intp] | Tensor, Operator] | None  # places in `index` of regions without tissue
+    tissue: NDArray[np.bool_] | Tensor  # mask of the window, flat
 
     def staged(self, *, pin: bool) -> WindowRegions:
-        """What `share` needs in torch's form, see `Operator.staged`."""
+        """Convert what `share` needs to torch's form, see `Operator.staged`."""
         on_glass = self.on_glass
         if on_glass is not None:
             on_glass = staged_array(on_glass[0], np.int64, pin=pin), on_glass[1].staged(gradient=False, pin=pin)
@@ -163,57 +74,38 @@ class WindowRegions:
         return replace(self, operator=operator, on_glass=on_glass, tissue=tissue)
 
     def moved(self, move: Move) -> WindowRegions:
-        """The same with every tensor moved."""
+        """Move every tensor."""
         on_glass = self.on_glass
         if on_glass is not None:
             on_glass = move(torch.as_tensor(on_glass[0])), on_glass[1].moved(move)
-        return replace(
-            self, operator=self.operator.moved(move), on_glass=on_glass, tissue=move(torch.as_tensor(self.tissue))
-        )
+        tissue = move(torch.as_tensor(self.tissue))
+        return replace(self, operator=self.operator.moved(move), on_glass=on_glass, tissue=tissue)
 
     def share(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums and weights of map rows (window pixels, C): over tissue, or over everything for regions on glass."""
+        """Sum map rows (window pixels, C), and count pixels: over tissue, or over everything for regions on glass."""
         mask = torch.as_tensor(self.tissue, device=values.device)[:, None]
-        found = self.operator.apply(torch.cat([values * mask, mask.to(values.dtype)], dim=1))
+        total = self.operator.apply(torch.cat([values * mask, mask.to(values.dtype)], dim=1))
         if self.on_glass is not None:
             place, operator = self.on_glass
             every = torch.cat([values, torch.ones_like(mask, dtype=values.dtype)], dim=1)
-            found[torch.as_tensor(place, device=found.device)] = operator.apply(every)
-        return found[:, :-1], found[:, -1]
+            total[torch.as_tensor(place, device=total.device)] = operator.apply(every)
+        return total[:, :-1], total[:, -1]
 
 
 @dataclass(frozen=True, eq=False)
 class RegionPlan:
-    """Regions to predict.
-
-    Attributes
-    ----------
-    regions
-        n regions, working pixels.
-    grid
-        Map grid.
-    tissue
-        Tissue mask on it.
-    n_px
-        Pixels of each region inside the slide, shape (n,); None where every region is sure to hold some.
-    on_glass
-        Regions without tissue, shape (n,).
-    glass_support
-        Map pixels off tissue that regions on glass need.
-    wanted
-        Map pixels on tissue near which a region was asked for.
-    """
+    """The n regions to predict, in working pixels, and what is known of them before the network runs."""
 
     regions: Regions
     grid: Grid
-    tissue: NDArray[np.bool_]
-    n_px: NDArray[np.float32] | None
-    on_glass: NDArray[np.bool_]
-    glass_support: NDArray[np.bool_]
-    wanted: NDArray[np.bool_]
+    tissue: NDArray[np.bool_]  # mask on the map grid
+    n_px: NDArray[np.float32] | None  # (n,), pixels inside the slide; None: every region is sure to hold one
+    on_glass: NDArray[np.bool_]  # (n,), regions without tissue
+    glass_support: NDArray[np.bool_]  # map pixels off tissue that regions on glass need
+    wanted: NDArray[np.bool_]  # map pixels on tissue near which a region was asked for
 
     def window(self, window: Window) -> WindowRegions | None:
-        """What a window's map pixels are multiplied with; None where it touches no region."""
+        """Build the operators of a window; None where it touches no region."""
         index = _touching(self.regions, self.grid, window)
         low, high = _map_box(self.regions.subset(index).bounds, self.grid)
         first, end = np.array([window.col0, window.row0]), np.array([window.col1, window.row1])
@@ -223,28 +115,130 @@ class RegionPlan:
         if not len(index):
             return None
         glass = np.flatnonzero(self.on_glass[index])
-        on_glass = (glass, self._operator(index[glass], window)) if len(glass) else None
-        tissue = _cut(self.tissue, window).ravel()
-        return WindowRegions(index, self._operator(index, window), complete, on_glass, tissue)
+        on_glass = (glass, self.operator(index[glass], window)) if len(glass) else None
+        return WindowRegions(index, self.operator(index, window), complete, on_glass, _cut(self.tissue, window).ravel())
 
-    def _operator(self, index: NDArray[np.intp], window: Window) -> Operator:
+    def operator(self, index: NDArray[np.intp], window: Window) -> Operator:
+        """Build the operator of some regions on a window."""
         n_px = np.ones(len(index)) if self.n_px is None else self.n_px[index]
         return build_operator(self.regions.subset(index), self.grid, window=window, n_px=n_px)
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """How a slide is walked; none of it changes the result, save `n_symmetries`. Pixels are multiples of 32."""
+
+    tile_px: int  # side of a tile without its halo
+    halo_px: int  # read around each tile
+    batch_size: int = 1  # tiles per forward pass, of one window or several
+    n_symmetries: int = 1  # 1, 4 or 8: average the feature map over mirrored and turned copies
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A window to walk, and what to compute in it."""
+
+    window: Window
+    tiles: list[tuple[int, int]]  # origins, working pixels
+    blocks: list[Block]
+    regions: bool  # whether sums over regions are wanted
+    reuse: bool  # whether the stored map is read instead
+
+
+@dataclass(frozen=True, eq=False)
+class PredictPlan:
+    """All that one pass over a slide depends on."""
+
+    regions: RegionPlan
+    tiling: Tiling
+    side: int  # of a window, map pixels, see `window_side`
+    head: Head  # the network's, or one for some of its outputs (`Head.select`)
+    shown: Head | Factors | None = None  # what blocks hold: values of `head`, or D; None: no map is written
+    pooled: bool = False  # sum D over the regions, and leave W and b to whoever reads the sums; of a linear head only
+    stored: StoredMap | None = None  # windows it covers are not computed again, if it has what they need
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of the regions' sums."""
+        return self.head.in_features if self.pooled else self.head.n_outputs
+
+    def visits(self, blocks: Sequence[Block], is_done: Callable[[Window], bool] | None) -> list[Visit]:
+        """List the windows with something to do, in order, given the blocks of the map that are still to be written.
+
+        ``is_done`` says whether a window's regions are summed already; None: no regions are asked for.
+        """
+        step, side, tissue = self.tiling.tile_px // MAP_STRIDE, self.side, self.regions.tissue
+        pending: dict[tuple[int, int], list[Block]] = {}
+        for block in blocks:
+            if tissue[block[0] : block[1], block[2] : block[3]].any():
+                pending.setdefault((block[0] // side * side, block[2] // side * side), []).append(block)
+        visits = []
+        for window in windows_of(self.regions.grid, side):
+            to_write = pending.get((window.row0, window.col0), [])
+            glass = _cut(self.regions.glass_support, window)
+            asked = glass | _cut(self.regions.wanted, window)
+            regions = is_done is not None and bool(asked.any()) and not is_done(window)
+            if not to_write and not regions:
+                continue
+            reuse = (
+                self.stored is not None
+                and (self.stored.has_features or not to_write)
+                and not glass.any()  # of which a map knows nothing
+                and self.stored.covers(window)
+            )
+            needed = (asked if regions else np.zeros_like(asked)) | (_cut(tissue, window) if to_write else False)
+            visits.append(Visit(window, [] if reuse else _tiles(window, needed, step), to_write, regions, reuse))
+        return visits
+
+
+def window_side(tile_px: int, block_px: int | None) -> int:
+    """Return the side of a window, map pixels: whole blocks, room for a tile, tiles aligned with the coarsest stride.
+
+    ``tile_px`` are working pixels, ``block_px`` map pixels, None where no map is written.
+    """
+    unit = lcm(block_px or 1, ALIGN_PX // MAP_STRIDE)
+    return -(-(tile_px // MAP_STRIDE) // unit) * unit
+
+
 def windows_of(grid: Grid, side: int) -> Iterator[Window]:
-    """Square windows, map pixels, that tile a grid; those at the far edges are cut off."""
+    """Tile a grid with square windows, map pixels; those at the far edges are cut off."""
     for row0 in range(0, grid.height, side):
         for col0 in range(0, grid.width, side):
             yield Window(row0, min(row0 + side, grid.height), col0, min(col0 + side, grid.width))
+
+
+def plan_regions(regions: Regions, grid: Grid, tissue: NDArray[np.bool_], window_side: int) -> RegionPlan:
+    """Find out what the regions (working pixels) need before the network runs, a window of the map after the other."""
+    diameter = (regions.pitch if regions.radius is None else 2 * regions.radius) if isinstance(regions, Lattice) else 0
+    n_px = None
+    if diameter < _SURE_PX:
+        n_px = count_pixels(regions, grid.height * grid.stride, grid.width * grid.stride).astype(np.float32)
+    near, on_glass, mixed = _look_at_boxes(regions, grid, tissue)
+    plan = RegionPlan(regions, grid, tissue, n_px, on_glass, np.zeros_like(tissue), near & tissue)
+    on_glass[mixed] = _without_tissue(plan, mixed, window_side)
+    support = _Covered(grid)
+    for _, some in chunks(regions.subset(np.flatnonzero(on_glass))):
+        support.add(some)
+    np.logical_and(support.mask(), ~tissue, out=plan.glass_support)
+    return plan
 
 
 def _cut(array: NDArray[np.bool_], window: Window) -> NDArray[np.bool_]:
     return array[window.row0 : window.row1, window.col0 : window.col1]
 
 
+def _tiles(window: Window, needed: NDArray[np.bool_], step: int) -> list[tuple[int, int]]:
+    """List the tiles of a window that hold a needed map pixel; `needed` is the window's own."""
+    return [
+        ((window.row0 + row) * MAP_STRIDE, (window.col0 + col) * MAP_STRIDE)
+        for row in range(0, window.shape[0], step)
+        for col in range(0, window.shape[1], step)
+        if needed[row : row + step, col : col + step].any()
+    ]
+
+
 def _touching(regions: Regions, grid: Grid, window: Window) -> NDArray[np.intp]:
-    """Regions whose boxes reach a window."""
+    """Find the regions whose boxes reach a window."""
     row0, row1, col0, col1 = window
     low, high = (np.array(v) * grid.stride for v in ((col0 - _REACH, row0 - _REACH), (col1 + _REACH, row1 + _REACH)))
     return regions.touching(*low, *high)
@@ -265,47 +259,6 @@ def _map_box(bounds: NDArray[np.float64], grid: Grid) -> tuple[NDArray[np.int64]
     return low, high
 
 
-def plan_regions(regions: Regions, grid: Grid, tissue: NDArray[np.bool_], window_side: int) -> RegionPlan:
-    """Find out what the regions need before the network runs.
-
-    Parameters
-    ----------
-    regions
-        In working pixels.
-    grid
-        Map grid.
-    tissue
-        Tissue mask, shape (grid.height, grid.width).
-    window_side
-        Map pixels looked at together.
-
-    Returns
-    -------
-    The plan.
-    """
-    n_px = None if _sure(regions) else count_pixels(regions, *_slide_size(grid)).astype(np.float32)
-    near, on_glass, mixed = _first_look(regions, grid, tissue)
-    plan = RegionPlan(regions, grid, tissue, n_px, on_glass, np.zeros_like(tissue), near & tissue)
-    windows = list(windows_of(grid, window_side))
-    on_glass[mixed] = _without_tissue(plan, mixed, windows)
-    support = _Covered(grid)
-    for _, some in chunks(regions.subset(np.flatnonzero(on_glass))):
-        support.add(some)
-    np.logical_and(support.mask(), ~tissue, out=plan.glass_support)
-    return plan
-
-
-def _slide_size(grid: Grid) -> tuple[int, int]:
-    return grid.height * grid.stride, grid.width * grid.stride
-
-
-def _sure(regions: Regions) -> bool:
-    """Whether every region holds a pixel centre, whatever its place."""
-    if not isinstance(regions, Lattice):
-        return False
-    return (regions.pitch if regions.radius is None else 2 * regions.radius) >= _SURE_PX
-
-
 class _Covered:
     """Map pixels on which any of many regions can have weight, from the corners of their boxes."""
 
@@ -314,7 +267,7 @@ class _Covered:
         self._corners = np.zeros((grid.height + 1, grid.width + 1), np.int32)
 
     def add(self, regions: Regions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Cover some regions' boxes; returns their first map pixel (x, y) and the one after their last, each (2, k)."""
+        """Cover the regions' boxes; returns their first map pixel (x, y) and the one after their last, each (2, k)."""
         low, high = _map_box(regions.bounds, self.grid)
         (x0, y0), (x1, y1) = low.T, high.T + 1
         flat, width = self._corners.reshape(-1), self._corners.shape[1]  # `add.at` is fast in one dimension only
@@ -328,102 +281,29 @@ class _Covered:
         return np.asarray(inside[:-1, :-1] > 0)
 
 
-def _first_look(
+def _look_at_boxes(
     regions: Regions, grid: Grid, tissue: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.intp]]:
     """By boxes only: map pixels near regions, regions whose box has no tissue, and those whose box has some glass."""
     near = _Covered(grid)
     before = np.pad(tissue.astype(np.int32).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0))).astype(np.int32)
-    on_glass, mixed = np.zeros(len(regions), bool), []
+    on_glass, mixed = np.zeros(len(regions), bool), [np.empty(0, np.intp)]
     for place, some in chunks(regions):
         (x0, y0), (x1, y1) = near.add(some)
         n_tissue = before[y1, x1] - before[y0, x1] - before[y1, x0] + before[y0, x0]
         on_glass[place] = n_tissue == 0
         mixed.append(np.flatnonzero((n_tissue > 0) & (n_tissue < (x1 - x0) * (y1 - y0))) + place.start)
-    return near.mask(), on_glass, np.concatenate([np.empty(0, np.intp), *mixed])
+    return near.mask(), on_glass, np.concatenate(mixed)
 
 
-def _without_tissue(plan: RegionPlan, chosen: NDArray[np.intp], windows: list[Window]) -> NDArray[np.bool_]:
-    """Exactly which of some regions have no weight on tissue."""
+def _without_tissue(plan: RegionPlan, chosen: NDArray[np.intp], window_side: int) -> NDArray[np.bool_]:
+    """Find out exactly which of the chosen regions have no weight on tissue."""
     weight = np.zeros((len(chosen), 2))
-    some = plan.regions.subset(chosen)
-    for window in windows if len(chosen) else []:
-        index = _touching(some, plan.grid, window)
+    regions = plan.regions.subset(chosen)
+    for window in windows_of(plan.grid, window_side) if len(chosen) else ():
+        index = _touching(regions, plan.grid, window)
         if len(index):
             mask = torch.from_numpy(_cut(plan.tissue, window).ravel()).float()
             columns = torch.stack([mask, torch.ones_like(mask)], dim=1)
-            weight[index] += plan._operator(chosen[index], window).apply(columns).numpy()
+            weight[index] += plan.operator(chosen[index], window).apply(columns).numpy()
     return np.asarray(weight[:, 0] <= 1e-6 * np.maximum(weight[:, 1], 1))
-
-
-@dataclass(frozen=True)
-class Visit:
-    """A window to walk, what has to be computed in it, and what is read back."""
-
-    window: Window
-    tiles: list[tuple[int, int]]
-    blocks: list[Block]
-    regions: bool
-    reuse: bool
-
-
-def window_side(step: int, block_px: int | None) -> int:
-    """Side of a window: whole blocks, room for a tile, and tiles that start where the coarsest stride does.
-
-    Parameters
-    ----------
-    step
-        Side of a tile, map pixels.
-    block_px
-        Side of the blocks of the map, map pixels, if one is written.
-
-    Returns
-    -------
-    Map pixels.
-    """
-    unit = lcm(block_px or 1, ALIGN_PX // MAP_STRIDE)
-    return -(-step // unit) * unit
-
-
-def _tiles_needed(window: Window, needed: NDArray[np.bool_], step: int) -> list[tuple[int, int]]:
-    """Origins, working pixels, of a window's tiles that hold a needed map pixel; `needed` is the window's own."""
-    return [
-        ((window.row0 + row) * MAP_STRIDE, (window.col0 + col) * MAP_STRIDE)
-        for row in range(0, window.shape[0], step)
-        for col in range(0, window.shape[1], step)
-        if needed[row : row + step, col : col + step].any()
-    ]
-
-
-def _cut_of_visits(array: NDArray[np.bool_], window: Window) -> NDArray[np.bool_]:
-    return array[window.row0 : window.row1, window.col0 : window.col1]
-
-
-def _blocks_by_window(
-    sink: BlockSink | None, side: int, tissue: NDArray[np.bool_]
-) -> dict[tuple[int, int], list[Block]]:
-    """Blocks to come that have tissue, under the first pixel of their window."""
-    found: dict[tuple[int, int], list[Block]] = {}
-    for block in sink.pending if sink is not None else []:
-        if tissue[block[0] : block[1], block[2] : block[3]].any():
-            found.setdefault((block[0] // side * side, block[2] // side * side), []).append(block)
-    return found
-
-
-def plan_visits(
-    plan: RegionPlan, side: int, step: int, blocks: BlockSink | None, rows: RegionSink | None, stored: StoredMap | None
-) -> list[Visit]:
-    """Windows to walk, in order, those without anything to do left out."""
-    pending = _blocks_by_window(blocks, side, plan.tissue)
-    visits = []
-    for window in windows_of(plan.grid, side):
-        here = pending.get((window.row0, window.col0), [])
-        glass = _cut_of_visits(plan.glass_support, window)
-        asked = glass | _cut_of_visits(plan.wanted, window)
-        regions = rows is not None and bool(asked.any()) and not rows.is_done(window)
-        if not here and not regions:
-            continue
-        reuse = stored is not None and (stored.has_features or not here) and not glass.any() and stored.covers(window)
-        needed = (asked if regions else np.zeros_like(asked)) | (_cut_of_visits(plan.tissue, window) if here else False)
-        visits.append(Visit(window, [] if reuse else _tiles_needed(window, needed, step), here, regions, reuse))
-    return visits

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from ._loop import train
-from ._objective import TrainSettings
+from ._batches import Batch, BatchPlan, make_batch, output_blocks, plan_batches
+from ._features import FeatureMaps, PyramidCache, calibrate
+from ._loop import Trainer, TrainResult, train
+from ._loss import BatchLoss
+from ._run import BestEpoch, Run, RunState, seal, warn_of_versions
 from ._split import hold_out_blocks
-from ._state import RunState
+from ._validate import Moments, Scores, score_regions
 
-__all__ = ["RunState", "TrainSettings", "hold_out_blocks", "train"]
+__all__ = [
+    "Batch",
+    "BatchLoss",
+    "BatchPlan",
+    "BestEpoch",
+    "FeatureMaps",
+    "Moments",
+    "PyramidCache",
+    "Run",
+    "RunState",
+    "Scores",
+    "TrainResult",
+    "Trainer",
+    "calibrate",
+    "hold_out_blocks",
+    "make_batch",
+    "output_blocks",
+    "plan_batches",
+    "score_regions",
+    "seal",
+    "train",
+    "warn_of_versions",
+]

@@ -1,15 +1,15 @@
-"""With a frozen encoder a tile's feature pyramid never changes: compute it once a symmetry and keep it on disk.
+"""From batches to feature maps D: pixels are encoded, or, with a frozen encoder, pyramids that are kept on disk read.
 
-From a batch to its feature maps, whether pixels are encoded now or their pyramids are already stored.
-
-Measure, once and before training, on what scale each encoder channel varies between regions.
+A frozen encoder's pyramid of a turned tile never changes: it is computed once and kept as float16. Kept pyramids are
+read ahead of the network in the threads that make batches.
 """
 
 from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,70 +17,65 @@ from lightning_fabric import Fabric
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.func import functional_call
 
 from pixnet_sd._files import replace_file
 from pixnet_sd._util import logger
-from pixnet_sd.engine import Copies, Tile, TrainingSlide, TrainingTiles, apply_symmetry, jitter_stain, undo_symmetry
-from pixnet_sd.geometry import STRIDES
+from pixnet_sd.engine import (
+    AHEAD,
+    Copies,
+    Tile,
+    TrainingSlide,
+    TrainingTiles,
+    apply_symmetry,
+    jitter_stain,
+    prefetch,
+    undo_symmetry,
+)
+from pixnet_sd.geometry import MAP_STRIDE, STRIDES
 from pixnet_sd.model import Encoder, Network
 
-from ._batches import Batch, make_batch, plan_batches
-from ._objective import TrainSettings
-
-__all__ = ["FeatureMaps", "PyramidCache", "calibrate"]
+from ._batches import Batch, BatchPlan, Pyramid, make_batch, plan_batches, tile_operators
+from ._run import Run
 
 _FREE_SHARE = 0.5  # of the free disk that the cache may take
+_AHEAD_BYTES = 2**30  # of pyramids that are read ahead: a ViT's of one batch may have 300 MB
 
 
 class PyramidCache:
-    """Feature pyramids of training tiles, as float16 files.
+    """Feature pyramids of training tiles, as float16 files in a folder that is made on first use.
 
-    Colour jitter, drawn from the seed and the tile, is part of what is stored: augmentation becomes a set of stored
-    copies. When the disk has no room for more, pyramids are computed each time.
-
-    Parameters
-    ----------
-    encoder
-        The frozen encoder, on its device.
-    directory
-        Where the files go; made on first use, removed by `clear`.
-    stain_jitter
-        Strength of `jitter_stain` for all but the unturned copy.
-    seed
-        Of the jitter.
+    Colour jitter, drawn from the seed and the tile, is part of what is kept (but of the unturned copy): augmentation
+    becomes a set of stored copies. When the disk has no room for more, pyramids are computed each time.
     """
 
     def __init__(self, encoder: Encoder, directory: Path, stain_jitter: float, seed: int) -> None:
-        self.encoder = encoder
-        self.directory = directory
-        self.stain_jitter = stain_jitter
-        self.seed = seed
+        self.encoder, self.directory = encoder, directory
+        self.stain_jitter, self.seed = stain_jitter, seed
         self._full = False
 
-    def get(self, slide: TrainingSlide, tile: Tile, symmetry: int) -> list[Tensor]:
-        """Pyramid of a turned tile.
-
-        Parameters
-        ----------
-        slide
-            Its slide.
-        tile
-            Its place.
-        symmetry
-            How it is turned.
-
-        Returns
-        -------
-        F_1..F_L, each (1, C_l, h_l, w_l), on the encoder's device, in the encoder's floating type.
-        """
+    def read(self, slide: TrainingSlide, tile: Tile, symmetry: int) -> Pyramid | None:
+        """Read the kept pyramid of a turned tile, on the host; None where there is none that can be read."""
         path = self._path(slide, tile, symmetry)
-        device = self.encoder.mean.device
-        stored = _stored(path)
-        if stored is not None:
-            return [level.to(device).float() for level in stored]
-        pyramid = [level.half() for level in self._compute(slide, tile, symmetry)]
-        self._keep(path, pyramid)
-        return [level.float() for level in pyramid]
+        if not path.is_file():
+            return None
+        try:
+            stored = load_file(path)
+            return [stored[str(k)] for k in range(len(STRIDES))]
+        except (KeyError, OSError, SafetensorError):  # cut off when the machine was: it is made anew
+            return None
+
+    @torch.no_grad()
+    def make(self, slide: TrainingSlide, tile: Tile, symmetry: int, pixels: Tensor) -> Pyramid:
+        """Compute and keep the pyramid of a turned tile from its pixels (1, 3, H, W), on the encoder's device."""
+        image = pixels.to(self.encoder.mean.device).float()
+        if symmetry:
+            generator = torch.Generator().manual_seed(self.seed + _key(slide, tile, symmetry))
+            image = jitter_stain(image, self.stain_jitter, generator)
+        pyramid = [level.half() for level in self.encoder(apply_symmetry(image, symmetry).contiguous())]
+        if not self._full:
+            self._keep(self._path(slide, tile, symmetry), pyramid)
+        return pyramid
 
     def clear(self) -> None:
         """Delete the files."""
@@ -89,18 +84,7 @@ class PyramidCache:
     def _path(self, slide: TrainingSlide, tile: Tile, symmetry: int) -> Path:
         return self.directory / f"{_key(slide, tile, symmetry):08x}_{'_'.join(map(str, tile))}_{symmetry}.safetensors"
 
-    @torch.no_grad()
-    def _compute(self, slide: TrainingSlide, tile: Tile, symmetry: int) -> list[Tensor]:
-        pixels = slide.read(tile.row0, tile.row0 + tile.height, tile.col0, tile.col0 + tile.width)
-        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.encoder.mean.device).float()
-        if symmetry:
-            generator = torch.Generator().manual_seed(self.seed + _key(slide, tile, symmetry))
-            image = jitter_stain(image, self.stain_jitter, generator)
-        return self.encoder(apply_symmetry(image, symmetry).contiguous())
-
-    def _keep(self, path: Path, pyramid: list[Tensor]) -> None:
-        if self._full:
-            return
+    def _keep(self, path: Path, pyramid: Pyramid) -> None:
         needed = sum(level.numel() * 2 for level in pyramid)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -115,87 +99,68 @@ class PyramidCache:
             logger.warning("no disk left for the feature cache in %s: further tiles are encoded each time", path.parent)
 
 
-def _stored(path: Path) -> list[Tensor] | None:
-    """A stored pyramid, if it is there and can be read."""
-    if not path.is_file():
-        return None
-    try:
-        stored = load_file(path)
-        return [stored[str(k)] for k in range(len(STRIDES))]
-    except (KeyError, OSError, SafetensorError):  # cut off when the machine was: it is made anew
-        return None
-
-
 def _key(slide: TrainingSlide, tile: Tile, symmetry: int) -> int:
     return zlib.crc32(f"{slide.name}/{tuple(tile)}/{symmetry}".encode())
 
 
 class FeatureMaps:
-    """Feature maps D of batches, turned back to the slide's orientation.
+    """Makes batches ahead, and their feature maps D, turned back to the slide's orientation."""
 
-    Parameters
-    ----------
-    network
-        The network, on its device.
-    fabric
-        Precision.
-    settings
-        Of the run.
-    directory
-        For stored pyramids.
-
-    Attributes
-    ----------
-    copies
-        To and from the network's device.
-    pins
-        Whether batches are to be made in page-locked memory.
-    stored
-        Whether pyramids are stored.
-    """
-
-    def __init__(self, network: Network, fabric: Fabric, settings: TrainSettings, directory: Path) -> None:
-        self.network = network
-        self.fabric = fabric
-        self.settings = settings
-        self.device = fabric.device
-        self.copies = Copies(self.device)
-        self.pins = self.copies.gpu
-        if self.pins:
+    def __init__(self, network: Network, run: Run, fabric: Fabric) -> None:
+        self.network, self.run, self.fabric = network, run, fabric
+        self.frozen = network.encoder.frozen  # then pyramids are kept, and tiles stay in their places
+        self.copies = Copies(fabric.device)
+        if self.copies.gpu:
             network.to(memory_format=torch.channels_last)
-        self._compiled = torch.compile(network, dynamic=False) if settings.compile else network
-        self._cache = PyramidCache(network.encoder, directory, settings.stain_jitter, settings.seed)
-        self.stored = network.encoder.frozen
+        self._forward = torch.compile(network, dynamic=False) if run.params.compile else network
+        self._cache = PyramidCache(network.encoder, run.directory / "features", run.params.stain_jitter, run.seed)
+        per_px = sum(c / stride**2 for c, stride in zip(network.encoder.channels, STRIDES, strict=True))
+        n_bytes = 2 * per_px * run.params.tile_px**2 * run.batch_size
+        self._ahead = min(max(int(_AHEAD_BYTES / n_bytes), 1), AHEAD) if self.frozen else AHEAD
 
-    def of(self, batch: Batch, slide: TrainingSlide, tiles: TrainingTiles) -> Tensor:
-        """D of a batch, shape (B, C, h, w)."""
+    def batches(self, plans: Sequence[BatchPlan], *, gradient: bool = True) -> Iterator[Batch]:
+        """Make batches ahead of the network, with pixels or, where they are kept, pyramids."""
+        kept = self._cache.read if self.frozen else None
+        make = partial(make_batch, kept=kept, pin=self.copies.gpu, gradient=gradient)
+        return self.copies.arriving(prefetch((partial(make, plan) for plan in plans), self._ahead))
+
+    def of(self, batch: Batch) -> Tensor:
+        """Compute D of a batch, shape (B, C, h, w)."""
         turn = batch.plan.symmetry
-        if self.stored:
+        if self.frozen:
             with self.fabric.autocast():
-                features = self.network.decoder(self.pyramid(slide, [tiles.tiles[t] for t in batch.plan.tiles], turn))
+                features = self.network.decoder(self.pyramid(batch))
         else:
-            assert batch.image is not None  # batches carry pixels unless pyramids are stored
-            features = self._encode(batch.image, turn)
+            assert batch.image is not None  # nothing is kept
+            image = batch.image.to(self.fabric.device).float()
+            if self.network.training:
+                image = jitter_stain(image, self.run.params.stain_jitter, torch.default_generator)
+            layout = torch.channels_last if self.copies.gpu else torch.contiguous_format
+            # What is left over of a slide makes batches of other sizes, each of which would be compiled anew.
+            forward = self._forward if len(image) == self.run.batch_size else self.network
+            with self.fabric.autocast():
+                features = forward(apply_symmetry(image, turn).contiguous(memory_format=layout))
         return undo_symmetry(features.float(), turn)
 
-    def pyramid(self, slide: TrainingSlide, tiles: list[Tile], turn: int) -> list[Tensor]:
-        """Stored pyramids of some tiles, each level (B, C_l, h_l, w_l)."""
-        each = [self._cache.get(slide, tile, turn) for tile in tiles]
-        return [torch.cat(level) for level in zip(*each, strict=True)]
+    def pyramid(self, batch: Batch) -> Pyramid:
+        """Compute the pyramid of a batch or take what is kept of it: each level (B, C_l, h_l, w_l), float32.
 
-    def _encode(self, pixels: Tensor, turn: int) -> Tensor:
-        image = pixels.to(self.device).float()
-        if self.network.training:
-            image = jitter_stain(image, self.settings.stain_jitter, torch.default_generator)
-        image = apply_symmetry(image, turn)
-        layout = torch.channels_last if self.pins else torch.contiguous_format
-        # What is left over of a slide makes batches of other sizes, each of which would be compiled anew.
-        forward = self._compiled if len(image) == self.settings.batch_size else self.network
-        with self.fabric.autocast():
-            return forward(image.contiguous(memory_format=layout))
+        A trainable encoder normalises by the statistics of the batch, as in training; those it keeps do not move.
+        """
+        if not self.frozen:
+            assert batch.image is not None  # nothing is kept
+            encoder = self.network.encoder
+            buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+            return functional_call(encoder, buffers, (batch.image.to(self.fabric.device).float(),))
+        plan, pixels = batch.plan, iter(() if batch.image is None else batch.image.split(1))
+        pyramids = [
+            self._cache.make(plan.slide, tile, plan.symmetry, next(pixels)) if kept is None else kept
+            for tile, kept in zip(plan.tiles, batch.kept, strict=True)
+        ]
+        return [torch.cat(level).to(self.fabric.device).float() for level in zip(*pyramids, strict=True)]
 
     def clear(self) -> None:
-        """Delete stored pyramids."""
+        """Delete kept pyramids."""
         self._cache.clear()
 
 
@@ -204,45 +169,25 @@ _MAX_REGIONS = 1024  # kept of a batch and size: two moments need no more, and a
 
 
 @torch.no_grad()
-def calibrate(
-    network: Network,
-    features: FeatureMaps,
-    slides: Sequence[TrainingSlide],
-    tiles: list[TrainingTiles],
-    settings: TrainSettings,
-) -> None:
-    """Set the standardising constants of the network's laterals.
+def calibrate(network: Network, features: FeatureMaps, tilings: Sequence[TrainingTiles], batch_size: int) -> None:
+    """Set the standardising constants of the network's laterals, if it has any.
 
     They are the mean and standard deviation of each feature channel over training regions, each level pooled exactly
     over the regions: a channel that flickers from pixel to pixel but says little between regions is not drowned, and
     one that separates regions is put on the same scale as its peers.
-
-    Parameters
-    ----------
-    network
-        The network; one without laterals is left as it is.
-    features
-        Its feature maps.
-    slides
-        Training slides.
-    tiles
-        Their tiles.
-    settings
-        Batch size and seed.
     """
     if not network.has_laterals:
         return
-    plans = plan_batches(tiles, settings.batch_size, None)
-    picked = torch.randperm(len(plans))[:_MAX_BATCHES].tolist()
+    plans = plan_batches(tilings, batch_size)
     network.train()  # an encoder that will be trained normalises by batch statistics, a frozen one never does
     pooled: list[list[Tensor]] = [[] for _ in STRIDES]
-    for plan in (plans[i] for i in picked):
-        slide, found = slides[plan.slide], tiles[plan.slide]
-        pyramid = features.pyramid(slide, [found.tiles[t] for t in plan.tiles], 0)
-        for level, stride in enumerate(STRIDES):
-            rows = pyramid[level].float().permute(0, 2, 3, 1).flatten(0, 2)
-            for operator in make_batch(slide, found, plan, stride, with_image=False, with_targets=False).operators:
+    for batch in features.batches([plans[i] for i in torch.randperm(len(plans))[:_MAX_BATCHES].tolist()]):
+        members = [batch.plan.tiling.members(tile) for tile in batch.plan.tiles]
+        for maps, stride, level in zip(features.pyramid(batch), STRIDES, pooled, strict=True):
+            rows = maps.permute(0, 2, 3, 1).flatten(0, 2)
+            own = batch.operators if stride == MAP_STRIDE else tile_operators(batch.plan, members, stride)
+            for operator in own:
                 n_px = torch.as_tensor(operator.n_px, dtype=torch.float32, device=rows.device)
                 means = operator.apply(rows) / n_px.clamp_min(1e-12)[:, None]
-                pooled[level].append(means[:: -(-len(means) // _MAX_REGIONS) or 1])
+                level.append(means[:: -(-len(means) // _MAX_REGIONS) or 1])
     network.calibrate([torch.cat(level) for level in pooled])

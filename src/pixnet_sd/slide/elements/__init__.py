@@ -1,44 +1,40 @@
-"""Elements of a SpatialData object, in memory or on disk, as regions."""
+"""Elements of a SpatialData object, in memory or only in its store, as regions."""
 
 from __future__ import annotations
 
 from ._elements import (
     affine_matrix,
     coordinate_systems,
-    describe_images,
     image_extent,
     moved_px,
     names,
     on_image,
-    overlap,
     region_element,
     scale0,
     shared_systems,
     similarity_scale,
     written_by_pixnet,
 )
-from ._lattice import (
-    BinLattice,
+from ._links import (
     TableLink,
-    bin_lattice,
-    bin_size_um,
-    bins_of_table,
+    check_instances,
     placed_regions,
     regions_of_table,
     same_ids,
     table_link,
     where_regions_are,
 )
-from ._regions import check_regions_on_image, regions_of
-from ._shapes import LazyLabels, check_instances
+from ._regions import BinLattice, bin_lattice, bin_size_um, bins_of_table, fit_lattice, regions_of
+from ._shapes import LazyLabels, check_regions_on_image, regions_from_shapes
 from ._stored import (
+    Shapes,
     StoredShapes,
     StoredTable,
     Table,
     obs_column,
     obs_names,
     open_store,
-    read_part,
+    read_elements,
     sample_positions,
     sample_shapes,
     shapes_of,
@@ -50,6 +46,7 @@ from ._stored import (
 __all__ = [
     "BinLattice",
     "LazyLabels",
+    "Shapes",
     "StoredShapes",
     "StoredTable",
     "Table",
@@ -61,7 +58,7 @@ __all__ = [
     "check_instances",
     "check_regions_on_image",
     "coordinate_systems",
-    "describe_images",
+    "fit_lattice",
     "image_extent",
     "moved_px",
     "names",
@@ -69,10 +66,10 @@ __all__ = [
     "obs_names",
     "on_image",
     "open_store",
-    "overlap",
     "placed_regions",
-    "read_part",
+    "read_elements",
     "region_element",
+    "regions_from_shapes",
     "regions_of",
     "regions_of_table",
     "same_ids",

@@ -1,19 +1,20 @@
-"""What an element is called, where it lives, and how to speak of it in a message.
+"""Elements by name, their maps to coordinate systems, and where they lie relative to an image.
 
-Maps between pixels and coordinate systems, as 3 x 3 matrices of (x, y, 1).
-
-Where elements lie relative to an image: on it or beside it, and the same in every coordinate system or not.
+Maps are 3 x 3 matrices of (x, y, 1); coordinates of a raster element are pixels of its scale 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
 from numpy.typing import ArrayLike, NDArray
+from spatialdata.transformations import get_transformation
+from xarray import DataTree
 
+from pixnet_sd._notes import ATTRS_KEY, note_of
 from pixnet_sd.errors import ElementError, ResolutionError
 
 from ._stored import StoredShapes, sample_shapes, shapes_of, tables_of
@@ -22,41 +23,27 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray
 
-__all__ = [
-    "affine_matrix",
-    "coordinate_systems",
-    "corners_px",
-    "describe_images",
-    "image_extent",
-    "moved",
-    "moved_px",
-    "names",
-    "on_image",
-    "overlap",
-    "region_element",
-    "scale0",
-    "shared_systems",
-    "similarity_scale",
-    "written_by_pixnet",
-]
+_ANISOTROPY_TOLERANCE = 1e-3
+_GRID, _ENOUGH = 9, 500  # points along each side of labels, and of shapes in all
+_XY = ("x", "y")
 
 
 def scale0(element: Any) -> DataArray:
     """Full-resolution array of a single-scale or multiscale raster element."""
-    from xarray import DataTree
-
-    if isinstance(element, DataTree):
-        return next(iter(element["scale0"].data_vars.values()))
-    return element
+    return next(iter(element["scale0"].data_vars.values())) if isinstance(element, DataTree) else element
 
 
 def coordinate_systems(element: Any) -> dict[str, Any]:
     """Coordinate systems of an element with the transformation to each, in the order of their names."""
-    from spatialdata.transformations import get_transformation
-
     element = element.sample if isinstance(element, StoredShapes) else element
-    found: dict[str, Any] = get_transformation(element, get_all=True)
-    return dict(sorted(found.items()))
+    systems: dict[str, Any] = get_transformation(element, get_all=True)
+    return dict(sorted(systems.items()))
+
+
+def shared_systems(*elements: Any) -> list[str]:
+    """Coordinate systems that all of some elements are in."""
+    first, *others = map(coordinate_systems, elements)
+    return [system for system in first if all(system in other for other in others)]
 
 
 def names(keys: Iterable[str]) -> str:
@@ -64,36 +51,16 @@ def names(keys: Iterable[str]) -> str:
     return ", ".join(repr(key) for key in keys) or "none"
 
 
-def describe_images(sdata: SpatialData, keys: Mapping[str, str]) -> str:
-    """One phrase an image: name, shape, channels, what else is said of it, and coordinate systems."""
-    return "; ".join(_describe_image(key, sdata.images[key], what) for key, what in keys.items())
-
-
-def _describe_image(key: str, element: Any, what: str) -> str:
-    image = scale0(element)
-    shape = " x ".join(f"{image.sizes[axis]} {axis}" for axis in ("c", "y", "x"))
-    channels = ", ".join(map(str, image.coords["c"].values[:6])) if "c" in image.coords else ""
-    parts = [shape, f"channels {channels}" if channels else "", what]
-    parts.append(f"coordinate systems: {names(coordinate_systems(element))}")
-    return f"{key!r} ({'; '.join(filter(None, parts))})"
-
-
 def region_element(sdata: SpatialData, key: str) -> Any:
-    """The shapes (in memory or only in the store) or labels element of that name.
-
-    Raises
-    ------
-    ElementError
-        If there is none.
-    """
+    """The shapes (in memory or only in the store) or labels element of that name; `ElementError` if there is none."""
     shapes = shapes_of(sdata)
     if key in shapes:
         return shapes[key]
     if key in sdata.labels:
         return sdata.labels[key]
-    found = f"Shapes: {names(shapes)}. Labels: {names(sdata.labels)}."
     raise ElementError(
-        f"There is no shapes or labels element {key!r} in this SpatialData object. {found} Check shapes_key=."
+        f"There is no shapes or labels element {key!r} in this SpatialData object. Shapes: {names(shapes)}. Labels: "
+        f"{names(sdata.labels)}. Check shapes_key=."
     )
 
 
@@ -102,33 +69,12 @@ def written_by_pixnet(sdata: SpatialData) -> set[str]:
 
     Shapes that `tl.predict` makes are called after the table that comes with them, ``{table}_shapes``.
     """
-    maps = set(sdata.attrs.get("pixnet_sd", {}).get("maps", {}))
-    return maps | {f"{key}_shapes" for key, table in tables_of(sdata).items() if "pixnet_sd" in table.uns}
-
-
-_ANISOTROPY_TOLERANCE = 1e-3
-_XY = ("x", "y")
+    maps = note_of(sdata.attrs.get(ATTRS_KEY), "maps") or {}
+    return {*maps, *(f"{key}_shapes" for key, table in tables_of(sdata).items() if "pixnet_sd" in table.uns)}
 
 
 def affine_matrix(element: Any, coordinate_system: str) -> NDArray[np.float64]:
-    """Map from an element's own coordinates (of scale 0, for a multiscale raster) to a coordinate system.
-
-    Parameters
-    ----------
-    element
-        Any spatial element.
-    coordinate_system
-        Name of the target.
-
-    Returns
-    -------
-    Matrix of (x, y, 1), shape (3, 3).
-
-    Raises
-    ------
-    ElementError
-        If the element is not in that coordinate system.
-    """
+    """Map, (3, 3), from an element's own coordinates to a coordinate system; `ElementError` if it is not in there."""
     systems = coordinate_systems(element)
     if coordinate_system not in systems:
         raise ElementError(
@@ -138,23 +84,10 @@ def affine_matrix(element: Any, coordinate_system: str) -> NDArray[np.float64]:
 
 
 def similarity_scale(matrix: ArrayLike, what: str) -> float:
-    """Length scale of a similarity (rotation, reflection, uniform scale, translation): sqrt(abs(det A)).
+    """Length scale of a similarity (rotation, reflection, uniform scale, translation), sqrt(abs(det A)).
 
-    Parameters
-    ----------
-    matrix
-        Map of (x, y, 1), shape (3, 3).
-    what
-        What the map belongs to, for the message.
-
-    Returns
-    -------
-    Units of the target per unit of the source.
-
-    Raises
-    ------
-    ResolutionError
-        If the singular values of the linear part differ by more than 0.1 %, vanish or are not finite.
+    `ResolutionError`, which names ``what``, if the singular values of the linear part differ by more than 0.1 %, vanish
+    or are not finite.
     """
     linear = np.asarray(matrix, dtype=np.float64)[:2, :2]
     if not np.isfinite(linear).all():
@@ -169,13 +102,9 @@ def similarity_scale(matrix: ArrayLike, what: str) -> float:
     return float(np.sqrt(large * small))
 
 
-_GRID, _ENOUGH = 9, 500  # points along each side of labels, and of shapes in all
-
-
-def corners_px(element: Any) -> NDArray[np.float64]:
-    """Corners of a raster element, pixels of scale 0, shape (4, 2) of (x, y)."""
-    sizes = scale0(element).sizes
-    width, height = sizes["x"], sizes["y"]
+def _corners_px(element: Any) -> NDArray[np.float64]:
+    """Corners of a raster element, (4, 2) of (x, y)."""
+    width, height = (scale0(element).sizes[axis] for axis in _XY)
     return np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float64)
 
 
@@ -185,21 +114,15 @@ def moved(points: NDArray[np.float64], matrix: NDArray[np.float64]) -> NDArray[n
 
 
 def image_extent(element: Any, coordinate_system: str) -> NDArray[np.float64]:
-    """Corners of a raster element in a coordinate system, shape (4, 2)."""
-    return moved(corners_px(element), affine_matrix(element, coordinate_system))
-
-
-def overlap(one: Any, other: Any, coordinate_system: str) -> bool:
-    """Whether raster elements share a part of a coordinate system."""
-    boxes = [shapely.Polygon(image_extent(element, coordinate_system)) for element in (one, other)]
-    return bool(boxes[0].intersection(boxes[1]).area > 0) if all(box.is_valid for box in boxes) else True
+    """Corners of a raster element in a coordinate system, (4, 2)."""
+    return moved(_corners_px(element), affine_matrix(element, coordinate_system))
 
 
 def _points_of(sdata: SpatialData, key: str) -> NDArray[np.float64]:
-    """Some points of shapes or labels, in their own coordinates, shape (n, 2): centres, or a grid over the labels."""
+    """Points of shapes (centres of some) or labels (a grid) in their own coordinates, (n, 2)."""
     element = region_element(sdata, key)
     if key in sdata.labels:
-        width, height = corners_px(element)[2]
+        width, height = _corners_px(element)[2]
         x, y = np.meshgrid(np.linspace(0, width, _GRID), np.linspace(0, height, _GRID))
         return np.stack([x.ravel(), y.ravel()], axis=1)
     geometry = sample_shapes(element).geometry.to_numpy()
@@ -212,7 +135,7 @@ def on_image(sdata: SpatialData, keys: Iterable[str], *, image_key: str, coordin
     """Those elements of which some regions lie on an image; all of them if none does, for that is another error."""
     keys = list(keys)
     image = sdata.images[image_key]
-    width, height = corners_px(image)[2]
+    width, height = _corners_px(image)[2]
     to_system = affine_matrix(image, coordinate_system)
     if abs(np.linalg.det(to_system)) == 0 or not np.isfinite(to_system).all():
         return keys
@@ -227,26 +150,11 @@ def on_image(sdata: SpatialData, keys: Iterable[str], *, image_key: str, coordin
 
 
 def moved_px(image: Any, element: Any, systems: Sequence[str]) -> dict[str, float]:
-    """How far an element lies from where it lies in the first coordinate system, in pixels of an image.
+    """How far an element lies from where it lies in the first coordinate system, in px of an image that is in them too.
 
-    Parameters
-    ----------
-    image, element
-        An image, and what was aligned with it.
-    systems
-        Coordinate systems that both are in.
-
-    Returns
-    -------
     By coordinate system the farthest that a place on the image is off; 0 for the first.
     """
-    corners = corners_px(image)
+    corners = _corners_px(image)
     maps = {system: np.linalg.pinv(affine_matrix(image, system)) @ affine_matrix(element, system) for system in systems}
     places = moved(corners, np.asarray(np.linalg.pinv(maps[systems[0]]), np.float64))
     return {system: float(np.hypot(*(moved(places, matrix) - corners).T).max()) for system, matrix in maps.items()}
-
-
-def shared_systems(*elements: Any) -> list[str]:
-    """Coordinate systems that all of some elements are in."""
-    found = [coordinate_systems(element) for element in elements]
-    return [system for system in found[0] if all(system in other for other in found[1:])]

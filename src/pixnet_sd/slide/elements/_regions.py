@@ -1,148 +1,83 @@
-"""Whether regions lie on the slide they are said to lie on.
+"""Regions of any element in the pixels of a slide; Visium HD bins as points of a lattice, without a polygon of each.
 
-Shapes and labels elements as regions in the pixels of a slide.
+A table of bins says in ``array_row`` and ``array_col`` where on a square lattice each bin lies. Some thousand centres
+are enough to find where the lattice lies, and to see that the indices explain them. Physical bins are the squares of
+that lattice, turned as it is, and so are the regions here; readers draw them with sides along the axes, as circles, or
+as label pixels, all about the same centres. The name of an element (``_008um``) tells no more than the side in µm:
+whether it holds bins, its geometry tells.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import shapely
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial import cKDTree
 
-from pixnet_sd._util import logger, warn
-from pixnet_sd.errors import ResolutionError
-from pixnet_sd.geometry import Circles, LabelGrid, Lattice, Polygons, Regions
+from pixnet_sd._util import logger
+from pixnet_sd.errors import DataError, ElementError
+from pixnet_sd.geometry import Circles, LabelGrid, Lattice, Polygons
 
 from ._elements import affine_matrix, region_element, similarity_scale
-from ._lattice import bins_of_element
-from ._shapes import label_ids, plain_ids, regions_from_labels, regions_from_shapes
-from ._stored import StoredShapes
+from ._links import TableLink, check_unique, plain_ids, same_ids, table_link
+from ._shapes import (
+    HALF_PIXEL_BACK,
+    edge_length,
+    label_ids,
+    label_matrix,
+    lazy_labels,
+    regions_from_shapes,
+    sample_labels,
+)
+from ._stored import (
+    StoredShapes,
+    neighbouring_shapes,
+    obs_column,
+    obs_names,
+    sample_positions,
+    sample_shapes,
+    shapes_of,
+    tables_of,
+)
 
 if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-__all__ = ["check_regions_on_image", "regions_of"]
+    from ._stored import Table
 
-_MOSTLY = 0.5
-_NEARLY_ALL = 0.9
-_CHUNK = 2**17  # regions whose boxes are looked at in one go
-
-
-def check_regions_on_image(
-    regions: Regions | NDArray[np.float64], *, width: int, height: int, what: str
-) -> NDArray[np.bool_]:
-    """Refuse regions that miss the image, and regions whose axes were swapped; warn when part of them is off it.
-
-    Parameters
-    ----------
-    regions
-        Regions in px of the image, or their boxes, shape (n, 4): xmin, ymin, xmax, ymax. Boxes of millions of regions
-        are made some at a time.
-    width, height
-        Size of the image, px.
-    what
-        Name of the regions, for messages.
-
-    Returns
-    -------
-    Whether each region's box touches the image, shape (n,).
-
-    Raises
-    ------
-    ResolutionError
-        If no region touches the image, or most lie outside and would lie inside with x and y swapped.
-    """
-    n = len(regions)
-    touches = np.zeros(n, bool)
-    inside, swapped = 0.0, 0.0
-    extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
-    for start, box in _boxes(regions):
-        x0, y0, x1, y1 = np.ascontiguousarray(box.T)  # numpy reduces short rows slowly
-        inside += _inside((x0 + x1) / 2, (y0 + y1) / 2, width, height) / n
-        swapped += _inside((x0 + x1) / 2, (y0 + y1) / 2, height, width) / n
-        touches[start : start + len(box)] = (x0 < width) & (y0 < height) & (x1 > 0) & (y1 > 0)
-        extent[:2], extent[2:] = (
-            np.minimum(extent[:2], [x0.min(), y0.min()]),
-            np.maximum(extent[2:], [x1.max(), y1.max()]),
-        )
-    if inside < _MOSTLY and swapped > _NEARLY_ALL:
-        raise ResolutionError(
-            f"{what}: {1 - inside:.0%} of {n} regions lie outside the image, but {swapped:.0%} would lie "
-            "inside with x and y swapped. Geometry is (x, y), x to the right along columns: swap the coordinates or "
-            f"correct the transformation. {_extents(extent, width, height)}"
-        )
-    if not touches.any():
-        raise ResolutionError(
-            f"{what}: none of {n} regions touches the image. {_extents(extent, width, height)} Check "
-            "coordinate_system=, image_key=, and the transformations of both."
-        )
-    off = int((~touches).sum())
-    if off:
-        message = f"{what}: {off} of {n} regions lie wholly outside the image."
-        warn(message)
-    return touches
-
-
-def _inside(x: NDArray[np.float64], y: NDArray[np.float64], width: float, height: float) -> int:
-    """How many points lie on an image."""
-    return int(((x >= 0) & (x <= width) & (y >= 0) & (y <= height)).sum())
-
-
-def _boxes(regions: Regions | NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    for start in range(0, len(regions), _CHUNK):
-        part = np.arange(start, min(start + _CHUNK, len(regions)))
-        if isinstance(regions, np.ndarray):
-            yield start, regions[part]
-        else:
-            yield start, (regions if len(part) == len(regions) else regions.subset(part)).bounds
-
-
-def _extents(extent: NDArray[np.float64], width: int, height: int) -> str:
-    x0, y0, x1, y1 = extent
-    return (
-        f"Regions span x {x0:.0f} to {x1:.0f} and y {y0:.0f} to {y1:.0f}, the image x 0 to {width} and y 0 to "
-        f"{height}, in working pixels."
-    )
-
-
-_MANY = 1_000_000
+_MANY_SHAPES = 1_000_000
+_BIN_NAME = re.compile(r"_(\d{3})um(?:_labels)?$")
+_BIN_SIZES_UM = range(2, 101, 2)  # those that Space Ranger makes
+_INDICES = ("array_row", "array_col")
+_FEWEST_BINS = 9  # fewer points lie on some lattice by chance
+_RESIDUAL = 0.1  # of the pitch: an index that does not explain the centres is not their lattice
+_SQUARE = 0.05  # by how much axes may differ in length or from a right angle, and a bin's side from the pitch
+_TOLERANCE = 0.05  # of a side: what neighbours may be off
+_OFF_LATTICE = 0.1  # of a side: what a neighbour may lie beside a lattice point
+_TOUCHING = 0.5  # share of bins that touch another
+_ALONG = 0.05  # share of the touching pairs that each axis has at least
+_NEIGHBOURS = 8
+_SQUARE_BINS = 16.0  # perimeter² / area
+_MOST_INDEXED = 2**18  # shapes up to which the indices of a table cost nothing
+_STRIPS = 16  # pairs of rows of label pixels that are looked at
 
 
 def regions_of(
     sdata: SpatialData, element_key: str, *, coordinate_system: str, from_system: ArrayLike
 ) -> tuple[Lattice | Circles | Polygons | LabelGrid, pd.Index]:
-    """Regions of a shapes or labels element, in the pixels of a slide.
+    """Regions of a shapes or labels element, and their ids in the same order: the index of shapes, values of labels.
 
-    Bins of which a table in the object or its store tells the lattice (``array_row``, ``array_col``) are the turned
-    squares of that lattice, however they are drawn, in row-major order of the lattice. Everything else is taken as
-    drawn, in its own order.
-
-    Parameters
-    ----------
-    sdata
-        The object to look in; of what only the store behind it has, bins are not loaded, everything else is.
-    element_key
-        Name of the element.
-    coordinate_system
-        Coordinate system that the element shares with the slide.
-    from_system
-        Map of (x, y, 1) from there to the pixels wanted, shape (3, 3); `Slide.working_from_system` for working pixels.
-
-    Returns
-    -------
-    The regions, and their instance ids in the same order: the index of shapes, the values of labels.
-
-    Raises
-    ------
-    ElementError
-        If there is no such element, or it is not in the coordinate system.
-    ResolutionError
-        If it gets there by anything but a similarity.
-    DataError
-        If it is empty, or its geometries or ids cannot be used.
+    They are in the pixels to which ``from_system``, (3, 3), maps the coordinate system. Bins of which a table tells the
+    lattice are its turned squares in row-major order, however they are drawn; everything else is taken as drawn, in its
+    own order. Bins that only the store has are not loaded. `ElementError`: no such element, or not in the coordinate
+    system; `ResolutionError`: it gets there by no similarity; `DataError`: empty, or geometries or ids cannot be used.
     """
     element = region_element(sdata, element_key)
     to_system = affine_matrix(element, coordinate_system)
@@ -150,12 +85,15 @@ def regions_of(
     is_labels = element_key in sdata.labels
     drawn = label_ids(sdata, element_key) if is_labels else element.index
     ids = plain_ids(drawn, "Labels" if is_labels else "Shapes", element_key)
-    bins = bins_of_element(sdata, element_key, ids, coordinate_system=coordinate_system, from_system=from_system)
-    if bins is not None:
-        return bins.lattice, bins.instances
+    for link in _links(sdata, element_key, coordinate_system):
+        if same_ids(ids, link.instances):
+            bins = bins_of_table(sdata, link, coordinate_system=coordinate_system, from_system=from_system)
+            if bins is not None:
+                return bins.lattice, bins.instances
     if is_labels:
-        return regions_from_labels(sdata, element_key, ids, coordinate_system).transform(from_system), ids
-    if len(element) > _MANY:
+        matrix = label_matrix(sdata, element_key, coordinate_system)
+        return LabelGrid(lazy_labels(element), ids.to_numpy(), matrix).transform(from_system), ids
+    if len(element) > _MANY_SHAPES:
         logger.warning(
             "shapes %r: %.1f million shapes are taken as polygons, which takes gigabytes; no table has the "
             "array_row and array_col that would tell their lattice.",
@@ -164,3 +102,227 @@ def regions_of(
     shapes = element.load() if isinstance(element, StoredShapes) else element
     regions = regions_from_shapes(shapes, f"Shapes {element_key!r}")
     return regions.transform(np.asarray(from_system, dtype=np.float64) @ to_system), ids
+
+
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """Bins that a table measures, in row-major order of their lattice: squares, rows of the table, instance ids."""
+
+    lattice: Lattice
+    rows: NDArray[np.int32]
+    instances: pd.Index
+
+
+def bins_of_table(
+    sdata: SpatialData, link: TableLink, *, coordinate_system: str, from_system: ArrayLike
+) -> Bins | None:
+    """Bins that rows of a table annotate, in the pixels to which ``from_system`` maps the coordinate system.
+
+    None if the table has no indices, or they do not explain where a sample of the bins lies.
+    """
+    indices = _indices(sdata, link)
+    to_centre = None if indices is None else _fitted(sdata, link, *indices)
+    if indices is None or to_centre is None:
+        return None
+    (row, col), rows, instances = indices, link.rows, link.instances
+    after = row[1:] > row[:-1]
+    after |= (row[1:] == row[:-1]) & (col[1:] >= col[:-1])
+    if not after.all():
+        order = np.lexsort((col, row)).astype(np.int32)
+        row, col, rows, instances = row[order], col[order], rows[order], instances[order]
+    if ((row[1:] == row[:-1]) & (col[1:] == col[:-1])).any():
+        return None
+    if link.element_key in sdata.labels:
+        to_system = label_matrix(sdata, link.element_key, coordinate_system)
+    else:
+        to_system = affine_matrix(shapes_of(sdata)[link.element_key], coordinate_system)
+    matrix = np.asarray(from_system, np.float64) @ to_system @ to_centre @ HALF_PIXEL_BACK
+    return Bins(Lattice(row, col, matrix), rows, instances)
+
+
+def _links(sdata: SpatialData, element_key: str, coordinate_system: str | None) -> Iterator[TableLink]:
+    """Tables with lattice indices that annotate an element."""
+    for key, table in tables_of(sdata).items():
+        if not set(_INDICES) <= obs_names(table):
+            continue
+        try:
+            link = table_link(sdata, table_key=key, coordinate_system=coordinate_system, element_key=element_key)
+        except (ElementError, DataError):
+            continue
+        if link.element_key == element_key:
+            yield link
+
+
+def _indices(sdata: SpatialData, link: TableLink) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+    """Lattice row and column of each row of a link; None where they are not there or no whole numbers."""
+    table = tables_of(sdata)[link.table_key]
+    if not set(_INDICES) <= obs_names(table):
+        return None
+    row, col = (_index_column(table, name, link.rows) for name in _INDICES)
+    return None if row is None or col is None else (row, col)
+
+
+def _index_column(table: Table, name: str, rows: NDArray[np.int32]) -> NDArray[np.int32] | None:
+    column = pd.Series(obs_column(table, name))
+    if not pd.api.types.is_numeric_dtype(column) or column.isna().any():
+        return None
+    values = column.to_numpy()
+    index = values.astype(np.int32)
+    if not np.array_equal(index, values):
+        return None
+    return index if len(rows) == len(index) else index[rows]
+
+
+def _fitted(
+    sdata: SpatialData, link: TableLink, row: NDArray[np.int32], col: NDArray[np.int32]
+) -> NDArray[np.float64] | None:
+    """Map of (column, row, 1) to centres in the element's coordinates; None unless they are of touching squares.
+
+    The spots of Visium do not touch. Of the regions a sample is enough.
+    """
+    if link.element_key in sdata.labels:
+        labels, xy = sample_labels(sdata.labels[link.element_key])
+        ids, side = pd.Index(labels), 1.0
+    else:
+        shapes = sample_shapes(shapes_of(sdata)[link.element_key])
+        check_unique(shapes.index, f"Shapes {link.element_key!r}")
+        ids, side = shapes.index, edge_length(shapes)
+        xy = shapely.get_coordinates(shapely.centroid(shapes.geometry.to_numpy()))
+    which = ids.get_indexer(link.instances)  # the other way round would index millions
+    place = np.flatnonzero(which >= 0)
+    matrix = fit_lattice(np.stack([col[place], row[place]], axis=1), xy[which[place]])
+    if matrix is None:
+        return None
+    x, y = matrix[:2, 0], matrix[:2, 1]
+    a, b = np.hypot(*x), np.hypot(*y)
+    is_square = abs(a / b - 1) < _SQUARE and abs(x @ y) < _SQUARE * a * b and abs(side / np.sqrt(a * b) - 1) < _SQUARE
+    return matrix if is_square else None
+
+
+def fit_lattice(col_row: ArrayLike, xy: ArrayLike) -> NDArray[np.float64] | None:
+    """Map of (column, row, 1) to the centres of a lattice's points, both (n, 2), by least squares.
+
+    None if the indices do not span the plane or leave a centre more than a tenth of the pitch off.
+    """
+    points, centres = np.asarray(col_row, np.float64), np.asarray(xy, np.float64)
+    design = np.column_stack([points, np.ones(len(points))])
+    solution, _, rank, _ = np.linalg.lstsq(design, centres, rcond=None)
+    if rank < 3:
+        return None
+    matrix = np.eye(3)
+    matrix[:2] = solution.T
+    residual = float(np.abs(design @ solution - centres).max())
+    return matrix if residual <= _RESIDUAL * _pitch(matrix) else None
+
+
+def _pitch(matrix: NDArray[np.float64]) -> float:
+    """Distance of neighbouring points."""
+    return float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+
+
+def bin_size_um(element_key: str) -> int | None:
+    """Side in µm that an element of Visium HD bins has, from its name; whether it is one, `bin_lattice` tells."""
+    match = _BIN_NAME.search(element_key)
+    return int(match[1]) if match and int(match[1]) in _BIN_SIZES_UM else None
+
+
+@dataclass(frozen=True)
+class BinLattice:
+    """A lattice of touching squares."""
+
+    key: str  # the shapes or labels element
+    size_um: int  # side of a square, from that name
+    pitch: float  # side in the element's own coordinates
+    how: str  # it was found, for a message
+
+
+def bin_lattice(sdata: SpatialData, key: str, *, exact: bool = False) -> BinLattice | None:
+    """The lattice of an element that is named as Visium HD bins are (``_008um``), if it is one of touching squares.
+
+    None for circles of interest, cells, fields of view and whatever else may be named so. ``exact`` where the pitch is
+    wanted to more than a thousandth, which takes all indices of a table.
+    """
+    size = bin_size_um(key)
+    if size is None:
+        return None
+    if key in sdata.labels:
+        side = _one_pixel_each(sdata, key)
+        return None if side is None else BinLattice(key, size, side, f"{size} µm label pixels of {key!r}")
+    shapes = shapes_of(sdata).get(key)
+    if shapes is None or len(shapes) < _FEWEST_BINS:
+        return None
+    check_unique((shapes.sample if isinstance(shapes, StoredShapes) else shapes).index, f"Shapes {key!r}")
+    indexed_first = exact or len(shapes) <= _MOST_INDEXED
+    for is_indexed in (indexed_first, not indexed_first):
+        pitch = _indexed_pitch(sdata, key) if is_indexed else _drawn_pitch(neighbouring_shapes(shapes))
+        if pitch is not None:
+            method = "lattice pitch" if is_indexed else "neighbour distance"
+            return BinLattice(key, size, pitch, f"{method} of the {size} µm bins {key!r}")
+    return None
+
+
+def _indexed_pitch(sdata: SpatialData, element_key: str) -> float | None:
+    """Pitch of shapes in their own units, from the first table with indices."""
+    for link in _links(sdata, element_key, None):
+        indices = _indices(sdata, link)
+        if indices is not None and len(indices[0]) >= _FEWEST_BINS:
+            matrix = _fitted(sdata, link, *indices)
+            return None if matrix is None else _pitch(matrix)
+    return None
+
+
+def _drawn_pitch(shapes: GeoDataFrame) -> float | None:
+    """Pitch of shapes that are squares, or circles as wide, of one size and touching on a square lattice."""
+    geometry = shapes.geometry.to_numpy()
+    if len(geometry) < _FEWEST_BINS or not _are_equal_squares(shapes):
+        return None
+    return _grid_pitch(shapely.get_coordinates(shapely.centroid(geometry)), edge_length(shapes))
+
+
+def _are_equal_squares(shapes: GeoDataFrame) -> bool:
+    sample = shapes.iloc[sample_positions(len(shapes))]
+    if "radius" in sample:
+        side = 2 * sample["radius"].to_numpy(np.float64)
+    else:
+        geometry = sample.geometry.to_numpy()
+        area = shapely.area(geometry)
+        if not (area > 0).all() or np.abs(shapely.length(geometry) ** 2 / area / _SQUARE_BINS - 1).max() > _TOLERANCE:
+            return False
+        side = np.sqrt(area)
+    return bool(side.min() > 0 and side.max() / side.min() - 1 < _TOLERANCE)
+
+
+def _grid_pitch(xy: NDArray[np.float64], side: float) -> float | None:
+    """Distance of neighbours, if points (n, 2) lie on a square lattice whose pitch is the side of what is drawn there.
+
+    Gaps do not matter as long as half of the points have a neighbour.
+    """
+    if not np.isfinite(xy).all():
+        return None
+    centres = xy[sample_positions(len(xy))]
+    distance, which = cKDTree(xy).query(centres, k=min(_NEIGHBOURS + 1, len(xy)))
+    step = (xy[which[:, 1:]] - centres[:, None]) @ np.array([1, 1j])
+    touches = np.abs(distance[:, 1:] / side - 1) < _TOLERANCE
+    if touches.any(axis=1).mean() < _TOUCHING or distance[:, 1].min() < side * (1 - _TOLERANCE):
+        return None
+    pitch = float(np.abs(step[touches]).mean())
+    quarter = ((step[touches] / np.abs(step[touches])) ** 4).mean()  # turns by 90° coincide
+    grid = step * np.exp(-0.25j * np.angle(quarter)) / pitch
+    along = np.abs(grid[touches].real).round().mean()
+    if not _ALONG < along < 1 - _ALONG:
+        return None
+    near = grid[distance[:, 1:] < 2.5 * side]
+    off = np.maximum(np.abs(near.real - near.real.round()), np.abs(near.imag - near.imag.round()))
+    return pitch if np.mean(off < _OFF_LATTICE) > 1 - _ALONG / 5 else None
+
+
+def _one_pixel_each(sdata: SpatialData, key: str) -> float | None:
+    """1, the side of a label pixel, if every region of a labels element is one pixel and touches others."""
+    labels = lazy_labels(sdata.labels[key])
+    tops = np.unique(np.linspace(0, max(0, labels.shape[0] - 2), _STRIPS).astype(int) // 2 * 2)
+    rows = np.concatenate([labels[top : top + 2] for top in tops])
+    filled = rows[rows != 0]
+    if len(filled) < _FEWEST_BINS or len(np.unique(filled)) < len(filled):
+        return None
+    touching = (rows[:, 1:] != 0) & (rows[:, :-1] != 0)
+    return 1.0 if touching.sum() >= _TOUCHING * len(filled) / 2 else None

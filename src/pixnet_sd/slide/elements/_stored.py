@@ -1,10 +1,9 @@
-"""Elements of a written store that are not in memory: which there are, and how to read some of them alone.
+"""Shapes and tables of an object, those in memory and those that only the store behind it has.
 
-Shapes that are on disk and not in memory: millions of bins of which some thousand tell all there is to know.
-
-Tables that are on disk and not in memory, and what is asked of tables of either kind.
-
-The short way into a written store: everything that costs little memory, and the rest left where it is.
+`open_store` leaves on disk what is big, and ``spatialdata.read_zarr(..., selection=...)`` what was not asked for. So
+everybody asks `shapes_of` and `tables_of`, never the object itself: what is in memory comes as it is, the rest as
+`StoredShapes` and `StoredTable`, which read what is asked for. What counts as left on disk is decided in
+`_left_on_disk` alone, and looked up in the store at every call, because results and other processes add to it.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
+from anndata.io import read_elem, sparse_dataset
 from numpy.typing import NDArray
 from spatialdata import SpatialData, read_zarr
 
@@ -34,403 +33,55 @@ from pixnet_sd.errors import StoreError
 if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
-    from spatialdata import SpatialData
 
-__all__ = [
-    "SAMPLE",
-    "StoredShapes",
-    "StoredTable",
-    "Table",
-    "elements_on_disk",
-    "leave_on_disk",
-    "neighbouring_shapes",
-    "obs_column",
-    "obs_names",
-    "open_store",
-    "read_part",
-    "sample_positions",
-    "sample_shapes",
-    "shapes_of",
-    "skeleton",
-    "tables_of",
-    "var_column",
-    "var_columns_of",
-    "without_region_warnings",
-]
-
-_left: WeakKeyDictionary[SpatialData, dict[str, set[str]]] = WeakKeyDictionary()
+_LEFT = "_pixnet_sd_left"  # attribute of an object: names by group of what `open_store` left on disk; copies keep it
+_SMALL_BYTES = 2**25  # of an element that `open_store` loads
+_BYTES_A_SHAPE, _BYTES_A_ROW = 500, 200  # in memory: a quadrangle; a name and some columns
+_SAMPLE = 5000
+_STRETCH = 2**14  # shapes in the order of the file that are looked at for neighbours
+_SAMPLED_GROUPS = 16  # groups of rows of a file that a sample is taken from; each is read whole
+_MANY_SHAPES = 2**17
+_BATCH_ROWS = 2**16
+_FILE = "shapes.parquet"
 
 
-def leave_on_disk(sdata: SpatialData, kind: str, keys: Iterable[str]) -> None:
-    """Note that these elements were left out of an object on purpose, although it holds others of the kind."""
-    _left.setdefault(sdata, {})[kind] = set(keys)
+def _left_on_disk(sdata: SpatialData, group: str, file: str) -> dict[str, Path]:
+    """Folders of the shapes or tables, told by a file in them, that the store has and the object was opened without.
 
-
-def elements_on_disk(sdata: SpatialData, kind: str, file: str) -> dict[str, Path]:
-    """Elements that the store behind an object has and the object was opened without.
-
-    An object that holds elements of the kind was opened with them, and what it lacks was taken out of it, unless
-    `open_store` noted otherwise. Results of this package do not matter for that, and are always found.
-
-    Parameters
-    ----------
-    sdata
-        The object; without a store, or with one that is not a local folder, there are none.
-    kind
-        ``"shapes"`` or ``"tables"``.
-    file
-        What the folder of such an element holds: folders without it are none.
-
-    Returns
-    -------
-    Their folders by name.
+    These are what `open_store` left. An object that was opened otherwise and holds elements of the type was opened with
+    them, and what it lacks was taken out of it. Results of this package do not count for that, and are always there.
     """
     if not isinstance(sdata.path, Path):
         return {}
-    folder, in_memory = sdata.path / kind, getattr(sdata, kind)
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    there = {path.name: path for path in found if path.name not in in_memory and (path / file).exists()}
-    if sdata in _left:
-        wanted = _left[sdata].get(kind, set())
-        return {key: path for key, path in there.items() if key in wanted or _is_result(sdata, sdata.path, key)}
-    if any(not _is_result(sdata, sdata.path, key) for key in in_memory):
-        return {key: path for key, path in there.items() if _is_result(sdata, sdata.path, key)}
-    return there
+    in_memory = getattr(sdata, group)
+    folders = sorted(path for path in (sdata.path / group).glob("*") if path.name not in in_memory)
+    stored = {path.name: path for path in folders if (path / file).exists()}
+    left: Mapping[str, Iterable[str]] | None = getattr(sdata, _LEFT, None)
+    if left is None and all(_is_result(sdata, sdata.path, key) for key in in_memory):
+        return stored
+    wanted = set() if left is None else set(left[group])
+    return {key: path for key, path in stored.items() if key in wanted or _is_result(sdata, sdata.path, key)}
 
 
 def _is_result(sdata: SpatialData, store: Path, key: str) -> bool:
     """Whether a table, or the shapes made with one, was written by this package."""
-    for name in (key, key.removesuffix("_shapes")):
-        if name in sdata.tables and "pixnet_sd" in sdata.tables[name].uns:
-            return True
-        if (store / "tables" / name / "uns" / "pixnet_sd").is_dir():
-            return True
-    return False
+    return any(
+        (name in sdata.tables and "pixnet_sd" in sdata.tables[name].uns)
+        or (store / "tables" / name / "uns" / "pixnet_sd").is_dir()
+        for name in (key, key.removesuffix("_shapes"))
+    )
 
 
-def read_part(store: Path, parts: Mapping[str, Iterable[str]]) -> SpatialData:
-    """Some elements of a store, read into memory by spatialdata's own reader, and nothing else of it.
-
-    Parameters
-    ----------
-    store
-        The store.
-    parts
-        Names of shapes and tables by kind.
-    """
-    with TemporaryDirectory() as folder:
-        scratch = Path(folder) / "part.zarr"
-        skeleton(store, scratch, parts)
-        for kind, keys in parts.items():
-            for key in keys:
-                (scratch / kind / key).symlink_to((store / kind / key).resolve(), target_is_directory=True)
-        with without_region_warnings():
-            return read_zarr(scratch)
-
-
-@contextmanager
-def without_region_warnings() -> Iterator[None]:
-    """Keep spatialdata from warning of tables whose regions are not in the object: they are in the store."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The table is annotating")
-        yield
-
-
-def skeleton(store: Path, scratch: Path, kinds: Iterable[str]) -> zarr.Group:
-    """Start a store of the same format and attributes without elements."""
-    like = zarr.open_group(store, mode="r")
-    root = zarr.open_group(scratch, mode="w", zarr_format=like.metadata.zarr_format)
-    root.attrs.update(like.attrs.asdict())
-    for kind in kinds:
-        root.create_group(kind)
-    return root
-
-
-SAMPLE = 5000
-STRETCH = 2**14  # shapes in the order of the file that are looked at for neighbours
-_SAMPLED_GROUPS = 16  # parts of a file that a sample is taken from; each is read whole
-_FILE = "shapes.parquet"
-_MANY = 2**17
-_BATCH_ROWS = 2**16
-_BYTES_A_SHAPE = 500  # a quadrangle
-
-
-def sample_positions(n: int) -> NDArray[np.int64]:
-    """Positions, at most `SAMPLE` of them, spread evenly over n, ascending."""
-    return np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
-
-
-@dataclass(frozen=True)
-class StoredShapes:
-    """A shapes element of a store, of which only what is asked for is read.
-
-    Attributes
-    ----------
-    path
-        Its folder, ``{store}/shapes/{key}``.
-    """
-
-    path: Path
-
-    @cached_property
-    def _file(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.path / _FILE)
-
-    def __len__(self) -> int:
-        return int(self._file.metadata.num_rows)
-
-    @property
-    def n_bytes(self) -> int:
-        """Roughly what it takes in memory."""
-        return len(self) * _BYTES_A_SHAPE
-
-    @property
-    def sample(self) -> GeoDataFrame:
-        """At most 5,000 of the shapes, spread over all, with the element's transformations."""
-        return _sampled(self, self._version())
-
-    @property
-    def stretch(self) -> GeoDataFrame:
-        """Shapes that follow one another in the file, from its middle: of bins, some rows of their lattice."""
-        return _stretched(self, self._version())
-
-    def _version(self) -> tuple[int, ...]:
-        """Dates and size of the file: one that changed is read again."""
-        about = (self.path / _FILE).stat()
-        return about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino
-
-    @property
-    def index(self) -> pd.Index:
-        """Names of all shapes."""
-        name, index = self._index
-        if name is None:
-            return index
-        return pd.Index(self._file.read([name])[name].to_numpy())
-
-    @property
-    def _index(self) -> tuple[str | None, pd.Index]:
-        """Column with the names of shapes; None and the names themselves where they are counted and not written."""
-        columns = (self._file.schema_arrow.pandas_metadata or {}).get("index_columns", [])
-        if columns and isinstance(columns[0], str):
-            return columns[0], pd.RangeIndex(0)
-        span = columns[0] if columns else {"start": 0, "stop": len(self), "step": 1}
-        return None, pd.RangeIndex(span["start"], span["stop"], span["step"])
-
-    def load(self) -> GeoDataFrame:
-        """All shapes, in memory."""
-        return read_part(self.path.parents[1], {"shapes": [self.path.name]}).shapes[self.path.name]
-
-
-@lru_cache(maxsize=16)
-def _sampled(shapes: StoredShapes, version: tuple[int, ...]) -> GeoDataFrame:  # noqa: ARG001
-    groups, start, n_rows = _groups(shapes._file)
-    wanted = sample_positions(n_rows.sum())
-    sample = _read(shapes, groups, wanted)
-    name, index = shapes._index
-    if name is None:
-        before = np.cumsum(n_rows) - n_rows
-        of = np.searchsorted(before, wanted, side="right") - 1
-        sample.index = index[wanted + (start - before)[of]]
-    return sample
-
-
-@lru_cache(maxsize=4)
-def _stretched(shapes: StoredShapes, version: tuple[int, ...]) -> GeoDataFrame:  # noqa: ARG001
-    groups, _, n_rows = _groups(shapes._file)
-    middle = len(groups) // 2
-    first = max(0, (int(n_rows[middle]) - STRETCH) // 2)
-    return _read(shapes, groups[middle : middle + 1], np.arange(first, min(first + STRETCH, int(n_rows[middle]))))
-
-
-def _read(shapes: StoredShapes, groups: list[int], wanted: NDArray[np.int64]) -> GeoDataFrame:
-    """Some shapes, counted over some groups of rows, with the element's transformations."""
-    from spatialdata import read_zarr
-
-    store, key = shapes.path.parents[1], shapes.path.name
-    with TemporaryDirectory() as folder:
-        scratch = Path(folder) / "sample.zarr"
-        group = skeleton(store, scratch, []).create_group(f"shapes/{key}")
-        group.attrs.update(zarr.open_group(shapes.path, mode="r").attrs.asdict())
-        with pq.ParquetFile(shapes.path / _FILE) as file:
-            taken = pa.Table.from_batches(_take(file, groups, wanted), file.schema_arrow)
-            pq.write_table(taken, scratch / "shapes" / key / _FILE)
-        found: Any = read_zarr(scratch).shapes[key]
-    return found
-
-
-def _groups(file: pq.ParquetFile) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]]:
-    """Groups of rows of a file, spread evenly over it, with their first rows and sizes."""
-    n_rows = np.array([file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)])
-    chosen = np.flatnonzero(n_rows)
-    chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), _SAMPLED_GROUPS)).astype(np.int64))]
-    return chosen.tolist(), (np.cumsum(n_rows) - n_rows)[chosen], n_rows[chosen]
-
-
-def _take(file: pq.ParquetFile, groups: list[int], wanted: NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
-    """The wanted rows of some groups, counted over these groups only."""
-    start = 0
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
-        low, high = np.searchsorted(wanted, (start, start + len(batch)))
-        yield batch.take(pa.array(wanted[low:high] - start))
-        start += len(batch)
-
-
-def shapes_of(sdata: SpatialData) -> dict[str, GeoDataFrame | StoredShapes]:
+def shapes_of(sdata: SpatialData) -> dict[str, Shapes]:
     """Every shapes element of an object: those in memory, and those that only the store behind it has."""
-    stored = {key: StoredShapes(path) for key, path in elements_on_disk(sdata, "shapes", _FILE).items()}
+    stored = {key: StoredShapes(path) for key, path in _left_on_disk(sdata, "shapes", _FILE).items()}
     return {**sdata.shapes, **stored}
-
-
-def sample_shapes(shapes: GeoDataFrame | StoredShapes) -> GeoDataFrame:
-    """At most 5,000 shapes of an element, spread evenly over all."""
-    return shapes.sample if isinstance(shapes, StoredShapes) else shapes.iloc[sample_positions(len(shapes))]
-
-
-def neighbouring_shapes(shapes: GeoDataFrame | StoredShapes) -> GeoDataFrame:
-    """All shapes of an element, or, of very many, some that follow one another, which of bins are neighbours."""
-    if isinstance(shapes, StoredShapes):
-        return shapes.stretch
-    first = (len(shapes) - STRETCH) // 2
-    return shapes if len(shapes) <= _MANY else shapes.iloc[first : first + STRETCH]
-
-
-_BYTES_A_ROW = 200  # a name and some columns
-
-
-class _Elements(Mapping[str, Any]):
-    """Elements of a group, each read when asked for."""
-
-    def __init__(self, group: zarr.Group) -> None:
-        self._group = group
-
-    def __getitem__(self, key: str) -> Any:
-        from anndata.io import read_elem
-
-        return read_elem(self._group[key])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._group)
-
-    def __len__(self) -> int:
-        return len(list(self._group))
-
-
-@dataclass(frozen=True)
-class StoredTable:
-    """A table of a store, of which only what is asked for is read; names of its rows never are.
-
-    Attributes
-    ----------
-    path
-        Its folder, ``{store}/tables/{key}``.
-    """
-
-    path: Path
-
-    @cached_property
-    def _group(self) -> zarr.Group:
-        return zarr.open_group(self.path, mode="r")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and genes."""
-        x: Any = self._group["X"]
-        n_obs, n_vars = x.shape if isinstance(x, zarr.Array) else x.attrs["shape"]
-        return int(n_obs), int(n_vars)
-
-    @property
-    def n_obs(self) -> int:
-        """Number of rows."""
-        return self.shape[0]
-
-    @property
-    def n_vars(self) -> int:
-        """Number of genes."""
-        return self.shape[1]
-
-    @cached_property
-    def var_names(self) -> pd.Index:
-        """Genes."""
-        var: Any = self._group["var"]
-        return pd.Index(_Elements(var)[var.attrs["_index"]])
-
-    @property
-    def var(self) -> Mapping[str, Any]:
-        """Columns that describe genes, each read when asked for."""
-        group: Any = self._group["var"]
-        return _Elements(group)
-
-    @property
-    def var_columns(self) -> list[str]:
-        """Names of these columns."""
-        columns: Any = self._group["var"].attrs["column-order"]
-        return list(columns)
-
-    @property
-    def uns(self) -> Mapping[str, Any]:
-        """Unstructured annotation, each entry read when asked for."""
-        uns: Any = self._group.get("uns")
-        return {} if uns is None else _Elements(uns)
-
-    @property
-    def obs(self) -> Mapping[str, Any]:
-        """Columns that describe rows, each read when asked for."""
-        group: Any = self._group["obs"]
-        return _Elements(group)
-
-    @property
-    def obs_columns(self) -> set[str]:
-        """Names of these columns."""
-        columns: Any = self._group["obs"].attrs["column-order"]
-        return set(columns)
-
-    @property
-    def X(self) -> Any:
-        """Matrix on disk: AnnData's handle of a sparse one, the Zarr array of a dense one."""
-        from anndata.io import sparse_dataset
-
-        x: Any = self._group["X"]
-        return x if isinstance(x, zarr.Array) else sparse_dataset(x)
-
-    @property
-    def n_bytes(self) -> int:
-        """Roughly what it takes in memory."""
-        x: Any = self._group["X"]
-        parts = [x] if isinstance(x, zarr.Array) else [x[name] for name in ("data", "indices", "indptr")]
-        return sum(part.nbytes for part in parts) + self.n_obs * _BYTES_A_ROW
-
-
-Table: TypeAlias = "AnnData | StoredTable"
-"""A table in memory, or one that is not."""
 
 
 def tables_of(sdata: SpatialData) -> dict[str, Table]:
     """Every table of an object: those in memory, and those that only the store behind it has."""
-    stored = {key: StoredTable(path) for key, path in elements_on_disk(sdata, "tables", "X").items()}
+    stored = {key: StoredTable(path) for key, path in _left_on_disk(sdata, "tables", "X").items()}
     return {**sdata.tables, **stored}
-
-
-def obs_names(table: Table) -> set[str]:
-    """Names of the columns that describe rows."""
-    return table.obs_columns if isinstance(table, StoredTable) else set(table.obs.columns)
-
-
-def obs_column(table: Table, name: str) -> Any:
-    """One of these columns: a NumPy or pandas array."""
-    return table.obs[name] if isinstance(table, StoredTable) else table.obs[name].array
-
-
-def var_columns_of(table: Table) -> list[str]:
-    """Names of the columns that describe genes."""
-    return table.var_columns if isinstance(table, StoredTable) else list(table.var.columns)
-
-
-def var_column(table: Table, name: str) -> Any:
-    """One of these columns: a NumPy or pandas array."""
-    return table.var[name] if isinstance(table, StoredTable) else table.var[name].array
-
-
-_SMALL_BYTES = 2**25
 
 
 @checked(StoreError)
@@ -456,8 +107,6 @@ def open_store(path: str | Path) -> SpatialData:
     StoreError
         If there is no store.
     """
-    from spatialdata import read_zarr
-
     store = Path(path).expanduser()
     if not ((store / "zarr.json").is_file() or (store / ".zgroup").is_file()):
         raise StoreError(
@@ -466,21 +115,275 @@ def open_store(path: str | Path) -> SpatialData:
         )
     sdata = read_zarr(store, selection=("images", "labels", "points"))
     stored: dict[str, Mapping[str, Any]] = {"shapes": shapes_of(sdata), "tables": tables_of(sdata)}
-    small = {kind: [key for key, element in there.items() if _is_small(element)] for kind, there in stored.items()}
-    part = read_part(store, small)
-    with without_region_warnings():
-        for kind, keys in small.items():
+    left = {group: [key for key in stored[group] if stored[group][key].n_bytes > _SMALL_BYTES] for group in stored}
+    small = {group: [key for key in stored[group] if key not in left[group]] for group in stored}
+    loaded = read_elements(store, small)
+    with _no_region_warnings():
+        for group, keys in small.items():
             for key in keys:
-                getattr(sdata, kind)[key] = part[key]
-    left = {kind: [key for key in there if key not in small[kind]] for kind, there in stored.items()}
-    for kind, keys in left.items():
-        leave_on_disk(sdata, kind, keys)
+                getattr(sdata, group)[key] = loaded[key]
+    setattr(sdata, _LEFT, left)
     if any(left.values()):
-        logger.info(
-            "left on disk, to be read when needed: %s", ", ".join(key for keys in left.values() for key in keys)
-        )
+        logger.info("left on disk, to be read when needed: %s", ", ".join([*left["shapes"], *left["tables"]]))
     return sdata
 
 
-def _is_small(element: StoredTable | StoredShapes) -> bool:
-    return element.n_bytes <= _SMALL_BYTES
+def read_elements(store: Path, keys: Mapping[str, Iterable[str]]) -> SpatialData:
+    """Read elements of a store, named by group of it, with spatialdata's own reader, and nothing else."""
+    with TemporaryDirectory() as folder:
+        scratch = Path(folder) / "part.zarr"
+        root = _skeleton(store, scratch)
+        for group in keys:
+            root.create_group(group)
+            for key in keys[group]:
+                (scratch / group / key).symlink_to((store / group / key).resolve(), target_is_directory=True)
+        with _no_region_warnings():
+            return read_zarr(scratch)
+
+
+@contextmanager
+def _no_region_warnings() -> Iterator[None]:
+    """Keep spatialdata from warning of tables whose regions are not in the object: they are in the store."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The table is annotating")
+        yield
+
+
+def _skeleton(store: Path, scratch: Path) -> zarr.Group:
+    """Start a store of the same format and attributes without elements."""
+    like = zarr.open_group(store, mode="r")
+    root = zarr.open_group(scratch, mode="w", zarr_format=like.metadata.zarr_format)
+    root.attrs.update(like.attrs.asdict())
+    return root
+
+
+def sample_positions(n: int) -> NDArray[np.int64]:
+    """Positions, at most 5,000, spread evenly over n, ascending."""
+    return _spread(n, _SAMPLE)
+
+
+def _spread(n: int, at_most: int) -> NDArray[np.int64]:
+    return np.unique(np.linspace(0, n - 1, min(n, at_most)).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class StoredShapes:
+    """A shapes element of a store, ``{store}/shapes/{key}``, of which only what is asked for is read."""
+
+    path: Path
+
+    @cached_property
+    def _file(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self.path / _FILE)
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    @property
+    def n_bytes(self) -> int:
+        """Roughly what it takes in memory."""
+        return len(self) * _BYTES_A_SHAPE
+
+    @property
+    def sample(self) -> GeoDataFrame:
+        """At most 5,000 of the shapes, spread over all, with the element's transformations."""
+        return _read_some(self, self._version(), in_sequence=False)
+
+    @property
+    def stretch(self) -> GeoDataFrame:
+        """Shapes that follow one another in the file, from its middle: of bins, some rows of their lattice."""
+        return _read_some(self, self._version(), in_sequence=True)
+
+    def _version(self) -> tuple[int, ...]:
+        """Dates and size of the file: one that changed is read again."""
+        about = (self.path / _FILE).stat()
+        return about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino
+
+    @property
+    def index(self) -> pd.Index:
+        """Names of all shapes."""
+        name, index = self._index
+        return index if name is None else pd.Index(self._file.read([name])[name].to_numpy())
+
+    @property
+    def _index(self) -> tuple[str | None, pd.Index]:
+        """Column with the names of shapes; None and the names themselves where they are counted and not written."""
+        columns = (self._file.schema_arrow.pandas_metadata or {}).get("index_columns", [])
+        if columns and isinstance(columns[0], str):
+            return columns[0], pd.RangeIndex(0)
+        span = columns[0] if columns else {"start": 0, "stop": len(self), "step": 1}
+        return None, pd.RangeIndex(span["start"], span["stop"], span["step"])
+
+    def load(self) -> GeoDataFrame:
+        """All shapes, in memory."""
+        return read_elements(self.path.parents[1], {"shapes": [self.path.name]}).shapes[self.path.name]
+
+
+Shapes: TypeAlias = "GeoDataFrame | StoredShapes"
+"""Shapes in memory, or shapes that are not."""
+
+
+@lru_cache(maxsize=16)
+def _read_some(shapes: StoredShapes, version: tuple[int, ...], *, in_sequence: bool) -> GeoDataFrame:  # noqa: ARG001
+    """Shapes spread over groups of rows of the file, or a sequence from the middle group, with transformations."""
+    metadata = shapes._file.metadata
+    n_rows = np.array([metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)])
+    filled = np.flatnonzero(n_rows)
+    groups = filled[_spread(len(filled), _SAMPLED_GROUPS)]
+    if in_sequence:
+        groups = groups[[len(groups) // 2]]
+        first = max(0, (n_rows[groups[0]] - _STRETCH) // 2)
+        positions = np.arange(first, min(first + _STRETCH, n_rows[groups[0]]))
+    else:
+        positions = sample_positions(n_rows[groups].sum())
+    rows = _read_rows(shapes, groups.tolist(), positions)
+    name, index = shapes._index
+    if name is None:  # counted: where in the file each of the positions is
+        before = np.cumsum(n_rows[groups]) - n_rows[groups]
+        group = np.searchsorted(before, positions, side="right") - 1
+        rows.index = index[positions - before[group] + (np.cumsum(n_rows) - n_rows)[groups][group]]
+    return rows
+
+
+def _read_rows(shapes: StoredShapes, groups: list[int], positions: NDArray[np.int64]) -> GeoDataFrame:
+    """Shapes at ascending positions, counted over groups of rows."""
+    store, key = shapes.path.parents[1], shapes.path.name
+    with TemporaryDirectory() as folder:
+        scratch = Path(folder) / "sample.zarr"
+        group = _skeleton(store, scratch).create_group(f"shapes/{key}")
+        group.attrs.update(zarr.open_group(shapes.path, mode="r").attrs.asdict())
+        with pq.ParquetFile(shapes.path / _FILE) as file:
+            batches, start = [], 0
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
+                low, high = np.searchsorted(positions, (start, start + len(batch)))
+                batches.append(batch.take(pa.array(positions[low:high] - start)))
+                start += len(batch)
+            pq.write_table(pa.Table.from_batches(batches, file.schema_arrow), scratch / "shapes" / key / _FILE)
+        rows: Any = read_zarr(scratch).shapes[key]
+    return rows
+
+
+def sample_shapes(shapes: Shapes) -> GeoDataFrame:
+    """At most 5,000 shapes of an element, spread evenly over all."""
+    return shapes.sample if isinstance(shapes, StoredShapes) else shapes.iloc[sample_positions(len(shapes))]
+
+
+def neighbouring_shapes(shapes: Shapes) -> GeoDataFrame:
+    """All shapes of an element, or, of very many, some that follow one another, which of bins are neighbours."""
+    if isinstance(shapes, StoredShapes):
+        return shapes.stretch
+    first = (len(shapes) - _STRETCH) // 2
+    return shapes if len(shapes) <= _MANY_SHAPES else shapes.iloc[first : first + _STRETCH]
+
+
+class _Elements(Mapping[str, Any]):
+    """Elements of a group of a table, columns of a data frame say, each read when asked for."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __getitem__(self, key: str) -> Any:
+        return read_elem(self._group[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(list(self._group))
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns of a data frame."""
+        return list(self._group.attrs["column-order"])
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """A table of a store, ``{store}/tables/{key}``, of which only what is asked for is read; row names never are.
+
+    Attributes are those of `anndata.AnnData`, with mappings of columns for data frames.
+    """
+
+    path: Path
+
+    @cached_property
+    def _group(self) -> Any:
+        return zarr.open_group(self.path, mode="r")
+
+    @property
+    def n_obs(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
+
+    @property
+    def n_vars(self) -> int:
+        """Number of genes."""
+        return self.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and genes."""
+        x = self._group["X"]
+        n_obs, n_vars = x.shape if isinstance(x, zarr.Array) else x.attrs["shape"]
+        return int(n_obs), int(n_vars)
+
+    @property
+    def X(self) -> Any:
+        """Matrix on disk: AnnData's handle of a sparse one, the Zarr array of a dense one."""
+        x = self._group["X"]
+        return x if isinstance(x, zarr.Array) else sparse_dataset(x)
+
+    @cached_property
+    def var_names(self) -> pd.Index:
+        """Genes."""
+        return pd.Index(self.var[self._group["var"].attrs["_index"]])
+
+    @property
+    def var(self) -> _Elements:
+        """Columns that describe genes."""
+        return _Elements(self._group["var"])
+
+    @property
+    def obs(self) -> _Elements:
+        """Columns that describe rows."""
+        return _Elements(self._group["obs"])
+
+    @property
+    def uns(self) -> Mapping[str, Any]:
+        """Unstructured annotation."""
+        return _Elements(self._group["uns"]) if "uns" in self._group else {}
+
+    @property
+    def n_bytes(self) -> int:
+        """Roughly what it takes in memory."""
+        x = self._group["X"]
+        arrays = [x] if isinstance(x, zarr.Array) else [x[name] for name in ("data", "indices", "indptr")]
+        return sum(array.nbytes for array in arrays) + self.n_obs * _BYTES_A_ROW
+
+
+Table: TypeAlias = "AnnData | StoredTable"
+"""A table in memory, or one that is not."""
+
+
+def obs_names(table: Table) -> set[str]:
+    """Names of the columns that describe rows."""
+    return set(table.obs.columns)
+
+
+def obs_column(table: Table, name: str) -> Any:
+    """One of these columns: a NumPy or pandas array."""
+    return _as_array(table.obs[name])
+
+
+def var_columns_of(table: Table) -> list[str]:
+    """Names of the columns that describe genes."""
+    return list(table.var.columns)
+
+
+def var_column(table: Table, name: str) -> Any:
+    """One of these columns: a NumPy or pandas array."""
+    return _as_array(table.var[name])
+
+
+def _as_array(column: Any) -> Any:
+    return column.array if isinstance(column, pd.Series) else column

@@ -1,25 +1,24 @@
-"""The slide image: its levels, pixels, chunks, and exact resampling."""
+"""The slide image: its levels, pixels, files, and exact resampling."""
 
 from __future__ import annotations
 
-from ._chunks import StoredRows, check_sources, guards_of
-from ._image import ImageLevel, ImagePyramid, is_cheap_to_look_at, largest_block_px, stored_array
-from ._pixels import Naming, coarsest, computed, is_bright_field, levels_of, naming_of, pixel_sample
+from ._arrays import GuardedArray, computed, loaded_px, stored_array
+from ._image import HUGE_BLOCK_PX, ImageLevel, ImagePyramid, is_cheap_to_look_at
+from ._pixels import Naming, coarsest, is_bright_field, levels_of, naming_of, pixel_sample
 from ._resample import make_taps, resample
 
 __all__ = [
+    "HUGE_BLOCK_PX",
+    "GuardedArray",
     "ImageLevel",
     "ImagePyramid",
     "Naming",
-    "StoredRows",
-    "check_sources",
     "coarsest",
     "computed",
-    "guards_of",
     "is_bright_field",
     "is_cheap_to_look_at",
-    "largest_block_px",
     "levels_of",
+    "loaded_px",
     "make_taps",
     "naming_of",
     "pixel_sample",

@@ -1,16 +1,13 @@
-"""A look at some pixels of an image: whether it is bright-field, and of which range its values are.
+"""What pixels and channel names of an image say: bright-field or not, which channels are colours, 8 bits or not.
 
-Which channels of an image are red, green and blue, by their names and, where these do not say, by its pixels.
-
-Pixels that are not RGB of 8 bits, and the lines that make them so.
+An image that is not RGB uint8 is refused with the lines that convert it: a guess would change colours silently.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from dask.array import Array as DaskArray
@@ -21,35 +18,24 @@ from xarray import DataArray
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import DataError
 
+from ._arrays import computed
+
 if TYPE_CHECKING:
     from xarray import DataTree
-
-__all__ = [
-    "Naming",
-    "check_uint8",
-    "coarsest",
-    "computed",
-    "is_bright_field",
-    "levels_of",
-    "naming_of",
-    "pixel_sample",
-    "rgb_channels",
-    "shown_names",
-]
 
 _WHOLE_PX = 2**20  # a level of so many pixels is read whole
 _WINDOW_PX, _WINDOWS = 128, 6  # of a larger one, windows spread over it, so many along each side
 _BRIGHT, _WHITE, _DARK = 90.0, 110.0, 80.0  # of 255
 _ENOUGH = 2**16  # pixels that tell
-_MOST_KEPT = 8
-_kept: dict[str, NDArray[Any]] = {}  # by the name that dask gives to what is computed
 _SEEN = 0.001  # share of pixels that are not black, below which nothing can be told
+_MOST_KEPT = 8
+_kept: dict[str, NDArray[Any]] = {}  # samples by the name that dask gives to what is computed
 
 
 def levels_of(element: DataArray | DataTree) -> list[DataArray]:
     """Levels of an image, finest first."""
-    found = [element] if isinstance(element, DataArray) else list(get_pyramid_levels(element))
-    return sorted(found, key=lambda level: -level.sizes["y"] * level.sizes["x"])
+    levels = [element] if isinstance(element, DataArray) else list(get_pyramid_levels(element))
+    return sorted(levels, key=lambda level: -level.sizes["y"] * level.sizes["x"])
 
 
 def coarsest(element: DataArray | DataTree, at_least_px: int = 1) -> DataArray:
@@ -59,19 +45,13 @@ def coarsest(element: DataArray | DataTree, at_least_px: int = 1) -> DataArray:
     return large[-1] if large else levels[0]
 
 
-def computed(data: Any) -> NDArray[Any]:
-    """Pixels in memory, never by a distributed client that is open by chance."""
-    return np.asarray(data.compute(scheduler="threads") if isinstance(data, DaskArray) else data)
-
-
 def pixel_sample(element: DataArray | DataTree) -> NDArray[Any]:
     """Pixels from all over the coarsest level, shape (channels, n).
 
     A level that is computed from a finer one takes all of that, so those of the last few images are kept.
     """
     level = coarsest(element).transpose("c", "y", "x")
-    is_derived = isinstance(level.data, DaskArray) and not level.data.name.startswith(("from-zarr", "array"))
-    if not is_derived:
+    if not isinstance(level.data, DaskArray) or level.data.name.startswith(("from-zarr", "array")):
         return _sample(level)
     name = level.data.name
     if name not in _kept:
@@ -82,33 +62,19 @@ def pixel_sample(element: DataArray | DataTree) -> NDArray[Any]:
 
 
 def _sample(level: DataArray) -> NDArray[Any]:
-    height, width = level.sizes["y"], level.sizes["x"]
-    if height * width <= _WHOLE_PX:
-        return computed(level.data).reshape(level.sizes["c"], -1)
-    windows = [
-        computed(level.data[:, top : top + _WINDOW_PX, left : left + _WINDOW_PX]).reshape(level.sizes["c"], -1)
-        for top in _starts(height)
-        for left in _starts(width)
-    ]
-    return np.concatenate(windows, axis=1)
-
-
-def _starts(size: int) -> list[int]:
-    return np.unique(np.linspace(0, max(0, size - _WINDOW_PX), _WINDOWS).astype(int)).tolist()
+    n_channels, *size = level.shape
+    if size[0] * size[1] <= _WHOLE_PX:
+        return computed(level.data).reshape(n_channels, -1)
+    tops, lefts = (np.unique(np.linspace(0, max(0, n - _WINDOW_PX), _WINDOWS).astype(int)).tolist() for n in size)
+    windows = [level.data[:, top : top + _WINDOW_PX, left : left + _WINDOW_PX] for top in tops for left in lefts]
+    return np.concatenate([computed(window).reshape(n_channels, -1) for window in windows], axis=1)
 
 
 def is_bright_field(sample: NDArray[Any]) -> bool | None:
-    """Whether pixels are those of stained tissue on a bright ground.
+    """Whether pixels, (channels, n), are those of stained tissue on a bright ground; the first three channels count.
 
-    Parameters
-    ----------
-    sample
-        Pixels, shape (channels, n), of which the first three are looked at. What is not ``uint8`` is scaled by its
-        99.9th percentile.
-
-    Returns
-    -------
-    False for a dark ground, as of fluorescence; None if it is neither, or black all over.
+    False for a dark ground, as of fluorescence; None if it is neither, or black all over. What is not ``uint8`` is
+    scaled by its 99.9th percentile.
     """
     pixels = _as_8_bits(sample[:3, :: max(1, sample.shape[1] // _ENOUGH)])
     seen = pixels[:, pixels.max(axis=0) > 0]  # black is what was not scanned
@@ -148,102 +114,59 @@ _REMEDY = (
 
 
 def naming_of(channels: Sequence[object]) -> Naming:
-    """What the names of an image's channels say.
-
-    Only names that are exactly those of colours count as colours: ``GFP`` starts like green and is none.
-    """
+    """What channel names say; only exactly those of colours count as colours: ``GFP`` starts like green and is none."""
     if len(channels) not in (3, 4):
         return "other"
     words = [str(name).strip().lower() for name in channels]
     if sorted(_COLOURS.get(word, -1) for word in words) == list(range(len(words))):
         return "rgb"
-    numbers = sorted(int(found["number"]) for found in map(_NUMBERED.fullmatch, words) if found)
+    numbers = sorted(int(match["number"]) for match in map(_NUMBERED.fullmatch, words) if match)
     if numbers in (list(range(len(words))), list(range(1, len(words) + 1))):
         return "numbered"
     return "stains" if any(_STAINS.fullmatch(word) for word in words) else "unknown"
 
 
 def rgb_channels(
-    channels: Sequence[object], image_key: str, look: Callable[[bool], bool | None] | None = None
+    channels: Sequence[object], image_key: str, look: Callable[[bool], bool | None]
 ) -> tuple[int, int, int]:
-    """Positions of red, green and blue among an image's channels.
+    """Positions of red, green and blue among an image's channels, given by their names in stored order.
 
-    Channels that are named red, green and blue are put in that order (``"b", "g", "r"``); numbered ones are taken as
-    stored. Three of other names are taken as stored, with a warning, where the pixels look like bright-field, and
-    refused otherwise. Of four channels named red, green, blue and alpha the alpha is dropped, without compositing:
-    scanners write it fully opaque.
-
-    Parameters
-    ----------
-    channels
-        Channel names in stored order, numbers when the image has none.
-    image_key
-        Name of the image element, for messages.
-    look
-        Looks at the pixels, if need be at any cost: True for bright-field, False for dark ground as of fluorescence,
-        None if it cannot be told.
-
-    Returns
-    -------
-    Positions of the red, green and blue channels.
-
-    Raises
-    ------
-    DataError
-        One channel, two, more than four, four that are not RGBA, or three that are no colours.
+    Channels that are named red, green and blue are put in that order; numbered ones are taken as stored. Three of other
+    names are taken as stored, with a warning, where ``look(at_any_cost)`` says that the image is bright-field, and
+    refused otherwise. Alpha is dropped without compositing: scanners write it fully opaque.
     """
     naming = naming_of(channels)
-    if naming == "rgb":
-        _warn_if_dark(look, image_key)
-        return _by_colour(channels, image_key)
-    if len(channels) != 3:
+    shown = ", ".join(map(str, channels[:6])) + (", ..." if len(channels) > 6 else "")
+    if len(channels) != 3 and naming != "rgb":
         raise DataError(
-            f"image {image_key!r}: found {len(channels)} channel(s) ({shown_names(channels)}), an RGB H&E image is "
-            "needed. Give image_key= of the H&E image, or make an element of its three channels r, g, b "
-            "(an RGBA image needs c_coords=['r', 'g', 'b', 'a'] to be known as one)."
+            f"image {image_key!r}: found {len(channels)} channel(s) ({shown}), an RGB H&E image is needed. Give "
+            "image_key= of the H&E image, or make an element of its three channels r, g, b (an RGBA image needs "
+            "c_coords=['r', 'g', 'b', 'a'] to be known as one)."
         )
     if naming == "stains":
+        raise DataError(f"image {image_key!r}: its channels {shown} are stains or markers, not colours. {_REMEDY}")
+    if naming in ("rgb", "numbered"):
+        if look(False) is False:
+            warn(
+                f"image {image_key!r} is dark where an H&E image is bright: it looks like fluorescence. If it is not "
+                "the H&E image, give image_key= of that one."
+            )
+    elif not look(True):
         raise DataError(
-            f"image {image_key!r}: its channels {shown_names(channels)} are stains or markers, not colours. {_REMEDY}"
+            f"image {image_key!r}: its channels {shown} are not named as colours, and its pixels do not look like H&E "
+            f"on a bright ground. {_REMEDY}"
         )
-    if naming == "numbered":
-        _warn_if_dark(look, image_key)
-    elif look is not None:
-        _check_unknown(channels, image_key, look(True))
-    return 0, 1, 2
-
-
-def _by_colour(channels: Sequence[object], image_key: str) -> tuple[int, int, int]:
+    else:
+        warn(
+            f"image {image_key!r}: its channels {shown} are taken as red, green and blue, because its pixels look like "
+            "H&E. To be sure of their order, parse it with c_coords=['r', 'g', 'b']."
+        )
+    if naming != "rgb":
+        return 0, 1, 2
     if len(channels) == 4:
         logger.info("image %r is RGBA: its alpha channel is left out", image_key)
     place = {_COLOURS[str(name).strip().lower()]: position for position, name in enumerate(channels)}
     return place[0], place[1], place[2]
-
-
-def _warn_if_dark(look: Callable[[bool], bool | None] | None, image_key: str) -> None:
-    if look is not None and look(False) is False:
-        warn(
-            f"image {image_key!r} is dark where an H&E image is bright: it looks like fluorescence. If it is not the "
-            "H&E image, give image_key= of that one."
-        )
-
-
-def _check_unknown(channels: Sequence[object], image_key: str, is_bright: bool | None) -> None:
-    if not is_bright:
-        raise DataError(
-            f"image {image_key!r}: its channels {shown_names(channels)} are not named as colours, and its pixels do "
-            f"not look like H&E on a bright ground. {_REMEDY}"
-        )
-    warn(
-        f"image {image_key!r}: its channels {shown_names(channels)} are taken as red, green and blue, because its "
-        "pixels look like H&E. To be sure of their order, parse it with c_coords=['r', 'g', 'b']."
-    )
-
-
-def shown_names(channels: Sequence[object]) -> str:
-    """Channel names for a message, at most six."""
-    shown = ", ".join(str(name) for name in channels[:6])
-    return shown + ", ..." if len(channels) > 6 else shown
 
 
 _WHITE_POINTS = (255, 1023, 4095, 16383, 65535)
@@ -254,25 +177,7 @@ _HOT = 1.25  # how far the highest value may lie above the percentile and still 
 
 
 def check_uint8(dtype: np.dtype, sample: Callable[[], NDArray[Any]], image_key: str, *, is_multiscale: bool) -> None:
-    """Refuse pixels that are not ``uint8``, with the lines that convert what was found.
-
-    Parameters
-    ----------
-    dtype
-        Type of the image's pixels.
-    sample
-        Gives pixels from all over the image; their range decides which conversion is proposed. Not called for
-        ``uint8``.
-    image_key
-        Name of the image element, for messages.
-    is_multiscale
-        Whether the element has levels, which decides how to get at its pixels.
-
-    Raises
-    ------
-    DataError
-        Any type but ``uint8``: a guess of the range would change colours silently.
-    """
+    """Refuse pixels that are not ``uint8``, with lines that convert the range found in ``sample()``."""
     if dtype == np.uint8:
         return
     span = _Span.of(sample())
@@ -280,36 +185,25 @@ def check_uint8(dtype: np.dtype, sample: Callable[[], NDArray[Any]], image_key: 
     raise DataError(
         f"image {image_key!r} has {dtype} pixels ({span.lowest:g} to {span.highest:g} in a sample), 0-255 uint8 are "
         f"needed. Convert it with these lines and give image_key={image_key + '_uint8'!r}:\n"
-        + _conversion(span, image_key, image)
+        + span.conversion(image_key, image)
     )
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Range of an image's values.
+class _Span(NamedTuple):
+    """Range of an image's finite values, the values that become 0 and 255, and whether all are finite."""
 
-    Attributes
-    ----------
-    lowest, highest
-        Of the finite values.
-    black, white
-        What becomes 0 and 255.
-    is_finite
-        Whether all values are.
-    """
-
-    lowest: float
-    highest: float
-    black: float
-    white: float
-    is_finite: bool
+    lowest: float = 0.0
+    highest: float = 0.0
+    black: float = 0.0
+    white: float = 1.0
+    is_finite: bool = False
 
     @classmethod
     def of(cls, sample: NDArray[Any]) -> _Span:
         values = sample.astype(np.float64).ravel()
         finite = values[np.isfinite(values)]
         if not finite.size:
-            return cls(0.0, 0.0, 0.0, 1.0, False)
+            return cls()
         low, high = np.percentile(finite, (_LOW, _HIGH))
         high = finite.max() if finite.max() <= high * _HOT else high
         black = 0.0 if low >= -_FEW * (high - low) else max(finite.min(), low - (_HOT - 1) * (high - low))
@@ -319,28 +213,26 @@ class _Span:
         is_finite = len(finite) == len(values)
         return cls(float(finite.min()), float(finite.max()), float(black), float(white), is_finite)
 
+    def conversion(self, image_key: str, image: str) -> str:
+        """Lines of Python, ready to run where ``sdata`` is the user's object."""
+        width = self.white - self.black
+        missing = "" if self.is_finite else f".fillna({self.white:.9g})"  # not scanned: white, as glass is
+        pixels = f"image.astype('float32'){missing}.data"
+        if self.black:
+            pixels = f"({pixels} + {-self.black:.9g})"
+        return (
+            "import spatialdata as sd\n"
+            f"image = {image}\n"
+            f"sdata[{image_key + '_uint8'!r}] = sd.models.Image2DModel.parse(\n"
+            f"    ({pixels}.clip(0, {width:.9g}) * {255 / width!r}).round().astype('uint8'),\n"
+            "    c_coords=image.c.values, scale_factors=[2, 2, 2],\n"
+            f"    transformations=sd.transformations.get_transformation(sdata[{image_key!r}], get_all=True))\n"
+            f"# if the object is backed: sdata.write_element({image_key + '_uint8'!r})"
+        )
+
 
 def _white_point(high: float, is_whole: bool) -> float:
     """The number that stands for white: that of a bit depth where values come near it, else the highest of them."""
     points = _WHITE_POINTS if is_whole else (1, *_WHITE_POINTS)
     point = next((point for point in points if high <= point), np.inf)
     return float(point) if high > point / 2 else high * (1 + _ROOM)
-
-
-def _conversion(span: _Span, image_key: str, image: str) -> str:
-    """Lines of Python, ready to run where ``sdata`` is the user's object."""
-    width = span.white - span.black
-    # what was not scanned becomes white, as glass is
-    missing = "" if span.is_finite else f".fillna({span.white:.9g})"
-    pixels = f"image.astype('float32'){missing}.data"
-    if span.black:
-        pixels = f"({pixels} + {-span.black:.9g})"
-    return (
-        "import spatialdata as sd\n"
-        f"image = {image}\n"
-        f"sdata[{image_key + '_uint8'!r}] = sd.models.Image2DModel.parse(\n"
-        f"    ({pixels}.clip(0, {width:.9g}) * {255 / width!r}).round().astype('uint8'),\n"
-        "    c_coords=image.c.values, scale_factors=[2, 2, 2],\n"
-        f"    transformations=sd.transformations.get_transformation(sdata[{image_key!r}], get_all=True))\n"
-        f"# if the object is backed: sdata.write_element({image_key + '_uint8'!r})"
-    )

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Taps", "make_taps", "resample"]
-
 # Weights are whole numbers of 1/4096 and the picture between the two passes whole numbers of 1/16 grey level. Every
 # sum then stays below 2**24, so float32 holds it without rounding and the order in which BLAS adds cannot matter.
 _WEIGHT_ONE = 4096
@@ -17,22 +15,12 @@ _BLOCK = 16  # output pixels per matrix product: small enough that the band is m
 
 @dataclass(frozen=True, eq=False)
 class Taps:
-    """Which source pixels make each output pixel of one axis.
-
-    Attributes
-    ----------
-    start, stop
-        Source range that the output needs.
-    first
-        (n,) first source pixel of each output pixel.
-    weights
-        (n, k) float32, weight of source pixels ``first .. first + k - 1`` in units of 1/4096; each row sums to 4096.
-    """
+    """Which source pixels ``start .. stop - 1`` make each of n output pixels of one axis."""
 
     start: int
     stop: int
-    first: np.ndarray
-    weights: np.ndarray
+    first: np.ndarray  # (n,) first source pixel of each output pixel
+    weights: np.ndarray  # (n, k) float32, of source pixels first .. first + k - 1, in 1/4096; each row sums to 4096
 
     @property
     def is_copy(self) -> bool:
@@ -41,28 +29,14 @@ class Taps:
 
 
 def make_taps(dst0: int, dst1: int, scale: float, src_size: int, origin: float = 0.0) -> Taps:
-    """Weights of source pixels for output pixels ``dst0 .. dst1 - 1`` of one axis.
+    """Weights of source pixels for output pixels ``dst0 .. dst1 - 1`` of one axis, ``scale`` source pixels each.
 
-    Output pixel i has its centre at ``(i + 0.5) * scale - origin`` on the source axis, where source pixel j has its
-    own at ``j + 0.5``. Weights fall linearly to 0 at ``max(1, scale)`` source pixels from the centre (bilinear when
-    enlarging, an antialiasing triangle when reducing); source pixels outside the image have none.
-
-    Parameters
-    ----------
-    dst0, dst1
-        Output range; ``dst1 > dst0``.
-    scale
-        Source pixels per output pixel.
-    src_size
-        Source pixels on the axis.
-    origin
-        Where the source begins on the output's axis, in source pixels.
-
-    Returns
-    -------
-    The source range needed and the weights.
+    Output pixel i has its centre at ``(i + 0.5) * scale - origin`` on the source axis, where source pixel j has its own
+    at ``j + 0.5`` and the source begins at ``origin``, in source pixels. Weights fall linearly to 0 at ``max(1,
+    scale)`` source pixels from the centre (bilinear when enlarging, an antialiasing triangle when reducing); source
+    pixels outside the image have none.
     """
-    if origin == 0 and _moves_nothing(scale, src_size):
+    if origin == 0 and abs(scale - 1) * src_size < 0.05:  # over the whole axis less than 1/20 px: a copy
         first = np.clip(np.arange(dst0, dst1), 0, src_size - 1)
         return Taps(int(first[0]), int(first[-1]) + 1, first, np.full((len(first), 1), _WEIGHT_ONE, np.float32))
     support = max(1.0, scale)
@@ -75,11 +49,6 @@ def make_taps(dst0: int, dst1: int, scale: float, src_size: int, origin: float =
     return Taps(int(first[0]), int(first[-1]) + n_taps, first, weights)
 
 
-def _moves_nothing(scale: float, src_size: int) -> bool:
-    """Whether the scale is 1, up to less than 1/20 of a pixel over the whole axis."""
-    return abs(scale - 1) * src_size < 0.05
-
-
 def _whole_weights(weights: np.ndarray) -> np.ndarray:
     """Scale rows to sum 4096 exactly, in whole numbers: differences of the rounded running sum."""
     running = np.cumsum(weights, axis=1)
@@ -88,23 +57,10 @@ def _whole_weights(weights: np.ndarray) -> np.ndarray:
 
 
 def resample(source: np.ndarray, rows: Taps, cols: Taps) -> np.ndarray:
-    """Resample a picture along both axes.
-
-    Parameters
-    ----------
-    source
-        (h, w, 3) uint8, the source pixels ``rows.start .. rows.stop`` by ``cols.start .. cols.stop``.
-    rows, cols
-        Weights per axis.
-
-    Returns
-    -------
-    (len(rows.first), len(cols.first), 3) uint8.
-    """
+    """Resample (h, w, 3) uint8, the source pixels that ``rows`` and ``cols`` need, to (n rows, n cols, 3) uint8."""
     if rows.is_copy and cols.is_copy:
         return np.ascontiguousarray(source)
-    planes = np.moveaxis(source, -1, 0)
-    between = _combine_rows(planes, rows)
+    between = _combine_rows(np.moveaxis(source, -1, 0), rows)
     return np.ascontiguousarray(np.moveaxis(_combine_cols(between, cols), 0, -1))
 
 
@@ -138,8 +94,7 @@ def _bands(taps: Taps) -> list[tuple[int, int, int, int, np.ndarray]]:
         hi = min(lo + _BLOCK, len(taps.first))
         first = taps.first[lo:hi]
         band = np.zeros((hi - lo, int(first[-1] - first[0]) + n_taps), np.float32)
-        columns = (first - first[0])[:, None] + np.arange(n_taps)
-        np.put_along_axis(band, columns, taps.weights[lo:hi], axis=1)
+        np.put_along_axis(band, (first - first[0])[:, None] + np.arange(n_taps), taps.weights[lo:hi], axis=1)
         start = int(first[0]) - taps.start
         blocks.append((lo, hi, start, start + band.shape[1], band))
     return blocks

@@ -1,17 +1,19 @@
-"""Measured expression: tables, counts, genes and targets."""
+"""Measured expression of a slide: tables, counts, genes and targets."""
 
 from __future__ import annotations
 
-from ._cache import content_key
-from ._counts import Counts, checked_blocks, checked_totals, log_normalise
-from ._kind import Genes, genes_of
-from ._measured import Measured, counts_of, measured
+from ._cache import CountFile, open_counts, write_counts
+from ._checks import Look, checked_blocks, checked_totals
+from ._counts import Counts, log_normalise
+from ._measured import Genes, Measured, counts_of, genes_of, measured
 from ._select import measured_regions, measured_tables, select_tables
 from ._targets import StoredTargets, Targets, check_genes, choose_genes, targets_of
 
 __all__ = [
+    "CountFile",
     "Counts",
     "Genes",
+    "Look",
     "Measured",
     "StoredTargets",
     "Targets",
@@ -19,13 +21,14 @@ __all__ = [
     "checked_blocks",
     "checked_totals",
     "choose_genes",
-    "content_key",
     "counts_of",
     "genes_of",
     "log_normalise",
     "measured",
     "measured_regions",
     "measured_tables",
+    "open_counts",
     "select_tables",
     "targets_of",
+    "write_counts",
 ]

@@ -1,6 +1,6 @@
-"""Targets of millions of regions: counts on disk, normalised when a tile asks for them.
+"""What the network learns of regions: which genes, and their log-normalised expression or raw counts.
 
-What the network learns: which genes, and log-normalised expression or raw counts of them.
+Targets of millions of regions stay on disk as compact counts, and are normalised when a tile asks for them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -22,30 +22,28 @@ from pixnet_sd.errors import DataError
 from pixnet_sd.geometry import Regions
 
 from ._cache import CountFile, find_pooling, own_counts, pooled_counts
-from ._counts import check_kind, checked_blocks, log_values, target_rows
-from ._kind import Look
+from ._checks import Look, check_kind, checked_blocks
+from ._counts import log_values, target_rows
 from ._measured import Measured
 
 __all__ = ["StoredTargets", "Targets", "check_genes", "choose_genes", "targets_of"]
 
+Slides: TypeAlias = Mapping[str, Sequence[Measured]]
+"""Tables with measured expression by slide."""
+
+_FIRST = 10  # names that a message lists
+_AREAS = 1001  # regions of which the median area is taken
+_MEMORY_BYTES = 2**28
+_MIN_COUNTS = 10
+
 
 @dataclass(frozen=True, eq=False)
 class StoredTargets:
-    """What is learnt of n regions, looked up like an array of (n, M); any number of threads may at once.
-
-    Attributes
-    ----------
-    counts
-        Counts on disk.
-    index
-        Row of each region there, shape (n,); None for all rows.
-    target_sum
-        Of log-normalised expression; None: raw counts, and their sum over all genes in one more column.
-    """
+    """Targets of n regions on disk, looked up like an array of (n, M), by any number of threads at once."""
 
     counts: CountFile
-    index: NDArray[np.int32] | None
-    target_sum: float | None
+    index: NDArray[np.int32] | None  # row of each region there, shape (n,); None for all rows
+    target_sum: float | None  # of log-normalised expression; None: raw counts, their sum over all genes as last column
 
     def __len__(self) -> int:
         return self.counts.n if self.index is None else len(self.index)
@@ -56,22 +54,22 @@ class StoredTargets:
         return len(self), self.counts.n_genes + (self.target_sum is None)
 
     def __getitem__(self, index: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Targets of some regions, shape (len(index), M); quickest in the order of the regions."""
+        """Read targets of regions, shape (len(index), M); quickest in the order of the regions."""
         dense: NDArray[np.float32] = self.rows(index).toarray()
         return dense
 
     def rows(self, index: NDArray[np.integer]) -> sparse.csr_matrix:
-        """The same as a sparse matrix."""
+        """Read targets of regions as a sparse matrix."""
         index = np.asarray(index)
         return target_rows(*self.counts.rows(index if self.index is None else self.index[index]), self.target_sum)
 
     def subset(self, index: NDArray[np.integer]) -> StoredTargets:
-        """Targets of some regions, still on disk."""
+        """Pick regions, still on disk."""
         index = np.asarray(index)
         return replace(self, index=index.astype(np.int32) if self.index is None else self.index[index])
 
     def mean(self, axis: int = 0) -> NDArray[np.float64]:
-        """Mean over regions, shape (M,)."""
+        """Average over regions, the only axis, shape (M,)."""
         if axis != 0:
             raise IndexError(f"axis {axis}: means of stored targets are over regions, axis 0")
         total = np.zeros(self.shape[1])
@@ -80,23 +78,10 @@ class StoredTargets:
         return total / len(self)
 
 
-_FIRST = 10
-_AREAS = 1001
-_DENSE_BYTES = 2**28
-_MIN_COUNTS = 10
+class Targets(NamedTuple):
+    """Regions of one table, working px, and what is learnt of them.
 
-
-@dataclass(frozen=True, eq=False)
-class Targets:
-    """What is learnt of the regions of one table.
-
-    Attributes
-    ----------
-    regions
-        n regions, working px.
-    values
-        Log-normalised expression, shape (n, M), or raw counts and their sum over all genes, shape (n, M + 1), float32:
-        an array, or one that is looked up on disk.
+    Log-normalised expression, shape (n, M), or raw counts and their sum over all genes, shape (n, M + 1), float32.
     """
 
     regions: Regions
@@ -104,294 +89,180 @@ class Targets:
 
 
 def targets_of(
-    slides: Mapping[str, Sequence[Measured]],
+    slides: Slides,
     genes: Sequence[str] | pd.Index,
     target_sum: float,
     cache: Path,
     objective: str = "mse_pcc",
+    *,
+    memory_bytes: int = _MEMORY_BYTES,
 ) -> dict[str, list[Targets]]:
-    """Targets of the tables of each slide.
+    """Make the targets of each slide's tables: log-normalised expression with ``"mse_pcc"``, else raw counts.
 
     Regions without a single count have no log-normalised expression, and are left out with a warning; as counts they
-    are zeros like others.
-
-    What takes less than 256 MiB is held in memory. Of more, compact counts are written to disk, and the targets of a
-    tile computed from them when it is its turn; a table that is the exact sum of a finer one's bins is then summed
-    from these, and not read.
-
-    Parameters
-    ----------
-    slides
-        Measured expression by slide.
-    genes
-        Genes, in the order wanted.
-    target_sum
-        As in `log_normalise`.
-    cache
-        Folder for compact counts.
-    objective
-        What targets are for: log-normalised expression with ``"mse_pcc"``, else raw counts and their sum.
-
-    Returns
-    -------
-    Targets by slide, in the order of its tables.
-
-    Raises
-    ------
-    DataError
-        A gene is not there; a count is NaN, infinite or negative; a table has no counts, or, where counts are what is
-        learnt, holds something else.
-    StoreError
-        Compact counts cannot be written.
+    are zeros like others. What takes more than ``memory_bytes`` stays on disk, as compact counts in the folder
+    ``cache``; a table that is the exact sum of a finer one's bins is then summed from these, and not read.
     """
     wanted = pd.Index(genes)
-    for table in _tables(slides):
+    tables = [table for of_slide in slides.values() for table in of_slide]
+    for table in tables:
         check_genes(wanted, table.var_names, f"table {table.table_key!r}", table.others)
-    n_bytes = sum(len(table) for table in _tables(slides)) * len(wanted) * np.dtype(np.float32).itemsize
-    learnt = _Learnt(wanted, target_sum if objective == "mse_pcc" else None, objective)
-    if n_bytes <= _DENSE_BYTES:
-        return {name: [_dense(table, learnt) for table in tables] for name, tables in slides.items()}
-    return {name: _stored(tables, learnt, cache) for name, tables in slides.items()}
+    n_bytes = sum(map(len, tables)) * len(wanted) * np.dtype(np.float32).itemsize
+    scale = target_sum if objective == "mse_pcc" else None
+    if n_bytes > memory_bytes:
+        return {name: _stored(of_slide, wanted, scale, objective, cache) for name, of_slide in slides.items()}
+    return {name: [_dense(t, wanted, scale, objective) for t in of_slide] for name, of_slide in slides.items()}
 
 
-class _Learnt(NamedTuple):
-    """Genes, and what of them: log-normalised expression, or with `target_sum` None counts."""
-
-    genes: pd.Index
-    target_sum: float | None
-    objective: str
-
-
-def _dense(measured: Measured, learnt: _Learnt) -> Targets:
-    genes, target_sum, objective = learnt
-    columns, look = measured.var_names.get_indexer(genes), Look()
-    total, values = np.zeros(len(measured)), np.zeros((len(measured), len(genes) + (target_sum is None)), np.float32)
-    for place, block, sums in checked_blocks(measured.counts, measured.var_names, measured.what, look):
-        total[place], values[place] = sums, target_rows(_picked(block, columns), sums, target_sum).toarray()
-    check_kind(look.kind, look.largest, measured.what, objective)
-    if measured.place is not None:
-        total, values = total[measured.place], values[measured.place]
-    usable = _usable(total, target_sum, measured.what)
-    if usable is None:
-        return Targets(measured.regions, values)
-    return Targets(measured.regions.subset(np.flatnonzero(usable)), values[usable])
+def _dense(table: Measured, genes: pd.Index, target_sum: float | None, objective: str) -> Targets:
+    columns, look = table.var_names.get_indexer(genes), Look()
+    total, values = np.zeros(len(table)), np.zeros((len(table), len(genes) + (target_sum is None)), np.float32)
+    for place, block, sums in checked_blocks(table.counts, table.var_names, table.what, look):
+        chosen = block[:, columns].astype(np.float32)  # as compact counts are
+        total[place], values[place] = sums, target_rows(chosen, sums, target_sum).toarray()
+    check_kind(look.kind, look.largest, table.what, objective)
+    usable = _usable(table, total, target_sum)
+    return Targets(table.regions, values) if usable is None else Targets(table.regions.subset(usable), values[usable])
 
 
-def _picked(block: sparse.csr_matrix, columns: NDArray[np.intp]) -> sparse.csr_matrix:
-    return block[:, columns].astype(np.float32)  # as compact counts are
-
-
-def _stored(tables: Sequence[Measured], learnt: _Learnt, cache: Path) -> list[Targets]:
-    """Targets of one slide's tables, the finest first, so that others can be pooled from it."""
-    genes, target_sum, objective = learnt
+def _stored(
+    tables: Sequence[Measured], genes: pd.Index, target_sum: float | None, objective: str, cache: Path
+) -> list[Targets]:
+    """Store the targets of one slide's tables, the finest first, so that others can be pooled from it."""
     files: dict[int, CountFile] = {}
     own: list[int] = []
-    for k in sorted(range(len(tables)), key=lambda k: median_area(tables[k].regions)):
-        pooled = next((f for o in own if (f := _pooled(tables[o], files[o], tables[k], cache)) is not None), None)
-        if pooled is None:
+    for k in sorted(range(len(tables)), key=lambda k: _median_area(tables[k].regions)):
+        table = tables[k]
+        sums = ((files[fine], pooling) for fine in own if (pooling := find_pooling(tables[fine], table)) is not None)
+        if fitting := next(sums, None):
+            files[k] = pooled_counts(*fitting, cache, table.what)
+        else:
+            files[k] = own_counts(table, genes, cache)
             own.append(k)
-        files[k] = own_counts(tables[k], genes, cache) if pooled is None else pooled
-        check_kind(files[k].kind, files[k].largest, tables[k].what, objective)
-    return [_with_counts(table, StoredTargets(files[k], None, target_sum)) for k, table in enumerate(tables)]
+        check_kind(files[k].kind, files[k].largest, table.what, objective)
+    targets = []
+    for k, table in enumerate(tables):
+        values = StoredTargets(files[k], None, target_sum)
+        usable = _usable(table, files[k].totals(), target_sum)
+        regions = table.regions if usable is None else table.regions.subset(usable)
+        targets.append(Targets(regions, values if usable is None else values.subset(usable)))
+    return targets
 
 
-def _pooled(fine: Measured, counts: CountFile, coarse: Measured, cache: Path) -> CountFile | None:
-    """Counts of a table from those of a finer one, if they are their sums."""
-    pooling, why_not = find_pooling(fine, coarse)
-    if pooling is None:
-        logger.info("%s is not pooled from %r: %s.", coarse.what, fine.table_key, why_not)
-        return None
-    logger.info("%s is the sum of the bins of %r, and pooled from them.", coarse.what, fine.table_key)
-    return pooled_counts(counts, pooling, cache, coarse.what)
-
-
-def _with_counts(measured: Measured, values: StoredTargets) -> Targets:
-    usable = _usable(values.counts.totals(), values.target_sum, measured.what)
-    if usable is None:
-        return Targets(measured.regions, values)
-    index = np.flatnonzero(usable)
-    return Targets(measured.regions.subset(index), values.subset(index))
-
-
-def _usable(total: NDArray[np.float64], target_sum: float | None, what: str) -> NDArray[np.bool_] | None:
-    """Which regions can be learnt from; None for all."""
-    has_counts = total > 0
-    empty = int((~has_counts).sum())
+def _usable(table: Measured, total: NDArray[np.float64], target_sum: float | None) -> NDArray[np.intp] | None:
+    """List the regions that can be learnt from; None for all."""
+    empty = int((total <= 0).sum())
     if empty == len(total):
-        raise DataError(_no_counts(what, empty))
+        raise DataError(_no_counts(table))
     if not empty or target_sum is None:
         return None
-    message = f"{what}: {empty} of {len(total)} regions have no counts at all and are left out."
-    warn(message)
-    return np.asarray(has_counts)
+    warn(f"{table.what}: {empty} of {len(total)} regions have no counts at all and are left out.")
+    return np.flatnonzero(total > 0)
+
+
+def _no_counts(table: Measured) -> str:
+    return f"{table.what}: all {len(table)} regions on the image have no counts at all."
 
 
 def check_genes(
     genes: Iterable[str], available: Iterable[str], what: str, others: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Refuse genes that are not there, naming them and what comes close, and what is there but no gene.
+    """Refuse genes that are not there, naming them and what comes close, and features that are no genes.
 
-    Parameters
-    ----------
-    genes
-        Genes wanted.
-    available
-        Genes there.
-    what
-        Where, for the message.
-    others
-        Features there that are no genes, and what each is.
-
-    Raises
-    ------
-    DataError
-        If any is missing.
+    ``others`` holds the type of each feature that is no gene.
     """
-    there = pd.Index(list(available))
-    wanted = pd.Index(list(genes))
-    no_gene = [f"{name!r} ({others[name]!r})" for name in wanted if name in others and name not in there]
+    known, wanted = pd.Index(list(available)), pd.Index(list(genes))
+    no_gene = [f"{name!r} ({others[name]!r})" for name in wanted if name in others and name not in known]
     if no_gene:
         raise DataError(
             f"{len(no_gene)} of {len(wanted)} genes= are no genes in {what}, by var['feature_types']: "
             f"{', '.join(no_gene[:_FIRST])}. Only gene expression is learnt and scored: leave them out of genes=."
         )
-    missing = wanted[~wanted.isin(there)]
+    missing = wanted[~wanted.isin(known)]
     if len(missing):
         more = f" and {len(missing) - _FIRST} more" if len(missing) > _FIRST else ""
-        listed = ", ".join(_with_close_match(gene, there) for gene in missing[:_FIRST])
+        listed = ", ".join(_with_close_match(gene, known) for gene in missing[:_FIRST])
         raise DataError(f"{len(missing)} of {len(wanted)} genes are not in {what}: {listed}{more}.")
 
 
-def _with_close_match(gene: str, there: pd.Index) -> str:
-    same = there[there.str.lower() == str(gene).lower()]
-    close = list(same[:1]) or difflib.get_close_matches(str(gene), list(there), n=1)
+def _with_close_match(gene: str, known: pd.Index) -> str:
+    same = known[known.str.lower() == str(gene).lower()]
+    close = list(same[:1]) or difflib.get_close_matches(str(gene), list(known), n=1)
     return f"{gene!r} (there is {close[0]!r})" if close else repr(gene)
 
 
 def choose_genes(
-    slides: Mapping[str, Sequence[Measured]],
+    slides: Slides,
     *,
-    held_out: Mapping[str, Sequence[Measured]] = MappingProxyType({}),
+    held_out: Slides = MappingProxyType({}),
     n_genes: int | None = 250,
     genes: Sequence[str] | None = None,
     target_sum: float = 1e4,
 ) -> pd.Index:
-    """Genes to learn: those named, else those with the highest mean expression among the genes of every table.
+    """Choose genes to learn: those named, else those of every table with the highest mean expression.
 
-    The mean is over log-normalised expression, of each slide's coarsest regions, then over slides with equal weight.
-    Ties go by name. A gene without any count is never chosen.
-
-    Parameters
-    ----------
-    slides
-        Measured expression of each training slide, by name.
-    held_out
-        Of slides that are only scored on: their tables must have the genes, and say nothing about their means.
-    n_genes
-        How many, if they are not named; None: all with at least 10 counts in the coarsest regions of all slides.
-    genes
-        Genes to use, in this order.
-    target_sum
-        As in `log_normalise`.
-
-    Returns
-    -------
-    Gene names, highest mean first, or as named.
-
-    Raises
-    ------
-    DataError
-        If named genes are missing or occur twice, or the slides have no gene in common with counts.
+    The mean is over log-normalised expression, of each training slide's coarsest regions, then over slides with equal
+    weight. Ties go by name. A gene without any count is never chosen; without ``n_genes`` all are with at least 10
+    counts in these regions. Held-out slides must have the genes, and say nothing about their means.
     """
-    if genes is not None:
-        return _named_genes(slides, held_out, [genes] if isinstance(genes, str) else list(genes))
     every = {**slides, **held_out}
-    shared = _shared_genes(every)
-    mean = _mean_over_slides(slides, shared, target_sum)
+    if genes is not None:
+        return _named_genes(slides, every, pd.Index([genes] if isinstance(genes, str) else list(genes), dtype=object))
+    first, *others = (table for tables in every.values() for table in tables)
+    shared = pd.Index(first.var_names, dtype=object)
+    for table in others:
+        shared = shared[shared.isin(table.var_names)]
+    mean, counts = _expression(slides, shared, target_sum)
     if n_genes is None:
-        mean = mean.where(_total_counts(slides, shared) >= _MIN_COUNTS, 0.0)
+        mean = mean.where(counts >= _MIN_COUNTS, 0.0)
     ranked = mean[mean > 0].reset_index().sort_values(["mean", "gene"], ascending=[False, True])["gene"]
+    listed = ", ".join(
+        f"{name!r}: {t.table_key!r} {len(t.var_names)}" for name, tables in every.items() for t in tables
+    )
     if ranked.empty:
-        raise DataError(f"No gene is measured, with counts, in all slides: {_genes_per_slide(every)}.")
+        raise DataError(f"No gene is measured, with counts, in all slides: genes by slide and table: {listed}.")
     chosen = pd.Index(ranked.to_numpy()[:n_genes], dtype=object)
-    few = "" if n_genes is None or len(chosen) == n_genes else f", all that there are ({_genes_per_slide(every)})"
+    few = "" if n_genes in (None, len(chosen)) else f", all that there are (genes by slide and table: {listed})"
     logger.info("%d genes chosen by mean log-normalised expression%s.", len(chosen), few)
     return chosen
 
 
-def _tables(slides: Mapping[str, Sequence[Measured]]) -> list[Measured]:
-    return [table for tables in slides.values() for table in tables]
-
-
-def _shared_genes(slides: Mapping[str, Sequence[Measured]]) -> pd.Index:
-    first, *others = _tables(slides)
-    shared = pd.Index(first.var_names, dtype=object)
-    for table in others:
-        shared = shared[shared.isin(table.var_names)]
-    return shared
-
-
-def _genes_per_slide(slides: Mapping[str, Sequence[Measured]]) -> str:
-    listed = (f"{name!r}: {t.table_key!r} {len(t.var_names)}" for name, tables in slides.items() for t in tables)
-    return "genes by slide and table: " + ", ".join(listed)
-
-
-def _named_genes(
-    slides: Mapping[str, Sequence[Measured]], held_out: Mapping[str, Sequence[Measured]], genes: list[str]
-) -> pd.Index:
-    wanted = pd.Index(genes, dtype=object)
-    twice = wanted[wanted.duplicated()].unique()
-    if len(twice) or not len(wanted):
+def _named_genes(training: Slides, every: Slides, genes: pd.Index) -> pd.Index:
+    twice = genes[genes.duplicated()].unique()
+    if len(twice) or not len(genes):
         raise DataError(f"genes= must name each gene once and at least one; named twice: {list(twice[:_FIRST])}.")
-    for name, tables in {**slides, **held_out}.items():
+    for name, tables in every.items():
         for table in tables:
-            check_genes(wanted, table.var_names, f"table {table.table_key!r} of slide {name!r}", table.others)
-    mean = _mean_over_slides(slides, wanted, 1.0)
-    silent = [repr(gene) for gene in mean.index[mean == 0]]
+            check_genes(genes, table.var_names, f"table {table.table_key!r} of slide {name!r}", table.others)
+    _, counts = _expression(training, genes, 1.0)
+    silent = [repr(gene) for gene in genes[counts == 0]]
     if silent:
-        listed = ", ".join(silent[:_FIRST])
         warn(
-            f"{len(silent)} of the genes named have no counts in the training slides ({listed}): nothing can be learnt "
-            "about them."
+            f"{len(silent)} of the genes named have no counts in the training slides ({', '.join(silent[:_FIRST])}): "
+            "nothing can be learnt about them."
         )
-    return wanted
+    return genes
 
 
-def _mean_over_slides(slides: Mapping[str, Sequence[Measured]], genes: pd.Index, target_sum: float) -> pd.Series:
-    means = [_mean_expression(table, genes, target_sum) for table in _coarsest(slides)]
-    return pd.Series(np.mean(means, axis=0), index=pd.Index(genes, name="gene"), name="mean")
+def _expression(slides: Slides, genes: pd.Index, target_sum: float) -> tuple[pd.Series, NDArray[np.float64]]:
+    """Average genes over slides' coarsest regions that have counts, log-normalised, and count them there."""
+    means, counts = [], np.zeros(len(genes))
+    for tables in filter(None, slides.values()):
+        table = max(tables, key=lambda table: _median_area(table.regions))
+        n, total = 0, np.zeros((2, table.counts.n_genes))
+        for _, block, sums in checked_blocks(table.counts, table.var_names, table.what):
+            for row, values in zip(total, (log_values(block, sums, target_sum), block.data), strict=True):
+                row += np.bincount(block.indices, values, len(row))  # log1p(0) = 0
+            n += int((sums > 0).sum())
+        if not n:
+            raise DataError(_no_counts(table))
+        mean, count = total[:, table.var_names.get_indexer(genes)]
+        means.append(mean / n)
+        counts += count
+    return pd.Series(np.mean(means, axis=0), index=pd.Index(genes, name="gene"), name="mean"), counts
 
 
-def _total_counts(slides: Mapping[str, Sequence[Measured]], genes: pd.Index) -> NDArray[np.float64]:
-    """Counts of each gene in the coarsest regions of all slides."""
-    total = np.zeros(len(genes))
-    for table in _coarsest(slides):
-        columns = table.var_names.get_indexer(genes)
-        for _, block, _ in checked_blocks(table.counts, table.var_names, table.what):
-            total += np.bincount(block.indices, block.data, table.counts.n_genes)[columns]
-    return total
-
-
-def _coarsest(slides: Mapping[str, Sequence[Measured]]) -> list[Measured]:
-    return [max(tables, key=lambda table: median_area(table.regions)) for tables in slides.values() if tables]
-
-
-def median_area(regions: Regions) -> float:
-    """Median area of some thousand of the regions, px²."""
-    picked = np.unique(np.linspace(0, len(regions) - 1, min(len(regions), _AREAS)).astype(np.int64))
-    return float(np.median(regions.subset(picked).area))
-
-
-def _mean_expression(measured: Measured, genes: pd.Index, target_sum: float) -> NDArray[np.float64]:
-    """Mean log-normalised expression of some genes over the regions that have counts, kept sparse: log1p(0) = 0."""
-    total, n = np.zeros(measured.counts.n_genes), 0
-    for _, block, sums in checked_blocks(measured.counts, measured.var_names, measured.what):
-        total += np.bincount(block.indices, log_values(block, sums, target_sum), measured.counts.n_genes)
-        n += int((sums > 0).sum())
-    if not n:
-        raise DataError(_no_counts(measured.what, len(measured)))
-    return total[measured.var_names.get_indexer(genes)] / n
-
-
-def _no_counts(what: str, n: int) -> str:
-    return f"{what}: all {n} regions on the image have no counts at all."
+def _median_area(regions: Regions) -> float:
+    """Take the median area of some thousand of the regions, px²."""
+    chosen = np.unique(np.linspace(0, len(regions) - 1, min(len(regions), _AREAS)).astype(np.int64))
+    return float(np.median(regions.subset(chosen).area))

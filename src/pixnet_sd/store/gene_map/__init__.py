@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from ._gene_map import (
+from ._element import (
     FactorHead,
     GeneMapReader,
-    GeneMapWriter,
     check_not_rewritten,
     factor_names,
     factors_key,
     head_key,
+    image_pyramid,
+    image_transforms,
     is_as_written,
+    map_key,
+    map_transforms,
     open_map,
     read_head,
+    tissue_labels,
 )
-from ._layout import estimate_bytes
-from ._writer import image_pyramid, image_transforms, map_key, tissue_labels
+from ._layout import MapLayout, map_layout
+from ._writer import GeneMapWriter
 
 __all__ = [
     "FactorHead",
     "GeneMapReader",
     "GeneMapWriter",
+    "MapLayout",
     "check_not_rewritten",
-    "estimate_bytes",
     "factor_names",
     "factors_key",
     "head_key",
@@ -30,6 +34,8 @@ __all__ = [
     "image_transforms",
     "is_as_written",
     "map_key",
+    "map_layout",
+    "map_transforms",
     "open_map",
     "read_head",
     "tissue_labels",

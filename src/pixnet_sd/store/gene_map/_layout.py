@@ -1,25 +1,28 @@
-"""Shapes, chunks and blocks of a gene map: pure arithmetic.
+"""Shapes, chunks, shards and blocks of a gene map: pure arithmetic, done before anything is opened.
 
-A map of H × W pixels is stored in levels that halve each time. It is written in square blocks aligned with the chunks
-of every level at once, so that no chunk is ever written twice: a block of b pixels is b/2 pixels on level 1, b/4 on
-level 2, and those are the chunk sizes.
+A map of H x W pixels is stored in levels that halve each time. It is written in square blocks. A block of b pixels is
+one file (a zarr shard) of b / 2^k pixels on level k, so no file is ever written twice, and a map of any shape has fewer
+than 20,000. Inside a shard a few genes lie together (a chunk), so that one gene is read without the others.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from pixnet_sd.errors import StoreError
 
-__all__ = ["Block", "MapLayout", "default_block_px", "estimate_bytes", "map_layout"]
+__all__ = ["Block", "MapLayout", "map_layout"]
 
 Block = tuple[int, int, int, int]
 """row0, row1, col0, col1 in map pixels."""
 
-MAX_BLOCK_PX = 512
-MIN_BLOCK_PX = 32
+MAX_FILES = 20_000
 MAX_BLOCK_BYTES = 64 * 2**20
-MAX_CHUNK_BYTES = 16 * 2**20
+MAX_WHOLE_BYTES = 16 * 2**20
+"""Of a block whose channels are read together."""
+BLOCK_PX = (32, 512)
+"""Side of a block; larger only where there would be too many files."""
 COARSEST_PX = 512
 CHUNK_BYTES = 4 * 2**20
 CHUNK_GENES = 8
@@ -53,7 +56,7 @@ class MapLayout:
 
     @property
     def padded(self) -> tuple[int, int]:
-        """Height and width rounded up to a multiple of 2^(levels − 1): every level is exactly half of the one below."""
+        """Height and width rounded up to a multiple of 2^(levels - 1): every level is exactly half of the one below."""
         factor = 2 ** (self.n_levels - 1)
         return -(-self.height // factor) * factor, -(-self.width // factor) * factor
 
@@ -63,13 +66,18 @@ class MapLayout:
         return self.n_genes, height >> level, width >> level
 
     def level_chunks(self, level: int) -> tuple[int, int, int]:
-        """Chunk shape of a level: one block wide; more channels the coarser, to keep the number of files down."""
+        """Chunk shape of a level: one block wide; more channels the coarser, to keep the number of chunks down."""
         height, width = (min(self.block_px, side) for side in self.padded)
-        if self.whole_channels:
-            return self.n_genes, height >> level, width >> level
-        fitting = max(1, CHUNK_BYTES // (height * width * FLOAT_BYTES))
-        genes = min(fitting, CHUNK_GENES) << level
-        return min(self.n_genes, genes), height >> level, width >> level
+        genes = self.n_genes
+        if not self.whole_channels:
+            fitting = max(1, CHUNK_BYTES // (height * width * FLOAT_BYTES))
+            genes = min(genes, min(fitting, CHUNK_GENES) << level)
+        return genes, height >> level, width >> level
+
+    def level_shards(self, level: int) -> tuple[int, int, int] | None:
+        """Shape of a level's files, all channels of a block; None where that is one chunk."""
+        genes, height, width = self.level_chunks(level)
+        return None if genes == self.n_genes else (-(-self.n_genes // genes) * genes, height, width)
 
     def blocks(self) -> list[Block]:
         """All blocks, row by row, clipped to the predicted pixels."""
@@ -81,25 +89,24 @@ class MapLayout:
         ]
 
     @property
+    def n_files(self) -> int:
+        """Files of all blocks."""
+        return self.n_levels * prod(-(-side // self.block_px) for side in (self.height, self.width))
+
+    @property
     def nbytes(self) -> int:
-        """Uncompressed bytes of all levels."""
-        return sum(FLOAT_BYTES * _product(self.level_shape(level)) for level in range(self.n_levels))
-
-
-def default_block_px(n_genes: int, max_bytes: int = MAX_BLOCK_BYTES) -> int:
-    """Largest power of two in 32 … 512 for which a block of ``n_genes`` float32 channels is not too large."""
-    block_px = MAX_BLOCK_PX
-    while block_px > MIN_BLOCK_PX and n_genes * block_px * block_px * FLOAT_BYTES > max_bytes:
-        block_px //= 2
-    return block_px
+        """Uncompressed bytes of all levels, as if all of it were tissue."""
+        return sum(FLOAT_BYTES * prod(self.level_shape(level)) for level in range(self.n_levels))
 
 
 def map_layout(
     n_genes: int, shape: tuple[int, int], block_px: int | None = None, *, whole_channels: bool = False
 ) -> MapLayout:
-    """Layout of a map of ``n_genes`` over ``shape`` (height, width) map pixels.
+    """Lay out a map of ``n_genes`` over ``shape`` (height, width) map pixels.
 
-    Levels are added until the longer side is at most 512 pixels, but no more than a block can be halved.
+    Levels are added until the longer side is at most 512 pixels, but no more than a block can be halved. Blocks, where
+    their side is not given, are the largest of 32 to 512 pixels that take no more than 64 MiB, 16 MiB with
+    ``whole_channels``; they are made larger where the map would not stay under 20,000 files.
 
     Raises
     ------
@@ -108,24 +115,18 @@ def map_layout(
     """
     height, width = shape
     if n_genes < 1 or height < 1 or width < 1:
-        raise StoreError(f"A gene map of {n_genes} genes over {height} × {width} pixels is empty.")
-    most = MAX_CHUNK_BYTES if whole_channels else MAX_BLOCK_BYTES
-    block = default_block_px(n_genes, most) if block_px is None else block_px
-    if block < 2 or block & (block - 1):
-        raise StoreError(f"block_px is {block}; it has to be a power of two, at least 2.")
-    halvings = 1
-    while -(-max(height, width) >> halvings) > COARSEST_PX and 2 << halvings <= block:
-        halvings += 1
-    return MapLayout(n_genes, height, width, block, halvings + 1, whole_channels)
-
-
-def estimate_bytes(n_genes: int, height: int, width: int) -> int:
-    """Bytes that a gene map takes at most: float32, all levels, before compression, as if all of it were tissue."""
-    return map_layout(n_genes, (height, width)).nbytes
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
+        raise StoreError(f"A gene map of {n_genes} genes over {height} x {width} pixels is empty.")
+    if block_px is not None and (block_px < 2 or block_px & (block_px - 1)):
+        raise StoreError(f"block_px is {block_px}; it has to be a power of two, at least 2.")
+    most, (least_px, block) = MAX_WHOLE_BYTES if whole_channels else MAX_BLOCK_BYTES, BLOCK_PX
+    while block > least_px and n_genes * block * block * FLOAT_BYTES > most:
+        block //= 2
+    block = block_px or block
+    while True:
+        halvings = 1
+        while -(-max(height, width) >> halvings) > COARSEST_PX and 2 << halvings <= block:
+            halvings += 1
+        layout = MapLayout(n_genes, height, width, block, halvings + 1, whole_channels)
+        if layout.n_files < MAX_FILES:
+            return layout
+        block *= 2

@@ -1,0 +1,175 @@
+"""Haematoxylin and eosin image of a drawn tissue, window by window, and its previews."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+
+from ._grid import Grid, Pixels, Singles, in_order, smoothstep, windows
+from ._tissue import NUCLEUS_REACH_UM, Compartments, Nuclei, NucleusKind, Tissue
+
+WINDOW_PX = 1024
+_HIRES_PX, _LOWRES_PX = 1000, 300
+
+# optical density of one unit of stain in red, green and blue
+_HAEMATOXYLIN = np.array([0.60, 0.74, 0.36], dtype=np.float32)
+_EOSIN = np.array([0.17, 0.80, 0.50], dtype=np.float32)
+_GLASS = np.array([243, 241, 244], dtype=np.float32)
+
+
+def draw(tissue: Tissue, size_px: int, mpp: float, n_workers: int | None = None) -> Iterator[tuple[Grid, Pixels]]:
+    """Windows of the image of the whole tissue, row by row of windows; pixels are (rows, cols, 3)."""
+    yield from in_order(lambda grid: (grid, draw_window(tissue, grid)), windows(size_px, WINDOW_PX, mpp), n_workers)
+
+
+def draw_window(tissue: Tissue, grid: Grid) -> Pixels:
+    """Image of one window, (n_rows, n_cols, 3); windows drawn apart fit together without a seam."""
+    masks = tissue.compartments(grid)
+    left, top, right, bottom = grid.box_um
+    reach = NUCLEUS_REACH_UM
+    nuclei = tissue.nuclei((left - reach, top - reach, right + reach, bottom + reach))
+    cover, chromatin = _stamp(nuclei, grid)
+    eosin, haze = _ground(tissue, grid, masks)
+    noise = tissue.noise
+    grain = 1 + 0.2 * noise.grid(grid, 1.3, 10) + 0.1 * noise.grid(grid, 2.8, 11)
+    batch = 1 + 0.05 * noise.grid(grid, 400, 12)
+    haematoxylin = (haze * (1 - cover) + chromatin * grain) * batch
+    eosin = eosin * (1 - 0.45 * cover) * (1 + 0.05 * noise.grid(grid, 330, 13))
+    return _develop(haematoxylin, eosin, tissue, grid)
+
+
+def _develop(haematoxylin: Singles, eosin: Singles, tissue: Tissue, grid: Grid) -> Pixels:
+    """Beer-Lambert: light that two stains let through, plus camera noise."""
+    image = np.empty((*grid.shape, 3), dtype=np.uint8)
+    for channel in range(3):
+        density = haematoxylin * _HAEMATOXYLIN[channel] + eosin * _EOSIN[channel]
+        light = _GLASS[channel] * np.exp(-density) + 1.8 * tissue.noise.white(grid, 20 + channel)
+        image[..., channel] = np.clip(np.rint(light), 0, 255)
+    return image
+
+
+def _ground(tissue: Tissue, grid: Grid, masks: Compartments) -> tuple[Singles, Singles]:
+    """Eosin, and diffuse haematoxylin, of everything but the nuclei."""
+    noise = tissue.noise
+    fibre, gap = _fibres(tissue, grid)
+    mottle = noise.grid(grid, 4.5, 14) + 0.6 * noise.grid(grid, 1.7, 9)
+    soft = noise.grid(grid, 16, 15)
+    stroma = masks.stroma * (1 - masks.infiltrate)
+    matrix = np.clip(0.56 + 0.17 * fibre + 0.05 * mottle, 0.08, None) * (1 - 0.82 * gap)
+    epithelium = 0.52 + 0.07 * mottle + 0.06 * soft
+    nest = (0.50 + 0.08 * mottle + 0.06 * soft) * (1 - 0.5 * smoothstep(-masks.nest_depth_um, -2.5, 0))
+    infiltrate = np.clip(0.36 + 0.09 * mottle, 0.05, None)
+    lumen = 0.03 + 0.14 * smoothstep(soft, 0.9, 1.8)
+    eosin = (
+        stroma * matrix
+        + masks.epithelium * epithelium
+        + masks.nest * nest
+        + masks.infiltrate * infiltrate
+        + masks.lumen * lumen
+        + masks.membrane * 0.18
+    )
+    haze = 0.03 * stroma + 0.16 * masks.epithelium + 0.2 * masks.nest + 0.12 * masks.infiltrate
+    return eosin, haze * (1 + 0.2 * mottle)
+
+
+def _fibres(tissue: Tissue, grid: Grid) -> tuple[Singles, Singles]:
+    """Wavy bundles of collagen, about -2 to 2, and the clefts between them, 0 to 1."""
+    along, across = tissue.fibre_frame_um(grid)
+    coarse = tissue.noise.warped(along, across, (70, 7.5), 16)
+    fine = tissue.noise.warped(along, across, (24, 2.4), 17)
+    cleft = tissue.noise.warped(along, across, (46, 5.5), 18)
+    return 0.75 * coarse + 0.6 * fine, smoothstep(cleft + 0.25 * fine, 1.25, 1.75)
+
+
+def _stamp(nuclei: Nuclei, grid: Grid) -> tuple[Singles, Singles]:
+    """Coverage by nuclei, 0 to 1, and their haematoxylin; where two overlap the darker one shows."""
+    cover = np.zeros(grid.shape, dtype=np.float32)
+    chromatin = np.zeros(grid.shape, dtype=np.float32)
+    for kind in NucleusKind:
+        chosen = nuclei.subset(nuclei.kind == kind)
+        for start in range(0, len(chosen), 1024):
+            _stamp_some(chosen.subset(slice(start, start + 1024)), grid, cover, chromatin)
+    return cover, chromatin
+
+
+def _stamp_some(nuclei: Nuclei, grid: Grid, cover: Singles, chromatin: Singles) -> None:
+    """Paint nuclei of one kind, all patches at once."""
+    half = int(np.ceil((nuclei.long_um.max() * 1.15 + 1) / grid.pitch_um))
+    offset = np.arange(-half, half + 1)
+    row = np.floor(nuclei.y_um / grid.pitch_um).astype(np.int64)[:, None] + offset
+    col = np.floor(nuclei.x_um / grid.pitch_um).astype(np.int64)[:, None] + offset
+    dy = ((row + 0.5) * grid.pitch_um - nuclei.y_um[:, None]).astype(np.float32)[:, :, None]
+    dx = ((col + 0.5) * grid.pitch_um - nuclei.x_um[:, None]).astype(np.float32)[:, None, :]
+    alpha, stain = _profile(nuclei, dx, dy)
+    inside = ((row >= grid.row0) & (row < grid.row0 + grid.n_rows))[:, :, None]
+    inside = inside & ((col >= grid.col0) & (col < grid.col0 + grid.n_cols))[:, None, :] & (alpha > 0)
+    flat = ((row - grid.row0)[:, :, None] * grid.n_cols + (col - grid.col0)[:, None, :])[inside]
+    np.maximum.at(cover.reshape(-1), flat, alpha[inside])
+    np.maximum.at(chromatin.reshape(-1), flat, stain[inside])
+
+
+def _profile(nuclei: Nuclei, dx: Singles, dy: Singles) -> tuple[Singles, Singles]:
+    """Coverage and haematoxylin on each nucleus's patch, (n, rows, cols)."""
+    cos, sin = (f(nuclei.angle).astype(np.float32)[:, None, None] for f in (np.cos, np.sin))
+    long_um = nuclei.long_um.astype(np.float32)[:, None, None]
+    short_um = nuclei.short_um.astype(np.float32)[:, None, None]
+    along, across = dx * cos + dy * sin, dy * cos - dx * sin
+    # a bent, slightly egg-shaped ellipse
+    twist = (7 * nuclei.shade).astype(np.float32)[:, None, None]
+    across = across + 0.16 * short_um * np.sin(twist + 2.2 * along / long_um)
+    rho = np.hypot(along / long_um, across / (short_um * (1 + 0.12 * along / long_um)))
+    edge_um = (1 - rho) * short_um
+    alpha = smoothstep(edge_um, -0.45, 0.45)
+    shade = nuclei.shade.astype(np.float32)[:, None, None]
+    if nuclei.kind[0] in (NucleusKind.TUMOUR, NucleusKind.EPITHELIAL):
+        # open chromatin: a dark membrane, a pale middle, a nucleolus beside the centre
+        rim = np.exp(-(((edge_um - 0.5) / 0.55) ** 2))
+        nucleolus = np.exp(-((along - 0.25 * long_um) ** 2 + (across + 0.2 * short_um) ** 2) / 0.7)
+        shade = shade * (1 + 0.45 * rim + 0.75 * nucleolus)
+    return alpha, alpha * shade
+
+
+def preview_px(size_px: int) -> dict[str, int]:
+    """Sides of the two previews."""
+    return {"hires": min(_HIRES_PX, size_px), "lowres": min(_LOWRES_PX, size_px)}
+
+
+class Previews:
+    """Both previews of a square image: means over boxes, summed up window by window."""
+
+    def __init__(self, size_px: int) -> None:
+        self._size_px = size_px
+        self._light = {name: np.zeros((px, px, 3)) for name, px in preview_px(size_px).items()}
+
+    def add(self, grid: Grid, pixels: Pixels) -> None:
+        """Take in one window, (n_rows, n_cols, 3)."""
+        for light in self._light.values():
+            first, down = self._shares(len(light), grid.row0, grid.n_rows)
+            start, across = self._shares(len(light), grid.col0, grid.n_cols)
+            for channel in range(3):
+                sums = down @ (across @ pixels[..., channel].T.astype(np.float64)).T
+                light[first : first + len(sums), start : start + sums.shape[1], channel] += sums
+
+    def pixels(self) -> dict[str, Pixels]:
+        """Pictures by name, each (px, px, 3)."""
+        return {name: np.rint(light).clip(0, 255).astype(np.uint8) for name, light in self._light.items()}
+
+    def save(self, spatial: Path) -> None:
+        """Write ``tissue_hires_image.png`` and ``tissue_lowres_image.png``."""
+        from PIL import Image
+
+        spatial.mkdir(parents=True, exist_ok=True)
+        for name, pixels in self.pixels().items():
+            Image.fromarray(pixels).save(spatial / f"tissue_{name}_image.png")
+
+    def _shares(self, n_boxes: int, start: int, count: int) -> tuple[int, sp.csr_array]:
+        """First box that a run of pixels meets, and the share that each pixel has in each box."""
+        box = self._size_px / n_boxes
+        first, last = int(start / box), min(int((start + count - 1e-9) / box), n_boxes - 1)
+        low = np.arange(first, last + 1)[:, None] * box
+        pixel = np.arange(start, start + count)
+        share = np.minimum(low + box, pixel + 1) - np.maximum(low, pixel)
+        return first, sp.csr_array(share.clip(min=0) / box)

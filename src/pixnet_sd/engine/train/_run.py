@@ -1,0 +1,173 @@
+"""A training run: what it is made of, and its state between epochs, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pixnet_sd._files import clear_left_over, file_hash, open_regular, replace_file
+from pixnet_sd._schemas import StateSchema, validated, what_is_wrong
+from pixnet_sd._util import logger
+from pixnet_sd.engine import TrainingSlide
+from pixnet_sd.errors import CheckpointError
+from pixnet_sd.params import ObjectiveName, TrainParams
+
+_WARM_UP = 0.2
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: on what, how, and where its state goes."""
+
+    training: Sequence[TrainingSlide]
+    held_out: Sequence[TrainingSlide]  # may be empty: then `patience` and `keep_best` of the parameters do not matter
+    params: TrainParams
+    directory: Path  # of the state and, with a frozen encoder, of kept features
+    fingerprint: str  # of data and settings: a state in the directory is taken up if it has the same
+    objective: ObjectiveName = "mse_pcc"  # decides what targets are: logarithms, or raw counts with their sum last
+    target_sum: float = 1e4  # of the log-normalised values by which models of counts are compared
+    max_epochs: int = 500
+    batch_size: int = 8  # tiles of one slide
+    seed: int = 0
+    save_every_s: float = 60.0  # after which the state is written again
+
+    def learning_rate(self, progress: float) -> float:
+        """Compute the rate at a share of the run, 0 to 1; of progress alone, so that a resumed run agrees."""
+        anneal = not self.held_out if self.params.anneal is None else self.params.anneal
+        if not anneal:
+            return self.params.lr
+        if progress < _WARM_UP:
+            return self.params.lr * (0.04 + 0.96 * progress / _WARM_UP)
+        return float(self.params.lr * 0.5 * (1 + np.cos(np.pi * (progress - _WARM_UP) / (1 - _WARM_UP))))
+
+
+_SEAL = re.compile(rb"\nsha256 ([0-9a-f]{64}) of (\d{20}) bytes\n")
+_SEAL_BYTES = 103
+
+
+def seal(file: BinaryIO) -> None:
+    """Hash the content of a file that is open for reading and writing, and write the hash behind it."""
+    file.seek(0)
+    digest = file_hash(file)
+    file.write(f"\nsha256 {digest} of {file.tell():020d} bytes\n".encode())
+
+
+@contextlib.contextmanager
+def _open_sealed(path: Path, most_bytes: int | None) -> Iterator[mmap.mmap]:
+    """Map the content of a sealed file, so that what is read is what was hashed; refuse one that was changed."""
+    with open_regular(path, most_bytes=most_bytes) as file:
+        n_bytes = file.seek(0, 2) - _SEAL_BYTES
+        file.seek(max(n_bytes, 0))
+        end = _SEAL.fullmatch(file.read())
+        if end is None or int(end[2]) != n_bytes or n_bytes == 0:
+            raise ValueError("it was cut off, or does not end as it was written")
+        with mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as content:
+            if hashlib.sha256(content).hexdigest().encode() != end[1]:
+                raise ValueError("it is not as it was written")
+            yield content
+
+
+_FILE = "training_state.pt"
+_DECIDING = ("pixnet_sd", "torch", "timm", "numpy")  # libraries that make a network's numbers
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _DECIDING:
+        with contextlib.suppress(PackageNotFoundError):  # a source tree that was never installed
+            versions[name] = version(name)
+    return versions
+
+
+def warn_of_versions(before: Mapping[str, str], what: str) -> None:
+    """Log that a model or state was made with other versions of the libraries that make a network's numbers."""
+    changed = [f"{k} {before[k]} (now {now})" for k, now in _versions().items() if before.get(k, now) != now]
+    if changed:
+        logger.warning("%s was made with %s: numbers may differ in their last digits.", what, ", ".join(changed))
+
+
+@dataclass
+class BestEpoch:
+    """The epoch, from 1, that did best on held-out regions; 0 before any."""
+
+    epoch: int = 0
+    pcc: float = float("-inf")  # held out, mean over sizes and genes
+    pcc_per_gene: list[float] = field(default_factory=list)  # mean over slides and sizes
+    weights: dict[str, Tensor] = field(default_factory=dict)  # what is trained; empty when the last epoch is kept
+
+
+@dataclass
+class RunState:
+    """All that the next epoch depends on; everything random is drawn from the seed and the epoch's number."""
+
+    fingerprint: str  # of the run
+    epoch: int = 0  # done, as are steps
+    steps: int = 0
+    network: dict[str, Tensor] = field(default_factory=dict)  # what is trained: without a frozen encoder
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)  # what the objective learns: dispersions of counts
+    history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch
+    best: BestEpoch = field(default_factory=BestEpoch)
+    versions: dict[str, str] = field(default_factory=_versions)  # that it was made with
+
+    def save(self, directory: Path) -> None:
+        """Write atomically: a kill, a full disk or a folder that cannot be written leave the state that was there."""
+        content = {k: v for k, v in vars(self).items() if k != "best"} | {"best": vars(self.best)}
+        try:
+            with replace_file(directory / _FILE) as aside, aside.open("w+b") as file:
+                torch.save(content, file)
+                seal(file)
+        except (OSError, RuntimeError) as error:  # torch's writer passes a full disk on as a RuntimeError
+            raise CheckpointError(
+                f"The training state of epoch {self.epoch} cannot be written to {str(directory)!r} ({error}). Free "
+                "some disk and make the same call again: it goes on from the last epoch that was written."
+            ) from error
+
+    @classmethod
+    def load(cls, directory: Path, fingerprint: str, *, most_bytes: int | None = None) -> RunState:
+        """Read the state of the same run, or begin a new one; refuse one of another run, damaged, or too large."""
+        path = directory / _FILE
+        if not path.exists():
+            return cls(fingerprint)
+        try:
+            with _open_sealed(path, most_bytes) as file:
+                content = torch.load(file, "cpu", weights_only=True)  # type: ignore[arg-type]  # a map is read like a file
+            validated(StateSchema, content)
+            state = cls(**content | {"best": BestEpoch(**content["best"])})
+        except Exception as error:
+            # torch raises half a dozen types for what it did not write; for a user they mean the same.
+            why = what_is_wrong(error).rstrip(".") if isinstance(error, ValueError) else type(error).__name__
+            raise CheckpointError(
+                f"The training state {str(path)!r} cannot be read ({why}). Delete it to train anew."
+            ) from error
+        if state.fingerprint != fingerprint:
+            raise CheckpointError(
+                f"{str(directory.parent)!r} holds an unfinished run with other data or settings. Give another "
+                f"checkpoint_dir, or delete {str(path)!r} to train anew."
+            )
+        warn_of_versions(state.versions, f"The training state in {str(directory)!r}")
+        return state
+
+    @staticmethod
+    def is_there(directory: Path) -> bool:
+        """Tell whether a run has left a state, whole or not."""
+        return (directory / _FILE).exists()
+
+    @staticmethod
+    def remove(directory: Path) -> None:
+        """Delete the state of a finished run, and its folder when nothing else is in it."""
+        (directory / _FILE).unlink(missing_ok=True)
+        clear_left_over(directory)
+        with contextlib.suppress(OSError):
+            directory.rmdir()

@@ -1,0 +1,296 @@
+"""Elements on the map grid: the gene map's image, its factors with the weights of every gene, the tissue mask.
+
+A gene of a linear head is a weighted sum of the C channels of the feature map, ``D W + b``, with b where tissue is: the
+last channel of the factors is 1 there and 0 elsewhere, so that averages of pixels, and with them the coarser levels,
+need no exception. Densities are what a link makes of such sums, ``unit softplus(D W + b)``, pixel by pixel, times that
+of all genes (see `model.Head`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import zarr
+from spatialdata import get_dask_backing_files
+from spatialdata.models import Image2DModel, Labels2DModel, TableModel
+from spatialdata.transformations import Scale, get_transformation, set_transformation
+from spatialdata.transformations import Sequence as InTurn
+from xarray import DataArray, Dataset, DataTree
+
+from pixnet_sd._notes import stored_note
+from pixnet_sd.errors import DataError, ElementError, StoreError
+from pixnet_sd.store import WRITTEN, element_stamp, image_stamp, local_store, read_json
+
+from ._layout import map_layout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from spatialdata import SpatialData
+    from spatialdata.transformations import BaseTransformation
+
+__all__ = [
+    "FactorHead",
+    "GeneMapReader",
+    "check_not_rewritten",
+    "factor_names",
+    "factors_key",
+    "head_key",
+    "image_pyramid",
+    "image_transforms",
+    "is_as_written",
+    "map_key",
+    "map_transforms",
+    "open_map",
+    "read_head",
+    "tissue_labels",
+]
+
+TISSUE = "tissue"
+_AT_ONE = np.float32(math.log(math.e - 1))  # where softplus is 1
+
+
+def map_key(key_added: str) -> str:
+    """Name of the image of a gene map."""
+    return f"{key_added}_map"
+
+
+def factors_key(key_added: str) -> str:
+    """Name of the image of the factors."""
+    return f"{key_added}_factors"
+
+
+def head_key(key: str) -> str:
+    """Name of the table of weights that belongs to an image of factors."""
+    return f"{key}_head"
+
+
+def factor_names(n_factors: int) -> list[str]:
+    """Name the channels of the image of factors: the factors, then where tissue is."""
+    return [*(f"factor_{k}" for k in range(n_factors)), TISSUE]
+
+
+def image_pyramid(
+    levels: Iterable[Any], channels: Iterable[str], transforms: Mapping[str, BaseTransformation]
+) -> DataTree:
+    """Make a multiscale image, as `spatialdata.read_zarr` does, of dask arrays that halve from level to level."""
+    nodes = {}
+    for k, array in enumerate(levels):
+        centres = {d: (np.arange(n) + 0.5) * 2.0**k for d, n in zip("yx", array.shape[1:], strict=True)}
+        image = DataArray(array, dims=("c", "y", "x"), coords={"c": list(channels), **centres}, name="image")
+        nodes[f"scale{k}"] = Dataset({"image": image})
+    tree = DataTree.from_dict(nodes)
+    set_transformation(tree, dict(transforms), set_all=True)
+    Image2DModel().validate(tree)
+    return tree
+
+
+def image_transforms(sdata: SpatialData, image_key: str) -> dict[str, BaseTransformation]:
+    """Coordinate system → transformation of an image, for all of its systems."""
+    return dict(get_transformation(sdata.images[image_key], get_all=True))
+
+
+def map_transforms(
+    transforms: Mapping[str, BaseTransformation], pitch_image_px: float
+) -> dict[str, BaseTransformation]:
+    """Transformations of a raster whose pixels are ``pitch_image_px`` image pixels wide.
+
+    Pixel i covers [i, i + 1) in both grids, so a scale alone is right: ``Sequence([Scale(pitch), source])``.
+    """
+    scale = Scale([pitch_image_px, pitch_image_px], axes=("x", "y"))
+    return {system: InTurn([scale, source]) for system, source in transforms.items()}
+
+
+def tissue_labels(mask: NDArray[np.bool_], pitch_image_px: float, transforms: Mapping[str, BaseTransformation]) -> Any:
+    """Make a multiscale labels element, 1 tissue, 0 glass, of a mask (height, width) on the map grid.
+
+    ``transforms`` are those of the source image, for every coordinate system.
+    """
+    layout = map_layout(1, (mask.shape[0], mask.shape[1]), block_px=512)
+    height, width = layout.padded
+    padded = np.zeros((height, width), dtype=np.uint8)
+    padded[: mask.shape[0], : mask.shape[1]] = mask
+    return Labels2DModel.parse(
+        padded,
+        dims=("y", "x"),
+        scale_factors=[2] * (layout.n_levels - 1),
+        chunks={"y": min(height, 2048), "x": min(width, 2048)},
+        transformations=map_transforms(transforms, pitch_image_px),
+    )
+
+
+@dataclass(frozen=True)
+class FactorHead:
+    """Weights that make genes of C factors."""
+
+    genes: list[str]  # outputs; of densities the last is the sum over all genes
+    weight: NDArray[np.float32]  # W, (M, C)
+    bias: NDArray[np.float32]  # b, (M,)
+    unit: NDArray[np.float32] | None = None  # of densities what a link's 1 stands for, (M,); None for a linear head
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether averages of factors give averages of genes."""
+        return self.unit is None
+
+    def table(self, units: str, fingerprint: str) -> ad.AnnData:
+        """Make the element: rows are outputs, columns factors; ``fingerprint`` is that of the factors."""
+        obs = pd.DataFrame({"bias": self.bias}, index=pd.Index(self.genes, dtype=object))
+        if self.unit is not None:
+            obs["unit"] = self.unit
+        var = pd.DataFrame(index=pd.Index(factor_names(self.weight.shape[1])[:-1], dtype=object))
+        link = "identity" if self.is_linear else "softplus"
+        uns = {"pixnet_sd": {"link": link, "units": units, "fingerprint": fingerprint}}
+        return TableModel.parse(ad.AnnData(self.weight, obs, var, uns=uns))
+
+    def values(self, factors: NDArray[np.float32], index: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Compute the outputs ``index`` (k,) of factors and tissue (C + 1, rows, columns), as (k, rows, columns)."""
+        flat = np.asarray(factors, dtype=np.float32).reshape(len(factors), -1)
+        weight = np.concatenate([self.weight, self.bias[:, None]], axis=1)
+        if self.unit is None:
+            return (weight[index] @ flat).reshape(len(index), *factors.shape[1:])
+        total = _softplus(weight[-1:] @ flat + _AT_ONE)
+        values = _softplus(weight[index] @ flat + _AT_ONE) * self.unit[index, None]
+        values[index != len(self.genes) - 1] *= total
+        values *= flat[-1]
+        return values.reshape(len(index), *factors.shape[1:])
+
+
+def _softplus(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.logaddexp(x, np.float32(0))
+
+
+def read_head(sdata: SpatialData, key: str) -> FactorHead:
+    """Read the weights that belong to the image of factors ``key``.
+
+    Raises
+    ------
+    ElementError
+        When the table is missing.
+    DataError
+        When it is not one that `predict` writes, or does not fit the image.
+    """
+    name = head_key(key)
+    if name not in sdata.tables:
+        raise ElementError(f"The image {key!r} needs the table {name!r} beside it, which is not there. Predict again.")
+    table = sdata.tables[name]
+    n_channels = sdata.images[key]["scale0"]["image"].sizes["c"]
+    link = table.uns.get("pixnet_sd", {}).get("link")
+    if link not in ("identity", "softplus") or "bias" not in table.obs or table.n_vars != n_channels - 1:
+        raise DataError(
+            f"The table {name!r} does not hold the weights for the {n_channels} channels of {key!r}. Predict again, "
+            "with overwrite=True."
+        )
+    known = (stored_note(sdata, "maps", key) or {}).get("fingerprint")
+    if known is not None and known != table.uns["pixnet_sd"].get("fingerprint"):
+        raise DataError(
+            f"The table {name!r} in this object belongs to other factors than {key!r}, which were written since. Open "
+            "the store anew, or predict again with overwrite=True."
+        )
+    columns = ["bias", "unit"] if link == "softplus" else ["bias"]
+    read = (table.obs[column].to_numpy(np.float32) for column in columns)
+    return FactorHead(list(table.obs_names.astype(str)), np.asarray(table.X, dtype=np.float32), *read)
+
+
+@dataclass(frozen=True)
+class GeneMapReader:
+    """Level 0 of a gene map; can be sent to worker processes when the map is on disk."""
+
+    genes: tuple[str, ...]
+    shape: tuple[int, int]  # map pixels, padding included
+    _array: Any = field(repr=False)
+
+    def read(self, channels: Sequence[int], window: Sequence[int]) -> NDArray[np.float32]:
+        """Read (channels, rows, columns) of a window, row0, row1, col0, col1.
+
+        Raises
+        ------
+        DataError
+            When the window leaves the map.
+        """
+        row0, row1, col0, col1 = window
+        if not (0 <= row0 <= row1 <= self.shape[0] and 0 <= col0 <= col1 <= self.shape[1]):
+            raise DataError(f"Rows {row0}:{row1}, columns {col0}:{col1} leave the map of {self.shape} pixels.")
+        wanted = np.asarray(channels, dtype=np.intp)
+        if isinstance(self._array, zarr.Array):
+            values = self._array.oindex[wanted, slice(row0, row1), slice(col0, col1)]
+        else:
+            values = self._array[wanted, row0:row1, col0:col1].compute(scheduler="synchronous")
+        return np.asarray(values, dtype=np.float32)
+
+
+def open_map(sdata: SpatialData, key: str) -> GeneMapReader:
+    """Open a gene map for reading: straight from Zarr when it lies in the object's store, else from memory.
+
+    Raises
+    ------
+    ElementError
+        When there is no multiscale image of that name.
+    StoreError
+        As `check_not_rewritten`.
+    """
+    element = sdata.images.get(key)
+    if element is None or "scale0" not in getattr(element, "children", {}):
+        names = ", ".join(sdata.images) or "none"
+        raise ElementError(f"{key!r} is not a gene map of this object. Its images: {names}.")
+    image = element["scale0"]["image"]
+    check_not_rewritten(sdata, key)
+    genes = tuple(str(gene) for gene in image.coords["c"].values)
+    folder = _folder(sdata, key)
+    return GeneMapReader(genes, (image.sizes["y"], image.sizes["x"]), image.data if folder is None else _level0(folder))
+
+
+def check_not_rewritten(sdata: SpatialData, key: str) -> None:
+    """Refuse a map that another run has replaced in the store since the object was opened.
+
+    Its pixels would be read from the store, and named after the channels that the object remembers.
+
+    Raises
+    ------
+    StoreError
+        When channels or size in the store are others.
+    """
+    folder = _folder(sdata, key)
+    if folder is None:
+        return
+    image = sdata.images[key]["scale0"]["image"]
+    channels = [channel["label"] for channel in _ome(folder)["omero"]["channels"]]
+    if channels != [str(gene) for gene in image.coords["c"].values] or _level0(folder).shape != image.shape:
+        raise StoreError(
+            f"The map {key!r} was replaced in the store since this object was opened. Open the store anew: "
+            f"spatialdata.read_zarr({str(sdata.path)!r})."
+        )
+
+
+def is_as_written(sdata: SpatialData, key: str) -> bool:
+    """Whether a gene map is what this package wrote, and nobody else since."""
+    noted, folder = stored_note(sdata, WRITTEN, key), _folder(sdata, key)
+    return noted is not None and noted == (image_stamp(sdata.images[key]) if folder is None else element_stamp(folder))
+
+
+def _folder(sdata: SpatialData, key: str) -> Path | None:
+    """Folder of a map whose pixels are, chunk by chunk, read from the object's store; None for one in memory."""
+    store = local_store(sdata)
+    files = () if store is None else get_dask_backing_files(sdata.images[key])
+    if (
+        store is None
+        or not files
+        or not all(Path(file).resolve().is_relative_to(store / "images" / key) for file in files)
+    ):
+        return None
+    return store / "images" / key
+
+
+def _level0(folder: Path) -> Any:
+    return zarr.open_array(str(folder / _ome(folder)["multiscales"][0]["datasets"][0]["path"]), mode="r")
+
+
+def _ome(folder: Path) -> dict[str, Any]:
+    metadata: dict[str, Any] = read_json(folder / "zarr.json")["attributes"]["ome"]
+    return metadata

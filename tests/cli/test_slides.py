@@ -1,0 +1,116 @@
+"""Paths on the command line: names of slides, stores, and Space Ranger folders that become stores."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import spatialdata as sd
+
+from pixnet_sd.cli import main
+from pixnet_sd.datasets import write_visium, write_visium_hd
+
+
+@pytest.fixture(scope="module")
+def outs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sample") / "outs"
+    return write_visium_hd(folder, size_um=110.0, mpp=0.5, n_genes=8, dataset_id="s", n_workers=1)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that fails, and return what it says."""
+
+    def run(*arguments: str | Path) -> str:
+        assert main([*map(str, arguments)]) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        return said.err.splitlines()[-1]
+
+    return run
+
+
+def test_names(tmp_path, monkeypatch, refused):
+    """A path that is there names no slide before its ``=``."""
+    monkeypatch.chdir(tmp_path)
+    Path("with=sign.zarr").mkdir()
+    assert "'with=sign.zarr' is neither a SpatialData store" in refused("fit", "with=sign.zarr")
+    assert "nothing at 'x/C3.zarr'" in refused("fit", "p1=x/C3.zarr", "C3.zarr")
+    assert "C2_1=a/C2.zarr C2_2=b/C2.zarr" in refused("fit", "a/C2.zarr", "b/C2.zarr")
+    assert "s9_1=s9/outs s9_2=s9.zarr" in refused("cross-validate", "s9/outs", "s9.zarr")
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "info"])
+def test_neither(command, tmp_path, refused):
+    also = ", or the folder of a model" if command == "info" else ""
+    for path in (tmp_path, tmp_path / "nowhere"):
+        assert f"Space Ranger's outs{also}" in refused(command, path)
+
+
+def test_space_ranger_folder(outs, capsys, caplog, refused):
+    """Converted beside it, said so, and taken as it is the second time; `info` knows it, too."""
+    assert main(["info", str(outs)]) == 0
+    described = capsys.readouterr().out
+    assert "Space Ranger folder of Visium HD" in described
+    assert "bins of 8 µm: " in described
+    store = outs.with_name("outs.zarr")
+    assert "--model" in refused("predict", outs.parent, "--model=nowhere")
+    assert caplog.messages[:2] == [
+        f"reading {outs}",
+        f"converting the Space Ranger folder {outs} to the store {store}",
+    ]
+    changed = (store / "zarr.json").stat().st_mtime_ns
+    refused("predict", outs, "--model=nowhere")
+    assert (store / "zarr.json").stat().st_mtime_ns == changed
+    assert f"{outs} was converted before: taking {store}" in caplog.text
+    matrix = next(outs.rglob("filtered_feature_bc_matrix.h5"))
+    before = matrix.stat().st_mtime_ns
+    os.utime(matrix, ns=(0, 0))  # as if Space Ranger had run again
+    assert matrix.parent.name in refused("predict", outs)
+    os.utime(matrix, ns=(before, before))
+
+
+def test_convert(outs, tmp_path, capsys):
+    store = tmp_path / "s.zarr"
+    assert main(["convert", str(outs), str(store), "--bin-um", "8,16"]) == 0
+    assert capsys.readouterr().out == f"{store}\n"
+    tables = set(sd.read_zarr(store).tables)
+    assert {"square_008um", "square_016um"} <= tables
+    assert "square_002um" not in tables
+
+
+@pytest.mark.parametrize("dataset_id", ["s", ""])
+def test_visium(dataset_id, tmp_path, refused):
+    """Of spots: no folder of Visium HD, but known, and what reads it is said."""
+    outs = write_visium(tmp_path / "outs", size_um=200.0, n_genes=4, dataset_id=dataset_id)
+    for path in (outs, outs.parent):
+        assert "spatialdata_io.visium(" in refused("fit", path)
+        assert "spatialdata_io.visium(" in refused("info", path)
+    assert "of Visium, not of Visium HD" in refused("convert", outs, tmp_path / "s.zarr")
+
+
+def test_no_image(outs, tmp_path, refused, capsys):
+    """What is to be given is an option of convert alone."""
+    folder = shutil.copytree(outs, tmp_path / "outs", ignore=shutil.ignore_patterns("microscope_image", "*.tif*"))
+    assert "pixnet-sd convert" in refused("fit", folder)
+    assert main(["info", str(folder)]) == 0
+    assert "cannot be converted as it is" in capsys.readouterr().out
+
+
+def test_bins_of_visium_hd_are_not_taken_for_visium(outs, refused):
+    assert "neither a SpatialData store" in refused("fit", outs / "binned_outputs" / "square_008um")
+
+
+def test_says_what_it_reads_before_it_imports(drawn, caplog):
+    """Imports take seconds."""
+    for arguments in (["predict", str(drawn), "--model=nowhere"], ["info", str(drawn)]):
+        caplog.clear()
+        main(arguments)
+        assert caplog.messages[0] == f"reading {drawn}"
+
+
+def test_store_is_for_one_folder(drawn, refused):
+    assert "--zarr" in refused("fit", "a.zarr", "b.zarr", "--zarr=s.zarr")
+    assert "--zarr" in refused("fit", drawn, "--zarr=s.zarr")

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import spatialdata as sd
+import spatialdata_io
+import zarr
+from spatialdata.models import get_table_keys
+from spatialdata.transformations import get_transformation
+
+from pixnet_sd import datasets
+from pixnet_sd.errors import DataError, StoreError
+
+# two windows of the image, of the density and two blocks of bins along each side
+SLIDE = {"size_um": 560.0, "mpp": 0.5, "n_genes": 36, "seed": 4}
+VISIUM = {"size_um": 600.0, "mpp": 1.5, "n_genes": 36, "seed": 1}
+SMALL = {"size_um": 150.0, "mpp": 1.0, "n_genes": 36, "seed": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return datasets.write_visium_hd(tmp_path_factory.mktemp("hd") / "out", **SLIDE)
+
+
+@pytest.fixture(scope="module")
+def in_memory():
+    return datasets.sample(**SLIDE, cells=True)
+
+
+@pytest.fixture(scope="module")
+def as_read(folder):
+    return spatialdata_io.visium_hd(folder, load_segmentations_only=False, load_nucleus_segmentations=True)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return datasets.write_visium_hd(tmp_path_factory.mktemp("small") / "out", **SMALL, bin_um=(8, 16), cells=False)
+
+
+@pytest.fixture(scope="module")
+def visium(tmp_path_factory):
+    return datasets.write_visium(tmp_path_factory.mktemp("visium") / "out", **VISIUM)
+
+
+def pixels(sdata: sd.SpatialData, name: str) -> np.ndarray:
+    return sd.get_pyramid_levels(sdata.images[name], n=0).to_numpy()
+
+
+def test_reader_finds_what_sample_gives(as_read, in_memory):
+    assert set(as_read.coordinate_systems) == set(in_memory.coordinate_systems)
+    assert set(as_read.tables) - set(in_memory.tables) == {"nucleus_segmentations"}
+    assert set(as_read.shapes) - set(in_memory.shapes) == {"sample_nucleus_segmentations"}
+    assert set(as_read.images) == set(in_memory.images)
+    for name in in_memory.images:
+        np.testing.assert_array_equal(pixels(as_read, name), pixels(in_memory, name))
+    for name, expected in in_memory.tables.items():
+        table = as_read.tables[name]
+        assert list(table.obs_names) == list(expected.obs_names)
+        assert list(table.var_names) == list(expected.var_names)
+        assert (table.X != expected.X).nnz == 0
+        assert table.X.dtype == expected.X.dtype
+        assert get_table_keys(table) == get_table_keys(expected)
+        np.testing.assert_array_equal(table.var["spatially_varying"], expected.var["spatially_varying"])
+
+
+def test_shapes_lie_where_those_of_sample_lie(as_read, in_memory):
+    for name, shapes in in_memory.shapes.items():
+        assert list(as_read.shapes[name].index) == list(shapes.index)
+        ours, theirs = (element.geometry.normalize() for element in (shapes, as_read.shapes[name]))
+        assert ours.geom_equals_exact(theirs, 1e-9).all()
+        ours, theirs = (get_transformation(element, get_all=True) for element in (shapes, as_read.shapes[name]))
+        assert set(ours) == set(theirs)
+        for system, transformation in ours.items():
+            matrices = (t.to_affine_matrix(("x", "y"), ("x", "y")) for t in (transformation, theirs[system]))
+            np.testing.assert_allclose(*matrices)
+
+
+@pytest.mark.parametrize("size", [2, 8, 16])
+def test_positions_of_bins(as_read, in_memory, folder, size):
+    ours, theirs = (sdata.tables[f"square_{size:03d}um"] for sdata in (in_memory, as_read))
+    np.testing.assert_allclose(theirs.obsm["spatial"], ours.obsm["spatial"])
+    for column in ("in_tissue", "array_row", "array_col"):
+        np.testing.assert_array_equal(theirs.obs[column], ours.obs[column])
+    every = pd.read_parquet(folder / f"binned_outputs/square_{size:03d}um/spatial/tissue_positions.parquet")
+    side = 528 // size
+    assert every["barcode"].is_unique
+    np.testing.assert_array_equal(every["array_row"] * side + every["array_col"], np.arange(side**2))
+    assert list(every.loc[every["in_tissue"] == 1, "barcode"]) == list(theirs.obs_names)
+
+
+def test_barcodes_are_sorted_and_counts_are_whole_numbers_in_chunks(folder):
+    with h5py.File(folder / "binned_outputs/square_002um/filtered_feature_bc_matrix.h5") as file:
+        matrix = file["matrix"]
+        barcodes = matrix["barcodes"][:]
+        assert (np.sort(barcodes) == barcodes).all()
+        assert matrix["data"].dtype == np.int32
+        assert matrix["data"].chunks is not None
+        assert tuple(matrix["shape"][:]) == (36, len(barcodes))
+        assert matrix["indptr"][-1] == len(matrix["data"]) == len(matrix["indices"])
+
+
+def test_nuclei_hold_the_bins_that_the_mapping_gives_them(as_read, folder):
+    mapping = pd.read_parquet(folder / "barcode_mappings.parquet")
+    base = as_read.tables["square_002um"]
+    bins = [f"square_{um:03d}um" for um in (2, 8, 16)]
+    assert list(mapping.columns) == [*bins, "cell_id", "in_nucleus", "in_cell"]
+    assert list(mapping["square_002um"]) == list(base.obs_names)
+    assert set(as_read.tables["square_016um"].obs_names) <= set(mapping["square_016um"])
+    assert (mapping["cell_id"].notna() == mapping["in_cell"]).all()
+    assert mapping.loc[mapping["in_nucleus"], "in_cell"].all()
+    for table, flag in (("cell_segmentations", "in_cell"), ("nucleus_segmentations", "in_nucleus")):
+        summed = base.to_df()[mapping[flag].to_numpy()].groupby(mapping.loc[mapping[flag], "cell_id"].to_numpy()).sum()
+        counts = as_read.tables[table].to_df()
+        assert len(counts) == len(summed)
+        np.testing.assert_array_equal(counts, summed.loc[counts.index])
+
+
+def test_feature_slice_says_how_the_lattice_lies(folder, as_read):
+    with h5py.File(folder / "sample_feature_slice.h5") as file:
+        metadata = json.loads(file.attrs["metadata_json"])
+    matrices = {name: np.array(matrix) for name, matrix in metadata["transform_matrices"].items()}
+    table = as_read.tables["square_002um"]
+    bins = np.column_stack([table.obs[["array_col", "array_row"]].to_numpy(), np.ones(table.n_obs)])
+    centres = bins @ matrices["spot_colrow_to_microscope_colrow"].T
+    np.testing.assert_allclose(centres[:, :2], table.obsm["spatial"])
+    np.testing.assert_allclose(centres @ matrices["microscope_colrow_to_spot_colrow"].T, bins, atol=1e-6)
+
+
+@pytest.mark.parametrize("pitch_um", [1.0, 2.0, 7.0])
+def test_truth_on_disk_is_that_of_the_sample(small, pitch_um):
+    stored, drawn = (
+        datasets.visium_hd_truth(small, pitch_um=pitch_um),
+        datasets.sample_truth(**SMALL, pitch_um=pitch_um),
+    )
+    assert stored.dtype == np.float32
+    assert stored.attrs == drawn.attrs
+    assert list(stored["c"].values) == list(drawn["c"].values)
+    np.testing.assert_allclose(stored["x"], drawn["x"])
+    np.testing.assert_allclose(stored, drawn, rtol=1e-5, atol=1e-9)
+
+
+def test_a_window_is_part_of_the_whole(small):
+    whole = datasets.visium_hd_truth(small, pitch_um=4.0)
+    part = datasets.visium_hd_truth(small, genes=["VIM", "ACTB"], pitch_um=4.0, window_um=(20, 33, 60, 150))
+    assert part.dims == ("c", "y", "x")
+    assert part.attrs["spatially_varying"] == ["VIM"]
+    expected = whole.sel(c=["VIM", "ACTB"])[:, 8:38, 5:15]
+    for axis in ("c", "y", "x"):
+        np.testing.assert_array_equal(part[axis], expected[axis])
+    np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"genes": ["VIM", "NOPE"]}, "NOPE"),
+        ({"window_um": (200, 0, 300, 50)}, "window_um"),
+        ({"pitch_um": 1e6}, "pitch_um"),
+        ({"pitch_um": 1e-4}, "pitch_um"),
+    ],
+)
+def test_truth_that_is_not_there_is_refused(small, wrong, named):
+    with pytest.raises(DataError, match=named):
+        datasets.visium_hd_truth(small, **wrong)
+    with pytest.raises(DataError, match="truth.zarr"):
+        datasets.visium_hd_truth(small.parent)
+
+
+@pytest.mark.parametrize("bins_as_squares", [True, False])
+@pytest.mark.parametrize("annotate_table_by_labels", [True, False])
+def test_read_in_every_variant(small, bins_as_squares, annotate_table_by_labels):
+    sdata = spatialdata_io.visium_hd(
+        small, bins_as_squares=bins_as_squares, annotate_table_by_labels=annotate_table_by_labels
+    )
+    assert ("radius" in sdata.shapes["sample_square_008um"]) != bins_as_squares
+    region = "sample_square_008um" + "_labels" * annotate_table_by_labels
+    assert get_table_keys(sdata.tables["square_008um"])[0] == region
+    assert len(sdata.labels) == 2 * annotate_table_by_labels
+
+
+def test_empty_dataset_id_one_worker_and_a_long_panel(tmp_path, small):
+    arguments = SMALL | {"n_genes": 3000, "bin_um": (8,), "dataset_id": "", "cells": False, "n_workers": 1}
+    sdata = spatialdata_io.visium_hd(datasets.write_visium_hd(tmp_path / "out", **arguments))
+    assert set(sdata.images) == {"_full_image", "_hires_image", "_lowres_image"}
+    assert set(sdata.shapes) == {"_square_008um"}
+    assert "" in sdata.coordinate_systems
+    expected = spatialdata_io.visium_hd(small)
+    np.testing.assert_array_equal(pixels(sdata, "_full_image"), pixels(expected, "sample_full_image"))
+    table, short = sdata.tables["square_008um"], expected.tables["square_008um"]
+    markers = [name for name in short.var_names if not name.startswith("GENE")]
+    assert table.shape == (short.n_obs, 3000)
+    assert (table[:, markers].X != short[:, markers].X).nnz == 0
+    assert table.X.sum() == pytest.approx(short[:, markers].X.sum() / 0.8, rel=0.05)  # a fifth is of fillers
+
+
+@pytest.mark.parametrize("verb", [datasets.write_visium_hd, datasets.write_visium])
+def test_refused_and_failed_writes_leave_everything_as_it_was(tmp_path, monkeypatch, verb, small):
+    before = sorted(small.rglob("*"))
+    with pytest.raises(StoreError, match=str(small)):
+        verb(small)
+    assert sorted(small.rglob("*")) == before
+    with pytest.raises(DataError, match="mpp"):
+        verb(tmp_path / "new" / "out", mpp=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(DataError, match="size_um=.*mpp="):
+            verb(tmp_path / "new" / "out", size_um=200, mpp=0.5)
+    assert list(tmp_path.iterdir()) == []
+
+    def fail(*_, **__):
+        raise OSError("no space")
+
+    monkeypatch.setattr(zarr, "create_group", fail)
+    monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
+    with pytest.raises(OSError, match="no space"):
+        verb(tmp_path / "out", size_um=120, mpp=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_visium_as_read(visium):
+    sdata = spatialdata_io.visium(visium, fullres_image_file="sample_tissue_image.tif")
+    assert set(sdata.images) == {"sample_full_image", "sample_hires_image", "sample_lowres_image"}
+    sample = datasets.sample(**VISIUM, bin_um=(16,))
+    np.testing.assert_array_equal(pixels(sdata, "sample_full_image"), pixels(sample, "sample_full_image"))
+    circles, table = sdata.shapes["sample"], sdata.tables["table"]
+    np.testing.assert_allclose(circles["radius"], 27.5 / 1.5)
+    np.testing.assert_allclose(table.obsm["spatial"], np.column_stack([circles.geometry.x, circles.geometry.y]))
+    assert table.var["spatially_varying"].dtype == bool
+    truth = datasets.sample_truth(**VISIUM, pitch_um=1.0)
+    x, y = np.meshgrid(truth["x"], truth["y"])
+    inside = [np.hypot(x - cx, y - cy) <= 27.5 for cx, cy in table.obsm["spatial"] * 1.5]
+    lies_there = np.stack([truth.to_numpy()[:, mask].sum(axis=1) for mask in inside])
+    total, expected = np.asarray(table.X.sum(axis=1)).ravel(), lies_there.sum(axis=1)
+    assert total.sum() == pytest.approx(expected.sum(), rel=0.25)
+    # library sizes: totals vary far more than Poisson draws of hundreds would, shares of genes do not
+    assert 0.2 < np.log(total / expected).std() < 0.8
+    error = (table.X.toarray() / total[:, None] - lies_there / expected[:, None]) * np.sqrt(total)[:, None]
+    assert np.sqrt((error**2).sum(axis=1).mean()) == pytest.approx(1, abs=0.1)
+
+
+def test_spots_of_visium_lie_on_a_hexagonal_lattice(visium):
+    spots = pd.read_csv(visium / "spatial" / "tissue_positions.csv")
+    assert ((spots["array_row"] + spots["array_col"]) % 2 == 0).all()
+    xy = spots[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy() * 1.5
+    apart = np.hypot(*(xy[:, None] - xy[None]).transpose(2, 0, 1))
+    np.fill_diagonal(apart, np.inf)
+    np.testing.assert_allclose(apart.min(axis=1), 100)
+    assert (np.abs(apart - 100) < 1e-6).sum(axis=1).max() == 6
+    assert 0 < spots["in_tissue"].mean() < 1
+    assert spots["barcode"].is_unique
+
+
+def test_visium_with_an_empty_dataset_id(tmp_path):
+    path = datasets.write_visium(tmp_path / "out", size_um=300, mpp=2, dataset_id="")
+    sdata = spatialdata_io.visium(path, dataset_id="other", fullres_image_file="tissue_image.tif")
+    assert set(sdata.shapes) == {"other"}

@@ -1,0 +1,106 @@
+"""The pages agree with the code: public names are listed, calls fit the functions, quoted messages are in the source.
+
+Nothing is imported: the source is read.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import pixnet_sd
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "pixnet_sd"
+MODULES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+QUOTED = re.compile(r"^(?P<ticks>`+) ?(?P<message>.+?) ?(?P=ticks)\n: ", re.MULTILINE)
+LEFT_OPEN = re.compile(r"%[\d.]*[sdrfg]|\{\w*\}")  # what logging and `str.format` fill in
+LONGEST = 1000  # longer texts are docstrings
+
+
+def public_names(room: str) -> list[str]:
+    """``__all__`` of a room; empty if it is none."""
+    for path in (SOURCE / room / "__init__.py", SOURCE / f"{room}.py"):
+        for node in MODULES[path].body if path in MODULES else []:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                return [str(name) for name in ast.literal_eval(node.value)]
+    return []
+
+
+FUNCTIONS = {
+    node.name: node.args for tree in MODULES.values() for node in tree.body if isinstance(node, ast.FunctionDef)
+}
+LISTED = [f"{room}.{name}" if name else room for room in pixnet_sd.__all__ for name in public_names(room) or [""]]
+
+
+@pytest.mark.parametrize("name", sorted(set(LISTED) - {"__version__"}))
+def test_name_is_on_the_page(name: str) -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert re.search(rf"^    {re.escape(name)}$", page, re.MULTILINE)
+
+
+def fits(room: str, function: str, keywords: list[str]) -> bool:
+    """Whether a room exports a function that has these arguments."""
+    if function not in public_names(room):
+        return False
+    known = FUNCTIONS[function]
+    return known.kwarg is not None or {*keywords} <= {each.arg for each in (*known.args, *known.kwonlyargs)}
+
+
+def calls(page: Path) -> list[tuple[str, str, list[str]]]:
+    """Room, function and keywords of each call of ours, such as ``ps.tl.fit(sdata, seed=1)``."""
+    code = ast.parse("\n".join(BLOCK.findall(page.read_text(encoding="utf-8"))))
+    found = []
+    for node in ast.walk(code):
+        parts = ast.unparse(node.func).split(".") if isinstance(node, ast.Call) else []
+        if len(parts) == 3 and parts[0] in ("pixnet_sd", "ps") and parts[1].islower():
+            found.append((parts[1], parts[2], [word.arg for word in node.keywords if word.arg]))
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if calls(page)], ids=lambda page: page.stem)
+def test_calls_fit_the_functions(page: Path) -> None:
+    assert [call for call in calls(page) if not fits(*call)] == []
+
+
+def test_wrong_calls_are_noticed() -> None:
+    assert not fits("tl", "fit", ["radius_um"])
+    assert not fits("tl", "transform", [])
+
+
+def texts(tree: ast.Module) -> list[str]:
+    """Every text of a module, with … for what differs."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(LEFT_OPEN.sub("…", node.value))
+    return [text for text in found if len(text) < LONGEST]
+
+
+TEMPLATES = [text for tree in MODULES.values() for text in texts(tree)]
+MESSAGES = [m["message"] for m in QUOTED.finditer((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))]
+
+
+def is_in_source(message: str) -> bool:
+    """Whether the fixed parts follow one another in one text."""
+    pattern = re.compile(".*".join(map(re.escape, message.split("…"))), re.DOTALL)
+    return any(pattern.search(text) for text in TEMPLATES)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_quoted_message_is_in_the_source(message: str) -> None:
+    assert len(message.replace("…", "")) > 20, "too short to tell one message from another"
+    assert is_in_source(message)
+
+
+def test_messages_are_quoted_once_and_rewording_is_noticed() -> None:
+    assert len(MESSAGES) == len(set(MESSAGES)) > 50
+    assert is_in_source("There is no store at …. Give the folder")
+    assert not is_in_source("There is no store at …. Give a folder")

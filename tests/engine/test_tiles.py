@@ -1,0 +1,177 @@
+"""Slides, their tiles, and what augments them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pixnet_sd.engine import (
+    ALIGN_PX,
+    MARGIN_SHARE,
+    N_SYMMETRIES,
+    Tile,
+    TrainingTiles,
+    apply_symmetry,
+    jitter_stain,
+    training_tiles,
+    undo_symmetry,
+)
+from pixnet_sd.errors import PixNetError
+from pixnet_sd.geometry import Circles, Grid, Polygons
+from pixnet_sd.model import build_operator
+
+SHARE = st.floats(0, 1, exclude_max=True)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def moved(regions: Polygons, k: int, height: int, width: int) -> Polygons:
+    """Regions where `apply_symmetry` puts their pixels."""
+    matrix = np.eye(3)
+    for _ in range(k % 4):  # one turn takes (x, y) to (y, width - x)
+        matrix = np.array([[0, 1, 0], [-1, 0, width], [0, 0, 1]]) @ matrix
+        height, width = width, height
+    if k >= 4:
+        matrix = np.array([[-1, 0, width], [0, 1, 0], [0, 0, 1]]) @ matrix
+    return regions.transform(matrix)
+
+
+@pytest.mark.parametrize("k", range(N_SYMMETRIES))
+def test_turning_the_map_back_equals_moving_the_regions(k: int) -> None:
+    height, width, stride = 5, 8, 4
+    rng = np.random.default_rng(1)
+    corners = rng.uniform(0.05, 0.95, (6, 3, 2)) * [width * stride, height * stride]  # six triangles
+    regions = Polygons(corners.reshape(-1, 2), np.arange(0, 19, 3), np.arange(6), 6)
+    d = torch.rand(2, height, width)
+    turned = apply_symmetry(d, k)  # what a network makes of a turned tile
+    assert torch.equal(undo_symmetry(turned, k), d)
+    assert (
+        sum(other.shape == d.shape and torch.equal(other, d) for other in map(apply_symmetry, [d] * 8, range(8))) == 1
+    )
+
+    back = build_operator(regions, Grid(height, width, stride))
+    there = build_operator(moved(regions, k, height * stride, width * stride), Grid(*turned.shape[-2:], stride))
+    assert back.n_px.sum() > 200
+    np.testing.assert_array_equal(back.n_px, there.n_px)
+    undone = back.apply(undo_symmetry(turned, k).flatten(1).T)
+    torch.testing.assert_close(undone, there.apply(turned.flatten(1).T), rtol=1e-5, atol=1e-4)
+
+
+def test_jitter_keeps_the_range_and_white_nearly_white() -> None:
+    image = torch.rand(16, 3, 4, 4).mul(255)
+    image[:, :, 0] = 255
+    changed = jitter_stain(image, 0.5, generator())
+    assert 0 <= changed.min() <= changed.max() <= 255
+    assert (changed[:, :, 1:] - image[:, :, 1:]).abs().mean() > 5
+    assert (jitter_stain(image, 0.05, generator())[:, :, 0] > 245).all()
+    assert torch.equal(jitter_stain(image, 0.0, generator()), image)
+    torch.testing.assert_close(jitter_stain(image, 1e-9, generator()), image, rtol=0, atol=1e-3)
+
+
+def test_jitter_changes_each_tile_and_channel_by_the_generator() -> None:
+    image = torch.full((2, 3, 2, 2), 100.0)
+    once, again, other = (jitter_stain(image, 0.1, generator(seed)) for seed in (3, 3, 4))
+    assert len(once[:, :, 0, 0].unique()) == 6
+    assert torch.equal(once, once[:, :, :1, :1].expand_as(once))
+    assert torch.equal(once, again)
+    assert not torch.equal(once, other)
+
+
+def test_subset_keeps_targets_with_regions_and_drops_empty_sizes(slide_of) -> None:
+    circles = Circles([[1, 2], [3, 4], [5, 6]], [1, 2, 3])
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    (measured,) = (
+        slide_of(circles, circles, values=[values, values]).subset((np.array([], int), np.array([2, 0]))).measured
+    )
+    assert measured.size_name == "size1"
+    np.testing.assert_array_equal(measured.regions.radius, [3, 1])
+    np.testing.assert_array_equal(measured.values, values[[2, 0]])
+
+
+@st.composite
+def circles_of_a_slide(draw: st.DrawFn, most: int = 12) -> Circles:
+    n = draw(st.integers(1, most))
+    place = st.floats(-60, 700)
+    centres = draw(st.lists(st.tuples(place, place), min_size=n, max_size=n))
+    radii = draw(st.lists(st.floats(0.25, 40), min_size=n, max_size=n))
+    return Circles(np.array(centres), np.array(radii))
+
+
+def holds(tile: Tile, bounds: np.ndarray, margin: float) -> np.ndarray:
+    inside = (bounds[:, 0] - margin >= tile.col0) & (bounds[:, 2] + margin <= tile.col0 + tile.width)
+    return inside & (bounds[:, 1] - margin >= tile.row0) & (bounds[:, 3] + margin <= tile.row0 + tile.height)
+
+
+def covered(tiling: TrainingTiles, size: int = 0) -> list[int]:
+    """Region indices over all tiles."""
+    return [int(index) for tile in tiling.tiles for index in tiling.members(tile)[size]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    fine=circles_of_a_slide(),
+    coarse=circles_of_a_slide(),
+    tile_px=st.integers(4, 9).map(lambda k: ALIGN_PX * k),
+    shift=st.tuples(SHARE, SHARE),
+    once=st.booleans(),
+)
+def test_every_region_lies_in_a_tile_with_its_margin(slide_of, fine, coarse, tile_px, shift, once) -> None:
+    tiling = training_tiles(slide_of(fine, coarse), tile_px, shift=shift, once=once)
+    for size, regions in enumerate((fine, coarse)):
+        counted = covered(tiling, size)
+        assert set(counted) == set(range(len(regions)))
+        assert not once or len(counted) == len(regions)
+    for tile in tiling.tiles:
+        members = tiling.members(tile)
+        assert any(len(index) for index in members)
+        for regions, index in zip((fine, coarse), members, strict=True):
+            inside = holds(tile, regions.bounds, tile_px // MARGIN_SHARE)
+            assert inside[index].all()
+            assert once or inside.sum() == len(index)
+    assert {tile[2:] for tile in tiling.tiles} == {tiling.tiles[0][2:]}
+    assert all(0 < side <= tile_px and side % ALIGN_PX == 0 for side in tiling.tiles[0][2:])
+
+
+@given(
+    extent=st.floats(92, 128), place=st.floats(0, 40), shift=st.tuples(SHARE, SHARE), far=st.sampled_from([0, 40, 900])
+)
+def test_regions_nearly_as_large_as_a_tile_are_held_or_refused(slide_of, extent, place, shift, far) -> None:
+    """The largest region leaves tiles little room to overlap: none may fall between two of them."""
+    radius = extent / 2 - 128 // MARGIN_SHARE
+    circles = Circles([[place, 0.5], [place + far, 0.5 + far / 3]], [radius, radius])
+    try:
+        tiling = training_tiles(slide_of(circles), 128, shift=shift)
+    except PixNetError:
+        assert extent > 128 - ALIGN_PX
+    else:
+        assert set(covered(tiling)) == {0, 1}
+
+
+def test_one_tile_no_larger_than_needed(slide_of) -> None:
+    (tile,) = training_tiles(slide_of(Circles([[-7.3, -7.3], [52.7, 2.7]], [9, 9])), 512).tiles
+    assert tile[2:] == (128, 192)  # 28 and 78 pixels, 32 on each side, and up to 64 of alignment
+
+
+def test_tiles_without_regions_are_left_out_and_off_the_slide_covered(slide_of) -> None:
+    tiling = training_tiles(slide_of(Circles([[-3, 2], [5000, 5000]], [10, 5])), 128)
+    assert len(tiling.tiles) == 2
+    assert set(covered(tiling)) == {0, 1}
+
+
+def test_shift_moves_tiles(slide_of) -> None:
+    circles = Circles(np.mgrid[0:600:20, 0:600:20].reshape(2, -1).T, 5.0)
+    here, there = (training_tiles(slide_of(circles), 128, shift=s).tiles for s in ((0, 0), (0.5, 0.25)))
+    assert here[0].row0 - there[0].row0 > here[0].col0 - there[0].col0 > 0
+
+
+def test_too_large_regions_are_refused_with_a_size_that_works(slide_of) -> None:
+    circles = Circles([[200, 200], [900, 900]], [100, 3])
+    with pytest.raises(PixNetError, match=r"tile_px=(\d+)") as refused:
+        training_tiles(slide_of(circles), 128)
+    advised = int(str(refused.value).split("tile_px=")[1].split()[0])
+    assert set(covered(training_tiles(slide_of(circles), advised))) == {0, 1}

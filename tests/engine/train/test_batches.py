@@ -1,0 +1,133 @@
+"""Batches: what is in them belongs together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from pixnet_sd.engine import Tile, TrainingSlide, TrainingTiles, training_tiles
+from pixnet_sd.engine.train import BatchPlan, make_batch, plan_batches
+from pixnet_sd.geometry import Circles, Grid
+from pixnet_sd.model import build_operator
+
+
+@pytest.fixture(scope="module")
+def slide(learnable) -> TrainingSlide:
+    return learnable(96, 128, radii=(4.0, 9.0))
+
+
+@pytest.fixture(scope="module")
+def tiling(slide) -> TrainingTiles:
+    return training_tiles(slide, 64)
+
+
+def test_operators_pixels_and_targets_go_together(slide, tiling) -> None:
+    """The operator is block diagonal: each tile has its own rows and columns."""
+    plan = BatchPlan(tiling, (2, 0, 5))
+    batch = make_batch(plan)
+    for picture, (row0, col0, height, width) in zip(batch.image, plan.tiles, strict=True):
+        np.testing.assert_array_equal(picture.permute(1, 2, 0), slide.read(row0, row0 + height, col0, col0 + width))
+    n_map = sum(tile.height * tile.width // 16 for tile in plan.tiles)
+    for size, measured in enumerate(slide.measured):
+        members = [tiling.members(tile)[size] for tile in plan.tiles]
+        np.testing.assert_array_equal(batch.targets[size], measured.values[np.concatenate(members)])
+        operator = batch.operators[size]
+        row = col = 0
+        rest = operator.apply(torch.eye(n_map)).numpy()
+        for tile, index in zip(plan.tiles, members, strict=True):
+            grid, regions = Grid(tile.height // 4, tile.width // 4, 4), measured.regions.subset(index)
+            alone = build_operator(regions.transform([[1, 0, -tile.col0], [0, 1, -tile.row0], [0, 0, 1]]), grid)
+            rows, cols = slice(row, row + len(index)), slice(col, col + grid.height * grid.width)
+            bounds = regions.bounds
+            whole = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2:] <= (slide.width, slide.height)).all(axis=1)
+            np.testing.assert_allclose(rest[rows, cols][whole], alone.matrix.toarray()[whole], rtol=1e-5)
+            np.testing.assert_array_equal(operator.n_px[rows][whole], alone.n_px[whole])
+            rest[rows, cols] = 0
+            row, col = rows.stop, cols.stop
+        assert rest.shape == (row, col)
+        assert not rest.any()
+
+
+def test_a_size_absent_from_a_tile(slide_of, draw, reader) -> None:
+    small, large = Circles([[20, 20], [500, 20]], [3, 3]), Circles([[20, 20]], [20])
+    tiling = training_tiles(slide_of(small, large, read=reader(draw(64, 512))), 128)
+    empty = next(k for k, tile in enumerate(tiling.tiles) if not len(tiling.members(tile)[1]))
+    batch = make_batch(BatchPlan(tiling, (empty,)))
+    assert batch.operators[1].apply(torch.ones(32 * tiling.tiles[0].height // 4, 2)).shape == (0, 2)
+    assert batch.targets[1].shape == (0, 1)
+    assert len(make_batch(BatchPlan(tiling, (empty, 1 - empty))).operators[1].n_px) == 1
+
+
+def test_regions_partly_off_the_slide_count_what_is_inside(slide_of, draw, reader) -> None:
+    """A quarter of a circle, half a circle, a whole one, and one that holds no pixel centre."""
+    circles = Circles([[0, 0], [50, 0], [50, 44], [30, 30.01]], [9, 9, 9, 0.3])
+    tiling = training_tiles(slide_of(circles, read=reader(draw(64, 64)), height=64, width=64), 128)
+    (operator,) = make_batch(BatchPlan(tiling, (0,))).operators
+    y, x = np.mgrid[:64, :64] + 0.5
+    inside = [((x - cx) ** 2 + (y - cy) ** 2 <= 81).sum() for cx, cy in circles.centre_xy[:3]]
+    np.testing.assert_array_equal(operator.n_px[:3], inside)
+    assert 0 < operator.n_px[3] < 1
+    n_columns = tiling.tiles[0].height * tiling.tiles[0].width // 16
+    np.testing.assert_allclose(operator.apply(torch.ones(n_columns, 1))[:, 0], operator.n_px, rtol=1e-5)
+
+
+class Lazy:
+    """Targets on disk, asked for in ascending order, a tile at a time."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.shape = values, values.shape
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        assert (np.diff(index) > 0).all()
+        return self.values[index]
+
+    def rows(self, index: np.ndarray) -> sparse.csr_matrix:
+        return sparse.csr_matrix(self[index])
+
+
+@pytest.mark.parametrize("n_outputs", [3, 1100])
+def test_targets_on_disk_are_those_in_memory(slide, n_outputs: int) -> None:
+    """Of a whole transcriptome they stay sparse."""
+    values = [np.random.default_rng(0).poisson(0.1, (len(m.regions), n_outputs)).astype("f4") for m in slide.measured]
+    batches = []
+    for kind in (np.asarray, Lazy):
+        measured = tuple(replace(m, values=kind(v)) for m, v in zip(slide.measured, values, strict=True))
+        batches.append(make_batch(BatchPlan(training_tiles(replace(slide, measured=measured), 64), (2, 0, 5))))
+    for dense, stored in zip(*(batch.targets for batch in batches), strict=True):
+        assert sparse.issparse(stored) == (n_outputs > 1024)
+        np.testing.assert_array_equal(stored.toarray() if sparse.issparse(stored) else stored, dense)
+
+
+def test_what_is_kept_is_not_read(slide_of) -> None:
+    tiling = training_tiles(slide_of(Circles([[20, 20]], [3])), 64)  # fails when read
+    batch = make_batch(BatchPlan(tiling, (0,), 3), kept=lambda slide, tile, k: [torch.full((1,), k)])
+    assert batch.image is None
+    assert batch.kept == [[torch.tensor([3])]]
+
+
+def tilings(*numbers: int) -> list[TrainingTiles]:
+    return [TrainingTiles(None, [Tile(0, k, 32, 32) for k in range(n)], 2) for n in numbers]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_plans_hold_every_tile_once(seed: int | None) -> None:
+    found = tilings(7, 1, 4)
+    plans = plan_batches(found, 3, None if seed is None else np.random.default_rng(seed))
+    every = [(found.index(plan.tiling), k) for plan in plans for k in plan.picked]
+    assert sorted(every) == [(slide, k) for slide, n in enumerate((7, 1, 4)) for k in range(n)]
+    assert (every == sorted(every)) == (seed is None)
+    assert max(len(plan.picked) for plan in plans) == 3
+    assert seed is not None or {plan.symmetry for plan in plans} == {0}
+
+
+def test_plans_follow_the_seed() -> None:
+    found = tilings(40)
+    once, again, other = (
+        [(plan.picked, plan.symmetry) for plan in plan_batches(found, 2, np.random.default_rng(s))] for s in (0, 0, 1)
+    )
+    assert once == again != other
+    assert 1 < len({symmetry for _, symmetry in once}) <= 8

@@ -1,0 +1,223 @@
+"""Feature maps: turned back, kept for a frozen encoder, and on the scale that calibration measures."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from pixnet_sd.engine import N_SYMMETRIES, Tile, TrainingSlide, apply_symmetry, training_tiles, undo_symmetry
+from pixnet_sd.engine.train import BatchPlan, FeatureMaps, PyramidCache, calibrate, make_batch
+from pixnet_sd.geometry import MAP_STRIDE, STRIDES
+from pixnet_sd.model import Encoder, Network
+
+TILE = Tile(-16, 40, 64, 96)
+
+
+def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a | b)
+
+
+class TestKept:
+    """Pyramids of a frozen encoder."""
+
+    @pytest.fixture
+    def slide(self, learnable) -> TrainingSlide:
+        return learnable(96, 160)
+
+    @pytest.fixture
+    def encoder(self, make_network) -> Encoder:
+        return make_network(frozen=True).encoder
+
+    @pytest.fixture
+    def cache(self, encoder, tmp_path: Path) -> PyramidCache:
+        return PyramidCache(encoder, tmp_path / "features", 0.05, seed=3)
+
+    @staticmethod
+    def pixels(slide: TrainingSlide, tile: Tile = TILE) -> torch.Tensor:
+        row0, col0, height, width = tile
+        return torch.from_numpy(slide.read(row0, row0 + height, col0, col0 + width)).permute(2, 0, 1)[None]
+
+    def make(self, cache: PyramidCache, slide: TrainingSlide, tile: Tile = TILE, k: int = 0) -> list[torch.Tensor]:
+        return cache.make(slide, tile, k, self.pixels(slide, tile))
+
+    @pytest.mark.parametrize("k", range(N_SYMMETRIES))
+    def test_what_is_read_is_what_was_computed(self, cache, encoder, slide, k: int) -> None:
+        cache.stain_jitter = 0.0
+        assert cache.read(slide, TILE, k) is None
+        made, read = self.make(cache, slide, k=k), cache.read(slide, TILE, k)
+        expected = encoder(apply_symmetry(self.pixels(slide).float(), k))
+        for level, kept, exact, stride in zip(made, read, expected, STRIDES, strict=True):
+            assert torch.equal(level, kept)
+            shape = (TILE.height // stride, TILE.width // stride)
+            assert level.shape[2:] == (shape if k % 2 == 0 else shape[::-1])
+            torch.testing.assert_close(level.float(), exact, rtol=2**-10, atol=1e-6)
+
+    def test_slides_tiles_and_symmetries_are_kept_apart(self, cache, learnable, slide) -> None:
+        other = learnable(96, 160, seed=1, name="other")
+        wanted = [(slide, TILE, 0), (other, TILE, 0), (slide, Tile(0, 40, 64, 96), 0), (slide, TILE, 2)]
+        first = [self.make(cache, *each)[0] for each in wanted]
+        assert all(torch.equal(a, cache.read(*each)[0]) for a, each in zip(first, wanted, strict=True))
+        assert all(not torch.equal(first[0], level) for level in first[1:])
+
+    def test_turned_copies_are_jittered_by_the_seed(self, cache, encoder, slide, tmp_path: Path) -> None:
+        plain, turned = (encoder(apply_symmetry(self.pixels(slide).float(), k))[0] for k in (0, 2))
+        torch.testing.assert_close(self.make(cache, slide)[0].float(), plain, rtol=2**-10, atol=1e-6)
+        jittered = self.make(cache, slide, k=2)[0]
+        assert 1e-3 < (jittered - turned).abs().mean() / turned.std() < 0.5
+        again, other = (
+            self.make(PyramidCache(encoder, tmp_path / str(s), 0.05, seed=s), slide, k=2)[0] for s in (3, 4)
+        )
+        assert torch.equal(again, jittered)
+        assert not torch.equal(other, jittered)
+
+    @pytest.mark.parametrize("failure", ["no room", "quota"])
+    def test_a_full_disk_is_said_once_and_what_is_kept_is_used(
+        self, cache, slide, monkeypatch, caplog, failure: str
+    ) -> None:
+        kept = self.make(cache, slide)
+        if failure == "no room":
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        else:
+            monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        once, again = self.make(cache, slide, k=1), self.make(cache, slide, k=1)
+        assert torch.equal(once[0], again[0])
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert cache.read(slide, TILE, 1) is None
+        assert torch.equal(cache.read(slide, TILE, 0)[0], kept[0])
+        cache.clear()
+        assert not cache.directory.exists()
+
+    def test_a_damaged_file_is_made_anew(self, cache, slide) -> None:
+        kept = self.make(cache, slide)
+        (path,) = cache.directory.iterdir()
+        mine = cache.directory.parent / "mine"
+        mine.write_bytes(path.read_bytes()[:100])
+        path.unlink()
+        path.symlink_to(mine)
+        assert cache.read(slide, TILE, 0) is None
+        assert torch.equal(self.make(cache, slide)[0], kept[0])
+        assert torch.equal(cache.read(slide, TILE, 0)[0], kept[0])
+        assert not path.is_symlink()
+        assert len(mine.read_bytes()) == 100
+        assert [p.name for p in cache.directory.parent.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.fixture(scope="module")
+def slide(learnable) -> TrainingSlide:
+    return learnable(96, 15)
+
+
+@pytest.fixture
+def features(make_run, fabric) -> Callable[..., FeatureMaps]:
+    return lambda network, **options: FeatureMaps(network, make_run(**({"stain_jitter": 0.0} | options)), fabric)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("k", range(N_SYMMETRIES))
+def test_maps_are_turned_back(make_network, features, slide, frozen: bool, k: int) -> None:
+    """Whether pixels are encoded, or pyramids made or read: undo(network(apply(image))); what is kept is read ahead."""
+    network, tiling = make_network(frozen=frozen).eval(), training_tiles(slide, 96)
+    assert tiling.tiles[0].height != tiling.tiles[0].width
+    maps = features(network)
+    plan = BatchPlan(tiling, tuple(range(len(tiling.tiles))), k)
+    image = make_batch(plan).image.float()
+    with torch.no_grad():
+        expected = undo_symmetry(network(apply_symmetry(image, k)), k)
+        (first,) = maps.batches([plan])
+        found = maps.of(first)
+        slide.read.calls.clear()
+        (second,) = maps.batches([plan])
+        maps.clear()
+        assert torch.equal(maps.of(second), found)
+    assert (not slide.read.calls) == (second.image is None) == frozen
+    assert found.shape[-2:] == (image.shape[-2] // MAP_STRIDE, image.shape[-1] // MAP_STRIDE)
+    torch.testing.assert_close(found, expected, rtol=0, atol=(2e-3 if frozen else 1e-5) * float(expected.std()))
+
+
+def test_only_batches_of_the_usual_size_are_compiled(make_network, features, slide, monkeypatch) -> None:
+    compiled: list[int] = []
+    monkeypatch.setattr(
+        torch, "compile", lambda network, dynamic: lambda image: compiled.append(len(image)) or network(image)
+    )
+    network, tiling = make_network().eval(), training_tiles(slide, 96)
+    n_tiles = len(tiling.tiles)
+    for batch_size in (n_tiles, n_tiles + 1):
+        features(network, compile=True, batch_size=batch_size).of(make_batch(BatchPlan(tiling, tuple(range(n_tiles)))))
+    assert compiled == [n_tiles]
+
+
+def test_stain_is_jittered_in_training_only(make_network, features, slide) -> None:
+    network = make_network()
+    maps, batch = features(network, stain_jitter=0.3), make_batch(BatchPlan(training_tiles(slide, 96), (0,)))
+    for stage in network.encoder.body.stages:  # batch statistics would differ between the modes as well
+        stage[1].momentum, stage[1].track_running_stats = 0.0, False
+    with torch.no_grad():
+        network.eval()
+        assert torch.equal(maps.of(batch), maps.of(batch))
+        network.train()
+        assert not torch.allclose(maps.of(batch), maps.of(batch))
+
+
+def literal(network: Network, slides, tilings) -> list[torch.Tensor]:
+    """Mean features of every region in every tile, by upsampling each level and averaging over the region's pixels."""
+    pooled: list[list[torch.Tensor]] = [[] for _ in STRIDES]
+    for slide, tiling in zip(slides, tilings, strict=True):
+        for tile in tiling.tiles:
+            row0, col0, height, width = tile
+            pixels = slide.read(row0, row0 + height, col0, col0 + width)
+            image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+            y, x = np.mgrid[row0 : row0 + height, col0 : col0 + width] + 0.5
+            on_slide = (x > 0) & (y > 0) & (x < slide.width) & (y < slide.height)
+            for level, maps in enumerate(network.encoder(image)):
+                full = functional.interpolate(maps, (height, width), mode="bilinear", align_corners=False)[0]
+                for measured, index in zip(slide.measured, tiling.members(tile), strict=True):
+                    circles = measured.regions.subset(index)
+                    for (cx, cy), r in zip(circles.centre_xy, circles.radius, strict=True):
+                        pooled[level].append(full[:, on_slide & ((x - cx) ** 2 + (y - cy) ** 2 <= r**2)].mean(1))
+    return [torch.stack(level) for level in pooled]
+
+
+def test_laterals_get_the_scale_between_regions(make_network, features, learnable) -> None:
+    network = make_network(frozen=True)
+    slides = [learnable(96, 100, radii=(5.0, 10.0)), learnable(64, 64, seed=1, name="other")]
+    tilings = [training_tiles(s, 64) for s in slides]
+    calibrate(network, features(network), tilings, 4)
+    with torch.no_grad():
+        expected = literal(network, slides, tilings)
+    for lateral, values in zip(network.decoder.laterals, expected, strict=True):
+        torch.testing.assert_close(lateral.mean, values.mean(0), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(1 / lateral.scale, values.std(0) + 1e-3, rtol=1e-2, atol=1e-3)
+
+
+def test_a_network_without_laterals_stays(make_network, features) -> None:
+    network = make_network(frozen=True, laterals=False)
+    before = state(network)
+    calibrate(network, features(network), [], 4)
+    assert same(state(network), before)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_calibration_leaves_the_encoder_and_the_disk_as_they_are(make_network, make_run, fabric, learnable, frozen):
+    """What is kept is read by the training; with few tiles another seed gives the same constants."""
+    slide, scales = learnable(96, 100), []
+    for seed in (0, 1):
+        network, run = make_network(frozen=frozen), make_run(folder=str(seed))
+        before = state(network.encoder)
+        torch.manual_seed(seed)
+        calibrate(network, FeatureMaps(network, run, fabric), [training_tiles(slide, 64)], 100)
+        assert same(state(network.encoder), before)
+        assert (run.directory / "features").exists() == frozen
+        scales.append(network.decoder.laterals[0].scale)
+    torch.testing.assert_close(*scales, rtol=1e-4, atol=0)
+    assert not torch.allclose(scales[0], torch.ones(1))

@@ -1,0 +1,387 @@
+"""The training loop: it learns, goes on where it was, keeps the best epoch, and stops when it diverges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pixnet_sd.engine import TrainingSlide, make_fabric
+from pixnet_sd.engine.train import RunState, Scores, Trainer, TrainResult, hold_out_blocks, train
+from pixnet_sd.errors import CheckpointError, DivergenceError, PixNetError
+from pixnet_sd.geometry import Grid
+from pixnet_sd.model import Network, build_operator
+
+FILE = "training_state.pt"
+
+
+class Interrupted(Exception):
+    """Stands in for a kill."""
+
+
+@pytest.fixture
+def run(fabric, make_run) -> Callable[..., TrainResult]:
+    return lambda network, training, held_out=(), **options: train(
+        network, make_run(training, held_out, **options), fabric, show_progress_bar=False
+    )
+
+
+def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in network.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a | b)
+
+
+def without_seconds(result: TrainResult) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
+
+
+@pytest.fixture
+def counted(learnable) -> Callable[..., TrainingSlide]:
+    """Slides with counts in place of colours, and their sum last."""
+
+    def make(seed: int = 0, name: str = "slide", depth: float = 1.0, **options: Any) -> TrainingSlide:
+        slide = learnable(seed=seed, name=name, **options)
+        rng = np.random.default_rng(seed)
+        each = []
+        for measured in slide.measured:
+            n_px = measured.regions.area[:, None]
+            counts = rng.poisson(0.5 * depth * n_px * measured.values**2).astype(np.float32)
+            each.append(replace(measured, values=np.concatenate([counts, counts.sum(1, keepdims=True)], axis=1)))
+        return replace(slide, measured=tuple(each), depth=depth)
+
+    return make
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_learns(make_network, run, learnable, held: bool) -> None:
+    """Of several slides and sizes, every one is read; the model is said to be worth what it is."""
+    slides = [learnable(radii=(6.0, 10.0)), learnable(64, 150, seed=1, name="second")]
+    other = learnable(seed=2, name="other")
+    network = make_network(n_genes=3)
+    result = run(network, slides, [other] if held else [], max_epochs=10, stain_jitter=0.0)
+    history, quality = result.history, result.quality
+    assert [row["epoch"] for row in history] == list(range(1, 11))
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert all(slide.read.calls for slide in slides)
+    assert len({call[:3:2] for call in slides[0].read.calls}) > 2 * 4  # tiles move from epoch to epoch
+    assert quality["mse"] < quality["gene_mean_mse"]
+    assert not network.training
+    if held:
+        assert history[-1]["val_pcc"] > 0.6
+        assert history[-1]["val_mse"] < history[0]["val_mse"]
+        assert len(result.pcc_per_gene) == 3
+        assert quality["scored_on"] == "held_out"
+        assert quality["pcc"] == max(row["val_pcc"] for row in history)
+    else:
+        assert (result.best_epoch, result.pcc_per_gene) == (10, [])
+        assert set(history[0]) == {"epoch", "loss", "lr", "seconds"}
+        assert quality["scored_on"] == "training"
+        assert quality["pcc"] > 0.3
+
+
+@pytest.mark.parametrize("objective", ["poisson", "nb"])
+def test_learns_counts(make_network, run, counted, objective: str) -> None:
+    """Of two sizes and depths; totals of regions of a size that it has not seen come out right too."""
+    slides = [counted(radii=(5.0, 9.0)), counted(seed=2, name="deep", radii=(5.0, 9.0), depth=3.0)]
+    network = make_network(n_genes=4, link="softplus")
+    options = {"objective": objective, "stain_jitter": 0.0, "max_epochs": 30}
+    history = run(network, slides, [counted(seed=1, name="other")], **options).history
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert history[-1]["val_pcc"] > 0.5
+    (other,) = counted(seed=1, radii=(7.0,)).measured
+    features = network.eval()(torch.from_numpy(counted(seed=1).read(0, 96, 0, 128)).permute(2, 0, 1)[None].float())
+    found = network.predict_regions(features, build_operator(other.regions, Grid(24, 32, 4))).detach().numpy()
+    assert found[:, -1].sum() == pytest.approx(other.values[:, -1].sum(), rel=0.15)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_seed_decides(make_network, run, learnable, frozen: bool) -> None:
+    found = []
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        network = make_network(frozen=frozen, dropout=0.3)
+        result = run(network, [learnable()], folder=folder, seed=seed, max_epochs=2)
+        found.append((weights(network), without_seconds(result)))
+    assert same(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert not same(found[0][0], found[2][0])
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, epoch: int, *, saved: bool) -> None:
+    """Stop the next run at the end of an epoch, before its state would be written or after."""
+    record, save = Trainer.record, RunState.save
+
+    def recorded(trainer: Trainer, state: RunState, number: int, *rest: Any) -> dict[str, float]:
+        row = record(trainer, state, number, *rest)
+        if number == epoch and not saved:
+            raise Interrupted
+        return row
+
+    def saving(state: RunState, directory: Path) -> None:
+        save(state, directory)
+        if state.epoch == epoch:
+            raise Interrupted
+
+    monkeypatch.setattr(Trainer, "record", recorded)
+    monkeypatch.setattr(RunState, "save", saving)
+
+
+@pytest.mark.parametrize(
+    ("objective", "frozen", "epoch", "saved", "held"),
+    [
+        ("mse_pcc", False, 1, False, True),
+        ("mse_pcc", True, 1, True, False),
+        ("mse_pcc", False, 2, True, True),
+        ("mse_pcc", True, 2, True, True),
+        ("mse_pcc", False, 3, False, True),
+        ("mse_pcc", True, 3, False, False),
+        ("mse_pcc", False, 4, True, True),
+        ("nb", False, 2, True, True),
+    ],
+)
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    make_network, run, learnable, counted, monkeypatch, objective, frozen, epoch, saved, held
+) -> None:
+    """From the last epoch that was saved, which with short epochs is not the last."""
+    slides = [learnable()] if objective == "mse_pcc" else [counted(), counted(seed=2, name="two", depth=2.0)]
+    training, held_out = hold_out_blocks(slides[0], 0.3, 0) if held else (slides[0], None)
+    data = [training, *slides[1:]], ([held_out] if held else [])
+
+    def network() -> Network:
+        n_genes, link = (3, "identity") if objective == "mse_pcc" else (4, "softplus")
+        return make_network(frozen=frozen, dropout=0.3, n_genes=n_genes, link=link)
+
+    options = {"anneal": True, "objective": objective, "max_epochs": 4, "save_every_s": 0.0 if saved else 60.0}
+    straight, resumed = network(), network()
+    expected = run(straight, *data, folder="straight", **options)
+    interrupt(monkeypatch, epoch, saved=saved)
+    with pytest.raises(Interrupted):
+        run(network(), *data, **options)
+    monkeypatch.undo()
+    found = run(resumed, *data, **options)
+    assert same(weights(straight), weights(resumed))
+    assert without_seconds(found) == without_seconds(expected)
+    assert found.best_epoch == expected.best_epoch
+    np.testing.assert_array_equal(found.pcc_per_gene, expected.pcc_per_gene)
+
+
+@pytest.mark.parametrize(("save_every_s", "epochs"), [(60.0, [1, 5]), (0.0, [1, 2, 3, 4, 5])])
+def test_the_state_is_written_by_time_and_at_the_end(
+    make_network, run, learnable, monkeypatch, save_every_s, epochs
+) -> None:
+    written = []
+    monkeypatch.setattr(RunState, "save", lambda state, directory: written.append(state.epoch))
+    run(make_network(), [learnable()], max_epochs=5, save_every_s=save_every_s)
+    assert written == epochs
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_only_what_is_trained_is_kept(
+    make_network, make_run, fabric, learnable, monkeypatch, frozen, keep_best
+) -> None:
+    """In one file at the end; a frozen encoder's features are gone, and its weights are not in it."""
+    state = make_run([learnable()], [learnable(seed=1)], keep_best=keep_best)
+    network, seen, save = make_network(frozen=frozen), [], RunState.save
+
+    def look(state: RunState, folder: Path) -> None:
+        save(state, folder)
+        seen.append(sorted(path.name for path in folder.iterdir()))
+
+    monkeypatch.setattr(RunState, "save", look)
+    encoder, decoder = weights(network.encoder), weights(network.decoder)
+    train(network, state, fabric, show_progress_bar=False)
+    assert same(encoder, weights(network.encoder)) == frozen
+    assert not same(decoder, weights(network.decoder))
+    assert seen == [["features", FILE] if frozen else [FILE]] * 2
+    assert [path.name for path in state.directory.iterdir()] == [FILE]
+    kept = RunState.load(state.directory, "this run")
+    trained = {k for k in network.state_dict() if not (frozen and k.startswith("encoder."))}
+    assert set(kept.network) == trained
+    assert set(kept.best.weights) == (trained if keep_best else set())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_nothing_is_taken_from_a_run_that_left_no_state(make_network, run, learnable, monkeypatch, frozen) -> None:
+    """Stopped in its first epoch, a run with another encoder leaves only kept features behind."""
+    clean, after = (make_network(frozen=frozen) for _ in range(2))
+    run(clean, [learnable()], folder="clean")
+    interrupt(monkeypatch, 1, saved=False)
+    with pytest.raises(Interrupted):
+        run(make_network(frozen=frozen, seed=9), [learnable()], fingerprint="another run")
+    monkeypatch.undo()
+    run(after, [learnable()])
+    assert same(weights(clean), weights(after))
+
+
+@pytest.mark.parametrize("other", ["run", "network"])
+def test_the_state_of_another_run_is_refused(make_network, run, learnable, monkeypatch, other: str) -> None:
+    interrupt(monkeypatch, 1, saved=True)
+    with pytest.raises(Interrupted):
+        run(make_network(), [learnable()], fingerprint="another run" if other == "run" else "this run")
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="to train anew"):
+        run(make_network(laterals=other == "run"), [learnable()])
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *pccs: float, mse: tuple[float, ...] = ()) -> None:
+    """Let validation find these scores, epoch by epoch, where the gene means have an error of 1."""
+    errors = mse or (1.0,) * len(pccs)
+    scores = iter(Scores(r, e, [r, 0.25, float("nan")], 1.0, 1.0) for r, e in zip(pccs, errors, strict=True))
+    monkeypatch.setattr(Trainer, "score", lambda *_: next(scores))
+
+
+@pytest.mark.parametrize(
+    ("options", "pccs", "n_epochs", "best"),
+    [
+        ({"patience": 2}, (0.1, 0.5, 0.3, 0.5, 0.9), 4, 2),
+        ({"patience": None}, (0.5, 0.1, 0.1, 0.1, 0.1), 5, 1),
+        ({"keep_best": False, "patience": None}, (0.5, 0.1, 0.2, 0.1, 0.1), 5, 5),
+    ],
+)
+def test_the_epoch_that_is_kept(make_network, run, learnable, monkeypatch, options, pccs, n_epochs, best) -> None:
+    slide, network, shorter = learnable(), make_network(), make_network()
+    scripted(monkeypatch, *pccs)
+    result = run(network, [slide], [slide], max_epochs=5, **options)
+    assert [row["val_pcc"] for row in result.history] == list(pccs[:n_epochs])
+    assert result.best_epoch == best
+    assert result.pcc_per_gene == pytest.approx([pccs[best - 1], 0.25, float("nan")], nan_ok=True)
+    monkeypatch.undo()
+    run(shorter, [slide], folder="shorter", max_epochs=best)
+    assert same(weights(network), weights(shorter))
+
+
+def test_a_run_killed_when_it_had_stopped_early_stays_stopped(make_network, run, learnable, monkeypatch) -> None:
+    scripted(monkeypatch, 0.5, 0.1, 0.1)
+    interrupt(monkeypatch, 2, saved=True)
+    options = {"max_epochs": 5, "patience": 1}
+    with pytest.raises(Interrupted):
+        run(make_network(), [learnable()], [learnable()], **options)
+    monkeypatch.undo()
+    result = run(make_network(), [learnable()], [learnable()], **options)
+    assert (len(result.history), result.best_epoch) == (2, 1)
+
+
+def test_a_frozen_encoder_sees_each_tile_once_a_symmetry(make_network, run, learnable) -> None:
+    slide, passes = learnable(), []
+    network = make_network(frozen=True)
+    network.encoder.register_forward_hook(lambda *_: passes.append(1))
+    run(network, [slide], max_epochs=12)
+    n_tiles = len(set(slide.read.calls))
+    assert n_tiles < len(slide.read.calls) == len(passes) <= 8 * n_tiles
+
+
+@pytest.mark.parametrize(("aggregation", "n_px"), [("mean", 1), ("sum", 113)])
+def test_the_head_starts_at_the_mean_target(make_network, run, learnable, aggregation: str, n_px: int) -> None:
+    """Of a sum, over the pixels of a circle of radius 6."""
+    slide, network = learnable(), make_network(aggregation=aggregation)
+    slide.measured[0].values[:] *= n_px
+    run(network, [slide], max_epochs=1, lr=1e-12)
+    mean = slide.measured[0].values.mean(axis=0)
+    np.testing.assert_allclose(network.head.bias.detach() * n_px, mean, rtol=0.02)
+
+
+def test_the_papers_optimizer(make_network, run, learnable, monkeypatch) -> None:
+    """Adam at a constant rate, no laterals, sums, no jitter."""
+    made, adam = [], torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: made.append(options) or adam(*args, **options))
+    network = make_network(laterals=False, aggregation="sum")
+    options = {"optimizer": "adam", "stain_jitter": 0.0, "lr": 1e-3, "weight_decay": 1e-4}
+    history = run(network, [learnable()], max_epochs=6, **options).history
+    assert made == [{"lr": 1e-3, "weight_decay": 1e-4}]
+    assert {row["lr"] for row in history} == {1e-3}
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_steps_are_counted_and_rates_annealed_over_them(make_network, run, learnable) -> None:
+    history = run(make_network(), [learnable()], anneal=True, max_epochs=100, max_steps=9).history
+    rates = [row["lr"] for row in history]
+    assert len(history) < 9
+    assert np.argmax(rates) in (0, 1)
+    assert rates[-1] < 0.1 * max(rates)
+
+
+def test_a_loss_that_is_not_finite(make_network, run, learnable) -> None:
+    slide = learnable()
+    slide.measured[0].values[5, 1] = np.inf
+    with pytest.raises(PixNetError, match="'slide'.*lr"):
+        run(make_network(), [slide])
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(("objective", "lr"), [("mse_pcc", 3), ("poisson", 30), ("nb", 30)])
+@pytest.mark.parametrize("steps", [{"max_epochs": 1, "max_steps": 1}, {"max_epochs": 3}], ids=["one step", "epochs"])
+def test_divergence_is_an_error(make_network, run, learnable, counted, tmp_path, objective, lr, held, steps) -> None:
+    """Of the last step too, which no loss has seen; NaN has an error of its own."""
+    logs = objective == "mse_pcc"
+    slide = learnable() if logs else counted()
+    network = make_network(n_genes=3) if logs else make_network(n_genes=4, link="softplus")
+    with pytest.raises(PixNetError, match="Lower lr") as caught:
+        run(network, [slide], [slide] if held else [], objective=objective, lr=lr, **steps)
+    if "became nan" not in str(caught.value):
+        assert isinstance(caught.value, DivergenceError)
+        assert f"{lr / 10:g}" in str(caught.value)
+    assert "max_steps" not in steps or not (tmp_path / "run" / FILE).exists()
+
+
+def test_the_state_before_a_divergence_stays(make_network, run, learnable, tmp_path) -> None:
+    """The same call diverges again, from there."""
+    state = tmp_path / "run" / FILE
+    run(make_network(), [learnable()], max_epochs=2, folder="other")
+    (tmp_path / "run").mkdir()
+    before = (tmp_path / "other" / FILE).rename(state).read_bytes()
+    for _ in range(2):
+        with pytest.raises(DivergenceError, match="Epoch 2 is still in"):
+            run(make_network(), [learnable()], max_epochs=4, lr=3.0)
+        assert state.read_bytes() == before
+
+
+def test_a_good_epoch_before_a_divergence_is_the_model(make_network, run, learnable, monkeypatch) -> None:
+    """Correlations do not see a scale: the epoch that exploded is not the best one."""
+    network, two_epochs = make_network(), make_network()
+    with monkeypatch.context() as patch:
+        scripted(patch, 0.0, 0.1, 0.2, mse=(0.8, 0.7, 1e16))
+        with pytest.warns(UserWarning, match=r"1e\+16.* of 2"):
+            result = run(network, [learnable()], [learnable()], max_epochs=5)
+    assert (result.best_epoch, len(result.history)) == (2, 2)
+    assert result.quality == {"mse": 0.7, "gene_mean_mse": 1.0, "pcc": 0.1, "scored_on": "held_out"}
+    run(two_epochs, [learnable()], folder="two", max_epochs=2)
+    assert same(weights(network), weights(two_epochs))
+
+
+@pytest.mark.parametrize("value", [1e16, float("nan")])
+@pytest.mark.parametrize(("before", "keep_best"), [((), True), ((0.8,), False)])
+def test_a_divergence_without_a_good_epoch_is_an_error(
+    make_network, run, learnable, monkeypatch, value, before, keep_best
+) -> None:
+    scripted(monkeypatch, *(0.1 * k for k in range(len(before) + 1)), mse=(*before, value))
+    with pytest.raises(DivergenceError):
+        run(make_network(), [learnable()], [learnable()], keep_best=keep_best)
+
+
+def test_errors_surface(make_network, run, learnable) -> None:
+    """Of reading, and of regions larger than a tile before anything is read."""
+
+    def broken(*_: int) -> None:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(make_network(), [replace(learnable(), read=broken)])
+    with pytest.raises(PixNetError, match="tile_px="):
+        run(make_network(), [replace(learnable(radii=(30.0,)), read=broken)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen", [False, True])
+def test_on_a_gpu(make_network, make_run, learnable, frozen: bool) -> None:
+    slide = learnable()
+    result = train(make_network(frozen=frozen), make_run([slide], [slide], max_epochs=8), make_fabric("cuda"))
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert max(row["val_pcc"] for row in result.history) > 0.3

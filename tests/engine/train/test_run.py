@@ -1,0 +1,172 @@
+"""The rate of a run, and its state on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pixnet_sd.engine.train import BestEpoch, RunState, seal
+from pixnet_sd.errors import CheckpointError
+
+FILE = "training_state.pt"
+
+
+@pytest.mark.parametrize(("anneal", "held_out"), [(False, []), (None, ["a slide"])])
+def test_a_constant_rate(make_run, anneal, held_out) -> None:
+    run = make_run(held_out=held_out, anneal=anneal, lr=3e-4)
+    assert {run.learning_rate(p) for p in np.linspace(0, 1, 11)} == {3e-4}
+
+
+@pytest.mark.parametrize(("anneal", "held_out"), [(True, ["a slide"]), (None, [])])
+def test_one_cycle(make_run, anneal, held_out) -> None:
+    rates = np.array([make_run(held_out=held_out, anneal=anneal, lr=2e-3).learning_rate(k / 100) for k in range(101)])
+    assert rates.argmax() == 20
+    assert rates[20] == pytest.approx(2e-3)
+    assert (np.diff(rates[:21]) > 0).all()
+    assert (np.diff(rates[20:]) < 0).all()
+    assert 0 < rates[0] < 1e-4
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    assert np.abs(np.diff(rates)).max() < 2e-4  # no jumps
+
+
+@pytest.fixture
+def state() -> RunState:
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return RunState(
+        "abc",
+        epoch=4,
+        network=layer.state_dict(),
+        optimizer=optimizer.state_dict(),
+        history=[{"epoch": 1.0, "loss": 0.5}],
+        best=BestEpoch(3, 0.25, [0.5, float("nan")], {"weight": torch.ones(2)}),
+    )
+
+
+def test_round_trip(state, tmp_path: Path, caplog) -> None:
+    folder = tmp_path / "new" / "folder"
+    assert RunState.load(folder, "abc") == RunState("abc")  # nothing there begins anew
+    state.save(folder)
+    found = RunState.load(folder, "abc")
+    assert (found.fingerprint, found.epoch, found.history) == ("abc", 4, [{"epoch": 1.0, "loss": 0.5}])
+    torch.testing.assert_close(found.network, state.network, rtol=0, atol=0)
+    torch.testing.assert_close(found.optimizer["state"], state.optimizer["state"], rtol=0, atol=0)
+    assert found.optimizer["param_groups"] == state.optimizer["param_groups"]
+    assert (found.best.epoch, found.best.pcc) == (3, 0.25)
+    assert found.best.pcc_per_gene == pytest.approx([0.5, float("nan")], nan_ok=True)
+    assert torch.equal(found.best.weights["weight"], torch.ones(2))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("library", "warns"), [("torch", True), ("anndata", False)])
+def test_other_versions_are_warned_of_and_do_not_end_a_run(state, tmp_path: Path, caplog, library, warns) -> None:
+    state.versions[library] = "0.0.1"
+    state.save(tmp_path)
+    assert RunState.load(tmp_path, "abc").epoch == 4
+    assert ("torch 0.0.1" in caplog.text) == bool(caplog.records) == warns
+
+
+def test_state_of_another_run(state, tmp_path: Path) -> None:
+    state.save(tmp_path / "training")
+    with pytest.raises(CheckpointError, match="checkpoint_dir") as refused:
+        RunState.load(tmp_path / "training", "xyz")
+    assert str(tmp_path) in str(refused.value)
+    assert (tmp_path / "training" / FILE).exists()
+
+
+def refused(directory: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"{FILE}.*Delete it"):
+        RunState.load(directory, "abc", most_bytes=1 << 30)
+
+
+def test_damaged(state, tmp_path: Path) -> None:
+    """Cut off anywhere, with any bit flipped, or with something behind it."""
+    state.save(tmp_path)
+    path = tmp_path / FILE
+    whole = path.read_bytes()
+    damaged = [whole[:size] for size in (0, 1, 100, len(whole) // 2, len(whole) - 103, len(whole) - 1)]
+    for bit in range(0, 8 * len(whole), 8 * len(whole) // 100):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(content))
+    for content in (*damaged, whole + whole):
+        path.write_bytes(content)
+        refused(tmp_path)
+    path.write_bytes(whole)
+    assert RunState.load(tmp_path, "abc").epoch == 4
+
+
+def sealed(content: object, path: Path) -> None:
+    """With a hash that fits, as someone who means harm would write it."""
+    with path.open("w+b") as file:
+        torch.save(content, file)
+        seal(file)
+
+
+class Trap:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("forge", [True, False])
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(2), {"fingerprint": "abc", "epoch": 1}, "trap"])
+def test_a_file_of_another_kind(tmp_path: Path, content, forge: bool) -> None:
+    content = {"fingerprint": "abc", "trap": Trap(tmp_path / "sprung")} if content == "trap" else content
+    (sealed if forge else torch.save)(content, tmp_path / FILE)
+    refused(tmp_path)
+    assert not (tmp_path / "sprung").exists()  # no code is run
+
+
+FIELDS = [("epoch", -1), ("epoch", True), ("history", [{"epoch": "x"}]), ("network", []), ("best", {"epoch": 1})]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [*FIELDS, ("best", None), ("steps", -5), ("versions", ["torch"]), ("fingerprint", 7), ("new", 1)],
+)
+def test_fields_that_no_state_has(state, tmp_path: Path, field: str, value) -> None:
+    sealed(vars(state) | {"best": vars(state.best), field: value}, tmp_path / FILE)
+    refused(tmp_path)
+
+
+def test_something_else_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    os.mkfifo(path)
+    refused(tmp_path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(1 << 42)
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, RuntimeError])
+def test_what_fails_while_saving_leaves_the_state_before(state, tmp_path: Path, monkeypatch, error) -> None:
+    """A kill, and a full disk, of which torch's writer may tell as a RuntimeError."""
+    state.save(tmp_path)
+    state.epoch = 5
+
+    def failing(content, file) -> None:
+        file.write(b"half")
+        raise error("no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", failing)
+        with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else CheckpointError):
+            state.save(tmp_path)
+    assert RunState.load(tmp_path, "abc").epoch == 4
+    state.save(tmp_path)
+    assert RunState.load(tmp_path, "abc").epoch == 5
+    for _ in range(2):
+        RunState.remove(tmp_path)
+        assert not tmp_path.exists()

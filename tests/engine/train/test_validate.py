@@ -1,0 +1,134 @@
+"""Scores of a network that knows the answer, of one that does not, and of gene means."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pixnet_sd.engine import MeasuredRegions, TrainingSlide
+from pixnet_sd.engine.train import Batch, FeatureMaps, Moments, score_regions
+from pixnet_sd.geometry import Circles
+from pixnet_sd.model import Head, Network, make_objective
+
+MSE = make_objective("mse_pcc", pcc_weight=0.5, target_sum=1e4, n_sizes=1, n_outputs=3)
+POISSON = make_objective("poisson", pcc_weight=0.5, target_sum=1e4, n_sizes=1, n_outputs=3)
+
+
+class Colours(FeatureMaps):
+    """Its map is the colour of the slide over 128, as of a network that knows the answer."""
+
+    def of(self, batch: Batch) -> Tensor:
+        return torch.nn.functional.avg_pool2d(batch.image.float(), 4)
+
+
+@pytest.fixture
+def score(make_network, make_run, fabric):
+    """Scores of a network whose head takes colours for genes, against genes whose mean is 1."""
+
+    def found(slides: list[TrainingSlide], objective=MSE, weight: Tensor | None = None, n_batches=None):
+        link = objective.link
+        network = make_network(link=link)
+        network.head = Head(3, 3, link)
+        if weight is not None:
+            network.head.bias.data, network.head.weight.data = torch.zeros(3), weight
+        means = {"": np.ones(3 - objective.has_total)}
+        return score_regions(network, objective, Colours(network, make_run(), fabric), slides, means, n_batches)
+
+    return found
+
+
+KNOWS = torch.eye(3) / 128
+
+
+def test_a_network_that_knows_scores_high(score, learnable) -> None:
+    slides = [learnable(150, 200, radii=(5.0, 10.0)), learnable(64, 300, seed=1, name="other")]
+    scores = score(slides, weight=KNOWS)
+    assert scores.pcc > 0.95
+    assert scores.mse < 0.01
+    assert min(scores.pcc_per_gene) > 0.9
+    values = [m.values for s in slides for m in s.measured]
+    assert scores.gene_mean_mse == pytest.approx(np.mean([((v - 1) ** 2).mean() for v in values]), rel=1e-5)
+    assert scores.zero_mse == pytest.approx(np.mean([(v**2).mean() for v in values]), rel=1e-5)
+    slides[0].read.calls.clear()
+    assert score(slides, weight=KNOWS, n_batches=1).pcc > 0.9
+    assert 0 < len(slides[0].read.calls) <= 3
+
+
+def test_constant_genes_take_no_part(score, learnable) -> None:
+    one, other = learnable(), learnable(seed=1)
+    one.measured[0].values[:, :2] = 1
+    other.measured[0].values[:, 1] = 0
+    scores = score([one, other], weight=KNOWS)
+    assert np.isnan(scores.pcc_per_gene).tolist() == [False, True, False]
+    assert scores.pcc == pytest.approx((scores.pcc_per_gene[0] + scores.pcc_per_gene[2]) / 2)
+    assert scores.pcc > 0.9
+
+
+def test_nothing_varies(score, slide_of, reader, draw) -> None:
+    slide = slide_of(Circles([[20, 20], [40, 20]], 5), values=[np.ones((2, 3), np.float32)], read=reader(draw(64, 64)))
+    scores = score([slide], weight=KNOWS)
+    assert scores.pcc == float("-inf")
+    assert np.isfinite(scores.mse)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_chance_no_gradients_no_statistics(make_network, make_run, fabric, learnable, frozen: bool) -> None:
+    network: Network = make_network(frozen=frozen, dropout=0.5).train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    features, slide = FeatureMaps(network, make_run(), fabric), learnable()
+    once, again = (score_regions(network, MSE, features, [slide], {"": np.ones(3)}) for _ in range(2))
+    assert once == again
+    assert all(p.grad is None for p in network.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+@given(
+    cuts=st.lists(st.integers(0, 40), max_size=4).map(sorted), seed=st.integers(0, 99), offset=st.sampled_from([0, 1e3])
+)
+def test_moments_do_not_depend_on_the_batches(cuts: list[int], seed: int, offset: float) -> None:
+    rng = np.random.default_rng(seed)
+    measured = rng.normal(offset, 1, (40, 3)).astype(np.float32)
+    predicted = measured + rng.normal(0, 1, (40, 3)).astype(np.float32)
+    measured[:, 1], predicted[:, 2] = 0.1, 0.3
+    moments = Moments(3)
+    for start, stop in itertools.pairwise([0, *cuts, 40]):
+        moments.add(torch.from_numpy(predicted[start:stop]), torch.from_numpy(measured[start:stop]))
+    expected = np.corrcoef(predicted[:, 0].astype(float), measured[:, 0].astype(float))[0, 1]
+    np.testing.assert_allclose(moments.pcc, [expected, np.nan, 0], atol=1e-6)
+    assert moments.mse == pytest.approx(((predicted - measured) ** 2).mean(dtype=float), rel=1e-5)
+
+
+def test_counts_are_compared_log_normalised(score, learnable) -> None:
+    """A network that knows the shares scores as one that knows log-normalised expression, whatever the depth."""
+    slide = learnable(150, 200)
+    (measured,) = slide.measured
+    measured.values[:, 2] = 1 / 128
+    counts = MeasuredRegions("counts", measured.regions, 50 * measured.values)
+    scores = score([replace(slide, measured=(counts,))], POISSON, torch.diag(torch.tensor([1.0, 1, 0])))
+    assert len(scores.pcc_per_gene) == 2  # the third output is the sum
+    expected = np.log1p(1e4 * measured.values[:, :2] / measured.values[:, 2:])
+    assert scores.pcc > 0.9
+    assert scores.mse < 0.05 * expected.var()
+
+
+def test_regions_without_counts_are_not_compared(score, learnable) -> None:
+    """They have no log-normalised expression; with it at 0 they would decide the correlation."""
+    slide = learnable(150, 200)
+    (measured,) = slide.measured
+    every = np.arange(len(measured.regions))
+    values = 50 * measured.values
+    values[every % 3 == 0] = 0
+    mixed = MeasuredRegions("mixed", measured.regions, values)
+    weight = torch.diag(torch.tensor([1.0, 0.5, 0]))
+    found, expected = (
+        score([replace(slide, measured=(m,))], POISSON, weight) for m in (mixed, mixed.subset(every[every % 3 > 0]))
+    )
+    np.testing.assert_allclose(found.pcc_per_gene, expected.pcc_per_gene, rtol=1e-6)
+    assert found.mse == pytest.approx(expected.mse)

@@ -1,0 +1,134 @@
+"""Bins from the indices of their table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pixnet_sd.geometry import Circles, LabelGrid, Lattice, Polygons
+from pixnet_sd.slide.elements import bins_of_table, fit_lattice, regions_of, table_link
+
+TABLE, SHAPES = "square_008um", "sample_square_008um"
+PLACE = {"coordinate_system": "sample", "from_system": np.diag([2.0, 2.0, 1.0])}
+
+
+@given(
+    st.floats(0.5, 50),
+    st.floats(-np.pi, np.pi),
+    st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500)), min_size=3, max_size=30, unique=True),
+)
+def test_fit_with_any_gaps(pitch: float, angle: float, points: list[tuple[int, int]]) -> None:
+    col_row = np.array(points, dtype=float)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = fit_lattice(col_row, col_row @ turn.T * pitch + [7, 9])
+    spans = np.linalg.matrix_rank(col_row[1:] - col_row[0]) == 2
+    assert (matrix is not None) == spans
+    if spans:
+        np.testing.assert_allclose(matrix[:2, :2], turn * pitch, atol=1e-6 * pitch)
+
+
+def test_lattice_that_does_not_explain_the_centres() -> None:
+    col_row = np.random.default_rng(0).integers(0, 30, (40, 2)).astype(float)
+    assert fit_lattice(col_row, np.random.default_rng(1).uniform(0, 300, (40, 2))) is None
+
+
+def bins(sdata):
+    return bins_of_table(sdata, table_link(sdata, table_key=TABLE), **PLACE)
+
+
+@pytest.mark.parametrize("angle", [0.0, -0.4, 1.6, 3.0])
+@pytest.mark.parametrize("circles", [False, True])
+@pytest.mark.parametrize("keep", [None, lambda row, col: (row + 2 * col) % 5 > 1], ids=["all", "gaps"])
+def test_bins_lie_on_their_centres_and_are_turned(visium_hd, circles: bool, angle: float, keep) -> None:
+    sdata = visium_hd(angle=angle, circles=circles, keep=keep, bins=(8,))
+    found = bins(sdata)
+    assert len(found.lattice) == len(sdata.shapes[SHAPES])
+    drawn = sdata.shapes[SHAPES].geometry.loc[found.instances].to_numpy()
+    np.testing.assert_allclose(found.lattice.centre_xy, 2 * shapely.get_coordinates(shapely.centroid(drawn)), atol=1e-6)
+    np.testing.assert_allclose(found.lattice.area, (2 * 8 / 0.5) ** 2)
+    turn = found.lattice.to_grid[:2, 0]
+    assert np.arctan2(turn[1], turn[0]) == pytest.approx(angle, abs=1e-9)
+    regions, ids = regions_of(sdata, SHAPES, **PLACE)
+    assert isinstance(regions, Lattice)
+    np.testing.assert_array_equal(ids, found.instances)
+    np.testing.assert_array_equal(regions.centre_xy, found.lattice.centre_xy)
+
+
+def test_labels_give_the_same_lattice_as_shapes(visium_hd) -> None:
+    shapes, labels = bins(visium_hd()), bins(visium_hd(labels=True))
+    np.testing.assert_array_equal(labels.rows, shapes.rows)
+    np.testing.assert_allclose(labels.lattice.centre_xy, shapes.lattice.centre_xy, atol=1e-6)
+    np.testing.assert_allclose(labels.lattice.area, shapes.lattice.area)
+
+
+def test_rows_of_the_table_in_any_order(visium_hd) -> None:
+    sdata = visium_hd()
+    order = np.random.default_rng(0).permutation(sdata.tables[TABLE].n_obs)
+    sdata.tables[TABLE] = sdata.tables[TABLE][order].copy()
+    found = bins(sdata)
+    obs = sdata.tables[TABLE].obs.iloc[found.rows]
+    np.testing.assert_array_equal(found.lattice.row, obs["array_row"])
+    np.testing.assert_array_equal(found.lattice.col, obs["array_col"])
+    np.testing.assert_array_equal(found.instances, obs["location_id"])
+    assert (np.diff(found.lattice.row.astype(int) * 1000 + found.lattice.col) > 0).all()
+
+
+def swapped(obs) -> None:
+    obs[["array_row", "array_col"]] = obs[["array_col", "array_row"]].sample(frac=1, random_state=0).to_numpy()
+
+
+def twice(obs) -> None:
+    obs.loc[obs.index[1], ["array_row", "array_col"]] = obs.loc[obs.index[0], ["array_row", "array_col"]]
+
+
+def missing(obs) -> None:
+    obs.loc[obs.index[3], "array_col"] = np.nan
+
+
+SPOILT = {
+    "swapped": swapped,
+    "halved": lambda obs: obs.update({"array_row": obs["array_row"] // 2}),
+    "fraction": lambda obs: obs.isetitem(obs.columns.get_loc("array_row"), obs["array_row"] + 0.5),
+    "text": lambda obs: obs.isetitem(obs.columns.get_loc("array_row"), obs["array_row"].astype(str)),
+    "twice": twice,
+    "missing": missing,
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("circles", [False, True])
+def test_wrong_indices_fall_back_to_what_is_drawn(visium_hd, spoil, circles: bool) -> None:
+    sdata = visium_hd(circles=circles, bins=(8,))
+    spoil(sdata.tables[TABLE].obs)
+    assert bins(sdata) is None
+    regions, ids = regions_of(sdata, SHAPES, **PLACE)
+    assert isinstance(regions, Circles if circles else Polygons)
+    assert list(ids) == list(sdata.shapes[SHAPES].index)
+
+
+def test_wrong_indices_of_labels(visium_hd) -> None:
+    sdata = visium_hd(labels=True)
+    swapped(sdata.tables[TABLE].obs)
+    assert isinstance(regions_of(sdata, f"{SHAPES}_labels", **PLACE)[0], LabelGrid)
+
+
+def test_lattices_that_are_none_of_touching_squares(visium_hd, visium) -> None:
+    apart = visium_hd(circles=True)
+    apart.shapes[SHAPES]["radius"] *= 0.5
+    assert bins(apart) is None
+    spots = visium()
+    row, col = (index.ravel() for index in np.mgrid[:6, :6])
+    spots.tables["table"].obs["array_row"], spots.tables["table"].obs["array_col"] = row, 2 * col + row % 2
+    link = table_link(spots, table_key="table")
+    assert bins_of_table(spots, link, coordinate_system="global", from_system=np.eye(3)) is None
+
+
+def test_a_table_of_some_bins_does_not_stand_for_all(visium_hd) -> None:
+    sdata = visium_hd()
+    sdata.tables[TABLE] = sdata.tables[TABLE][5:].copy()
+    regions, ids = regions_of(sdata, SHAPES, **PLACE)
+    assert isinstance(regions, Polygons)
+    assert len(ids) == len(sdata.shapes[SHAPES])

@@ -1,0 +1,294 @@
+"""Shapes and labels as regions, their ids, and whether they lie on the image."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import dask.array as da
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pytest
+import shapely
+from hypothesis import given
+from hypothesis import strategies as st
+from spatialdata import SpatialData, read_zarr
+from spatialdata.models import Labels2DModel, ShapesModel
+from spatialdata.transformations import Affine, Identity, Scale, get_transformation, set_transformation
+
+from pixnet_sd.errors import DataError, ElementError, ResolutionError
+from pixnet_sd.geometry import Circles, LabelGrid, Polygons
+from pixnet_sd.slide.elements import LazyLabels, check_regions_on_image, regions_from_shapes, regions_of
+
+XY = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
+SAMPLE = {"coordinate_system": "sample", "from_system": np.eye(3)}
+SQUARE = shapely.box(2, 3, 8, 9)
+RING = shapely.Polygon(shapely.box(0, 0, 10, 10).exterior, [shapely.box(2, 2, 5, 6).exterior])
+ISLANDS = shapely.MultiPolygon([shapely.box(20, 20, 24, 24), shapely.Polygon(shapely.affinity.translate(RING, 30, 0))])
+
+
+def frame(geometry: list[Any], **columns: Any) -> gpd.GeoDataFrame:
+    return gpd.GeoDataFrame(columns, geometry=geometry, index=[f"c{i}" for i in range(len(geometry))])
+
+
+def filled(regions: Polygons, size: int = 48) -> list[set[tuple[int, int]]]:
+    """Pixels (row, col) of each region."""
+    pixels: list[set[tuple[int, int]]] = [set() for _ in range(len(regions))]
+    for region, row, start, stop in zip(*regions.spans(0, size, 0, size), strict=True):
+        pixels[region] |= {(row, col) for col in range(start, stop)}
+    return pixels
+
+
+def by_shapely(geometry: list[Any], size: int = 48) -> list[set[tuple[int, int]]]:
+    row, col = (index.ravel() for index in np.mgrid[:size, :size])
+    hits = [shapely.contains_xy(g, col + 0.5, row + 0.5) for g in geometry]
+    return [set(zip(row[hit].tolist(), col[hit].tolist(), strict=True)) for hit in hits]
+
+
+def test_polygons_holes_and_multipolygons_in_order() -> None:
+    geometry = [RING, SQUARE, ISLANDS, shapely.reverse(RING), shapely.force_3d(SQUARE, 7.0)]
+    regions = regions_from_shapes(frame(geometry), "x")
+    assert isinstance(regions, Polygons)
+    np.testing.assert_allclose(regions.area, shapely.area(geometry))
+    np.testing.assert_allclose(regions.centre_xy, shapely.get_coordinates(shapely.centroid(geometry)))
+    np.testing.assert_allclose(regions.bounds, shapely.bounds(geometry))
+    assert filled(regions) == by_shapely(geometry)
+    rings = regions_from_shapes(frame([RING, SQUARE]), "x")
+    np.testing.assert_array_equal(rings.ring_offsets, [0, 4, 8, 12])  # no ring repeats its first vertex
+    np.testing.assert_array_equal(rings.ring_region, [0, 0, 1])
+
+
+# Hundredths plus an odd fraction: no vertex, and so no pixel centre, lies where rounding decides.
+PLACE = st.integers(300, 4000).map(lambda v: v / 100 + 0.00314159)
+RADIUS = st.integers(100, 700).map(lambda v: v / 100 + 0.00173205)
+
+
+@given(st.lists(st.tuples(PLACE, PLACE, RADIUS), min_size=1, max_size=6))
+def test_any_polygons_fill_as_shapely_says(discs: list[tuple[float, float, float]]) -> None:
+    geometry = [shapely.Point(x, y).buffer(r, quad_segs=3) for x, y, r in discs]
+    merged = shapely.union_all(geometry)
+    assert filled(regions_from_shapes(frame([*geometry, merged]), "x")) == by_shapely([*geometry, merged])
+
+
+with np.errstate(invalid="ignore"):
+    BAD = [
+        shapely.GeometryCollection([SQUARE]),
+        shapely.Point(1, 2),
+        shapely.LineString([(0, 0), (1, 1)]),
+        shapely.Polygon(),
+        None,
+        shapely.Polygon([(0, 0), (4, np.nan), (4, 0)]),
+        shapely.Polygon([(0, 0), (4, 4), (4, 0), (0, 4)]),  # intersects itself
+    ]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_bad_geometries_are_counted_and_named(bad: Any) -> None:
+    with pytest.raises(DataError, match=r"Shapes 'cells': 2 of 4 .*first: 'c1', 'c3'"):
+        regions_from_shapes(frame([SQUARE, bad, RING, bad]), "Shapes 'cells'")
+
+
+@pytest.mark.parametrize(("x", "radius"), [(1, 0.0), (1, -1.0), (1, np.nan), (1, np.inf), (np.nan, 1.0)])
+def test_circles_are_finite_and_have_a_size(x: float, radius: float) -> None:
+    with pytest.raises(DataError, match="1 of 2 .*first: 'c1'"):
+        regions_from_shapes(frame([shapely.Point(1, 2), shapely.Point(x, 2)], radius=[1.0, radius]), "x")
+
+
+@pytest.mark.parametrize("geometry", [[], [shapely.Point(1, 2)]], ids=["empty", "no radius"])
+def test_points_need_a_radius_and_there_has_to_be_one(geometry: list[Any]) -> None:
+    with pytest.raises(DataError, match="'cells'"):
+        regions_from_shapes(frame(geometry), "Shapes 'cells'")
+
+
+def turned(scale: float, angle: float, flip: bool) -> np.ndarray:
+    cos, sin, sign = scale * np.cos(angle), scale * np.sin(angle), -1 if flip else 1
+    return np.array([[cos, -sin * sign, 3.0], [sin, cos * sign, -5.0], [0, 0, 1]])
+
+
+@given(st.floats(0.05, 20), st.floats(-np.pi, np.pi), st.booleans(), st.floats(0.05, 20), st.floats(-np.pi, np.pi))
+def test_circles_through_two_maps(scale: float, angle: float, flip: bool, scale2: float, angle2: float) -> None:
+    to_system, from_system = turned(scale, angle, flip), turned(scale2, angle2, False)
+    spots = gpd.GeoDataFrame({"radius": [2.0, 5.0]}, geometry=shapely.points([[10, 20], [30, 5]]), index=["b", "a"])
+    sdata = SpatialData(shapes={"spots": ShapesModel.parse(spots, transformations={"s": Affine(to_system, **XY)})})
+    regions, ids = regions_of(sdata, "spots", coordinate_system="s", from_system=from_system)
+    assert isinstance(regions, Circles)
+    assert list(ids) == ["b", "a"]
+    np.testing.assert_allclose(regions.radius, np.array([2, 5]) * scale * scale2)
+    expected = (from_system @ to_system @ [[10, 30], [20, 5], [1, 1]])[:2].T
+    np.testing.assert_allclose(regions.centre_xy, expected, atol=1e-9)
+
+
+def labels_of(values: np.ndarray, **options: Any) -> Any:
+    return Labels2DModel.parse(values, dims=("y", "x"), transformations={"sample": Identity()}, **options)
+
+
+def some_labels(kind: Any = np.uint16, background: int = 0, **options: Any) -> Any:
+    values = np.full((20, 30), background, dtype=kind)
+    values[2:5, 3:9], values[7:9, 1:3], values[12:20, 20:30] = 7, 3, 100
+    return labels_of(values, **options)
+
+
+def test_labels_are_read_lazily_and_keep_their_values_as_ids(tmp_path) -> None:
+    SpatialData(labels={"cells": some_labels()}).write(tmp_path / "a.zarr")
+    multiscale = SpatialData(labels={"cells": some_labels(scale_factors=[2])})
+    for sdata in (read_zarr(tmp_path / "a.zarr"), multiscale):
+        regions, ids = regions_of(sdata, "cells", coordinate_system="sample", from_system=np.diag([2.0, 2.0, 1]))
+        assert isinstance(regions, LabelGrid)
+        assert isinstance(regions.labels, LazyLabels)
+        assert list(ids) == [3, 7, 100]
+        np.testing.assert_allclose(pickle.loads(pickle.dumps(regions)).area, np.array([4, 18, 80]) * 4)
+        np.testing.assert_allclose(regions.bounds[1], [6, 4, 18, 10])
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int64])
+@pytest.mark.parametrize("negative", [-1, -7])
+def test_negative_labels_are_background(kind: type, negative: int) -> None:
+    regions, ids = regions_of(SpatialData(labels={"cells": some_labels(kind, negative)}), "cells", **SAMPLE)
+    assert list(ids) == [3, 7, 100]
+    np.testing.assert_array_equal(regions.area, [4, 18, 80])
+
+
+@pytest.mark.parametrize(
+    "values", [np.full((4, 4), -1), np.zeros((4, 4), "u1"), *(np.ones((4, 4), kind) for kind in ("f4", "f8", "c8"))]
+)
+def test_labels_of_nothing_and_of_no_whole_numbers(values: np.ndarray) -> None:
+    with pytest.raises(DataError, match="'cells'"):
+        regions_of(SpatialData(labels={"cells": labels_of(values)}), "cells", **SAMPLE)
+
+
+def test_lazy_labels_read_only_what_is_asked_for() -> None:
+    seen = []
+
+    def block(_: np.ndarray) -> np.ndarray:
+        seen.append(1)
+        return np.ones((10, 10), np.uint8)
+
+    lazy = LazyLabels(da.map_blocks(block, da.zeros((100, 100), chunks=10), meta=np.empty((0, 0), "u1")))
+    assert lazy.shape == (100, 100)
+    assert lazy[15:18, 15:25].shape == (3, 10)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("matrix", [None, turned(2.0, 1.0, True)])
+def test_labels_of_bins_lie_on_the_bins(visium_hd, matrix) -> None:
+    sdata = visium_hd(labels=True, matrix=matrix)
+    table = sdata.tables["square_016um"]
+    bins, bin_ids = regions_of(sdata, "sample_square_016um", **SAMPLE)
+    labels, label_ids = regions_of(sdata, "sample_square_016um_labels", **SAMPLE)
+    of_bin = labels.centre_xy[label_ids.get_indexer(table.obs["relabeled_location_id"])]
+    of_label = bins.centre_xy[bin_ids.get_indexer(table.obs["location_id"])]
+    np.testing.assert_allclose(of_bin, of_label, atol=1e-6)
+
+
+def test_labels_that_lie_right_are_not_moved(visium_hd) -> None:
+    sdata = visium_hd(labels=True)
+    key = "sample_square_016um_labels"
+    rasterized = get_transformation(sdata.labels[key], "sample").to_affine_matrix(("x", "y"), ("x", "y"))
+    right = rasterized @ np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])
+    set_transformation(sdata.labels[key], {"sample": Affine(right, **XY)}, set_all=True)
+    np.testing.assert_allclose(regions_of(sdata, key, **SAMPLE)[0].to_grid, right)
+    sdata = SpatialData(labels={"cells_labels": some_labels(), "cells": some_labels()})  # named like no bins
+    np.testing.assert_array_equal(regions_of(sdata, "cells_labels", **SAMPLE)[0].to_grid, np.eye(3))
+
+
+def test_missing_element_or_system_or_stretched(circles) -> None:
+    sdata = SpatialData(shapes={"cells": circles([[1, 2]])})
+    with pytest.raises(ElementError, match="'nuclei'.*'cells'"):
+        regions_of(sdata, "nuclei", **SAMPLE)
+    with pytest.raises(ElementError, match="'um'"):
+        regions_of(sdata, "cells", coordinate_system="um", from_system=np.eye(3))
+    set_transformation(sdata.shapes["cells"], {"sample": Scale([1.0, 2.0], axes=("x", "y"))}, set_all=True)
+    with pytest.raises(ResolutionError, match="'cells'"):
+        regions_of(sdata, "cells", **SAMPLE)
+
+
+N = 4
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (np.arange(N, dtype=np.int8), "int64"),
+        (np.arange(N, dtype=np.uint64) + 2**63, "uint64"),
+        (pd.array(range(N), dtype="Int64"), "int64"),
+        (pd.CategoricalIndex(range(N)), "int64"),
+        (list("abcd"), None),
+        (pd.array(list("abcd"), dtype="string"), None),
+        (pd.CategoricalIndex(["", "1", "a/b", "x" * 5000]), None),
+    ],
+)
+@pytest.mark.parametrize("name", [None, "radius", 5, ("a", 1)])
+def test_ids_that_a_table_can_hold(circles, ids, expected, name) -> None:
+    sdata = SpatialData(shapes={"cells": circles(np.arange(2.0 * N).reshape(N, 2))})
+    sdata.shapes["cells"].index = pd.Index(ids).rename(name)
+    found = regions_of(sdata, "cells", **SAMPLE)[1]
+    assert found.tolist() == list(ids)
+    assert found.name is None  # a table has columns of its own, which may be called alike
+    assert expected is None or found.dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("ids", "is_mended"),
+    [
+        ([0, 4, 4, 5], False),
+        (np.arange(N) * 1.0, True),
+        (np.arange(N) + 0.5, True),
+        ([np.nan, 1, 2, 3], True),
+        ([None, "b", "c", "d"], True),
+        (pd.array([None, 1, 2, 3], dtype="Int64"), True),
+        ([1, "1", 2, 3], False),
+        ([1, "a", 2, 3], True),
+        (pd.date_range("2020", periods=N), True),
+        (pd.to_timedelta(range(N), unit="s"), True),
+        (pd.interval_range(0, N), True),
+        (pd.CategoricalIndex(np.arange(N) * 1.0), True),
+        (pd.MultiIndex.from_product([range(2), range(2)]), True),
+        (pd.Index([[k] for k in range(N)]), True),
+        ([b"a", b"b", b"c", b"d"], True),
+        (np.arange(N) * 1j, True),
+        ([True, False, None, 3], True),
+        (["\ud800", "b", "c", "d"], True),
+    ],
+    ids=str,
+)
+def test_ids_that_no_table_can_hold(circles, ids, is_mended: bool) -> None:
+    sdata = SpatialData(shapes={"cells": circles(np.arange(2.0 * N).reshape(N, 2))})
+    sdata.shapes["cells"].index = ids
+    with pytest.raises(DataError, match="Shapes 'cells'") as caught:
+        regions_of(sdata, "cells", **SAMPLE)
+    if is_mended:  # by the line that is proposed
+        exec(str(caught.value).partition("its own: ")[2].partition(", and the ids")[0], {"sdata": sdata})
+        assert len(regions_of(sdata, "cells", **SAMPLE)[1]) == N
+
+
+IMAGE = {"width": 400, "height": 100, "what": "Shapes 'cells'"}
+
+
+def boxes(xy: list[tuple[float, float]], half: float = 2.0) -> np.ndarray:
+    centres = np.array(xy, dtype=float)
+    return np.concatenate([centres - half, centres + half], axis=1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_regions_inside_and_across_the_edge() -> None:
+    assert check_regions_on_image(boxes([(10, 10), (399, 99), (-1, 50), (401, 50)]), **IMAGE).all()
+    assert check_regions_on_image(boxes([(10, 90), (50, 50), (60, 101)]), **IMAGE).all()  # few are not "swapped"
+
+
+def test_some_regions_outside_are_told_and_marked() -> None:
+    with pytest.warns(UserWarning, match="Shapes 'cells': 1 of 3"):
+        touches = check_regions_on_image(boxes([(10, 10), (500, 50), (300, 50)]), **IMAGE)
+    np.testing.assert_array_equal(touches, [True, False, True])
+
+
+@pytest.mark.parametrize(
+    ("xy", "found"),
+    [
+        ([(y, x) for x in range(110, 400, 20) for y in range(5, 100, 20)], r"100% would lie.*x and y swapped.*x 3 to"),
+        ([(1000, 10), (2000, 10)], "none of 2.*x 998 to 2002 and y 8 to 12, the image x 0 to 400 and y 0 to 100"),
+    ],
+)
+def test_regions_that_miss_the_image(xy: list[tuple[float, float]], found: str) -> None:
+    with pytest.raises(ResolutionError, match=f"'cells'.*{found}"):
+        check_regions_on_image(boxes(xy), **IMAGE)

@@ -1,0 +1,206 @@
+"""Files of an image, labels or counts that are away are an error; files that were never written are black."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import dask.array as da
+import numpy as np
+import pytest
+import spatialdata as sd
+import zarr
+from dask import delayed
+from scipy import sparse
+from spatialdata.models import Image2DModel, Labels2DModel
+
+from pixnet_sd.errors import StoreError
+from pixnet_sd.slide import open_slide
+from pixnet_sd.slide.elements import LazyLabels
+from pixnet_sd.slide.image import GuardedArray, ImageLevel, ImagePyramid, loaded_px, stored_array
+from pixnet_sd.slide.tables import Counts
+
+SIDE, CHUNK = 256, 64
+
+
+def drawn() -> np.ndarray:
+    """Pink noise, with a quarter that was not scanned."""
+    pixels = np.random.default_rng(0).integers(90, 220, (3, SIDE, SIDE), dtype=np.uint8)
+    pixels[:, : SIDE // 2, : SIDE // 2] = 0
+    return pixels
+
+
+DRAWN = np.moveaxis(drawn(), 0, -1)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("arrays") / "slide.zarr"
+    image = Image2DModel.parse(drawn(), dims=("c", "y", "x"), scale_factors=[2], chunks=(3, CHUNK, CHUNK))
+    labels = np.kron(np.arange(16, dtype=np.int32).reshape(4, 4), np.ones((CHUNK, CHUNK), np.int32))
+    labels = Labels2DModel.parse(da.from_array(labels, chunks=CHUNK), dims=("y", "x"))
+    sd.SpatialData(images={"he": image}, labels={"cells": labels}).write(path)
+    return path
+
+
+@pytest.fixture
+def store(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "slide.zarr"))
+
+
+def level(store: Path, k: int = 0) -> ImageLevel:
+    return ImagePyramid.of(sd.read_zarr(store).images["he"], "he").levels[k]
+
+
+def test_black_padding_is_read(store: Path) -> None:
+    assert not (store / "images/he/s0/c/0/0/0").exists()  # zarr leaves it out
+    np.testing.assert_array_equal(level(store).read(0, SIDE, 0, SIDE), DRAWN)
+    copy = pickle.loads(pickle.dumps(level(store)))
+    np.testing.assert_array_equal(copy.read(10, 200, 0, 90), DRAWN[10:200, :90])
+
+
+MISHAPS = {
+    "store moved": lambda store: store.rename(store.with_name("moved.zarr")),
+    "image moved": lambda store: (store / "images/he").rename(store / "he"),
+    "level deleted": lambda store: shutil.rmtree(store / "images/he/s0"),
+    "another image": lambda store: (
+        shutil.copytree(store / "images/he", store / "copy"),
+        shutil.rmtree(store / "images/he"),
+        (store / "copy").rename(store / "images/he"),
+    ),
+    "chunks deleted": lambda store: shutil.rmtree(store / "images/he/s0/c"),
+    "one chunk deleted": lambda store: (store / "images/he/s0/c/0/3/3").unlink(),
+    "an empty disk is mounted": lambda store: (shutil.rmtree(store), store.mkdir()),
+}
+
+
+@pytest.mark.parametrize("mishap", MISHAPS.values(), ids=MISHAPS)
+@pytest.mark.parametrize("lazy", ["stored", "cropped", "computed"])
+def test_files_that_went_away(store: Path, mishap, lazy: str) -> None:
+    image = sd.read_zarr(store).images["he"]["scale0"]["image"]
+    if lazy == "cropped":
+        image = image.isel(y=slice(5, None))
+    elif lazy == "computed":
+        image = image.copy(data=255 - image.data)
+    opened = pickle.loads(pickle.dumps(ImagePyramid.of(image, "he").levels[0]))
+    assert opened.is_backed == (lazy == "stored")
+    assert opened.read(100, 200, 100, 200).any()
+    mishap(store)
+    with pytest.raises(StoreError, match=r"slide\.zarr"):
+        opened.read(150, 240, 150, 240)
+
+
+def test_files_that_are_away_when_the_image_is_opened(store: Path) -> None:
+    sdata = sd.read_zarr(store)
+    store.rename(store.with_name("moved.zarr"))
+    with pytest.raises(StoreError, match=r"slide\.zarr"):
+        open_slide(sdata, image_key="he", mpp=0.5)
+
+
+def test_files_that_are_away_only_while_they_are_read(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that comes and goes: what was read as black is read again."""
+    opened, real, away = level(store), zarr.Array.__getitem__, [False, True]
+
+    def flickering(self, key):
+        values = real(self, key)
+        return np.zeros_like(values) if away.pop() else values
+
+    monkeypatch.setattr(zarr.Array, "__getitem__", flickering)
+    np.testing.assert_array_equal(opened.read(128, 256, 0, 256), DRAWN[128:])
+    assert not away
+
+
+@pytest.mark.parametrize("lost", [["s0/c/0/2/2"], ["s0/c/0/0/3"], ["s1/c/0/1/1"], ["s0/c", "s1/c"]], ids=str)
+def test_a_copy_in_part(store: Path, lost: list[str]) -> None:
+    """Another level shows that pixels of a missing chunk are not black."""
+    for path in (store / "images/he" / name for name in lost):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    with pytest.raises(StoreError, match="he"):
+        level(store)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"shards": (3, 128, 128)},
+        {"chunk_key_encoding": {"name": "default", "separator": "."}},
+        {"chunk_key_encoding": {"name": "v2", "separator": "."}},
+        {"chunk_key_encoding": {"name": "v2", "separator": "/"}},
+        {"zarr_format": 2},
+        {"fill_value": 255},
+    ],
+    ids=["shards", "dots", "as v2", "as v2, nested", "v2", "white"],
+)
+def test_layouts(tmp_path: Path, layout: dict) -> None:
+    pixels = drawn()
+    pixels[:, -60:, -60:] = 255
+    array = zarr.create_array(tmp_path / "a", shape=pixels.shape, chunks=(3, 32, 32), dtype="u1", **layout)
+    array[:] = pixels
+    image = Image2DModel.parse(da.from_zarr(str(tmp_path / "a")), dims=("c", "y", "x"))
+    opened = ImagePyramid.of(image, "he").levels[0]
+    assert opened.is_backed
+    np.testing.assert_array_equal(opened.read(0, SIDE, 0, SIDE), np.moveaxis(pixels, 0, -1))
+    max((path for path in (tmp_path / "a").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size).unlink()
+    with pytest.raises(StoreError):
+        opened.read(0, SIDE, 0, SIDE)
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_labels(store: Path, computed: bool) -> None:
+    data = sd.read_zarr(store).labels["cells"].data
+    labels = LazyLabels(data + 0 if computed else data)
+    assert (labels[200:210, 200:] == 15).all()
+    assert (labels[:9] == np.repeat(np.arange(4), CHUNK)).all()  # the background has no file
+    shutil.rmtree(store / "labels/cells/s0/c/3")
+    with pytest.raises(StoreError, match="cells"):
+        labels[200:210, 200:]
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+@pytest.mark.parametrize("lost", ["file", "folder"])
+@pytest.mark.filterwarnings("ignore:zarr v3 autosharding")  # of anndata
+def test_counts(tmp_path: Path, kind: str, lost: str) -> None:
+    from anndata.io import sparse_dataset, write_elem
+
+    matrix = sparse.random(400, 30, 0.3, format="csr", random_state=0, dtype=np.float32)
+    group = zarr.open_group(tmp_path / "t.zarr", mode="w")
+    write_elem(group, "X", matrix if kind == "sparse" else matrix.toarray())
+    x = group["X"]
+    counts = Counts.of(sparse_dataset(x) if kind == "sparse" else x, np.arange(400), "t")
+    assert sum(block.sum() for _, block in counts.blocks()) == pytest.approx(matrix.sum(), rel=1e-5)
+    folder = tmp_path / "t.zarr" / "X"
+    if lost == "folder":
+        folder.rename(tmp_path / "away")
+    else:
+        next(path for path in (folder / ("data/c" if kind == "sparse" else "c")).rglob("*") if path.is_file()).unlink()
+    with pytest.raises(StoreError):
+        list(counts.blocks())
+
+
+def test_an_array_that_is_not_in_a_folder_is_read_as_it_is() -> None:
+    array = zarr.create_array(zarr.storage.MemoryStore(), shape=(5, 2), dtype="i4")
+    array[:] = np.arange(10).reshape(5, 2)
+    assert GuardedArray(array)[1:3].tolist() == [[2, 3], [4, 5]]
+    assert GuardedArray(array[:])[3:9, :1].tolist() == [[6], [8]]
+    assert GuardedArray(array)[4:2].shape == (0, 2)
+
+
+@pytest.mark.parametrize("change", [lambda x: 255 - x, lambda x: x[:, 7:], lambda x: x[::-1], lambda x: x[:, :, ::-1]])
+def test_a_lazy_change_of_a_stored_element_is_honoured(store: Path, change) -> None:
+    data = sd.read_zarr(store).images["he"]["scale0"]["image"].data
+    assert stored_array(data) is not None
+    assert stored_array(change(data)) is None
+    image = Image2DModel.parse(change(data), c_coords=["r", "g", "b"])
+    pixels = ImagePyramid.of(image, "changed").levels[0].read(120, 140, 120, 140)
+    np.testing.assert_array_equal(pixels, change(drawn())[:, 120:140, 120:140].transpose(1, 2, 0))
+
+
+def test_largest_block(store: Path) -> None:
+    """Small chunks may be cut from a big block further down."""
+    block = da.from_delayed(delayed(np.ones)((3, 600, 700), np.uint8), (3, 600, 700), np.uint8)
+    cases = {600 * 700: block.rechunk((3, 100, 100)), 0: da.from_array(drawn(), chunks=-1)}
+    for expected, data in cases.items():
+        image = Image2DModel.parse(data, c_coords=["r", "g", "b"])
+        assert loaded_px(image.data) == expected
+    assert loaded_px(level(store).pixels.data) == CHUNK**2

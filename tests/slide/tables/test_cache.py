@@ -1,0 +1,268 @@
+"""Compact counts on disk: rows come back, damage is seen, and a copy is made once as long as its table stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+import spatialdata as sd
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import sparse
+
+from pixnet_sd.errors import StoreError
+from pixnet_sd.slide.tables import CountFile, Look, Measured, measured, open_counts, targets_of, write_counts
+
+COUNTS = hnp.arrays(
+    np.int64,
+    st.tuples(st.integers(1, 20), st.integers(1, 6)),
+    elements=st.sampled_from([0, 0, 0, 1, 3, 255, 256, 65_536, 2**24]),
+)
+GENES = ["GENE3", "GENE0"]
+
+
+def write(folder: Path, x: np.ndarray, cuts=()) -> CountFile:
+    folder.mkdir(exist_ok=True)
+    blocks = [sparse.csr_matrix(x[rows]) for rows in np.split(np.arange(len(x)), sorted(cuts))]
+    return write_counts(folder, [(b, np.asarray(b.sum(axis=1)).ravel() + 1.0) for b in blocks], x.shape[1], "k", Look())
+
+
+@given(COUNTS, st.lists(st.integers(0, 20), max_size=4), st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_rows_come_back(x: np.ndarray, cuts: list[int], data: st.DataObject) -> None:
+    with TemporaryDirectory() as folder:
+        written = write(Path(folder), x, cuts)
+        counts = open_counts(Path(folder), "k")
+        assert counts == written
+        assert (counts.n, counts.n_genes) == x.shape
+        index = np.array(data.draw(st.lists(st.integers(0, len(x) - 1), max_size=30)), np.int64)
+        rows, total = counts.rows(index)
+        np.testing.assert_array_equal(rows.toarray(), x[index])
+        np.testing.assert_array_equal(total, x[index].sum(axis=1) + 1)
+        np.testing.assert_array_equal(counts.totals(), x.sum(axis=1) + 1)
+        for chosen in (index, None):
+            blocks = [block.toarray() for block, _ in counts.blocks(chosen, n_rows=4)]
+            np.testing.assert_array_equal(np.concatenate([x[:0], *blocks]), x if chosen is None else x[index])
+
+
+@pytest.mark.parametrize(
+    ("largest", "kind"), [(255, "|u1"), (256, "<u2"), (65_536, "<u4"), (2**33, "<f4"), (0.5, "<f4")]
+)
+@pytest.mark.parametrize("n_genes", [2, 300])
+def test_the_smallest_types_that_hold_all(tmp_path, largest: float, kind: str, n_genes: int) -> None:
+    x = np.zeros((4, n_genes))
+    x[:, [0, -1]] = [[1, 0], [2, 7], [0, largest], [3, 0]]
+    files = [write(tmp_path / str(len(cuts)), x, cuts) for cuts in ((), (2,))]
+    assert files[0].count.str == kind
+    assert files[0].gene.itemsize == (1 if n_genes == 2 else 2)
+    assert files[0].sha256 == files[1].sha256  # however it was cut
+    np.testing.assert_array_equal(files[1].rows(np.array([2, 0]))[0].toarray(), x[[2, 0]])
+
+
+def test_read_from_threads(tmp_path) -> None:
+    x, rng = np.random.default_rng(0).poisson(1, (500, 5)), np.random.default_rng(1)
+    counts = write(tmp_path, x)
+    wanted = [np.sort(rng.choice(500, 200, replace=False)) for _ in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        for index, (rows, _) in zip(wanted, pool.map(counts.rows, wanted), strict=True):
+            np.testing.assert_array_equal(rows.toarray(), x[index])
+
+
+@pytest.mark.parametrize("name", ["total", "indptr", "gene", "count", "meta"])
+@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+def test_damage_is_seen(tmp_path, name: str, how: str) -> None:
+    write(tmp_path, np.random.default_rng(0).poisson(1, (10, 5)))
+    path = tmp_path / (f"{name}.json" if name == "meta" else f"{name}.bin")
+    content = path.read_bytes()
+    path.write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:] if how == "flip" else content[:-1])
+    if how == "gone":
+        path.unlink()
+    assert open_counts(tmp_path, "k") is None
+
+
+def test_content_of_others(tmp_path) -> None:
+    write(tmp_path, np.ones((2, 2)))
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert open_counts(tmp_path, "l") is None
+    for change in (*({name: 3} for name in meta), None):
+        (tmp_path / "meta.json").write_text("[]" if change is None else json.dumps(meta | change))
+        assert open_counts(tmp_path, "k") is None, change
+
+
+def test_cut_short_while_in_use(tmp_path) -> None:
+    counts = write(tmp_path, np.ones((5, 2)))
+    (tmp_path / "count.bin").write_bytes(b"")
+    with pytest.raises(StoreError):
+        counts.rows(np.arange(5))
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """Names of files that are hashed."""
+    names: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (names.append(file.name), digest(file, kind))[1])
+    return names
+
+
+def test_arrays_are_hashed_again_only_in_a_copy(tmp_path, hashed) -> None:
+    """Sizes and dates tell whether they are those that were hashed: they may be as large as the slide's counts."""
+    written = write(tmp_path / "a", np.ones((5, 2)))
+    hashed.clear()
+    assert open_counts(tmp_path / "a", "k") == written
+    assert not hashed
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for n in (4, 0):
+        hashed.clear()
+        assert open_counts(tmp_path / "b", "k").sha256 == written.sha256
+        assert len(hashed) == n
+
+
+@pytest.fixture(params=["memory", "store"])
+def table(request, visium_hd, frame, tmp_path) -> Callable[..., Measured]:
+    """A table in memory, or one that is read from a store, with some change made to it."""
+
+    def make(change: Callable[[Any], None] = lambda table: None) -> Measured:
+        sdata = visium_hd(bins=(8,))
+        change(sdata.tables["square_008um"])
+        if request.param == "store":
+            sdata.write(tmp_path / "slide.zarr", overwrite=True)
+            sdata = sd.read_zarr(tmp_path / "slide.zarr", selection=("images",))
+        return measured(sdata, frame())[0]
+
+    return make
+
+
+def counts_of(table: Measured, cache: Path, genes=GENES) -> CountFile:
+    (targets,) = targets_of({"": [table]}, genes, 1e4, cache, "nb", memory_bytes=0)[""]
+    return targets.values.counts
+
+
+def one_count(table) -> None:
+    table.X[5, 2] += 1  # of a gene that is not chosen: totals count
+
+
+def names(table) -> None:
+    table.var_names = ["GENE3", "GENE1", "GENE2", "GENE0", "GENE4"]
+
+
+def test_made_once_for_a_table_and_genes(table, tmp_path, hashed) -> None:
+    opened, cache = table(), tmp_path / "cache"
+    first = counts_of(opened, cache)
+    assert len(hashed) == 4
+    assert counts_of(opened, cache) == first
+    assert len(hashed) == 4
+    rows, _ = first.rows(np.arange(first.n))
+    np.testing.assert_array_equal(rows.toarray(), opened.counts.to_csr().toarray()[:, [3, 0]])
+    assert [path.name for path in cache.iterdir()] == [first.folder.name]
+    others = [counts_of(opened, cache, genes) for genes in (GENES[::-1], GENES[:1])]
+    others += [counts_of(table(change), cache) for change in (one_count, names)]
+    assert len(hashed) == 4 * 5
+    assert len({each.folder for each in [first, *others]}) == 5
+    assert first.sha256 not in {each.sha256 for each in others}
+
+
+def test_damaged_is_made_anew(table, tmp_path) -> None:
+    opened = table()
+    first = counts_of(opened, tmp_path / "cache")
+    for name in ("count.bin", "meta.json"):
+        (first.folder / name).write_bytes(b"[]")
+        assert counts_of(opened, tmp_path / "cache").sha256 == first.sha256
+
+
+def test_killed_half_way(table, tmp_path) -> None:
+    """What a killed run has left is not taken for a cache, and goes when it is old."""
+    opened, cache = table(), tmp_path / "cache"
+    whole = counts_of(opened, cache)
+    left = whole.folder.rename(cache / f"{whole.folder.name}.partial-0")
+    assert counts_of(opened, cache).folder == whole.folder
+    assert left.exists()
+    os.utime(left, (0, 0))
+    shutil.rmtree(whole.folder)
+    counts_of(opened, cache)
+    assert list(cache.iterdir()) == [whole.folder]
+
+
+@pytest.mark.parametrize("fault", ["full", "no folder"])
+def test_disk_that_does_not_take_it(table, tmp_path, fault: str) -> None:
+    opened, cache = table(), tmp_path / "some" / "cache"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if fault == "no folder":
+        (tmp_path / "some").write_text("a file")
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(StoreError, match=r"'square_008um'.*cache'.*checkpoint_dir="):
+            counts_of(opened, cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not cache.exists()
+
+
+FINE, COARSE, COARSEST = "square_004um", "square_008um", "square_016um"
+
+
+@pytest.fixture
+def bins(visium_hd, frame, tmp_path, caplog):
+    """Compare pooled targets with those in memory, of bins of 4, 8 and 16 µm; return what is logged."""
+
+    def compare(spoil: Callable[[Any], None] = lambda table: None, **arguments) -> str:
+        caplog.set_level("INFO", "pixnet_sd")
+        sdata = visium_hd(bins=(4, 8, 16), keep=lambda row, col: (row + col) // 3 != 0, **arguments)
+        obs = sdata.tables[FINE].obs
+        for key, factor in ((COARSE, 2), (COARSEST, 4)):
+            parents = sdata.tables[key].obs
+            index = parents.reset_index().set_index(["array_row", "array_col"]).index
+            parent = index.get_indexer(list(zip(obs["array_row"] // factor, obs["array_col"] // factor, strict=True)))
+            ones = (np.ones((parent >= 0).sum(), np.float32), (parent[parent >= 0], np.flatnonzero(parent >= 0)))
+            shape = (len(parents), len(obs))
+            sdata.tables[key].X = (sparse.csr_matrix(ones, shape=shape) @ sdata.tables[FINE].X).tocsr()
+        spoil(sdata.tables[COARSE])
+        tables = {"": measured(sdata, frame())}
+        dense, pooled = (targets_of(tables, ["GENE4", "GENE1"], 1e4, tmp_path, memory_bytes=n)[""] for n in (1e9, 0))
+        for one, other in zip(dense, pooled, strict=True):
+            np.testing.assert_array_equal(other.values[np.arange(len(one.regions))], one.values)
+            np.testing.assert_array_equal(other.regions.centre_xy, one.regions.centre_xy)
+        assert f"Table {COARSEST!r} is the sum of the bins of {FINE!r}" in caplog.text
+        return caplog.text
+
+    return compare
+
+
+@pytest.mark.filterwarnings("ignore:.*no counts at all")
+@pytest.mark.parametrize("arguments", [{}, {"circles": True}, {"labels": True}], ids=str)
+def test_pooled_as_read(bins, arguments) -> None:
+    assert f"Table {COARSE!r} is the sum of the bins of {FINE!r}" in bins(**arguments)
+
+
+def other_genes(table) -> None:
+    table.var_names = [*table.var_names[:-2], "other", "GENE4"]
+
+
+def no_indices(table) -> None:
+    del table.obs["array_row"]
+
+
+def shifted(table) -> None:
+    table.obs["array_row"] += 1
+
+
+def first_count(table) -> None:
+    table.X[0, 0] += 1
+
+
+@pytest.mark.filterwarnings("ignore:.*no counts at all")
+@pytest.mark.parametrize("spoil", [first_count, other_genes, no_indices, shifted])
+def test_what_is_no_sum_is_read(bins, spoil) -> None:
+    assert f"Table {COARSE!r} is not pooled from {FINE!r}" in bins(spoil)

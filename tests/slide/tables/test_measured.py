@@ -1,0 +1,209 @@
+"""Regions that have counts, joined by id, and which of their features are genes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import shapely
+import spatialdata as sd
+from scipy import sparse
+from spatialdata import SpatialData
+
+from pixnet_sd.errors import DataError, ElementError, ResolutionError
+from pixnet_sd.geometry import Lattice
+from pixnet_sd.slide import open_slide
+from pixnet_sd.slide.tables import checked_totals, choose_genes, measured, targets_of
+
+XY = [[20, 30], [60, 80], [200, 100], [300, 220]]
+X = np.array([[1, 2, 0], [3, 0, 4], [5, 5, 5], [0, 7, 1]], dtype=np.float32)
+IDS = ["p", "q", "r", "s"]
+
+
+@pytest.fixture
+def spots(circles, table):
+    """Four spots with a table whose rows come in the given order of ids."""
+
+    def make(order=("p", "q", "r", "s"), xy=XY, ids=IDS) -> SpatialData:
+        x = X[[IDS.index(i) for i in order]]
+        return SpatialData(shapes={"spots": circles(xy, 5.0, index=ids)}, tables={"t": table("spots", order, x=x)})
+
+    return make
+
+
+def dense(table) -> np.ndarray:
+    return table.counts.to_csr().toarray()
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("order", [("p", "q", "r", "s"), ("s", "p", "r", "q"), ("q", "s")])
+def test_rows_are_joined_by_id(spots, frame, order) -> None:
+    (table,) = measured(spots(order), frame())
+    place = [IDS.index(i) for i in order]
+    assert (table.table_key, table.element_key, len(table)) == ("t", "spots", len(order))
+    assert tuple(table.instances) == order
+    assert list(table.var_names) == ["GENE0", "GENE1", "GENE2"]
+    np.testing.assert_array_equal(table.regions.centre_xy, np.array(XY)[place])
+    np.testing.assert_array_equal(dense(table), X[place])
+    assert table.is_complete
+    assert table.take(np.ones(len(order), bool)) is table
+    kept = table.take(np.arange(len(order)) % 2 == 1)
+    np.testing.assert_array_equal(kept.regions.centre_xy, np.array(XY)[place[1::2]])
+    np.testing.assert_array_equal(dense(kept), X[place[1::2]])
+
+
+def test_rows_without_region_are_left_out(spots, frame) -> None:
+    sdata = spots(("s", "q", "p"))
+    sdata.shapes["spots"] = sdata.shapes["spots"].drop("q")
+    with pytest.warns(UserWarning, match="1 of 3 rows .*'spots'.*'q'"):
+        (table,) = measured(sdata, frame())
+    assert list(table.instances) == ["s", "p"]
+    np.testing.assert_array_equal(table.regions.centre_xy, [XY[3], XY[0]])
+    np.testing.assert_array_equal(dense(table), X[[3, 0]])
+
+
+def test_spots_off_the_image_are_left_out(spots, frame) -> None:
+    with pytest.warns(UserWarning, match="1 of 4 regions"):
+        (table,) = measured(spots(xy=[*XY[:3], [900, 900]]), frame())
+    assert list(table.instances) == ["p", "q", "r"]
+    assert not table.is_complete
+    np.testing.assert_array_equal(dense(table), X[:3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "names"),
+    [
+        ({"ids": [0, 1, 2, 3]}, DataError, "'t'.*'p'"),
+        ({"xy": np.array(XY) + 1000}, ResolutionError, "'t', element 'spots'"),
+        ({"xy": [[30, 250], [80, 260], [100, 300], [220, 310]]}, ResolutionError, "x and y swapped"),
+    ],
+)
+def test_regions_that_do_not_fit(spots, frame, arguments, error, names) -> None:
+    with pytest.raises(error, match=names):
+        measured(spots(**arguments), frame())
+
+
+def test_gene_names_are_unique_and_there_is_a_table(spots, circles, frame) -> None:
+    sdata = spots()
+    sdata.tables["t"].var_names = ["A", "B", "A"]
+    with pytest.raises(DataError, match="'A'"):
+        measured(sdata, frame())
+    with pytest.raises(ElementError):
+        measured(SpatialData(shapes={"spots": circles(XY)}), frame())
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("dataset_id", ["sample", ""])
+def test_visium_hd(visium_hd, frame, dataset_id: str, labels: bool) -> None:
+    sdata = visium_hd(dataset_id=dataset_id, labels=labels, bins=(16, 8))
+    small, large = measured(sdata, open_slide(sdata, working_mpp=1.0))
+    assert (small.table_key, large.table_key) == ("square_008um", "square_016um")
+    assert isinstance(large.regions, Lattice)
+    np.testing.assert_allclose(large.regions.area, 16**2, rtol=1e-6)
+    table, shapes = sdata.tables["square_016um"], sdata.shapes[f"{dataset_id}_square_016um"]
+    centres = shapely.get_coordinates(shapely.centroid(shapes.geometry.loc[table.obs["location_id"]].to_numpy()))
+    np.testing.assert_allclose(large.regions.centre_xy, centres * 0.5, atol=1e-6)
+    np.testing.assert_array_equal(dense(large), table.X.toarray())
+
+
+def test_bins_in_another_order_than_the_table(visium_hd, frame) -> None:
+    sdata = visium_hd(bins=(8,))
+    order = np.random.default_rng(0).permutation(sdata.tables["square_008um"].n_obs)
+    table = sdata.tables["square_008um"] = sdata.tables["square_008um"][order].copy()
+    (bins,) = measured(sdata, frame())
+    kept = bins.take(np.random.default_rng(1).random(len(bins)) < 0.3)
+    for each in (bins, kept):
+        rows = pd.Index(table.obs["location_id"]).get_indexer(each.instances)
+        np.testing.assert_array_equal(dense(each), table.X.toarray()[rows])
+
+
+def test_bins_without_a_shape_are_left_out(visium_hd, frame) -> None:
+    sdata = visium_hd(bins=(8,))
+    sdata.shapes["sample_square_008um"] = sdata.shapes["sample_square_008um"].drop([0, 7])
+    with pytest.warns(UserWarning, match="2 of 192 rows"):
+        (table,) = measured(sdata, frame())
+    assert isinstance(table.regions, Lattice)
+    assert not {0, 7} & set(table.instances)
+    assert len(table) == len(table.regions) == 190
+
+
+TYPES = ["Gene Expression", "Antibody Capture", "Gene Expression", "Gene Expression", "Custom"]
+GENES = ["GENE0", "GENE2", "GENE3"]
+
+
+@pytest.fixture(params=["memory", "store"])
+def opened(request, visium_hd, frame, tmp_path):
+    """The only table of a slide, in memory or in a store, after a change."""
+
+    def make(change):
+        sdata = visium_hd(bins=(8,))
+        table = sdata.tables["square_008um"]
+        table.X = sparse.csr_matrix(table.X.toarray() * [1, 500, 1, 1, 70])
+        change(table)
+        if request.param == "store":
+            sdata.write(tmp_path / "slide.zarr")
+            sdata = sd.read_zarr(tmp_path / "slide.zarr", selection=("images",))
+        return measured(sdata, frame())[0]
+
+    return make
+
+
+def typed(name="feature_types", values=TYPES, kind=None):
+    def change(table):
+        table.var[name] = pd.Series(values, index=table.var_names, dtype=kind)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        typed(),
+        typed("feature_type"),
+        typed("Feature_Types", kind="category"),
+        typed(values=[t.lower().replace(" ", "_") for t in TYPES]),
+        typed(values=["Gene Expression", None, "Gene Expression", "Gene Expression", "Negative Control Codeword"]),
+        lambda table: table.var.rename(index={"GENE1": "NegControlProbe_00042", "GENE4": "BLANK_0100"}, inplace=True),
+    ],
+    ids=["10x", "singular", "capitals", "underscores", "missing", "by name"],
+)
+def test_only_genes_are_measured(opened, change, caplog, tmp_path) -> None:
+    """Other features are neither learnt nor part of the sum over all genes."""
+    table = opened(change)
+    assert list(table.var_names) == GENES
+    assert table.counts.n_genes == 3
+    values = dense(table)
+    assert values.shape == (len(table), 3)
+    assert values.max() < 70
+    total = values.sum(axis=1)
+    np.testing.assert_array_equal(checked_totals(table.counts, table.var_names, "x"), total)
+    assert set(choose_genes({"a": [table]})) == set(GENES)
+    (line,) = [r.getMessage() for r in caplog.records if "not genes" in r.getMessage()]
+    assert "2 of 5" in line
+    (targets,) = targets_of({"a": [table]}, ["GENE2"], 100.0, tmp_path)["a"]
+    np.testing.assert_allclose(targets.values[:, 0], np.log1p(100 * values[:, 1] / total)[total > 0], rtol=1e-5)
+
+
+def test_features_that_are_no_genes(opened) -> None:
+    with pytest.raises(DataError, match=r"'GENE1' \('Antibody Capture'\)"):
+        choose_genes({"a": [opened(typed())]}, genes=["GENE0", "GENE1"])
+
+
+def test_no_gene_at_all(opened) -> None:
+    with pytest.raises(DataError, match="feature_types"):
+        opened(typed(values=["Antibody Capture"] * 5))
+
+
+def test_an_antibody_may_be_called_like_a_gene(opened) -> None:
+    def change(table):
+        typed()(table)
+        table.var_names = ["GENE0", "GENE0", "GENE2", "GENE3", "GENE3"]
+
+    assert list(opened(change).var_names) == GENES
+
+
+@pytest.mark.parametrize(
+    "names", [["NEGR1", "BLNK", "FALSE1X", "SYS1", "NEGATIVE"], ["A1", "B2", "Blank", "Neg", "x-1"]]
+)
+def test_names_that_only_resemble_controls_are_genes(opened, names) -> None:
+    assert list(opened(lambda table: setattr(table, "var_names", names)).var_names) == names

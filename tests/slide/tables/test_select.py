@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from spatialdata import SpatialData
+from spatialdata.transformations import Identity, Scale, Translation, set_transformation
+from tests.slide.conftest import make_image
+
+from pixnet_sd.errors import DataError, ElementError
+from pixnet_sd.slide.elements import table_link
+from pixnet_sd.slide.tables import select_tables
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("dataset_id", ["sample", ""])
+def test_all_bins_by_size_and_no_cells(visium_hd, circles, table, dataset_id: str, labels: bool) -> None:
+    sdata = visium_hd(dataset_id=dataset_id, bins=(16, 8), labels=labels)
+    sdata["cells"] = circles([[1, 2], [3, 4]], system=dataset_id)
+    sdata["cell_table"] = table("cells", [0, 1])
+    assert select_tables(sdata) == ["square_008um", "square_016um"]
+    assert select_tables(sdata, coordinate_system=dataset_id) == ["square_008um", "square_016um"]
+
+
+def test_named(visium_hd) -> None:
+    sdata = visium_hd()
+    assert select_tables(sdata, table_key="square_016um") == ["square_016um"]
+    assert select_tables(sdata, table_key=["square_016um", "square_008um"]) == ["square_016um", "square_008um"]
+    for missing in (["square_016um", "other"], [], ["square_016um", "square_016um"]):
+        with pytest.raises(ElementError, match="'square_016um'.*table_key="):
+            select_tables(sdata, table_key=missing)
+
+
+def test_the_only_table_but_not_ours(circles, table) -> None:
+    own = table("spots", [0])
+    own.uns["pixnet_sd"] = {}
+    sdata = SpatialData(shapes={"spots": circles([[1, 2]])}, tables={"a": table("spots", [0]), "pixnet": own})
+    assert select_tables(sdata) == ["a"]
+    sdata["b"] = table("spots", [0])
+    with pytest.raises(ElementError, match="'a', 'b'.*table_key="):
+        select_tables(sdata)
+
+
+@pytest.mark.filterwarnings("ignore:The table is annotating")
+def test_no_table(table) -> None:
+    sdata = SpatialData(tables={"free": ad.AnnData(np.ones((2, 2))), "lost": table("gone", [0])})
+    with pytest.raises(ElementError, match="'free', 'lost'"):
+        select_tables(sdata)
+
+
+def test_tables_of_another_slide_are_not_found(circles, table) -> None:
+    shapes = {"a": circles([[1, 2]], system="A"), "b": circles([[1, 2]], system="B")}
+    sdata = SpatialData(shapes=shapes, tables={"ta": table("a", [0]), "tb": table("b", [0])})
+    assert select_tables(sdata, coordinate_system="B") == ["tb"]
+    with pytest.raises(ElementError, match="'C'.*coordinate_system='A'"):
+        select_tables(sdata, coordinate_system="C")
+
+
+def test_link(circles, table) -> None:
+    shapes = {"a": circles([[1, 2], [5, 6]], system="A", index=["u", "v"]), "b": circles([[1, 2]], system="B")}
+    sdata = SpatialData(shapes=shapes, tables={"t": table(["a", "b", "a"], ["v", "w", "u"])})
+    link = table_link(sdata, table_key="t", coordinate_system="A")
+    assert (link.table_key, link.element_key, list(link.instances)) == ("t", "a", ["v", "u"])
+    np.testing.assert_array_equal(link.rows, [0, 2])
+    with pytest.raises(ElementError, match="'a', 'b'"):
+        table_link(sdata, table_key="t")
+    with pytest.raises(ElementError, match="'C'"):
+        table_link(sdata, table_key="t", coordinate_system="C")
+
+
+def changed(table, **obs):
+    table.obs = table.obs.assign(**obs)
+    return table
+
+
+@pytest.mark.filterwarnings("ignore:The table is annotating")
+@pytest.mark.parametrize(
+    ("make", "error", "names"),
+    [
+        (lambda table: ad.AnnData(np.ones((2, 2))), ElementError, "'t'"),
+        (lambda table: table("gone", [0]), ElementError, "'t'.*'gone'"),
+        (lambda table: ad.AnnData(np.ones((0, 5))), DataError, "'t'.*0 rows x 5 genes"),
+        (lambda table: table("spots", [0])[:, :0].copy(), DataError, "'t'.*1 rows x 0 genes"),
+        (lambda table: changed(table("spots", [0]), region=pd.Categorical(["other"])), DataError, "'t'.*'spots'"),
+        (lambda table: changed(table("spots", [0, 1]), location_id=[1, 1]), DataError, "1 rows .*first 1"),
+        (lambda table: changed(table("spots", [0, 1]), location_id=[0.0, np.nan]), DataError, "1 rows"),
+    ],
+    ids=["no region", "region is gone", "no rows", "no genes", "no row of the region", "id twice", "no id"],
+)
+def test_tables_that_cannot_be_linked(circles, table, make, error, names) -> None:
+    sdata = SpatialData(shapes={"spots": circles([[1, 2], [3, 4]])}, tables={"t": table("spots", [0])})
+    del sdata.tables["t"]
+    sdata.tables["t"] = make(table)
+    with pytest.raises(error, match=names):
+        table_link(sdata, table_key="t")
+
+
+def scaled(table: ad.AnnData, factor: float) -> ad.AnnData:
+    other = table.copy()
+    other.X = other.X * factor
+    return other
+
+
+@pytest.mark.parametrize("bins", [True, False])
+@pytest.mark.parametrize("change", [lambda x: x * 500.3, lambda x: x - 1, lambda x: x * 0, lambda x: x / 0])
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+def test_counts_before_a_normalised_copy(visium_hd, circles, table, bins: bool, change, caplog) -> None:
+    """R8: one table for the same regions, that with counts; it is said which was left out."""
+    caplog.set_level("INFO", "pixnet_sd")
+    sdata = visium_hd(bins=(8,)) if bins else SpatialData(shapes={"cells": circles([[1, 2], [3, 4]])})
+    key, region = ("square_008um", "sample_square_008um") if bins else ("table", "cells")
+    if not bins:
+        sdata["table"] = table("cells", [0, 1])
+    other = sdata[key].copy()
+    other.X = change(other.X.toarray())
+    sdata["a_copy"] = other
+    assert select_tables(sdata) == [key]
+    assert "'a_copy'" in caplog.text
+    assert select_tables(sdata, table_key="a_copy") == ["a_copy"]
+    sdata["second"] = sdata[key].copy()
+    with pytest.raises(ElementError, match=rf"'{region}'.*'second'.*table_key="):
+        select_tables(sdata)
+    with pytest.raises(ElementError, match=rf"'second' and '{key}'.*table_key=.*'{region}'"):
+        select_tables(sdata, table_key=["second", key])
+
+
+def test_no_copy_has_counts(circles, table) -> None:
+    tables = {key: scaled(table("spots", [0]), 0.3) for key in "ab"}
+    with pytest.raises(ElementError, match="'spots': 'a', 'b', none.*table_key="):
+        select_tables(SpatialData(shapes={"spots": circles([[1, 2]])}, tables=tables))
+
+
+@pytest.mark.parametrize("size", [8, 16, 2])
+def test_bins_of_two_samples_in_one_system(visium_hd, size: int) -> None:
+    """R7: of one size, or of two sizes with two images; by name they can be taken."""
+    one, other = visium_hd(bins=(8,)), visium_hd(dataset_id="b", bins=(size,))
+    sdata = SpatialData(images={"he": one["sample_full_image"]}, shapes=one.shapes, tables=one.tables)
+    regions = f"b_square_{size:03}um"
+    sdata[regions], sdata["b_table"] = other[regions], other[f"square_{size:03}um"]
+    set_transformation(sdata[regions], {"sample": Identity()}, set_all=True)
+    where = {"coordinate_system": "sample", "image_key": "he"}
+    if size != 8:
+        assert set(select_tables(sdata, **where)) == {"square_008um", "b_table"}  # as if they were of one
+        sdata["b_he"] = make_image(400, 500, seed=1)
+    with pytest.raises(ElementError, match="('square_008um'.*'b_table'|'b_table'.*'square_008um').*table_key="):
+        select_tables(sdata, **where)
+    assert select_tables(sdata, table_key="b_table", **where) == ["b_table"]
+    set_transformation(sdata[regions], Scale([0.5, 0.5], axes=("x", "y")), "sample")
+    sdata.images.pop("b_he", None)
+    with pytest.raises(ElementError, match="'b_table'.*table_key="):  # another resolution
+        select_tables(sdata, **where)
+    far = Translation([5000, 0], axes=("x", "y"))
+    set_transformation(sdata[regions], far, "sample")
+    assert select_tables(sdata, **where) == ["square_008um"]  # what lies beside the image is not of it
+
+
+def test_only_table_is_not_taken_for_either_of_two_slides(visium_hd, image) -> None:
+    sdata = visium_hd(bins=(8,))
+    sdata["other"] = image(500, 600, seed=1)
+    for key in ("other", "sample_full_image"):
+        with pytest.raises(ElementError, match=f"'{key}'.*'square_008um'.*table_key="):
+            select_tables(sdata, coordinate_system="sample", image_key=key)

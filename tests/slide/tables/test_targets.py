@@ -1,0 +1,164 @@
+"""Which genes are learnt, and what of them: the same in memory and on disk."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import sparse
+from tests.slide.tables.conftest import make_measured as of
+
+from pixnet_sd.errors import DataError
+from pixnet_sd.slide.tables import Measured, StoredTargets, Targets, check_genes, choose_genes, targets_of
+
+X = np.array([[1, 3, 0], [0, 5, 5], [2, 0, 0]], dtype=np.float32)
+
+in_memory_and_on_disk = pytest.mark.parametrize("memory", [2**28, 0])
+
+
+def only(table: Measured, genes, cache, memory: int, target_sum: float = 1e4, objective: str = "mse_pcc") -> Targets:
+    return targets_of({"": [table]}, genes, target_sum, cache, objective, memory_bytes=memory)[""][0]
+
+
+@in_memory_and_on_disk
+def test_targets_in_the_order_of_genes_with_totals_over_all(tmp_path, memory) -> None:
+    values = only(of(X, "ABC"), ["C", "A"], tmp_path, memory, target_sum=10).values[np.arange(3)]
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, np.log1p(np.array([[0, 2.5], [5, 0], [0, 10]])), rtol=1e-6)
+    with pytest.raises(DataError, match="'t5': 'Z'"):
+        only(of(X, "ABC"), ["A", "Z"], tmp_path, memory)
+
+
+@pytest.mark.filterwarnings("ignore:.*no counts at all")
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("scale", [1, 300, 2**26 + 1, 0.37])
+@pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+def test_on_disk_as_in_memory(tmp_path, make, scale: float, shuffled: bool) -> None:
+    """Exactly, for any kind of matrix, size of counts and order of rows, and with empty regions."""
+    rng = np.random.default_rng(0)
+    x = rng.poisson(0.4, (60, 9)) * rng.choice([1, scale], (60, 9))
+    x[[3, 9]] = 0
+    rows = rng.permutation(60) if shuffled else np.arange(60)
+    table = of(x, "ABCDEFGHI", rows=rows, make=make)
+    dense, stored = (only(table, list("HBA"), tmp_path, memory) for memory in (2**28, 0))
+    assert isinstance(stored.values, StoredTargets)
+    x = x[rows][x[rows].sum(axis=1) > 0]
+    np.testing.assert_allclose(dense.values, np.log1p(1e4 * x / x.sum(axis=1, keepdims=True))[:, [7, 1, 0]], rtol=1e-5)
+    assert stored.values.shape == dense.values.shape == (len(x), 3)
+    index = rng.choice(len(x), 30, replace=False)
+    np.testing.assert_array_equal(stored.values[index], dense.values[index])
+    np.testing.assert_array_equal(stored.values.subset(index)[np.arange(5)], dense.values[index[:5]])
+    np.testing.assert_allclose(stored.values.mean(axis=0), dense.values.mean(axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(stored.regions.centre_xy, dense.regions.centre_xy)
+
+
+@in_memory_and_on_disk
+def test_raw_counts_with_their_total_last_and_empty_regions_kept(tmp_path, memory) -> None:
+    targets = only(of([[1, 2, 4], [0, 0, 0], [0, 5, 1]], "ABC"), ["C", "A"], tmp_path, memory, objective="nb")
+    every, expected = np.arange(3), [[4, 1, 7], [0, 0, 0], [1, 0, 6]]
+    np.testing.assert_array_equal(targets.values[every], expected)
+    assert targets.values.shape == (3, 3)
+    assert len(targets.regions) == 3
+    np.testing.assert_allclose(targets.values.mean(axis=0), np.mean(expected, axis=0))
+    if isinstance(targets.values, StoredTargets):
+        np.testing.assert_array_equal(targets.values.rows(every[1:]).toarray(), expected[1:])
+
+
+@in_memory_and_on_disk
+def test_empty_regions_are_left_out(tmp_path, memory) -> None:
+    x = X.copy()
+    x[1] = 0
+    with pytest.warns(UserWarning, match="Table 't5': 1 of 3 regions"):
+        targets = only(of(x, "ABC"), ["A"], tmp_path, memory)
+    np.testing.assert_array_equal(targets.regions.centre_xy, of(x, "ABC").regions.centre_xy[[0, 2]])
+    assert len(targets.values) == 2
+    with pytest.raises(DataError, match="all 3 regions"):
+        only(of(np.zeros((3, 3)), "ABC"), ["A"], tmp_path, memory)
+
+
+@in_memory_and_on_disk
+@pytest.mark.parametrize("value", [np.nan, -2])
+def test_bad_counts(value, tmp_path, memory) -> None:
+    x = X.copy()
+    x[2, 1] = value
+    with pytest.raises(DataError, match="Table 't5'"):
+        only(of(x, "ABC"), ["A"], tmp_path, memory)
+    assert not list(tmp_path.iterdir())
+
+
+@in_memory_and_on_disk
+def test_logarithms_are_said_also_when_the_copy_is_there(tmp_path, memory) -> None:
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="Table 't5'.*logarithms"):
+            only(of(np.log1p(X), "ABC"), ["A"], tmp_path, memory)
+
+
+COARSE, FINE = of([[1, 9, 5]], "ABC", radius=50), of([[9, 1]], "AB", radius=5)
+
+
+@pytest.mark.parametrize(
+    ("slides", "arguments", "genes"),
+    [
+        # A has more counts in all, but B is high in more regions
+        ({"": [of([[90, 1, 0], [0, 1, 1], [0, 1, 1]], "ABC")]}, {"n_genes": 2}, ["B", "C"]),
+        ({"": [of([[1, 1, 0, 1]] * 2, ["z", "b", "zero", "a"])]}, {"n_genes": 4}, ["a", "b", "z"]),
+        # over regions A would win; over slides B does
+        ({"many": [of([[8, 2]] * 50, "AB")], "few": [of([[1, 99]], "AB")]}, {"n_genes": 1, "target_sum": 10}, ["B"]),
+        ({"s": [FINE, COARSE]}, {"n_genes": 2}, ["B", "A"]),
+        ({"a": [of(X, "ABC")], "b": [of(X, "CBA")]}, {"genes": ["C", "A"]}, ["C", "A"]),
+        ({"a": [of(X, "ABC")], "b": [of(X, "CBA")]}, {"genes": "B"}, ["B"]),
+        # held-out slides must have the genes, but do not rank them
+        (
+            {"train": [of([[3, 2, 1]], "ABC")]},
+            {"n_genes": 2, "held_out": {"test": [of([[0, 1, 9]], ["B", "Z", "C"])]}},
+            ["B", "C"],
+        ),
+    ],
+    ids=["mean of logarithms", "ties by name", "slides weigh the same", "coarsest", "named", "one", "held out"],
+)
+@pytest.mark.filterwarnings("error")
+def test_genes_that_are_chosen(slides, arguments, genes) -> None:
+    assert list(choose_genes(slides, **arguments)) == genes
+
+
+def test_all_genes_with_enough_counts() -> None:
+    slides = {"a": [of([[6, 9, 50], [0, 0, 50]], "ABC")], "b": [of([[4, 0, 0]], "ABC")]}
+    assert set(choose_genes(slides, n_genes=None)) == {"A", "C"}  # B has 9 counts
+
+
+def test_fewer_genes_than_asked_for_are_said(caplog) -> None:
+    with caplog.at_level("INFO", "pixnet_sd"):
+        choose_genes({"s": [FINE, COARSE]}, n_genes=3)
+    assert "2 genes chosen" in caplog.text
+    assert "'s': 't5' 2, 's': 't50' 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("slides", "arguments", "names"),
+    [
+        ({"a": [of([[1]], "A")], "b": [of([[1]], "B")]}, {"n_genes": 1}, "'a'.*'b'"),
+        (
+            {"a": [of(X, ["ERBB2", "A", "B"])], "b": [of(X, ["Erbb2", "A", "B"])]},
+            {"genes": ["A", "ERBB2"]},
+            "'t5' of slide 'b': 'ERBB2'.*'Erbb2'",
+        ),
+        ({"": [of(X, "ABC")]}, {"genes": ["A", "B", "A"]}, "genes=.*'A'"),
+        ({"": [of(X, "ABC")]}, {"genes": []}, "genes="),
+        ({"": [of(X, "ABC")]}, {"held_out": {"test": [of(X, "BCD")]}, "genes": ["A"]}, "'t5' of slide 'test': 'A'"),
+    ],
+    ids=["nothing in common", "missing in one", "twice", "none", "missing in a held-out slide"],
+)
+def test_genes_that_cannot_be_chosen(slides, arguments, names) -> None:
+    with pytest.raises(DataError, match=names):
+        choose_genes(slides, **arguments)
+
+
+def test_named_gene_without_counts() -> None:
+    with pytest.warns(UserWarning, match="'C'"):
+        choose_genes({"": [of([[1, 2, 0]], "ABC")]}, genes=["C", "A"])
+
+
+def test_missing_genes_are_listed_up_to_ten_with_close_matches() -> None:
+    missing = [f"LOST{i}" for i in range(13)]
+    with pytest.raises(DataError, match=r"14 of 15 .* the model: 'CD3E' \(there is 'CD3D'\).*and 4 more"):
+        check_genes(["CD3E", "ACTB", *missing], ["ACTB", "CD3D"], "the model")
+    check_genes(["ACTB"], ["ACTB", "CD3D"], "the model")
