@@ -20,7 +20,7 @@ export UV_HTTP_TIMEOUT ?= 300
 help:
 	@echo 'make setup        create $(VENV) and install the pinned dependencies (done once, by the others too)'
 	@echo 'make demo         sample slide -> fit -> predict -> evaluate -> picture'
-	@echo 'make test         all tests; PYTEST_ARGS="tests/nn -k circles" for some'
+	@echo 'make test         all tests; PYTEST_ARGS="tests/geometry -k circles" for some'
 	@echo 'make lint         ruff, import rules and mypy'
 	@echo 'make format       ruff, with fixes'
 	@echo 'make docs         HTML pages in docs/_build/html, warnings are errors'

@@ -15,7 +15,7 @@ import spatialdata as sd
 
 import pixnet_sd as ps
 from pixnet_sd.errors import CheckpointError, PixNetError
-from pixnet_sd.tl import METRICS, moments, pooled, read_scores, write_scores
+from pixnet_sd.tl import moments, pooled, read_scores, write_scores
 
 TABLE, BINS = "square_008um", "sample_square_008um"
 METRICS = ["MSE", "MAE", "PCC@F", "PCC@S", "PCC@M"]

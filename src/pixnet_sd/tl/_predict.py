@@ -52,6 +52,7 @@ from pixnet_sd.store import (
     recover,
     region_table,
     size_text,
+    spatial_library,
     thumbnail,
     written_by,
 )
@@ -503,7 +504,7 @@ def _map_writer(out: Transaction, job: _Job, layout: MapLayout) -> GeneMapWriter
 
 
 def _region_writer(out: Transaction, job: _Job, request: RegionRequest, side: int, n_columns: int) -> RegionWriter:
-    return RegionWriter.open(
+    return RegionWriter(
         out,
         table_key=request.table_key,
         n_regions=len(request.regions),
@@ -597,15 +598,15 @@ def _region_results(
     record, slide = job.model.record, job.slide
     # what the values depend on and may change later: `check_current` compares it
     depends_on = {"pixels": job.pixels.sha256, **({} if request.make_shapes is not None else request.parts)}
+    about = job.provenance | units_of(record).table | {"depends_on": depends_on}
+    picture = thumbnail(job.sdata, slide.image_key, channels=slide.pyramid.levels[0].channels)
+    diameter_px = request.diameter_um / slide.mpp
     make_table = partial(
         region_table,
         genes=job.genes,
         region=request.element_key,
-        spot_diameter_px=request.diameter_um / slide.mpp,
-        picture=thumbnail(job.sdata, slide.image_key, channels=slide.pyramid.levels[0].channels),
-        library_id=slide.coordinate_system,
         var=record.var,
-        uns={"pixnet_sd": job.provenance | units_of(record).table | {"depends_on": depends_on}},
+        uns={"pixnet_sd": about, "spatial": spatial_library(slide.coordinate_system, diameter_px, picture)},
     )
     return rows.results(
         partial(request.describe, on_glass),
