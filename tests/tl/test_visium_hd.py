@@ -70,7 +70,7 @@ def expected(folders, fast, tmp_path_factory) -> tuple[str, np.ndarray]:
     sdata = read(folders, PLAIN, root / "slide.zarr")
     model = ps.tl.fit(sdata, checkpoint_dir=root / "model", **fast)
     ps.tl.predict(sdata, shapes_key=PLAIN.bins, write=None, device="cpu", show_progress_bar=False)
-    return model.record.weights_sha256, by_id(sdata.tables[f"pixnet_{VARIANTS['squares'].bins}"])
+    return model.record.weights_sha256, by_id(sdata.tables[f"pixnet_{PLAIN.bins}"])
 
 
 def by_id(table: Any) -> np.ndarray:
