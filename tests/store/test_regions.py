@@ -80,9 +80,10 @@ def put_all(writer, n_windows=4, genes=GENES):
 def open_writer(sdata, *, n=N, genes=GENES, fingerprint="f", overwrite=False, n_bytes=0, wait_s=15.0):
     names = {"pixnet_t": "tables", "pixnet_t_shapes": "shapes"}
     with (
-        Transaction(sdata, names, overwrite=overwrite, n_bytes=n_bytes, wait_s=wait_s) as out,
+        Transaction(sdata, names, overwrite=overwrite, wait_s=wait_s) as out,
         RegionWriter(out, table_key="pixnet_t", n_regions=n, genes=genes, fingerprint=fingerprint) as writer,
     ):
+        out.check_room(n_bytes, 0)
         writer.commit = out.commit
         yield writer
 

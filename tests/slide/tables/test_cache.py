@@ -22,7 +22,16 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from pixnet_sd.errors import StoreError
-from pixnet_sd.slide.tables import CountFile, Look, Measured, measured, open_counts, targets_of, write_counts
+from pixnet_sd.slide.tables import (
+    CountFile,
+    Look,
+    Measured,
+    find_pooling,
+    measured,
+    open_counts,
+    targets_of,
+    write_counts,
+)
 
 COUNTS = hnp.arrays(
     np.int64,
@@ -235,6 +244,14 @@ def bins(visium_hd, frame, tmp_path, caplog):
             np.testing.assert_array_equal(other.values[np.arange(len(one.regions))], one.values)
             np.testing.assert_array_equal(other.regions.centre_xy, one.regions.centre_xy)
         assert f"Table {COARSEST!r} is the sum of the bins of {FINE!r}" in caplog.text
+        fine, coarsest = pooled[0].values.counts, pooled[2].values.counts
+        for n_bins in (1, 60):  # at a time
+            sums = find_pooling(tables[""][0], tables[""][2]).sums(fine, n_bins)
+            counts, total = (list(each) for each in zip(*sums, strict=True))
+            np.testing.assert_array_equal(np.concatenate(total), coarsest.totals())
+            np.testing.assert_array_equal(
+                sparse.vstack(counts).toarray(), coarsest.rows(np.arange(coarsest.n))[0].toarray()
+            )
         return caplog.text
 
     return compare
