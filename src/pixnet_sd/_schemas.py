@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from reprlib import Repr
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -34,7 +34,6 @@ __all__ = [
     "check_notes",
     "parse_json",
     "shown",
-    "validated",
     "what_is_wrong",
 ]
 
@@ -65,7 +64,6 @@ Counts = Annotated[float, Field(ge=1e-6, le=1e15)]
 Side = Annotated[int, Field(ge=0, le=MAX_SIDE_PX, multiple_of=_ALIGN_PX)]
 Pcc = Annotated[float, Field(ge=-1.001, le=1.001)]  # 1 with the rounding of 32 bits
 Row = dict[Name, float | None]
-Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -256,17 +254,6 @@ def parse_json(text: bytes, *, allow_nan: bool = False) -> Any:
         It is none, or nested without end.
     """
     return from_json(text, allow_inf_nan=allow_nan)
-
-
-def validated(schema: type[Schema], content: Any) -> Schema:
-    """Check content of plain types against a schema.
-
-    Raises
-    ------
-    ValueError
-        Something else is in it; `what_is_wrong` says what.
-    """
-    return schema.model_validate(content)
 
 
 def what_is_wrong(error: ValueError) -> str:

@@ -18,7 +18,7 @@ import pandas as pd
 from pydantic_core import to_json
 
 from pixnet_sd._files import hash_regular, read_regular
-from pixnet_sd._schemas import ChecksumsSchema, FileSchema, RecordSchema, parse_json, shown, validated, what_is_wrong
+from pixnet_sd._schemas import ChecksumsSchema, FileSchema, RecordSchema, parse_json, shown, what_is_wrong
 from pixnet_sd.errors import CheckpointError
 from pixnet_sd.geometry import MAP_STRIDE
 from pixnet_sd.params import Aggregation, ObjectiveName
@@ -167,7 +167,7 @@ class ModelRecord:
     def check(self) -> None:
         """Raise CheckpointError where `read_record` will not take what `to_json` gives."""
         try:
-            validated(RecordSchema, parse_json(self.to_json().encode()))
+            RecordSchema.model_validate(parse_json(self.to_json().encode()))
         except ValueError as error:
             raise CheckpointError(f"The model's record cannot be saved: {what_is_wrong(error)}.") from error
 
@@ -180,7 +180,7 @@ def read_record(folder: Path) -> ModelRecord:
     if missing := [name for name in names if name not in content]:
         raise CheckpointError(f"{str(path)!r} lacks {missing}. {_REMEDY}")
     try:
-        validated(RecordSchema, content)
+        RecordSchema.model_validate(content)
     except ValueError as error:
         raise _damaged(path, what_is_wrong(error)) from error
     check_file(path)
@@ -265,7 +265,7 @@ def _noted(path: Path) -> FileSchema:
     """Read size and hash that were noted of a file."""
     checksums = path.with_name(CHECKSUMS)
     try:
-        noted = validated(ChecksumsSchema, parse_json(read_regular(checksums, most_bytes=_MOST_CHECKSUMS_BYTES)))
+        noted = ChecksumsSchema.model_validate(parse_json(read_regular(checksums, most_bytes=_MOST_CHECKSUMS_BYTES)))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{str(path.parent)!r} has no {CHECKSUMS}, so nobody knows whether the model in it is whole: it was copied "

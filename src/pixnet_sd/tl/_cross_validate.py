@@ -21,7 +21,7 @@ from spatialdata import SpatialData
 from pixnet_sd._arguments import checked
 from pixnet_sd._files import read_regular, replace_file
 from pixnet_sd._fingerprint import fingerprint
-from pixnet_sd._schemas import ScoresSchema, parse_json, validated, what_is_wrong
+from pixnet_sd._schemas import ScoresSchema, parse_json, what_is_wrong
 from pixnet_sd._util import logger
 from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError
 from pixnet_sd.model import PixNet
@@ -339,7 +339,8 @@ def read_scores(folder: Path, identity: Mapping[str, Any]) -> FoldScores | None:
         return None
     try:
         content = parse_json(read_regular(path, most_bytes=_MOST_BYTES), allow_nan=True)
-        if validated(ScoresSchema, content).sha256 != _hash({name: content[name] for name in ("identity", "scores")}):
+        noted = ScoresSchema.model_validate(content).sha256
+        if noted != _hash({name: content[name] for name in ("identity", "scores")}):
             raise ValueError("it is not as it was written")
     except ValueError as error:  # CheckpointError is one
         logger.warning("%s cannot be used, and is made anew: %s", path, what_is_wrong(error))
