@@ -1,10 +1,11 @@
-"""What our files and notes may hold: types and ranges, looked at in one place before anything is believed.
+"""Schemas of the package's files and notes: types and ranges, checked before anything is believed.
 
 Nothing here is converted: a number written as text, or true in place of 1, is damage.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from reprlib import Repr
 from typing import Annotated, Any, Literal, TypeVar
@@ -128,10 +129,8 @@ class RecordSchema(_Strict):
     def _each_gene_once(cls, genes: list[str]) -> list[str]:
         if not genes:
             raise ValueError("there is none")
-        seen: set[str] = set()
-        twice = next((gene for gene in genes if gene in seen or seen.add(gene)), None)  # type: ignore[func-returns-value]
-        if twice is not None:
-            raise ValueError(f"{twice!r} is there twice")
+        if len(set(genes)) < len(genes):
+            raise ValueError(f"{Counter(genes).most_common(1)[0][0]!r} is there twice")
         return genes
 
     @field_validator("history")
@@ -229,16 +228,7 @@ class NotesSchema(_Open):
 
 
 def check_notes(notes: Any) -> dict[str, Any]:
-    """Look at what is noted in ``sdata.attrs["pixnet_sd"]``.
-
-    Parameters
-    ----------
-    notes
-        The notes, of memory or of a store; None stands for none.
-
-    Returns
-    -------
-    The notes, all of them, as they are.
+    """Return the notes ``sdata.attrs["pixnet_sd"]`` as they are, None as none.
 
     Raises
     ------
@@ -258,14 +248,7 @@ def check_notes(notes: Any) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, *, allow_nan: bool = False) -> Any:
-    """Value of a JSON text.
-
-    Parameters
-    ----------
-    text
-        The text, UTF-8.
-    allow_nan
-        Take NaN and infinities, which Python writes and JSON does not have.
+    """Parse a UTF-8 JSON text; ``allow_nan`` takes NaN and infinities, which Python writes and JSON does not have.
 
     Raises
     ------
@@ -276,14 +259,7 @@ def parse_json(text: bytes, *, allow_nan: bool = False) -> Any:
 
 
 def validated(schema: type[Schema], content: Any) -> Schema:
-    """Content that is as its schema says.
-
-    Parameters
-    ----------
-    schema
-        One of those here.
-    content
-        Of plain types, such as `parse_json` gives.
+    """Check content of plain types against a schema.
 
     Raises
     ------

@@ -151,8 +151,8 @@ def choice(*values: Any) -> Rule:
 
     def read(value: Any) -> Any:
         for known in values:
-            kind = str if isinstance(known, str) else numbers.Integral
-            if isinstance(value, kind) and not isinstance(value, bool) and value == known:
+            is_same = isinstance(value, str if isinstance(known, str) else numbers.Integral) and value == known
+            if is_same and not isinstance(value, bool):
                 return known
         raise Unfit
 

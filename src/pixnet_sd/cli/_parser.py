@@ -8,7 +8,7 @@ import tomllib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,7 +102,8 @@ class Flag:
         if self._within(Mapping):
             return dict(_pair(item) for item in _items(text))
         if self._within(Sequence) and (str not in self.kinds or "," in text or text.startswith("@")):
-            return [_item(item, self._within(Sequence)[0]) for item in _items(text)]
+            one = replace(self, takes=self._within(Sequence)[0])
+            return [one.read(item) for item in _items(text)]
         if str in self.kinds:
             return text
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {self.metavar}{_nearest(text, literals)}")
@@ -126,13 +127,6 @@ def _pair(item: str) -> tuple[str, str]:
     if not (key and value):
         raise argparse.ArgumentTypeError(f"{item!r} is not NAME=VALUE")
     return key.strip(), value.strip()
-
-
-def _item(item: str, of: type) -> Any:
-    try:
-        return of(item)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{item!r} is not {_METAVARS[of]}") from None
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -225,12 +219,12 @@ def parse(arguments: Sequence[str], commands: Mapping[str, Command]) -> Call:
     command = commands[arguments[0]]
     parser, given = _Parser(command), list(arguments[1:])
     configured, slides = _configured(parser, given, commands)
-    found, unknown = parser.parse_known_intermixed_args([*configured, *given])
+    namespace, unknown = parser.parse_known_intermixed_args([*configured, *given])
     if unknown:
         option = next((text for text in unknown if text.startswith("-")), unknown[0])
         flags = [flag.flag for flag in command.flags.values()]
         parser.error(f"unknown option {option}{_nearest(option.partition('=')[0], flags)}")
-    values = vars(found)
+    values = vars(namespace)
     slides = values.pop("slides", None) or slides
     least, most = command.n_slides
     if len(slides) < least:

@@ -122,7 +122,7 @@ def _spots(slide: drawn.DrawnSlide) -> tuple[pd.DataFrame, NDArray[np.float64], 
 
 
 @checked(DataError)
-def write_visium_hd(
+def write_visium_hd(  # noqa: PLR0913
     path: str | Path,
     *,
     size_um: float = 1000.0,

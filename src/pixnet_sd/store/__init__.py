@@ -30,6 +30,7 @@ from ._tables import (
     circles_element,
     expression,
     region_table,
+    spatial_library,
     squares_element,
     thumbnail,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "recover",
     "region_table",
     "size_text",
+    "spatial_library",
     "squares_element",
     "stretch",
     "thumbnail",
