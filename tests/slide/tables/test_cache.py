@@ -162,7 +162,7 @@ def one_count(table) -> None:
     table.X[5, 2] += 1  # of a gene that is not chosen: totals count
 
 
-def names(table) -> None:
+def other_places(table) -> None:
     table.var_names = ["GENE3", "GENE1", "GENE2", "GENE0", "GENE4"]
 
 
@@ -176,7 +176,7 @@ def test_made_once_for_a_table_and_genes(table, tmp_path, hashed) -> None:
     np.testing.assert_array_equal(rows.toarray(), opened.counts.to_csr().toarray()[:, [3, 0]])
     assert [path.name for path in cache.iterdir()] == [first.folder.name]
     others = [counts_of(opened, cache, genes) for genes in (GENES[::-1], GENES[:1])]
-    others += [counts_of(table(change), cache) for change in (one_count, names)]
+    others += [counts_of(table(change), cache) for change in (one_count, other_places)]
     assert len(hashed) == 4 * 5
     assert len({each.folder for each in [first, *others]}) == 5
     assert first.sha256 not in {each.sha256 for each in others}

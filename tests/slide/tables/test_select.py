@@ -78,8 +78,8 @@ def test_link(circles, table) -> None:
         (lambda table: ad.AnnData(np.ones((0, 5))), {}, DataError, "'t'.*0 rows x 5 genes"),
         (lambda table: table("spots", [0])[:, :0].copy(), {}, DataError, "'t'.*1 rows x 0 genes"),
         (lambda table: table("spots", [0]), {"region": pd.Categorical(["other"])}, DataError, "'t'.*'spots'"),
-        (lambda table: table("spots", [0, 1]), {"location_id": [1, 1]}, DataError, "1 rows .*first 1"),
-        (lambda table: table("spots", [0, 1]), {"location_id": [0.0, np.nan]}, DataError, "1 rows"),
+        (lambda table: table("spots", [0, 1]), {"location_id": [1, 1]}, DataError, "'t'.*1"),
+        (lambda table: table("spots", [0, 1]), {"location_id": [0.0, np.nan]}, DataError, "'t'.*1"),
     ],
     ids=["no region", "region is gone", "no rows", "no genes", "no row of the region", "id twice", "no id"],
 )
