@@ -134,7 +134,7 @@ def write_map(sdata: sd.SpatialData, map_px: int, n_genes: int) -> None:
     rng, pitch = np.random.default_rng(1), MAP_UM / MPP
     layout, transforms = map_layout(n_genes, (map_px, map_px)), image_transforms(sdata, "slide_full_image")
     noise = rng.random((n_genes, layout.block_px, layout.block_px), dtype=np.float32)
-    with Transaction(sdata, {MAP_KEY: "images", f"{MAP_KEY}_tissue": "labels"}, n_bytes=layout.nbytes) as out:
+    with Transaction(sdata, {MAP_KEY: "images", f"{MAP_KEY}_tissue": "labels"}) as out:
         writer = GeneMapWriter(
             out,
             key=MAP_KEY,

@@ -23,14 +23,8 @@ def test_import_loads_nothing_heavy():
 
 
 def test_what_needs_no_torch_loads_none():
-    names = [
-        "datasets.sample",
-        "get.gene_map",
-        "io.convert_visium_hd",
-        "io.open_store",
-        "pl.training_regions",
-        "settings.verbosity",
-    ]
+    names = "datasets.sample get.gene_map io.convert_visium_hd io.open_store pl.training_regions settings.verbosity"
+    names = names.split()
     code = "import operator, sys, pixnet_sd as ps\n"
     code += f"print([n for n in {names} if operator.attrgetter(n)(ps) is None or 'torch' in sys.modules])"
     assert run_python(code) == "[]"

@@ -13,18 +13,11 @@ from pixnet_sd.errors import PixNetError, StoreError
 KEY = "sdata.attrs['pixnet_sd']"
 
 
-@pytest.mark.parametrize(
-    "notes",
-    [
-        {},
-        {"model": "/some/folder"},
-        {"mpp": {"image": 0.5, "other": 1, "third": np.float64(0.25)}},
-        {"maps": {"pixnet_map": {"genes": ["A"], "mpp": 0.5}}, "tables": {"t": {}}},
-        {"of a later version": object(), "lab": None},
-    ],
-)
-def test_notes_that_are_taken(notes) -> None:
-    assert check_notes(notes) == notes
+def test_notes_that_are_taken() -> None:
+    notes = {"model": "/some/folder", "mpp": {"image": 0.5, "other": 1, "third": np.float64(0.25)}}
+    notes |= {"maps": {"pixnet_map": {"genes": ["A"], "mpp": 0.5}}, "tables": {"t": {}}}
+    for each in ({}, notes, {"of a later version": object(), "lab": None}):
+        assert check_notes(each) == each
 
 
 @pytest.mark.parametrize(
@@ -58,9 +51,7 @@ def test_notes_that_are_refused(notes, where: str) -> None:
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
         lambda inner: (
             st.lists(inner, max_size=3)
-            | st.dictionaries(
-                st.sampled_from(["model", "mpp", "maps", "tables"]) | st.text(max_size=3), inner, max_size=4
-            )
+            | st.dictionaries(st.sampled_from(["model", "mpp", "maps"]) | st.text(max_size=3), inner, max_size=4)
         ),
     )
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import datasets, errors, get, io, pl, tl
-    from ._settings import settings
+    from ._util import settings
     from .model import PixNet
     from .params import ModelParams, PredictParams, TrainParams
 
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
     if name in ("ModelParams", "PredictParams", "TrainParams"):
         return getattr(importlib.import_module(".params", __name__), name)
     if name == "settings":
-        return importlib.import_module("._settings", __name__).settings
+        return importlib.import_module("._util", __name__).settings
     if name == "__version__":
         return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

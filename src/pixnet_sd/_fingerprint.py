@@ -16,19 +16,10 @@ __all__ = ["as_json", "content_sha256", "differing_parts", "files_sha256", "fing
 
 
 def content_sha256(*pieces: str | bytes | NDArray[Any]) -> str:
-    """Hash pieces of content.
+    """Hash pieces of text, bytes and arrays of numbers, as hex.
 
     Each piece is framed by its kind and size, so that no two lists of pieces share a hash; arrays of equal values and
     type do, however they lie in memory.
-
-    Parameters
-    ----------
-    pieces
-        Text, bytes and arrays of numbers.
-
-    Returns
-    -------
-    SHA-256 as hex.
     """
     digest = hashlib.sha256()
     for piece in pieces:
@@ -44,17 +35,7 @@ def content_sha256(*pieces: str | bytes | NDArray[Any]) -> str:
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
-    """Hash the parts that an answer depends on, whatever their order.
-
-    Parameters
-    ----------
-    parts
-        Nested mappings of what JSON can hold.
-
-    Returns
-    -------
-    SHA-256 as hex.
-    """
+    """Hash nested parts that an answer depends on, whatever their order, as hex."""
     return content_sha256(json.dumps(parts, sort_keys=True, default=_plain))
 
 
@@ -71,13 +52,7 @@ def _plain(value: Any) -> Any:
 
 
 def differing_parts(before: Any, now: Any) -> list[str]:
-    """Name the parts in which two answers differ, such as ``"slides / a / pixels"``.
-
-    Parameters
-    ----------
-    before, now
-        Parts as they were given to `fingerprint`, one of them perhaps read back from JSON.
-    """
+    """Name the parts in which two answers differ, such as ``"slides / a / pixels"``; one may come from JSON."""
     return list(_differing(as_json(before), as_json(now)))
 
 
@@ -94,14 +69,10 @@ def _differing(before: Any, now: Any, place: tuple[str, ...] = ()) -> Iterable[s
 
 
 def files_sha256(folder: Path) -> tuple[str, int]:
-    """Hash names, sizes and dates of all files below a folder.
+    """Hash names, sizes and dates of all files below a folder; and the latest date, ns.
 
     Dates are taken from opened files, of which network file systems ask the server anew. Moving the folder on one file
     system changes none of them; copying, or writing a file again, does.
-
-    Returns
-    -------
-    SHA-256 as hex, and the latest date, ns.
     """
     digest, newest_ns = hashlib.sha256(), 0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

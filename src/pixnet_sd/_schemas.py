@@ -1,13 +1,14 @@
-"""What our files and notes may hold: types and ranges, looked at in one place before anything is believed.
+"""Schemas of the package's files and notes: types and ranges, checked before anything is believed.
 
 Nothing here is converted: a number written as text, or true in place of 1, is damage.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from reprlib import Repr
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -33,7 +34,6 @@ __all__ = [
     "check_notes",
     "parse_json",
     "shown",
-    "validated",
     "what_is_wrong",
 ]
 
@@ -64,7 +64,6 @@ Counts = Annotated[float, Field(ge=1e-6, le=1e15)]
 Side = Annotated[int, Field(ge=0, le=MAX_SIDE_PX, multiple_of=_ALIGN_PX)]
 Pcc = Annotated[float, Field(ge=-1.001, le=1.001)]  # 1 with the rounding of 32 bits
 Row = dict[Name, float | None]
-Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -128,10 +127,8 @@ class RecordSchema(_Strict):
     def _each_gene_once(cls, genes: list[str]) -> list[str]:
         if not genes:
             raise ValueError("there is none")
-        seen: set[str] = set()
-        twice = next((gene for gene in genes if gene in seen or seen.add(gene)), None)  # type: ignore[func-returns-value]
-        if twice is not None:
-            raise ValueError(f"{twice!r} is there twice")
+        if len(set(genes)) < len(genes):
+            raise ValueError(f"{Counter(genes).most_common(1)[0][0]!r} is there twice")
         return genes
 
     @field_validator("history")
@@ -229,16 +226,7 @@ class NotesSchema(_Open):
 
 
 def check_notes(notes: Any) -> dict[str, Any]:
-    """Look at what is noted in ``sdata.attrs["pixnet_sd"]``.
-
-    Parameters
-    ----------
-    notes
-        The notes, of memory or of a store; None stands for none.
-
-    Returns
-    -------
-    The notes, all of them, as they are.
+    """Return the notes ``sdata.attrs["pixnet_sd"]`` as they are, None as none.
 
     Raises
     ------
@@ -258,14 +246,7 @@ def check_notes(notes: Any) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, *, allow_nan: bool = False) -> Any:
-    """Value of a JSON text.
-
-    Parameters
-    ----------
-    text
-        The text, UTF-8.
-    allow_nan
-        Take NaN and infinities, which Python writes and JSON does not have.
+    """Parse a UTF-8 JSON text; ``allow_nan`` takes NaN and infinities, which Python writes and JSON does not have.
 
     Raises
     ------
@@ -273,24 +254,6 @@ def parse_json(text: bytes, *, allow_nan: bool = False) -> Any:
         It is none, or nested without end.
     """
     return from_json(text, allow_inf_nan=allow_nan)
-
-
-def validated(schema: type[Schema], content: Any) -> Schema:
-    """Content that is as its schema says.
-
-    Parameters
-    ----------
-    schema
-        One of those here.
-    content
-        Of plain types, such as `parse_json` gives.
-
-    Raises
-    ------
-    ValueError
-        Something else is in it; `what_is_wrong` says what.
-    """
-    return schema.model_validate(content)
 
 
 def what_is_wrong(error: ValueError) -> str:

@@ -1,8 +1,6 @@
-"""The package's one logger. The root logger is left to the application.
+"""What the package says: its one logger and how loud it is, progress, and warnings.
 
-Progress: a bar where somebody watches, lines in the log where nobody does.
-
-Warnings that point at the line that called the package, however deep inside they arise.
+The root logger is left to the application. Progress is a bar where somebody watches, and lines in the log elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +13,9 @@ from typing import Any
 
 from tqdm import auto, std
 
-__all__ = ["LineBar", "bar_class", "logger", "warn"]
+from pixnet_sd.errors import PixNetError
+
+__all__ = ["LineBar", "Settings", "bar_class", "logger", "settings", "warn"]
 
 
 class _UnlessConfigured(logging.StreamHandler):  # type: ignore[type-arg]
@@ -33,10 +33,38 @@ if not logger.handlers:
     logger.addHandler(_handler)
     logger.setLevel(logging.INFO)
 
+_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
+
+
+class Settings:
+    """Settings of the session, ``pixnet_sd.settings``; all else is an argument of the call that it concerns."""
+
+    __slots__ = ()  # a name that is not here is a slip, not a new setting
+
+    @property
+    def verbosity(self) -> str | int:
+        """Least important messages that are logged: ``"error"``, ``"warning"``, ``"info"`` or ``"debug"``.
+
+        ``"info"`` by default. It is the level of the logger ``"pixnet_sd"``, and a level of :mod:`logging` can be given
+        as well. Warnings of :mod:`warnings` and progress bars are not messages: see ``show_progress_bar`` of each verb.
+        """
+        return next((name for name, level in _LEVELS.items() if level == logger.level), logger.level)
+
+    @verbosity.setter
+    def verbosity(self, value: str | int) -> None:
+        level = _LEVELS.get(value.lower()) if isinstance(value, str) else value
+        if type(level) is not int or level < 0:  # True is an int, but no level
+            raise PixNetError(f"verbosity={value!r}: give one of {', '.join(map(repr, _LEVELS))}, or a logging level.")
+        logger.setLevel(level)
+
+    def __repr__(self) -> str:
+        return f"Settings(verbosity={self.verbosity!r})"
+
+
+settings = Settings()
 
 _SHORTEST_S, _LONGEST_S = 10.0, 300.0
-_SHARE = 1 / 20
-"""Of the time gone by that passes before the next line."""
+_SHARE = 1 / 20  # of the time gone by that passes before the next line
 
 
 class LineBar(std.tqdm):  # type: ignore[type-arg]
@@ -66,18 +94,14 @@ class LineBar(std.tqdm):  # type: ignore[type-arg]
         super().close()
 
     def _say(self, now: float) -> None:
+        """Log done of total, time gone and left, and what the bar was told to show."""
         self._said_at, self._said_n = now, self.n
-        logger.info("%s", self.line())
-
-    def line(self) -> str:
-        """Done of total, time gone and left, and what the bar was told to show."""
-        gone, done = time.monotonic() - self._began_at, self.n - self.initial
+        gone, done = now - self._began_at, self.n - self.initial
         total = "" if self.total is None else f" of {self.total:.0f}"
-        parts = [f"{self.n:.0f}{total} {self.unit}s", f"{self.format_interval(gone)} gone"]
+        line = f"{self.n:.0f}{total} {self.unit}s, {self.format_interval(gone)} gone"
         if self.total is not None and done and self.n < self.total:
-            parts.append(f"about {self.format_interval((self.total - self.n) * gone / done)} left")
-        told = [str(text) for text in (self.desc, self.postfix) if text]
-        return "; ".join([", ".join(parts), *told])
+            line += f", about {self.format_interval((self.total - self.n) * gone / done)} left"
+        logger.info("%s", "; ".join([line, *(str(text) for text in (self.desc, self.postfix) if text)]))
 
 
 def bar_class() -> type[Any]:

@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from pixnet_sd.geometry import MAP_STRIDE, STRIDES, Circles, Grid, LabelGrid, Lattice, Regions
 from pixnet_sd.model import (
-    Aggregation,
     Decoder,
     DecoderConfig,
     Factors,
@@ -28,6 +27,7 @@ from pixnet_sd.model import (
     receptive_radius_px,
     sees_whole_tile,
 )
+from pixnet_sd.params import Aggregation
 
 CHANNELS, GENES = 4, 3
 CONFIG = DecoderConfig(widths=(CHANNELS, 4, 6, 6), hidden=(4, 4, 4), dropout=0.1)

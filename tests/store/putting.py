@@ -10,10 +10,10 @@ from spatialdata import SpatialData
 from pixnet_sd.store import Transaction
 
 
-def enter(sdata: SpatialData, names: Mapping[str, str], **options: Any) -> None:
+def enter(sdata: SpatialData, names: Mapping[str, str], *, n_bytes: int = 0, **options: Any) -> None:
     """Check whether results could be written, and put nothing in."""
-    with Transaction(sdata, names, **options):
-        pass
+    with Transaction(sdata, names, **options) as out:
+        out.check_room(n_bytes, 0)
 
 
 def commit(sdata: SpatialData, elements: Mapping[str, Any], *, overwrite: bool = False, **options: Any) -> None:

@@ -16,7 +16,7 @@ import spatialdata as sd
 from spatialdata.models import Labels2DModel
 
 from pixnet_sd.errors import StoreError
-from pixnet_sd.store import Transaction, circles_element, record, recover, region_table, work_folder
+from pixnet_sd.store import Expressed, RowInfo, Transaction, circles_element, record, recover, region_table, work_folder
 from pixnet_sd.store.gene_map import image_transforms
 
 
@@ -39,7 +39,7 @@ def results(sdata, scale=1.0):
     centres = np.array([[10.0, 20.0], [30.0, 40.0], [50.0, 60.0]])
     values = np.arange(6, dtype=np.float32).reshape(3, 2) * scale
     circles = circles_element(centres, 4.0 * scale, image_transforms(sdata, "_full_image"))
-    table = region_table(values, ["A", "B"], circles.index, region="spots", centres_px=centres, spot_diameter_px=8.0)
+    table = region_table(Expressed(values), RowInfo(circles.index, centres), ["A", "B"], region="spots")
     return {"spots": circles, "pixnet_spots": table, "mask": mask(int(scale))}
 
 

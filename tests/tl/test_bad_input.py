@@ -247,7 +247,7 @@ def a_file(_sdata, checkpoint, _folder):
         (no_model, "model="),
         (model_is_gone, "moved"),
         (truncated, "cut"),
-        (of_another_kind, ""),
+        (of_another_kind, "checkpoint"),
         (a_file, "safetensors"),
     ],
 )

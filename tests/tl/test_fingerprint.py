@@ -17,7 +17,6 @@ from shapely.geometry import Point, box
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Translation, set_transformation
 from tests.grouped import FIT as FIT_GROUPS
-from tests.grouped import PREDICT as PREDICT_GROUPS
 from tests.grouped import grouped
 
 import pixnet_sd as ps
@@ -25,7 +24,7 @@ from pixnet_sd._fingerprint import content_sha256, differing_parts, fingerprint,
 from pixnet_sd.errors import CheckpointError, DataError, StoreError
 
 SIDE, N = 96, 24
-FIT: dict[str, Any] = {
+FLAT: dict[str, Any] = {
     "mpp": 0.5,
     "encoder": "test_resnet",
     "encoder_weights": None,
@@ -38,7 +37,14 @@ FIT: dict[str, Any] = {
     "record_model": False,
     "show_progress_bar": False,
 }
-PREDICT: dict[str, Any] = {"mpp": 0.5, "tile_px": 64, "device": "cpu", "show_progress_bar": False}
+"""Parameters of `fit` that make it take half a second."""
+FIT = grouped(FIT_GROUPS, **FLAT)
+PREDICT: dict[str, Any] = {
+    "mpp": 0.5,
+    "predict_params": {"tile_px": 64},
+    "device": "cpu",
+    "show_progress_bar": False,
+}
 
 
 def image(pixels: np.ndarray, channels: str = "rgb", **options: Any) -> Any:
@@ -82,19 +88,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
 
 @pytest.fixture(scope="module")
 def model(folder) -> ps.PixNet:
-    return ps.tl.fit(Slide().build(), checkpoint_dir=folder(), **grouped(FIT_GROUPS, **FIT))
+    return ps.tl.fit(Slide().build(), checkpoint_dir=folder(), **FIT)
 
 
 def trained(sdata: sd.SpatialData, folder: Any, **options: Any) -> str:
-    found: str = ps.tl.fit(sdata, checkpoint_dir=folder, **grouped(FIT_GROUPS, **(FIT | options))).record.training[
+    found: str = ps.tl.fit(sdata, checkpoint_dir=folder, **grouped(FIT_GROUPS, **(FLAT | options))).record.training[
         "fingerprint"
     ]
     return found
 
 
-def predicted(sdata: sd.SpatialData, model: ps.PixNet, **options: Any) -> tuple[str, dict[str, str]]:
+def predicted(sdata: sd.SpatialData, model: ps.PixNet) -> tuple[str, dict[str, str]]:
     """Fingerprint of the map, and what the table says that it depends on."""
-    ps.tl.predict(sdata, model, shapes_key="cells", overwrite=True, **grouped(PREDICT_GROUPS, **(PREDICT | options)))
+    ps.tl.predict(sdata, model, shapes_key="cells", overwrite=True, **PREDICT)
     of_map = sdata.attrs["pixnet_sd"]["maps"]["pixnet_map"]["fingerprint"]
     return of_map, dict(sdata.tables["pixnet_cells"].uns["pixnet_sd"]["depends_on"])
 
@@ -257,17 +263,17 @@ class TestSameQuestionAskedOfOtherData:
 
     def test_the_same_folder_is_refused_and_says_why(self, folder, model):
         place = folder()
-        ps.tl.fit(Slide().build(), checkpoint_dir=place, **grouped(FIT_GROUPS, **FIT))
+        ps.tl.fit(Slide().build(), checkpoint_dir=place, **FIT)
         slide = Slide()
         negative(slide, 0)
         with pytest.raises(CheckpointError, match="slides / slide / pixels"):
-            ps.tl.fit(slide.build(), checkpoint_dir=place, **grouped(FIT_GROUPS, **FIT))
-        again = ps.tl.fit(Slide().build(), checkpoint_dir=place, **grouped(FIT_GROUPS, **FIT))
+            ps.tl.fit(slide.build(), checkpoint_dir=place, **FIT)
+        again = ps.tl.fit(Slide().build(), checkpoint_dir=place, **FIT)
         assert again.record.weights_sha256 == model.record.weights_sha256
 
     def test_a_map_that_someone_else_rewrote_is_not_believed(self, model, tmp_path):
         sdata = stored(Slide().build(), tmp_path / "s.zarr")
-        ps.tl.predict(sdata, model, **grouped(PREDICT_GROUPS, **PREDICT))
+        ps.tl.predict(sdata, model, **PREDICT)
         chunk = next(
             path
             for path in (tmp_path / "s.zarr/images/pixnet_map/s0").rglob("*")
@@ -275,7 +281,7 @@ class TestSameQuestionAskedOfOtherData:
         )
         chunk.write_bytes(chunk.read_bytes())  # even if it is the same
         with pytest.raises(StoreError):
-            ps.tl.predict(sdata, model, shapes_key="cells", **grouped(PREDICT_GROUPS, **PREDICT))
+            ps.tl.predict(sdata, model, shapes_key="cells", **PREDICT)
 
     @pytest.mark.parametrize("lazy", [False, True])
     def test_a_map_in_memory_that_was_changed_is_not_believed(self, model, lazy):
@@ -288,18 +294,23 @@ class TestSameQuestionAskedOfOtherData:
 
     def test_scores_of_another_slide(self, folder):
         slides = {"a": Slide(0).build(), "b": Slide(1).build()}
-        options = {k: v for k, v in FIT.items() if k not in ("n_genes", "record_model")} | {"genes": ["g0", "g1"]}
+        own = ("record_model", "show_progress_bar")
+        options = {k: v for k, v in FIT.items() if k not in own} | {"genes": ["g0", "g1"]}
+
+        def scores(place):
+            given = {"checkpoint_dir": place, "fit_params": options, "show_progress_bar": False}
+            return ps.tl.cross_validate(slides, folds=["a"], **given).per_gene
+
         place = folder()
-        first = ps.tl.cross_validate(slides, folds=["a"], checkpoint_dir=place, **options).per_gene
+        first = scores(place)
         slides["a"] = Slide(9).build()
-        second = ps.tl.cross_validate(slides, folds=["a"], checkpoint_dir=place, **options).per_gene
-        fresh = ps.tl.cross_validate(slides, folds=["a"], checkpoint_dir=folder(), **options).per_gene
+        second, fresh = scores(place), scores(folder())
         assert first.pcc.tolist() != second.pcc.tolist() == fresh.pcc.tolist()
 
     @pytest.mark.parametrize("change", ["cells", "pixels"])
     def test_scores_of_regions_that_were_drawn_anew(self, model, change):
         sdata = Slide().build()
-        ps.tl.predict(sdata, model, shapes_key="cells", write=None, **grouped(PREDICT_GROUPS, **PREDICT))
+        ps.tl.predict(sdata, model, shapes_key="cells", write=None, **PREDICT)
         ps.tl.evaluate(sdata, table_key="table", predicted_key="pixnet_cells")
         other = Slide(5)
         if change == "cells":
@@ -311,33 +322,33 @@ class TestSameQuestionAskedOfOtherData:
 
     def test_notes_of_an_older_handle_do_not_go_over_newer_ones(self, model, folder, tmp_path):
         newer = stored(Slide().build(), tmp_path / "s.zarr")
-        ps.tl.predict(newer, model, **grouped(PREDICT_GROUPS, **PREDICT))
+        ps.tl.predict(newer, model, **PREDICT)
         older = sd.read_zarr(tmp_path / "s.zarr")
-        other = ps.tl.fit(Slide().build(), checkpoint_dir=folder(), **grouped(FIT_GROUPS, **(FIT | {"seed": 1})))
-        ps.tl.predict(newer, other, overwrite=True, **grouped(PREDICT_GROUPS, **PREDICT))
-        ps.tl.predict(older, model, radius_um=4, write=None, **grouped(PREDICT_GROUPS, **PREDICT))
+        other = ps.tl.fit(Slide().build(), checkpoint_dir=folder(), **grouped(FIT_GROUPS, **(FLAT | {"seed": 1})))
+        ps.tl.predict(newer, other, overwrite=True, **PREDICT)
+        ps.tl.predict(older, model, radius_um=4, write=None, **PREDICT)
         again = sd.read_zarr(tmp_path / "s.zarr")
         assert again.attrs["pixnet_sd"]["maps"]["pixnet_map"]["model_sha256"] == other.record.weights_sha256
-        ps.tl.predict(again, model, shapes_key="cells", write=None, **grouped(PREDICT_GROUPS, **PREDICT))
+        ps.tl.predict(again, model, shapes_key="cells", write=None, **PREDICT)
         fresh = Slide().build()
-        ps.tl.predict(fresh, model, shapes_key="cells", write=None, **grouped(PREDICT_GROUPS, **PREDICT))
+        ps.tl.predict(fresh, model, shapes_key="cells", write=None, **PREDICT)
         np.testing.assert_array_equal(again.tables["pixnet_cells"].X, fresh.tables["pixnet_cells"].X)
 
     def test_a_map_is_not_read_under_the_names_that_an_older_handle_remembers(self, model, folder, tmp_path):
-        options = FIT | {"genes": model.genes[::-1]}
+        options = FLAT | {"genes": model.genes[::-1]}
         other = ps.tl.fit(Slide().build(), checkpoint_dir=folder(), **grouped(FIT_GROUPS, **options))
         newer = stored(Slide().build(), tmp_path / "s.zarr")
-        ps.tl.predict(newer, model, **grouped(PREDICT_GROUPS, **PREDICT))
+        ps.tl.predict(newer, model, **PREDICT)
         older = sd.read_zarr(tmp_path / "s.zarr")
-        ps.tl.predict(newer, other, overwrite=True, **grouped(PREDICT_GROUPS, **PREDICT))
+        ps.tl.predict(newer, other, overwrite=True, **PREDICT)
         with pytest.raises(StoreError, match="pixnet_map"):
             ps.get.gene_map(older, model.genes[0])
 
     def test_two_models_are_recorded(self, folder, tmp_path):
         newer = stored(Slide().build(), tmp_path / "s.zarr")
-        options = FIT | {"record_model": True}
+        options = FLAT | {"record_model": True}
         ps.tl.fit(newer, checkpoint_dir=folder(), **grouped(FIT_GROUPS, **options))
         older = sd.read_zarr(tmp_path / "s.zarr")
         ps.tl.fit(newer, checkpoint_dir=folder(), **grouped(FIT_GROUPS, **options))
         with pytest.raises(CheckpointError, match="model="):
-            ps.tl.predict(older, **grouped(PREDICT_GROUPS, **PREDICT))
+            ps.tl.predict(older, **PREDICT)

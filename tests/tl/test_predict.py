@@ -215,8 +215,7 @@ def test_a_cut_off_run_goes_on(fitted, model, predict, forward_passes):
     ],
 )
 @pytest.mark.filterwarnings("ignore:mpp = ")
-def test_arguments_that_do_not_fit(fitted, predict, forward_passes, monkeypatch, arguments, names):
-    monkeypatch.setattr("pixnet_sd.tl._checks.available_memory", lambda: 2**32)
+def test_arguments_that_do_not_fit(fitted, predict, forward_passes, arguments, names):
     with pytest.raises(PixNetError, match=names):
         predict(fitted, **arguments)
     assert forward_passes == []

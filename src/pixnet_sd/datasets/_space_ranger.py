@@ -122,7 +122,7 @@ def _spots(slide: drawn.DrawnSlide) -> tuple[pd.DataFrame, NDArray[np.float64], 
 
 
 @checked(DataError)
-def write_visium_hd(
+def write_visium_hd(  # noqa: PLR0913
     path: str | Path,
     *,
     size_um: float = 1000.0,
@@ -462,8 +462,8 @@ def visium_hd_truth(
     store = Path(path) / _TRUTH
     if not store.is_dir():
         raise DataError(f"No {_TRUTH} in {path}. Give a folder that datasets.write_visium_hd wrote.")
-    group = zarr.open_group(store, mode="r")
-    attrs: dict[str, Any] = dict(group.attrs)
+    attrs: dict[str, Any] = dict(zarr.open_group(store, mode="r").attrs)
+    density, profile = (zarr.open_array(store / name, mode="r") for name in ("density", "profile"))
     names = pd.Index(attrs["genes"])
     columns = np.arange(len(names)) if genes is None else names.get_indexer(genes)
     if (columns < 0).any():
@@ -472,9 +472,6 @@ def visium_hd_truth(
     rows, cols = pixels_in(attrs["size_um"], pitch_um, window_um)
     n_bytes = 4.0 * len(columns) * len(rows) * len(cols)
     check_memory(n_bytes, pitch_um=pitch_um, n_genes=len(columns))
-    integrals = drawn.integrate_on_grid(
-        zarr.open_array(store / "density", mode="r"), attrs["size_um"], pitch_um, rows, cols
-    )
-    varying, profile = np.array(attrs["spatially_varying"], dtype=bool), np.asarray(group["profile"][:])
-    chosen = np.array(names[columns], dtype=str), varying[columns], profile[:, columns]
-    return truth_map(integrals, (pitch_um, rows, cols), *chosen)
+    integrals = drawn.integrate_on_grid(density, attrs["size_um"], pitch_um, rows, cols)
+    varying, rates = np.array(attrs["spatially_varying"], dtype=bool)[columns], np.asarray(profile[:])[:, columns]
+    return truth_map(integrals, (pitch_um, rows, cols), np.array(names[columns], dtype=str), varying, rates)

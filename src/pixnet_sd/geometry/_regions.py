@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -73,11 +73,6 @@ class Regions(Protocol):
 class _Boxed:
     """Finds regions by their bounding boxes."""
 
-    if TYPE_CHECKING:
-
-        @property
-        def bounds(self) -> Float: ...
-
     def touching(self, x0: float, y0: float, x1: float, y1: float) -> Index:
         """See `Regions.touching`."""
         left, top, right, bottom = self._boxes.T
@@ -90,7 +85,7 @@ class _Boxed:
 
     @cached_property
     def _boxes(self) -> Float:
-        return self.bounds
+        return self.bounds  # type: ignore[attr-defined]
 
 
 def chunks(regions: Regions, size: int = 2**16) -> Iterator[tuple[slice, Regions]]:

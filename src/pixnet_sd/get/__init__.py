@@ -28,7 +28,7 @@ __all__ = ["gene_map"]
 def gene_map(sdata: SpatialData, genes: Sequence[str] | str | None = None, *, key_added: str = "pixnet") -> DataTree:
     """Some genes of a predicted map, as a lazy multiscale image.
 
-    Takes the map that :func:`~pixnet_sd.tl.predict` wrote, or the factors that it wrote with ``store="factors"``, of
+    Takes the map that :func:`~pixnet_sd.tl.predict` wrote, or the factors that it wrote with ``write="factors"``, of
     which it makes the genes as they are asked for. Nothing is read before pixels are.
 
     Parameters

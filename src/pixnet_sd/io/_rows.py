@@ -1,10 +1,15 @@
-"""Rows of a Space Ranger folder, read a few at a time: counts, places of bins, outlines of cells."""
+"""Rows of a Space Ranger folder, read a few at a time: counts, places of bins, outlines of cells.
+
+And a folder of the same kind with one of each, which `spatialdata_io.visium_hd` makes names, columns and types of.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +25,11 @@ from numpy.typing import NDArray
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError
 
+from ._folder import BinFiles, CellFiles, HDFolder
+
 if TYPE_CHECKING:
     import h5py
+    from spatialdata import SpatialData
 
 PIECE_ENTRIES = 2**21
 PIECE_ROWS = 2**17
@@ -30,6 +38,7 @@ COLUMNS = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col
 
 _BLOCK_CHARACTERS = 2**20
 _BETWEEN_FEATURES = tuple(", \t\r\n")
+_MINIATURE_PX = 64
 
 
 @dataclass(frozen=True)
@@ -254,3 +263,87 @@ def _features(path: Path) -> Iterator[dict[str, Any]]:
                 text, at = text[at:] + block, 0
             else:
                 yield feature
+
+
+def read_miniature(
+    files: HDFolder, target: Path, cell: tuple[str, shapely.Polygon] | None, image_dtype: np.dtype[Any]
+) -> SpatialData:
+    """Write a folder of one bin of each size and one cell (barcode, outline), and read it as the reader does.
+
+    The folder has to stay until the result is written, which reads previews from it.
+    """
+    try:
+        from spatialdata_io import visium_hd
+    except ImportError as error:
+        raise ImportError("Reading Space Ranger folders needs spatialdata-io: pip install 'pixnet_sd[io]'") from error
+    import h5py
+    from tifffile import imwrite
+
+    target.mkdir(parents=True)
+    # the feature slice file tells the layout in attributes; the rest of it is large and not read
+    with open_h5(files.slice_file) as source, h5py.File(target / files.slice_file.name, "w") as copy:
+        copy.attrs.update(dict(source.attrs))
+    for bins in files.bins:
+        _write_one_bin(bins, target / "binned_outputs" / bins.name)
+    if files.cells is not None and cell is not None:
+        _write_one_cell(files.cells, target / "segmented_outputs", *cell)
+    for name, path in files.previews.items():
+        _copy(path, target / "spatial" / name)
+    image = target / "image.tif"
+    imwrite(image, np.zeros((_MINIATURE_PX, _MINIATURE_PX, 3), image_dtype), photometric="rgb")
+    options = {"dataset_id": files.dataset_id, "load_segmentations_only": False, "fullres_image_file": image}
+    try:
+        with redirect_stdout(io.StringIO()):  # it prints what it finds
+            return visium_hd(target, **options)
+    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"spatialdata_io.visium_hd cannot read a folder like {files.slice_file.parent} "
+            f"({type(error).__name__}: {error}). Restore the folder, or update spatialdata-io."
+        ) from error
+
+
+def _copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+
+
+def _write_one_bin(bins: BinFiles, target: Path) -> None:
+    _copy(bins.scalefactors, target / "spatial" / bins.scalefactors.name)
+    with open_matrix(bins.matrix) as matrix:
+        barcode = matrix.barcodes(0, 1)
+        _write_one_row(matrix, target / bins.matrix.name, barcode[0].as_py())
+    with open_positions(bins.positions) as file:
+        first = next(file.iter_batches(batch_size=1), None)
+    if first is None:
+        raise DataError(f"{bins.positions} has no rows. Restore the file.")
+    row = pa.Table.from_batches([first])
+    row = row.set_column(0, row.schema.field(0).with_type(barcode.type), barcode)
+    pq.write_table(row, target / "spatial" / bins.positions.name)
+
+
+def _write_one_cell(files: CellFiles, target: Path, barcode: str, outline: shapely.Polygon) -> None:
+    with open_matrix(files.matrix) as matrix:
+        _write_one_row(matrix, target / files.matrix.name, barcode)
+    if files.scalefactors.is_file():
+        _copy(files.scalefactors, target / "spatial" / files.scalefactors.name)
+    geometry = {"type": "Polygon", "coordinates": [np.asarray(outline.exterior.coords).tolist()]}
+    number = int(barcode.removeprefix("cellid_").removesuffix("-1"))
+    feature = {"type": "Feature", "geometry": geometry, "properties": {"cell_id": number}}
+    collection = {"type": "FeatureCollection", "features": [feature]}
+    (target / files.outlines.name).write_text(json.dumps(collection))
+
+
+def _write_one_row(matrix: CountMatrix, target: Path, barcode: str) -> None:
+    import h5py
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    group = matrix.group
+    with h5py.File(target, "w") as file:
+        file.attrs.update(dict(group.file.attrs))
+        copy = file.create_group("matrix")
+        group.copy("features", copy)
+        copy["barcodes"] = np.array([barcode.encode()])
+        copy["data"] = np.ones(1, group["data"].dtype)
+        copy["indices"] = np.zeros(1, group["indices"].dtype)
+        copy["indptr"] = np.array([0, 1], group["indptr"].dtype)
+        copy["shape"] = np.array([matrix.n_genes, 1], group["shape"].dtype)

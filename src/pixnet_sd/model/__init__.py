@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     from ._operators import Move, Operator, TiledOperator, staged_array
     from ._record import (
         CHECKSUMS,
-        Aggregation,
         DecoderConfig,
         ModelRecord,
-        ObjectiveName,
         library_versions,
         link_of,
         outputs_of,
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKSUMS",
-    "Aggregation",
     "Decoder",
     "DecoderConfig",
     "Densities",
@@ -37,7 +34,6 @@ __all__ = [
     "Move",
     "Network",
     "Objective",
-    "ObjectiveName",
     "Operator",
     "Part",
     "PixNet",

@@ -197,16 +197,17 @@ def _point_matrix(regions: Regions, empty: Int, grid: Grid, window: Window) -> t
     inside = (x >= 0) & (y >= 0) & (x < grid.width * grid.stride) & (y < grid.height * grid.stride)
     x, y = np.where(inside, x, 0.0), np.where(inside, y, 0.0)  # an absent label has NaN
     area = np.where(inside, np.where(picked.area > 0, picked.area, 1.0), 0.0)
-    columns, rows = (resize_taps(v, size, grid.stride) for v, size in ((x, grid.width), (y, grid.height)))
-    entries: list[tuple[Int, Int, Float]] = []
-    for row, row_weight in ((rows[0], 1 - rows[2]), (rows[1], rows[2])):
-        for col, col_weight in ((columns[0], 1 - columns[2]), (columns[1], columns[2])):
-            r, c = row - window.row0, col - window.col0
-            keep = inside & (r >= 0) & (r < window.shape[0]) & (c >= 0) & (c < window.shape[1])
-            entries.append((empty[keep], (r * window.shape[1] + c)[keep], (area * row_weight * col_weight)[keep]))
-    region, column, value = map(np.concatenate, zip(*entries, strict=True))
-    shape = (len(regions), window.shape[0] * window.shape[1])
-    return sparse.csr_array((value, (region, column)), shape=shape), area
+    low_x, high_x, weight_x = resize_taps(x, grid.width, grid.stride)
+    low_y, high_y, weight_y = resize_taps(y, grid.height, grid.stride)
+    n_rows, n_cols = window.shape
+    # The four taps of each point: (n, row, column).
+    row = np.stack([low_y, high_y], axis=1)[:, :, None] - window.row0
+    col = np.stack([low_x, high_x], axis=1)[:, None] - window.col0
+    value = np.stack([1 - weight_y, weight_y], axis=1)[:, :, None] * np.stack([1 - weight_x, weight_x], axis=1)[:, None]
+    keep = inside[:, None, None] & (row >= 0) & (row < n_rows) & (col >= 0) & (col < n_cols)
+    region = np.broadcast_to(empty[:, None, None], keep.shape)[keep]
+    values = (value * area[:, None, None])[keep]
+    return sparse.csr_array((values, (region, (row * n_cols + col)[keep])), shape=(len(regions), n_rows * n_cols)), area
 
 
 # Lattices, in closed form

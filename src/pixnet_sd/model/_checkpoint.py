@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,27 +176,24 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         if Path(name).expanduser().exists() or name.startswith(("~", "/", "./", "../")):  # could be nothing else
             return cls.load(name)
         # Not through the mixin: it would first hand our constructor what any foreign config.json holds.
-        options = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-        }
-        return cls._from_pretrained(model_id=name, **options)
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> PixNet:
-        unavailable = f"{model_id!r} is no folder here, and cannot be fetched from the hub"
+        fetch = partial(
+            huggingface_hub.snapshot_download,
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        unavailable = f"{name!r} is no folder here, and cannot be fetched from the hub"
         with _hub_errors(unavailable):
-            files = [CONFIG, CHECKSUMS]
-            folder = Path(huggingface_hub.snapshot_download(model_id, allow_patterns=files, **options))
+            folder = Path(fetch(allow_patterns=[CONFIG, CHECKSUMS]))
         try:
             read_record(folder)  # before the weights come, which of a foreign model can be any size
         except CheckpointError as error:
-            raise CheckpointError(f"{model_id!r} on the hub is no model of pixnet_sd: {error}") from error
+            raise CheckpointError(f"{name!r} on the hub is no model of pixnet_sd: {error}") from error
         with _hub_errors(unavailable):
-            huggingface_hub.snapshot_download(model_id, allow_patterns=[*files, _WEIGHTS], **options)
+            fetch(allow_patterns=[CONFIG, CHECKSUMS, _WEIGHTS])
         return cls.load(folder)
 
     @checked(CheckpointError, options_of=ModelHubMixin.push_to_hub)
@@ -239,9 +237,6 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_options)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        self.save(save_directory)
 
     def _write_card(self, path: Path, options: dict[str, Any]) -> None:
         try:

@@ -10,16 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pixnet_sd.geometry import MAP_STRIDE, STRIDES
+from pixnet_sd.params import Aggregation
 
 from ._encoder import Encoder
 from ._operators import Operator
-from ._record import Aggregation, DecoderConfig, Link
+from ._record import DecoderConfig, Link
 
 _AT_ONE = math.log(math.e - 1)  # where softplus is 1
 
@@ -306,14 +308,10 @@ _ALIGN_PX = STRIDES[-1]
 _SPREADING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
-def _pair(value: int | tuple[int, ...]) -> int:
-    return max(value) if isinstance(value, tuple) else value
-
-
 def _spread(module: Any) -> int:
     """Return the input pixels by which a convolution or a pooling layer reaches to one side."""
-    dilation = _pair(getattr(module, "dilation", 1))
-    return (_pair(module.kernel_size) - 1) * dilation // 2 + (_pair(module.kernel_size) + 1) % 2
+    kernel, dilation = (int(np.max(value)) for value in (module.kernel_size, getattr(module, "dilation", 1)))
+    return (kernel - 1) * dilation // 2 + (kernel + 1) % 2
 
 
 @contextmanager

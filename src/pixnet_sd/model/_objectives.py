@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ._record import Link, ObjectiveName
+from pixnet_sd.params import ObjectiveName
+
+from ._record import Link
 
 _EPS = 1e-8
 _TINY = 1e-12

@@ -11,18 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from string import Template
 from typing import Any, Literal
 
 import pandas as pd
 from pydantic_core import to_json
 
 from pixnet_sd._files import hash_regular, read_regular
-from pixnet_sd._schemas import ChecksumsSchema, FileSchema, RecordSchema, parse_json, shown, validated, what_is_wrong
+from pixnet_sd._schemas import ChecksumsSchema, FileSchema, RecordSchema, parse_json, shown, what_is_wrong
 from pixnet_sd.errors import CheckpointError
 from pixnet_sd.geometry import MAP_STRIDE
+from pixnet_sd.params import Aggregation, ObjectiveName
 
-Aggregation = Literal["mean", "sum"]
-ObjectiveName = Literal["mse_pcc", "poisson", "nb"]
 Link = Literal["identity", "softplus"]
 
 CHECKSUMS = "checksums.json"
@@ -167,7 +167,7 @@ class ModelRecord:
     def check(self) -> None:
         """Raise CheckpointError where `read_record` will not take what `to_json` gives."""
         try:
-            validated(RecordSchema, parse_json(self.to_json().encode()))
+            RecordSchema.model_validate(parse_json(self.to_json().encode()))
         except ValueError as error:
             raise CheckpointError(f"The model's record cannot be saved: {what_is_wrong(error)}.") from error
 
@@ -180,7 +180,7 @@ def read_record(folder: Path) -> ModelRecord:
     if missing := [name for name in names if name not in content]:
         raise CheckpointError(f"{str(path)!r} lacks {missing}. {_REMEDY}")
     try:
-        validated(RecordSchema, content)
+        RecordSchema.model_validate(content)
     except ValueError as error:
         raise _damaged(path, what_is_wrong(error)) from error
     check_file(path)
@@ -193,9 +193,10 @@ def _content(path: Path) -> dict[str, Any]:
         text = read_regular(path, most_bytes=_MOST_CONFIG_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         folder = path.parent
-        what = "no pixnet_sd checkpoint: it has no config.json" if folder.is_dir() else "a file, not a checkpoint"
-        why = f"{str(folder)!r} is {what}" if folder.exists() else f"There is no folder {str(folder)!r}"
-        raise CheckpointError(f"{why}. Give the folder that fit left.") from error
+        why = f"{str(folder)!r} is no pixnet_sd checkpoint: it has no config.json."
+        if not folder.is_dir():
+            why = f"{str(folder)!r} is a file." if folder.exists() else f"There is no folder {str(folder)!r}."
+        raise CheckpointError(f"{why} Give the folder that fit left.") from error
     try:
         content = parse_json(text, allow_nan=True)  # so that the schema names the field that has it
     except ValueError as error:
@@ -214,7 +215,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{str(path)!r} is damaged ({why}). {_REMEDY}")
+    return CheckpointError(f"{str(path)!r} is damaged ({why}). Restore it, or train again.")
 
 
 def library_versions() -> dict[str, str]:
@@ -264,7 +265,7 @@ def _noted(path: Path) -> FileSchema:
     """Read size and hash that were noted of a file."""
     checksums = path.with_name(CHECKSUMS)
     try:
-        noted = validated(ChecksumsSchema, parse_json(read_regular(checksums, most_bytes=_MOST_CHECKSUMS_BYTES)))
+        noted = ChecksumsSchema.model_validate(parse_json(read_regular(checksums, most_bytes=_MOST_CHECKSUMS_BYTES)))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{str(path.parent)!r} has no {CHECKSUMS}, so nobody knows whether the model in it is whole: it was copied "
@@ -296,7 +297,8 @@ def card_text(record: ModelRecord, *, repo_id: str, license: str | None) -> str:
     stated = f"`{license}`." if license else "None was stated, and without one nobody may use the weights."
     from_elsewhere = f"weights that its encoder started from ({record.encoder_weights}) and the training slides"
     others = from_elsewhere if record.encoder_weights else "training slides"
-    return _CARD.format(
+    template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
+    return template.substitute(
         n_genes=f"{len(record.genes):,}",
         working_mpp=f"{record.working_mpp:g}",
         sha256=record.weights_sha256 or "unknown",
@@ -405,70 +407,3 @@ def _counts(regions: Mapping[str, int]) -> str:
 def _listed(names: Sequence[str]) -> str:
     rest = f" and {len(names) - 2 * _SHOWN:,} more" if len(names) > 2 * _SHOWN else ""
     return ", ".join(names[: 2 * _SHOWN]) + rest
-
-
-_CARD = """\
-# PixNet model
-
-Predicts the expression of {n_genes} genes at every pixel of an H&E image, seen at {working_mpp} µm per pixel, and sums
-it up inside circles, bins, cells or annotations. Trained with `pixnet_sd`, which takes and returns SpatialData objects.
-This page was generated from the checkpoint; its weights have the SHA-256 `{sha256}`.
-
-## Use
-
-```python
-import pixnet_sd as ps
-import spatialdata as sd
-
-model = ps.PixNet.from_pretrained("{repo_id}")
-sdata = sd.read_zarr("slide.zarr")               # an H&E image is enough
-ps.tl.predict(sdata, model, radius_um=8)         # mpp=... where the store does not tell it
-```
-
-Genes: {genes}.
-
-## Training data
-
-{data}
-
-## Held-out scores
-
-{scores}
-
-## Model
-
-{model}
-
-## Training
-
-{training}
-
-## Intended use and limits
-
-- For research. Not for diagnosis, nor for any decision about a patient.
-- Predicted expression is an estimate from morphology. A gene that morphology does not tell of is predicted poorly,
-  however smooth its map looks: see the scores above before reading a map.
-- Other tissues, species, stains or scanners than those of the training slides were not tested.
-- Images coarser than {working_mpp} µm per pixel lack detail that the network was trained to see, and wrong µm per pixel
-  give wrong predictions without an error.
-- Values are relative to the counts over all genes of the training tables, and compare with other measurements only as
-  far as these do.
-
-## Licence
-
-{licence}
-
-## Citation
-
-The method is PixNet, implemented independently of its authors:
-
-```bibtex
-@misc{{zhang2025,
-  title = {{Spatial Transcriptomics Analysis of Spatially Dense Gene Expression Prediction}},
-  author = {{Zhang, Ruikun and Yang, Yan and Pan, Liyuan}},
-  year = {{2025}},
-  eprint = {{2503.01347}},
-  archiveprefix = {{arXiv}}
-}}
-```
-"""

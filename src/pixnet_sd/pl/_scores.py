@@ -82,14 +82,14 @@ def evaluation(  # noqa: PLR0913
     ElementError, DataError
         As of :func:`pixnet_sd.tl.evaluate`; or the gene is not in both tables.
     """
-    each = _named(evaluation)
+    correlations = _named(evaluation)
     values = None if gene is None else _values(gene, sdata, table_key, predicted_key)
-    n_panels = 1 + (len(each) > 1) + (values is not None)
+    n_panels = 1 + (len(correlations) > 1) + (values is not None)
     axes = axes_grid(ax, (1, n_panels), figsize=figsize, panel_in=_PANEL_IN, dpi=dpi)
     panels = list(axes.flat)
-    _ranked(panels[0], each, n_labels)
-    if len(each) > 1:
-        _distributions(panels[1], each)
+    _ranked(panels[0], correlations, n_labels)
+    if len(correlations) > 1:
+        _distributions(panels[1], correlations)
     if values is not None and gene is not None:
         _against(panels[-1], gene, *values)
     return finish(axes, is_new=ax is None, show=show, save=save, return_fig=return_fig)
@@ -98,11 +98,11 @@ def evaluation(  # noqa: PLR0913
 def _named(evaluation: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
     """Sort the correlations of each evaluation, the highest first."""
     frames = {"": evaluation} if isinstance(evaluation, pd.DataFrame) else evaluation
-    each = {name: frame["pcc"].dropna().sort_values(ascending=False) for name, frame in frames.items()}
-    empty = [name for name, pcc in each.items() if pcc.empty]
+    correlations = {name: frame["pcc"].dropna().sort_values(ascending=False) for name, frame in frames.items()}
+    empty = [name for name, pcc in correlations.items() if pcc.empty]
     if empty:
         raise PixNetError(f"No gene of evaluation= {empty} has a correlation: its measured values do not vary.")
-    return {str(name): pcc for name, pcc in each.items()}
+    return {str(name): pcc for name, pcc in correlations.items()}
 
 
 def _values(
@@ -117,15 +117,15 @@ def _values(
     return measured, predicted
 
 
-def _ranked(ax: Axes, each: Mapping[str, pd.Series], n_labels: int) -> None:
-    for name, pcc in each.items():
+def _ranked(ax: Axes, correlations: Mapping[str, pd.Series], n_labels: int) -> None:
+    for name, pcc in correlations.items():
         median = float(pcc.median())
         label = f"{name}: median {median:.2f}" if name else f"median {median:.2f}"
         style = ".-" if len(pcc) <= 60 else "-"
         (line,) = ax.plot(np.arange(1, len(pcc) + 1), pcc.to_numpy(), style, linewidth=1.5, markersize=5)
         ax.axhline(median, color=line.get_color(), linestyle="--", linewidth=1, label=label)
-    if len(each) == 1:
-        _name_genes(ax, next(iter(each.values())), n_labels)
+    if len(correlations) == 1:
+        _name_genes(ax, next(iter(correlations.values())), n_labels)
     ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set(xlabel="genes, ranked", ylabel="Pearson correlation over regions", xmargin=0.08)
     ax.legend(frameon=False, fontsize="small", loc="lower left")
@@ -145,17 +145,18 @@ def _name_genes(ax: Axes, pcc: pd.Series, n_labels: int) -> None:
     ax.text(0.98, 0.98, f"best\n{best}\n\nworst\n{worst}", ha="right", va="top", **style)
 
 
-def _distributions(ax: Axes, each: Mapping[str, pd.Series]) -> None:
-    at = np.arange(len(each))
+def _distributions(ax: Axes, correlations: Mapping[str, pd.Series]) -> None:
+    at = np.arange(len(correlations))
     style: dict[str, Any] = {"medianprops": {"color": "black"}, "boxprops": {"linewidth": 0.8}}
-    ax.boxplot([pcc.to_numpy() for pcc in each.values()], positions=at, widths=0.6, showfliers=False, **style)
+    ax.boxplot([pcc.to_numpy() for pcc in correlations.values()], positions=at, widths=0.6, showfliers=False, **style)
     rng = np.random.default_rng(0)  # points beside one another, the same in every picture
-    for k, pcc in enumerate(each.values()):
+    for k, pcc in enumerate(correlations.values()):
         x = k + rng.uniform(-0.2, 0.2, len(pcc))
         ax.scatter(x, pcc, s=6, color=f"C{k % 10}", alpha=0.6, linewidths=0)
     ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    ax.set(xticks=at, ylabel="Pearson correlation over regions", xlim=(-0.6, len(each) - 0.4))
-    ax.set_xticklabels(list(each), rotation=0 if len(each) <= 4 else 45, ha="center" if len(each) <= 4 else "right")
+    ax.set(xticks=at, ylabel="Pearson correlation over regions", xlim=(-0.6, len(correlations) - 0.4))
+    rotation, alignment = (0, "center") if len(correlations) <= 4 else (45, "right")
+    ax.set_xticklabels(list(correlations), rotation=rotation, ha=alignment)
     ax.spines[["top", "right"]].set_visible(False)
 
 

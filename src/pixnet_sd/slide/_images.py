@@ -21,7 +21,17 @@ from .elements import (
     shared_systems,
     written_by_pixnet,
 )
-from .image import Naming, coarsest, computed, is_bright_field, is_cheap_to_look_at, levels_of, naming_of, pixel_sample
+from .image import (
+    Naming,
+    channel_names,
+    coarsest,
+    computed,
+    is_bright_field,
+    is_cheap_to_look_at,
+    levels_of,
+    naming_of,
+    pixel_sample,
+)
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -46,7 +56,7 @@ class _Looks(NamedTuple):
         image = scale0(element)
         if image.dims != ("c", "y", "x"):
             return cls("other", None)
-        naming = naming_of(image.coords["c"].values.tolist() if "c" in image.coords else range(image.sizes["c"]))
+        naming = naming_of(channel_names(image))
         looked_at = naming in ("rgb", "numbered", "unknown") and is_cheap_to_look_at(levels_of(element)[-1])
         return cls(naming, is_bright_field(pixel_sample(element)) if looked_at else None)
 

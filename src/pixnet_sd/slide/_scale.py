@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,7 +94,6 @@ def _from_bins(sdata: SpatialData, keys: Sequence[str], coordinate_system: str) 
     for key in keys:
         lattice = bin_lattice(sdata, key, exact=not sizes)
         if lattice is None:
-            logger.debug("%r is no lattice of touching squares and tells no size", key)
             continue
         try:
             sizes.append(size_of_bins(sdata, lattice, coordinate_system))
@@ -288,7 +287,7 @@ def select_coordinate_system(
     regions = {key: region_element(sdata, key) for key in (element_key, *region_keys) if key is not None}
     n_regions = {system: sum(system in coordinate_systems(each) for each in regions.values()) for system in shared}
     candidates = [system for system in shared if n_regions[system] == max(n_regions.values())]
-    candidates.sort(key=_distance_from_pixels(image))
+    candidates.sort(key=lambda system: (*_distance_from_pixels(image, system), system))
     for key, each in regions.items():
         systems = [system for system in candidates if system in coordinate_systems(each)]
         off = moved_px(image, each, systems) if len(systems) > 1 else {}
@@ -302,13 +301,9 @@ def select_coordinate_system(
     return candidates[0]
 
 
-def _distance_from_pixels(image: Any) -> Callable[[str], tuple[float, float, str]]:
-    """Key that sorts coordinate systems of an image by scale, then distance from the identity, then name."""
-
-    def distance(system: str) -> tuple[float, float, str]:
-        matrix = affine_matrix(image, system)
-        scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
-        log_scale = abs(np.log(scale)) if scale > 0 else np.inf
-        return round(float(log_scale), 9), round(float(np.abs(matrix - np.eye(3)).max()), 9), system
-
-    return distance
+def _distance_from_pixels(image: Any, system: str) -> tuple[float, float]:
+    """By how much the unit of a coordinate system differs from a pixel, and its map from the identity."""
+    matrix = affine_matrix(image, system)
+    scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+    log_scale = abs(np.log(scale)) if scale > 0 else np.inf
+    return round(float(log_scale), 9), round(float(np.abs(matrix - np.eye(3)).max()), 9)

@@ -20,7 +20,7 @@ from pixnet_sd.geometry import MAP_STRIDE
 
 from ._images import select_image
 from ._scale import find_mpp, named_as_bins, select_coordinate_system
-from .elements import affine_matrix, bin_lattice, coordinate_systems, scale0
+from .elements import affine_matrix, bin_lattice, coordinate_systems
 from .image import HUGE_BLOCK_PX, ImagePyramid, loaded_px, make_taps, resample
 
 _WHITE = 255
@@ -179,8 +179,6 @@ def slide_at(
     """Make an image readable of which all is known; parameters and errors as of `open_slide`."""
     element = sdata.images[image_key]
     pyramid = ImagePyramid.of(element, image_key)
-    image = scale0(element)
-    channels = image.coords["c"].values.tolist() if "c" in image.coords else range(image.sizes["c"])
     return Slide(
         image_key=image_key,
         coordinate_system=coordinate_system,
@@ -191,7 +189,7 @@ def slide_at(
         width_px=pyramid.shape[1],
         to_system=affine_matrix(element, coordinate_system),
         pyramid=pyramid,
-        channels=tuple(str(channels[position]) for position in pyramid.levels[0].channels),
+        channels=pyramid.channels,
     )
 
 

@@ -18,7 +18,7 @@ from ._disk import (
     work_folder,
     write_json,
 )
-from ._notes import WRITTEN, attach_written, element_stamp, image_stamp, json_safe, record, recorded, written_by
+from ._notes import WRITTEN, attach_written, element_stamp, image_stamp, record, recorded, written_by
 from ._regions import RegionWriter, estimate_table_bytes
 from ._stream import Staged, TableArrays, consolidate, stretch, write_scratch_store, write_shapes
 from ._sums import FileSums, MemorySums
@@ -30,6 +30,7 @@ from ._tables import (
     circles_element,
     expression,
     region_table,
+    spatial_library,
     squares_element,
     thumbnail,
 )
@@ -62,7 +63,6 @@ __all__ = [
     "folder_id",
     "hold_lock",
     "image_stamp",
-    "json_safe",
     "local_store",
     "plain_files",
     "read_json",
@@ -71,6 +71,7 @@ __all__ = [
     "recover",
     "region_table",
     "size_text",
+    "spatial_library",
     "squares_element",
     "stretch",
     "thumbnail",

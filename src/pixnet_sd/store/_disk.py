@@ -64,11 +64,8 @@ NO_FOLLOW = os.O_NOFOLLOW | os.O_NONBLOCK
 def local_store(sdata: SpatialData) -> Path | None:
     """Resolve the folder of the Zarr store behind ``sdata``; None when the object lives in memory.
 
-    Raises
-    ------
-    StoreError
-        When the object is backed by something else than a local folder (an archive, a remote store), or by a store in
-        SpatialData's old Zarr v2 format, into which current elements cannot be written without breaking it.
+    A StoreError tells of anything but a local folder (an archive, a remote store), and of SpatialData's old Zarr v2
+    format, into which current elements cannot be written without breaking it.
     """
     if sdata.path is None:
         return None
@@ -102,11 +99,7 @@ def _away(path: Path) -> str:
 def work_folder(store: Path) -> Path:
     """Name the work folder beside ``store``; not created here.
 
-    Raises
-    ------
-    StoreError
-        When something else has its name: a link, a file, or a folder of another user, who could change what lies in it
-        at any time.
+    A StoreError tells of a link or a file of that name, or a folder of another user, who could change what lies in it.
     """
     folder = store.parent / f".{store.name}.pixnet_sd"
     try:
@@ -163,13 +156,7 @@ def delete_folder(folder: Path) -> None:
 
 
 def plain_files(folder: Path, *, depth: int | None = None) -> Iterator[os.DirEntry[str]]:
-    """Find the regular files under ``folder``, ``depth`` levels of it or all.
-
-    Raises
-    ------
-    StoreError
-        At the first thing that is neither a folder nor a regular file.
-    """
+    """Find the files under ``folder``, ``depth`` levels or all; a StoreError tells of a link, pipe or the like."""
     waiting = [(os.fspath(folder), 1)]
     while waiting:
         path, level = waiting.pop()
@@ -198,15 +185,7 @@ def check_plain(folder: Path, *, depth: int | None = None) -> None:
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """Open a regular file, whatever lies there by now, and return the handle.
-
-    Raises
-    ------
-    OSError
-        As `os.open`.
-    StoreError
-        When it is a link, a pipe or the like.
-    """
+    """Open a file and return the handle; as `os.open`, but a StoreError tells of a link, pipe or the like."""
     try:
         handle = os.open(path, flags | NO_FOLLOW, 0o666)
     except OSError:
@@ -221,15 +200,7 @@ def open_regular(path: Path, flags: int) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object from ``path``.
-
-    Raises
-    ------
-    OSError
-        When it cannot be read.
-    StoreError
-        When it is no JSON object.
-    """
+    """Parse a JSON object from ``path``; a StoreError tells that it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -251,19 +222,8 @@ def write_json(path: Path, value: dict[str, Any], *, scratch: Path) -> None:
 def hold_lock(path: Path, *, wait_s: float, busy: str) -> Iterator[None]:
     """Hold the lock file ``path``; the kernel frees it when the process dies, however it dies.
 
-    Parameters
-    ----------
-    path
-        Lock file; created with its folder, not with folders above, and removed at the end.
-    wait_s
-        Seconds to wait for another holder.
-    busy
-        Message of the error raised after that.
-
-    Raises
-    ------
-    StoreError
-        When another process holds it for longer than ``wait_s``, or it cannot be made.
+    The file is made with its folder, not with folders above, and removed at the end. When another process holds it for
+    more than ``wait_s`` seconds, a StoreError says ``busy``.
     """
     handle = _acquire(path, time.monotonic() + wait_s, busy)
     try:
@@ -313,15 +273,10 @@ def existing_names(sdata: SpatialData) -> dict[str, str]:
 
 
 def check_names(sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool = False) -> None:
-    """Raise unless elements can be added under ``names``, element name → element type.
+    """Raise a StoreError unless elements can be added under ``names``, element name → element type.
 
-    ``overwrite`` allows an element of the same name *and* type to be replaced.
-
-    Raises
-    ------
-    StoreError
-        For a name with characters that SpatialData does not allow, for a name that is taken, and for one that differs
-        from a taken one only in case (they are the same file on some systems).
+    ``overwrite`` allows an element of the same name *and* type to be replaced. Names that differ only in case are the
+    same file on some systems.
     """
     taken = existing_names(sdata)
     spelled = {name.lower(): name for name in taken}
@@ -355,14 +310,7 @@ def is_name(name: str) -> bool:
 
 
 def check_writable(store: Path) -> None:
-    """Raise unless elements can be renamed into ``store`` from its work folder.
-
-    Raises
-    ------
-    StoreError
-        When the store, one of its element folders or the folder that holds it cannot be written, or when they lie on
-        different file systems.
-    """
+    """Raise a StoreError unless elements can be renamed into ``store`` from its work folder."""
     remedy = "Give yourself write access, or work on a copy: `sdata.write('/some/folder.zarr')`."
     inside = [store, *(store / kind for kind in ELEMENT_TYPES if (store / kind).is_dir())]
     for folder in inside:
@@ -443,13 +391,7 @@ _SECRET = "journal.key"
 
 
 def secret() -> bytes:
-    """Read the secret by which a run knows what an earlier run of the same user has written; made on first use.
-
-    Raises
-    ------
-    StoreError
-        When it can be kept neither in the user's folder for state nor in the one for temporary files.
-    """
+    """Read the secret by which a run knows what an earlier run of the same user has written; made on first use."""
     troubles = []
     for folder in _secret_folders():
         try:

@@ -55,21 +55,8 @@ WRITTEN = "written"
 def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None:
     """Note ``info`` under ``sdata.attrs["pixnet_sd"][section][key]``, and in the store of a backed object.
 
-    Parameters
-    ----------
-    sdata
-        The object; its attributes are changed in place.
-    section
-        ``"mpp"``, ``"maps"``, ``"tables"``, ``"model"`` …
-    key
-        Element name, or None to note ``info`` as the section itself (``"model"``: a path).
-    info
-        What `json_safe` takes; a mapping that is there already is replaced, not merged.
-
-    Raises
-    ------
-    StoreError
-        When the store cannot be written.
+    The section is ``"mpp"``, ``"maps"``, ``"tables"``, ``"model"`` …, the key an element's name, or None to note
+    ``info`` as the section itself (``"model"``: a path). What was noted there is replaced, not merged.
     """
     notes = {section: info if key is None else {key: info}}
     store = local_store(sdata)
@@ -215,13 +202,7 @@ def _memory_bytes(element: Path, kind: str) -> int:
 
 
 def element_stamp(element: Path) -> str:
-    """Hash names, sizes and dates of all files of an element on disk: anything that is written there changes it.
-
-    Raises
-    ------
-    StoreError
-        When there is a link or the like in the element.
-    """
+    """Hash names, sizes and dates of all files of an element on disk: anything that is written there changes it."""
     check_plain(element)
     return files_sha256(element)[0]
 
@@ -233,18 +214,9 @@ def image_stamp(image: Any) -> str:
 
 
 def written_by(sdata: SpatialData, section: str, key: str, identity: str, names: Mapping[str, str]) -> bool:
-    """Whether the store of an object holds the results of a call with this identity, untouched since.
+    """Whether the store of an object holds the results of a call, name → type, untouched since.
 
-    Parameters
-    ----------
-    sdata
-        The object; False for one in memory.
-    section, key
-        Where the call notes itself (``"tables"``, name of the table).
-    identity
-        Of the call, as noted there under ``"identity"``.
-    names
-        Element name → element type of its results.
+    The call notes its identity under ``[section][key]["identity"]``, such as ``"tables"`` and the name of the table.
     """
     store = local_store(sdata)
     if store is None:
@@ -256,16 +228,9 @@ def written_by(sdata: SpatialData, section: str, key: str, identity: str, names:
 
 
 def attach_written(sdata: SpatialData, names: Mapping[str, str], *, again: bool = False) -> None:
-    """Read what this package wrote and the object lacks, as after Ctrl-C between the store and the object.
+    """Read the elements, name → type, that this package wrote and the object lacks, as after Ctrl-C before it got them.
 
-    Parameters
-    ----------
-    sdata
-        The object; one in memory has no store to lack anything of.
-    names
-        Element name → element type of those that are wanted; images and labels come lazily.
-    again
-        Whether those that the object has are read again, too.
+    Images and labels come lazily; ``again`` also reads those that the object has.
     """
     store = local_store(sdata)
     lacking = {name: kind for name, kind in names.items() if again or name not in getattr(sdata, kind)}

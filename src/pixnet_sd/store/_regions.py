@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pixnet_sd._util import logger
@@ -23,7 +21,6 @@ from ._transaction import Transaction
 
 if TYPE_CHECKING:
     import numpy as np
-    from anndata import AnnData
     from numpy.typing import NDArray
 
     from pixnet_sd.geometry import RegionShare, Window
@@ -38,27 +35,29 @@ T = TypeVar("T")
 
 
 class RegionWriter:
-    """Takes the regions' shares from the windows of a slide; open it with `RegionWriter.open`.
+    """Takes the regions' shares from the windows of a slide, and makes their table and shapes of them.
 
     For a backed object the sums lie beside the store. What a killed run has put is taken up by the next one with the
-    same fingerprint. Use it as a context manager, and `commit` the results inside: leaving it without keeps the sums
-    for the next run.
+    same fingerprint. Use it as a context manager, and commit the results inside: leaving it without keeps the sums for
+    the next run.
 
-    Attributes
+    Parameters
     ----------
-    rows
-        Sums and weights of the regions.
+    out
+        Transaction of the object that the table is for. One in memory keeps it there.
+    table_key, n_regions, genes
+        Name, rows at most and columns of the table to be.
+    n_columns
+        Columns of the sums; None: one for each gene.
+    n_layers
+        Layers of the table, beside its ``X``.
+    fingerprint
+        Text that is equal for two runs exactly when their values would be (model, slide, regions, settings, sizes of
+        the windows).
     """
 
     def __init__(
-        self, rows: FileSums | MemorySums, n_genes: int, n_layers: int, *, table_key: str, lock: ExitStack
-    ) -> None:
-        self.rows, self._n_genes, self._n_values = rows, n_genes, n_genes * (1 + n_layers)
-        self._key, self._lock = table_key, lock
-
-    @classmethod
-    def open(
-        cls,
+        self,
         out: Transaction,
         *,
         table_key: str,
@@ -67,44 +66,16 @@ class RegionWriter:
         n_columns: int | None = None,
         n_layers: int = 0,
         fingerprint: str,
-    ) -> RegionWriter:
-        """Start a table, or take up a partial one.
-
-        Parameters
-        ----------
-        out
-            Of the object that the table is for. One in memory keeps it there.
-        table_key
-            Name of the table to be.
-        n_regions
-            Regions that are asked for.
-        genes
-            Columns of the table.
-        n_columns
-            Columns of the sums; None: one for each gene.
-        n_layers
-            Layers of the table, beside its ``X``.
-        fingerprint
-            Text that is equal for two runs exactly when their values would be (model, slide, regions, settings, sizes
-            of the windows).
-
-        Raises
-        ------
-        StoreError
-            Too little memory, another run writing the same table.
-        """
-        n_genes = len(genes)
-        n_values = n_genes * (1 + n_layers)
-        n_columns = n_genes if n_columns is None else n_columns
-        with ExitStack() as stack:
-            rows: FileSums | MemorySums
-            if out.store is None:
-                rows = MemorySums(n_regions, n_columns, n_values)
-            else:
-                folder = out.folder(f"table-{table_key}")
-                rows = FileSums(folder, n_regions, n_columns, {"fingerprint": fingerprint, "genes": list(genes)})
-                stack.callback(rows.close)
-            return cls(rows, n_genes, n_layers, table_key=table_key, lock=stack.pop_all())
+    ) -> None:
+        self._key, self._n_genes = table_key, len(genes)
+        self._n_values = len(genes) * (1 + n_layers)
+        n_columns = len(genes) if n_columns is None else n_columns
+        self.rows: FileSums | MemorySums
+        if out.store is None:
+            self.rows = MemorySums(n_regions, n_columns, self._n_values)
+        else:
+            made_for = {"fingerprint": fingerprint, "genes": list(genes)}
+            self.rows = FileSums(out.folder(f"table-{table_key}"), n_regions, n_columns, made_for)
 
     @property
     def n_columns(self) -> int:
@@ -114,7 +85,8 @@ class RegionWriter:
     @property
     def missing_bytes(self) -> int:
         """Bytes that are still to be written at most, those included that are deleted at the end."""
-        return _missing_bytes(self.rows, self._n_values)
+        stored = self.rows.stored_bytes if isinstance(self.rows, FileSums) else 0
+        return max(0, estimate_table_bytes(self.rows.n_rows, self._n_values, self.n_columns) - stored)
 
     def summary(self) -> str:
         """What will be written, in words."""
@@ -141,25 +113,8 @@ class RegionWriter:
     ) -> dict[str, Any]:
         """Make the elements for `Transaction.commit`, of a backed object on disk, once all windows are put.
 
-        Regions that hold no pixel of the slide are left out.
-
-        Parameters
-        ----------
-        describe
-            Ids, centres and columns by range of regions; ids are different from one another, which is not checked.
-        make_table
-            `region_table`, all given but ``values``, ``layers``, ``instance_ids``, ``centres_px`` and ``obs``.
-        express
-            Makes the table's values of sums and weights: `expression`, where genes were summed.
-        shapes_key, make_shapes
-            Name, and `circles_element` or `squares_element` with everything given but the centres and ``index``.
-
-        Raises
-        ------
-        DataError
-            When no region holds a pixel of the slide.
-        StoreError
-            When the disk is full; the same call goes on from the sums.
+        Regions that hold no pixel of the slide are left out; a DataError tells that none does. Ids have to be different
+        from one another, which is not checked. When the disk is full, the same call goes on from the sums.
         """
         keep = self.rows.keep()
         if not keep.any():
@@ -174,7 +129,7 @@ class RegionWriter:
             if shapes_key is not None and make_shapes is not None:
                 info = describe(0, len(keep), None).subset(keep)
                 elements[shapes_key] = make_shapes(info.centres_px, index=info.ids)
-            elements[self._key] = _made(make_table, *rows.read(0, len(keep)))
+            elements[self._key] = make_table(*rows.read(0, len(keep)))
             return elements
         staged = []
         for store in ("shapes.zarr", "table.zarr"):
@@ -184,22 +139,17 @@ class RegionWriter:
         staged.append(_write_table(self.rows.folder / "table.zarr", self._key, rows, make_table))
         return {item.name: item for item in staged}
 
-    def close(self) -> None:
-        """Let go of the rows; another run may then take them up."""
-        self._lock.close()
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None and isinstance(self.rows, FileSums):
-            if self.rows.n_done:
-                logger.info("Regions that are done are kept in %s; the same call goes on from there.", self.rows.folder)
-            else:
-                self.rows.discard()
-        self.close()
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if isinstance(self.rows, MemorySums):
+            return
+        if error_type is not None and self.rows.n_done:
+            logger.info("Regions that are done are kept in %s; the same call goes on from there.", self.rows.folder)
+        elif error_type is not None:
+            self.rows.discard()
+        self.rows.close()
 
 
 @dataclass(frozen=True)
@@ -218,8 +168,7 @@ class _KeptRows:
         info = self.describe(start, stop, weight)
         if not kept.all():
             sums, weight, info = sums[kept], weight[kept], info.subset(kept)
-        values = self.express(sums, weight)
-        return values, replace(info, obs={**info.obs, **values.obs})
+        return self.express(sums, weight), info
 
     def batches(self, size: int) -> Iterator[tuple[Expressed, RowInfo]]:
         """Read all, ``size`` regions at a time; while a batch is looked at, the next is read."""
@@ -232,38 +181,28 @@ def _write_table(path: Path, name: str, rows: _KeptRows, make: MakeTable) -> Sta
     first = int(rows.keep.argmax())
     with explain_disk_errors("Writing the table", path.parent):
         values, info = rows.read(first, first + 1)
-        (staged,) = write_scratch_store(path, {name: _made(make, values, info)})
+        (staged,) = write_scratch_store(path, {name: make(values, info)})
         table = TableArrays(path / "tables" / name, int(rows.keep.sum()), values.x.shape[1])
         for values, info in rows.batches(table.chunk_rows * _BATCH_CHUNKS):
-            table.add_rows(info.ids, {**info.obs, INSTANCE_KEY: info.ids}, info.centres_px)
+            table.add_rows(info.ids, {**info.obs, **values.obs, INSTANCE_KEY: info.ids}, info.centres_px)
             table.add_values(values.x, values.layers)
         table.finish()
         consolidate(path)
     return staged
 
 
-def _made(make: MakeTable, values: Expressed, info: RowInfo) -> AnnData:
-    return make(values=values.x, layers=values.layers, instance_ids=info.ids, centres_px=info.centres_px, obs=info.obs)
-
-
 def _one_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
     """Yield results in order; while one is looked at, the next is made."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
+        waiting: list[Future[T]] = []
         for job in jobs:
-            following = pool.submit(job)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
+            waiting.append(pool.submit(job))
+            if len(waiting) > 1:
+                yield waiting.pop(0).result()
+        for last in waiting:
+            yield last.result()
 
 
 def estimate_table_bytes(n_regions: int, n_values: int, n_columns: int) -> int:
     """Bytes of disk that a table, its shapes and the sums that they are made from take at most."""
     return int(n_regions * (4 * n_values + (1 + _SHARED) * (4 * n_columns + 16) + _DESCRIBED_BYTES))
-
-
-def _missing_bytes(rows: FileSums | MemorySums, n_values: int) -> int:
-    stored = rows.stored_bytes if isinstance(rows, FileSums) else 0
-    return max(0, estimate_table_bytes(rows.n_rows, n_values, rows.n_columns) - stored)

@@ -59,15 +59,7 @@ _TYPES: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Staged:
-    """An element that lies complete in a scratch store inside the work folder.
-
-    Attributes
-    ----------
-    name, kind
-        Element name and type (``"images"``, …).
-    scratch_store
-        The scratch store, holding the element at ``{kind}/{name}``, with consolidated metadata.
-    """
+    """An element that lies complete, with consolidated metadata, at ``{kind}/{name}`` in a scratch store."""
 
     name: str
     kind: str
@@ -144,19 +136,7 @@ _INT32_MAX = 2**31 - 1
 class TableArrays:
     """A table of one row, as anndata wrote it, emptied, to which the rows of the full one are appended.
 
-    Parameters
-    ----------
-    folder
-        Of the table.
-    n_rows, n_genes
-        Of the full table.
-    n_entries
-        Of a sparse ``X``; None for a dense one.
-
-    Raises
-    ------
-    StoreError
-        When anndata lays tables out in a way that is not known here.
+    ``n_entries`` is of a sparse ``X``, None of a dense one. A StoreError tells of a layout that is not known here.
     """
 
     def __init__(self, folder: Path, n_rows: int, n_genes: int, n_entries: int | None = None) -> None:
@@ -201,13 +181,7 @@ class TableArrays:
         self._n_entries += len(data)
 
     def finish(self) -> None:
-        """Write what waits for a chunk to be full.
-
-        Raises
-        ------
-        StoreError
-            When an array was not filled.
-        """
+        """Write what waits for a chunk to be full; a StoreError tells of an array that was not filled."""
         for name, filler in self._arrays.items():
             if filler.finish() != filler.array.shape[0]:
                 raise StoreError(
@@ -301,26 +275,7 @@ _GEO = b"geo"
 
 
 def write_shapes(path: Path, name: str, describe: Describe, keep: NDArray[np.bool_], make: MakeShapes) -> Staged:
-    """Write the shapes, all of one size, of the regions in ``keep`` (n,), at least one, in their order.
-
-    Parameters
-    ----------
-    path
-        Scratch store to make; must not be there.
-    name
-        Of the element.
-    describe
-        Gives ids and centres by range of regions.
-    keep
-        Which regions.
-    make
-        Makes the element of a few regions.
-
-    Raises
-    ------
-    StoreError
-        When the disk is full.
-    """
+    """Write the shapes, all of one size, of the regions in ``keep`` (n,), at least one, into a new scratch store."""
     import pyarrow.parquet as pq
 
     def made(info: RowInfo) -> gpd.GeoDataFrame:

@@ -11,7 +11,7 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,13 +47,7 @@ class RegionSums(ABC):
         self.n_rows, self.n_columns = n_rows, n_columns
 
     def put(self, share: RegionShare) -> None:
-        """Take a window's share; nothing happens for a window that is done.
-
-        Raises
-        ------
-        DataError
-            When it does not fit, or is not finite.
-        """
+        """Take a window's share; nothing happens for a window that is done. A DataError tells of NaN and misfits."""
         window, index, sums, weight, complete = share
         if self.is_done(window):
             return
@@ -89,10 +83,7 @@ class RegionSums(ABC):
 class MemorySums(RegionSums):
     """Sums in memory, for objects that are not backed; ``n_values`` is how many a region has in the table to be made.
 
-    Raises
-    ------
-    StoreError
-        When sums and table would take more than half of the free memory.
+    A StoreError tells that sums and table would take more than half of the free memory.
     """
 
     def __init__(self, n_rows: int, n_columns: int, n_values: int) -> None:
@@ -147,39 +138,13 @@ _CRC_BYTES = 4
 _LOW_32 = np.uint64(2**32 - 1)
 
 
-class _Block(NamedTuple):
-    """Place of a window's indices (8 bytes each), weights (8) and sums in the file, and their number."""
-
-    offset: int
-    n: int
-
-
 class FileSums(RegionSums):
-    """Sums on disk beside the store, taken up where a killed run left them.
+    """Sums in a folder beside the store, taken up where a killed run with the same identity (JSON) left them.
 
     One file, to which each window's share is appended with a checksum. What a resumed run finds is believed up to the
     first window whose checksum is wrong: so nothing is ever forced to disk, and neither a kill nor a crash of the
     machine costs more than the windows that had not arrived there. Memory holds 8 bytes per share and per region.
-
-    Parameters
-    ----------
-    folder
-        Own folder of this table inside the work folder; sums in it are taken up when they were made for the same
-        ``identity``, and deleted when not.
-    n_rows, n_columns
-        Regions, and what is summed up of each.
-    identity
-        Everything that makes two runs the same, as JSON.
-
-    Attributes
-    ----------
-    resumed
-        Whether sums were taken up.
-
-    Raises
-    ------
-    StoreError
-        When the folder cannot be written; so do the methods.
+    Errors of the disk become a StoreError.
     """
 
     def __init__(self, folder: Path, n_rows: int, n_columns: int, identity: dict[str, Any]) -> None:
@@ -187,7 +152,8 @@ class FileSums(RegionSums):
         if n_rows >= 2**32:
             raise StoreError(f"{n_rows} regions are more than a table can take; predict a part of them at a time.")
         self.folder = folder
-        self._windows: dict[Window, _Block] = {}
+        # number of a window's regions, and where the file has their indices (8 bytes each), weights (8) and sums
+        self._windows: dict[Window, tuple[int, int]] = {}
         self._end = 0
         self._order: NDArray[np.uint64] | None = None
         self._handle = -1
@@ -213,7 +179,7 @@ class FileSums(RegionSums):
     def _add(self, share: RegionShare) -> None:
         window, index, sums, weight, _ = share
         head = _HEAD.pack(_MARK, *window, len(index))
-        arrays = [_bytes_of(array) for array in (index.astype("<i8"), weight.astype("<f8"), sums.astype("<f4"))]
+        arrays = [_bytes_of(np.asarray(*pair)) for pair in ((index, "<i8"), (weight, "<f8"), (sums, "<f4"))]
         crc = zlib.crc32(head)
         for array in arrays:
             crc = zlib.crc32(array, crc)
@@ -222,7 +188,7 @@ class FileSums(RegionSums):
             end = self._end
             for content in (memoryview(head), memoryview(crc.to_bytes(_CRC_BYTES, "little")), *arrays):
                 end = _write_at(self._handle, content, end)
-        self._windows[window] = _Block(self._end + _HEAD.size + _CRC_BYTES, len(index))
+        self._windows[window] = self._end + _HEAD.size + _CRC_BYTES, len(index)
         self._end, self._order = end, None
 
     def is_done(self, window: Window) -> bool:
@@ -296,20 +262,21 @@ class FileSums(RegionSums):
             head = np.empty(_HEAD.size + _CRC_BYTES, np.uint8)
             _read_at(self._handle, head, self._end)
             mark, *window, n = _HEAD.unpack(head[: _HEAD.size].tobytes())
-            block = _Block(self._end + len(head), n)
-            end = block.offset + n * (16 + 4 * self.n_columns)
-            if mark != _MARK or not 0 <= n <= self.n_rows or end > size or not self._is_whole(head, block, end):
+            offset = self._end + len(head)
+            end = offset + n * (16 + 4 * self.n_columns)
+            if mark != _MARK or not 0 <= n <= self.n_rows or end > size or not self._is_whole(head, offset, n, end):
                 break
-            self._windows[Window(*window)] = block
+            self._windows[Window(*window)] = offset, n
             self._end = end
         os.ftruncate(self._handle, self._end)
 
-    def _is_whole(self, head: NDArray[np.uint8], block: _Block, end: int) -> bool:
+    def _is_whole(self, head: NDArray[np.uint8], offset: int, n: int, end: int) -> bool:
+        """Whether a window's checksum is right, and its regions are possible ones."""
         crc = zlib.crc32(head[: _HEAD.size])
-        for start in range(block.offset, end, PIECE_BYTES):
+        for start in range(offset, end, PIECE_BYTES):
             crc = zlib.crc32(self._read(start, min(PIECE_BYTES, end - start), "u1"), crc)
-        index = self._read(block.offset, block.n, "<i8")
-        in_range = not block.n or bool(index[0] >= 0 and index[-1] < self.n_rows and (np.diff(index) > 0).all())
+        index = self._read(offset, n, "<i8")
+        in_range = not n or bool(index[0] >= 0 and index[-1] < self.n_rows and (np.diff(index) > 0).all())
         return crc == int.from_bytes(head[_HEAD.size :].tobytes(), "little") and in_range
 
     def _read(self, offset: int, n: int, dtype: str) -> NDArray[Any]:

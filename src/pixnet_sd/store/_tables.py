@@ -33,6 +33,7 @@ __all__ = [
     "circles_element",
     "expression",
     "region_table",
+    "spatial_library",
     "squares_element",
     "thumbnail",
 ]
@@ -79,8 +80,8 @@ Describe = Callable[[int, int, "NDArray[np.float64] | None"], RowInfo]
 Express = Callable[["NDArray[np.float32]", "NDArray[np.float64]"], Expressed]
 """``express(sums, weight)``: expression from sums (m, columns) and weights (m,) above 0; may write over the sums."""
 
-MakeTable = Callable[..., AnnData]
-"""`region_table` with all given but ``values``, ``layers``, ``instance_ids``, ``centres_px`` and ``obs``."""
+MakeTable = Callable[[Expressed, RowInfo], AnnData]
+"""`region_table` with all given but ``values`` and ``info``."""
 
 MakeShapes = Callable[..., gpd.GeoDataFrame]
 """`circles_element` or `squares_element` with everything given but the centres and ``index``."""
@@ -97,92 +98,58 @@ def expression(
 
 
 def region_table(
-    values: NDArray[np.float32],
+    values: Expressed,
+    info: RowInfo,
     genes: Sequence[str],
-    instance_ids: Sequence[Any] | NDArray[Any] | pd.Index,
     *,
     region: str,
-    centres_px: NDArray[np.float64],
-    spot_diameter_px: float,
-    picture: Thumbnail | None = None,
-    library_id: str = "pixnet",
-    layers: Mapping[str, NDArray[np.float32]] | None = None,
-    obs: Mapping[str, Any] | pd.DataFrame | None = None,
     var: pd.DataFrame | None = None,
     uns: Mapping[str, Any] | None = None,
 ) -> AnnData:
-    """Make the table of regions × genes that annotates a shapes or labels element.
+    """Make the table of regions that annotates ``region``, a shapes or labels element.
 
-    Parameters
-    ----------
-    values
-        (n, genes) predicted expression.
-    genes
-        Names of the columns of ``values``.
-    instance_ids
-        (n,) ids of the regions in the element, each once.
-    region
-        Name of the element.
-    centres_px
-        (n, 2) x, y in image scale-0 pixels, kept as ``obsm["spatial"]``.
-    spot_diameter_px
-        Diameter at which squidpy draws a region, in image scale-0 pixels.
-    picture
-        Picture that squidpy draws under the regions.
-    library_id
-        Key of ``uns["spatial"]``.
-    layers
-        Other values, each (n, genes).
-    obs
-        More columns by region, matched by position.
-    var
-        Columns by gene, matched to ``genes`` by name.
-    uns
-        More unstructured entries.
-
-    Raises
-    ------
-    DataError
-        When lengths do not fit, or an id or gene is named twice.
+    The centres go into ``obsm["spatial"]``; ``var`` has columns by gene, matched by name; ``uns`` takes
+    `spatial_library`. A DataError tells of lengths that do not fit, and of an id or gene that is named twice.
     """
-    ids, names = pd.Index(instance_ids), pd.Index([str(gene) for gene in genes])
-    if values.shape != (len(ids), len(names)) or np.shape(centres_px) != (len(ids), 2):
+    ids, names = pd.Index(info.ids), pd.Index([str(gene) for gene in genes])
+    if values.x.shape != (len(ids), len(names)) or np.shape(info.centres_px) != (len(ids), 2):
         raise DataError(
-            f"{len(ids)} regions and {len(names)} genes, but values of shape {values.shape} and centres of shape "
-            f"{np.shape(centres_px)}."
+            f"{len(ids)} regions and {len(names)} genes, but values of shape {values.x.shape} and centres of shape "
+            f"{np.shape(info.centres_px)}."
         )
     for what, index in (("region", ids), ("gene", names)):
         if not index.is_unique:
             raise DataError(f"The {what} {index[index.duplicated()][0]} is named twice; make its names unique.")
     frame = pd.DataFrame(index=pd.Index(ids.astype(str)))
-    for name, column in (obs if obs is not None else {}).items():
-        frame[str(name)] = np.asarray(column)
+    for name, column in {**info.obs, **values.obs}.items():
+        frame[name] = np.asarray(column)
     frame[REGION_KEY] = pd.Categorical([region] * len(ids))
     frame[INSTANCE_KEY] = ids.to_numpy()
     table = AnnData(
-        X=np.ascontiguousarray(values, dtype=np.float32),
+        X=np.ascontiguousarray(values.x, dtype=np.float32),
         obs=frame,
-        layers={name: np.ascontiguousarray(layer, dtype=np.float32) for name, layer in (layers or {}).items()},
+        layers={name: np.ascontiguousarray(layer, dtype=np.float32) for name, layer in values.layers.items()},
         var=pd.DataFrame(index=names) if var is None else var.reindex(names),
-        obsm={"spatial": np.asarray(centres_px, dtype=np.float64)},
-        uns={**(uns or {}), "spatial": {_safe_key(library_id): _library(picture, spot_diameter_px)}},
+        obsm={"spatial": np.asarray(info.centres_px, dtype=np.float64)},
+        uns=dict(uns or {}),
     )
     return TableModel.parse(table, region=region, region_key=REGION_KEY, instance_key=INSTANCE_KEY)
 
 
-def _safe_key(library_id: str) -> str:
-    """Make a key that can be stored: coordinate systems may be called ``""``, and ``/`` would nest groups."""
-    return library_id.replace("/", "_") or "pixnet"
+def spatial_library(
+    library_id: str, spot_diameter_px: float, picture: Thumbnail | None = None
+) -> dict[str, dict[str, Any]]:
+    """Make ``uns["spatial"]``, which squidpy and scanpy read: a picture, and the size of the regions drawn on it.
 
-
-def _library(picture: Thumbnail | None, spot_diameter_px: float) -> dict[str, Any]:
-    """Make the entry of ``uns["spatial"]`` that squidpy and scanpy read."""
+    ``spot_diameter_px`` is in image scale-0 pixels: the diameter of a circle, the side of a square.
+    """
+    key = library_id.replace("/", "_") or "pixnet"  # coordinate systems may be called "", and "/" would nest groups
+    scale = 1.0 if picture is None else float(picture.scale)
     return {
-        "images": {} if picture is None else {"hires": picture.rgb},
-        "scalefactors": {
-            "spot_diameter_fullres": float(spot_diameter_px),
-            "tissue_hires_scalef": 1.0 if picture is None else float(picture.scale),
-        },
+        key: {
+            "images": {} if picture is None else {"hires": picture.rgb},
+            "scalefactors": {"spot_diameter_fullres": float(spot_diameter_px), "tissue_hires_scalef": scale},
+        }
     }
 
 

@@ -47,7 +47,6 @@ from ._disk import (
     is_ours,
     known_secrets,
     local_store,
-    plain_files,
     read_json,
     secret,
     work_folder,
@@ -81,25 +80,10 @@ class Transaction:
     """The results of one call on their way into an object: a context manager.
 
     Entering it checks all that can be refused before any work is done, and finishes what a killed run left behind;
-    `commit` puts everything in at once; leaving it without keeps streamed results for the same call.
-
-    Parameters
-    ----------
-    sdata
-        The object that results will be written to.
-    names
-        Element name → element type of the coming results.
-    overwrite
-        Whether elements of the same name and type may be replaced.
-    n_bytes, n_files
-        That the results take on disk, at most; what an earlier run has streamed of them is not needed again.
-    wait_s
-        Seconds to wait for another run that streams a result of the same name.
-
-    Raises
-    ------
-    StoreError
-        Name taken or not allowed, store read-only, old, away or not local, disk too small.
+    results that are streamed go into a `folder` that it locks; `commit` puts everything in at once.
+    ``names`` are the coming results, element name → element type; ``wait_s`` is how long to wait for another run that
+    streams a result of the same name. A StoreError tells what cannot be: a name that is taken or not allowed, a store
+    that is read-only, old, away or not local.
     """
 
     def __init__(
@@ -108,13 +92,10 @@ class Transaction:
         names: Mapping[str, str],
         *,
         overwrite: bool = False,
-        n_bytes: int = 0,
-        n_files: int = 0,
         wait_s: float = STREAM_WAIT_S,
     ) -> None:
         self.sdata, self.store = sdata, local_store(sdata)
         self._names, self._overwrite, self._wait_s = dict(names), overwrite, wait_s
-        self._n_bytes, self._n_files = n_bytes, n_files
         self._locks = contextlib.ExitStack()
         self.is_late = False  # whether a journal was written, so that the next run finishes
 
@@ -124,47 +105,39 @@ class Transaction:
             secret()  # the journal will need it
             recover(self.sdata)
         check_names(self.sdata, self._names, overwrite=self._overwrite)
-        if self.store is not None:
-            self._check_room(self.store)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._locks.close()
 
     def folder(self, name: str) -> Path:
-        """Lock the folder of a result that is streamed, for a backed object, until the transaction is left.
-
-        Raises
-        ------
-        StoreError
-            Another run holds it.
-        """
+        """Lock the folder of a result that is streamed, for a backed object, until the transaction is left."""
         assert self.store is not None  # in memory nothing is streamed
         path = work_folder(self.store) / name
         busy = f"Another run is writing {name} of {self.store}. Wait for it, or choose another key."
         self._locks.enter_context(hold_lock(path.with_name(f"{name}.lock"), wait_s=self._wait_s, busy=busy))
         return path
 
+    def check_room(self, n_bytes: int, n_files: int) -> None:
+        """Raise unless the disk has room for the bytes and files that are still to be written, at most."""
+        if self.store is None:
+            return
+        check_free_disk(self.store.parent, n_bytes)
+        disk = os.statvfs(self.store.parent)
+        if disk.f_files and n_files > disk.f_favail:  # file systems without a limit say 0
+            raise StoreError(
+                f"The result may take up to {n_files:,} files, but only {disk.f_favail:,} more can be made at "
+                f"{self.store.parent}. Delete some, write the object to another disk, or predict a coarser map "
+                "(`map_um=`)."
+            )
+
     def commit(self, elements: Mapping[str, Any], *, provenance: Mapping[str, Any] | None = None) -> None:
         """Add elements to the object, and to its store when it is backed, all at once.
 
         Rasters that were written are replaced in memory by what is read back lazily; tables and shapes stay as given,
-        and staged ones are read as `read_back` says.
-
-        Parameters
-        ----------
-        elements
-            Element name → element, as the models of `spatialdata.models` parse them, or `Staged`; the folder of its
-            scratch store goes afterwards, with all that is in it.
-        provenance
-            Section → key → info, noted in the object (`record`) together with the elements.
-
-        Raises
-        ------
-        StoreError
-            As on entering, and when writing fails.
-        KeyboardInterrupt
-            Once it is too late to stop, when everything is in the store and in the object.
+        and `Staged` ones are read as `read_back` says; the folder of their scratch store goes, with all that is in it.
+        ``provenance``, section → key → info, is noted (`record`) together with them. A KeyboardInterrupt that comes too
+        late to stop is raised when everything is in the store and in the object.
         """
         names = {name: _type_of(element) for name, element in elements.items()}
         notes = dict(provenance or {})
@@ -191,18 +164,6 @@ class Transaction:
                 _bring_in(self.store, work, journal, self.sdata, in_memory)
                 raise
 
-    def _check_room(self, store: Path) -> None:
-        """Compare bytes and files to come with what the disk has free."""
-        partial = [work_folder(store) / f"{kind}-{name}" for name in self._names for kind in ("map", "table")]
-        there = [os.lstat(file.path) for folder in partial if folder.is_dir() for file in plain_files(folder)]
-        check_free_disk(store.parent, max(0, self._n_bytes - sum(stat.st_blocks * 512 for stat in there)))
-        disk, missing = os.statvfs(store.parent), self._n_files - len(there)
-        if disk.f_files and missing > disk.f_favail:  # file systems without a limit say 0
-            raise StoreError(
-                f"The result may take up to {missing:,} files, but only {disk.f_favail:,} more can be made at "
-                f"{store.parent}. Delete some, write the object to another disk, or predict a coarser map (`map_um=`)."
-            )
-
     def _write_down(self, work: Path, elements: Mapping[str, Any], notes: Mapping[str, Any]) -> Journal:
         """Write all that is still missing beside the store, the journal last; on failure nothing of it remains."""
         assert self.store is not None
@@ -225,10 +186,7 @@ class Transaction:
 def recover(sdata: SpatialData) -> None:
     """Finish a commit that was killed half-way and remove what it left; attach what it brought in.
 
-    Raises
-    ------
-    StoreError
-        When what lies there was not left by a run of this user on this store.
+    Raises a StoreError when what lies there was not left by a run of this user on this store.
     """
     store = local_store(sdata)
     if store is None or not work_folder(store).is_dir():

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -21,7 +21,7 @@ from spatialdata import SpatialData
 from pixnet_sd._arguments import checked
 from pixnet_sd._files import read_regular, replace_file
 from pixnet_sd._fingerprint import fingerprint
-from pixnet_sd._schemas import ScoresSchema, parse_json, validated, what_is_wrong
+from pixnet_sd._schemas import ScoresSchema, parse_json, what_is_wrong
 from pixnet_sd._util import logger
 from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError
 from pixnet_sd.model import PixNet
@@ -136,7 +136,10 @@ def cross_validate(  # noqa: PLR0913
     members = _folds(slides, groups)
     chosen = _chosen(folds, members)
     params = PredictParams(n_symmetries=n_symmetries, tile_px=predict_tile_px)
-    scoring = _Scoring(**_shared_with_fit(**options), score_table_key=score_table_key, params=params)
+    where, table_key, device = _shared_with_fit(**options)
+    key, is_named = (table_key, False) if score_table_key is None else (score_table_key, True)
+    tables = [key] if isinstance(key, str) else key if key is None else list(key)
+    scoring = _Scoring(where, tables, is_named, params, device, show_progress_bar)
     scoring.check(slides)
     directory = _directory(checkpoint_dir, slides, members, options)
     scores = {}
@@ -144,9 +147,9 @@ def cross_validate(  # noqa: PLR0913
         training = {name: sdata for name, sdata in slides.items() if name not in members[fold]}
         left_out = {name: slides[name] for name in members[fold]}
         logger.info("fold %d of %d, %s left out: training on %s", k, len(chosen), [*left_out], [*training])
-        own = {"checkpoint_dir": directory / fold, "record_model": False, "show_progress_bar": show_progress_bar}
-        model = fit(training, **options, **own)
-        scores[fold] = _fold_scores(model, left_out, scoring, directory / fold, show_progress_bar=show_progress_bar)
+        options |= {"checkpoint_dir": directory / fold, "record_model": False, "show_progress_bar": show_progress_bar}
+        model = fit(training, **options)
+        scores[fold] = _fold_scores(model, left_out, scoring, directory / fold)
     result = _result(scores, {fold: directory / fold for fold in chosen})
     if set(chosen) == set(members):
         _write(result, directory)
@@ -164,7 +167,7 @@ def _shared_with_fit(
     validation: float | Sequence[str] | None = 0.1,
     train_params: TrainParams | Mapping[str, Any] | None = None,
     **others: Any,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], str | Sequence[str] | None, str | torch.device | None]:
     """Pick the arguments of `fit` by which left-out slides are opened and predicted, and refuse those set here."""
     refused = [name for name in _SET_HERE if name in others]
     if refused:
@@ -173,7 +176,7 @@ def _shared_with_fit(
         raise PixNetError(f"fit_params: validation={validation!r}: give a share of each training slide, or None.")
     allow_any_mpp = TrainParams.read(train_params).allow_any_mpp
     where = {"image_key": image_key, "coordinate_system": coordinate_system, "mpp": mpp, "allow_any_mpp": allow_any_mpp}
-    return {"where": where, "table_key": table_key, "device": device}
+    return where, table_key, device
 
 
 def _several(sdatas: Mapping[str, SpatialData] | SpatialData) -> dict[str, SpatialData]:
@@ -234,28 +237,28 @@ class _Scoring:
     """How left-out slides are opened, predicted and scored."""
 
     where: dict[str, Any]  # arguments of `fit` by which image and resolution are found
-    table_key: str | Sequence[str] | None  # tables that are trained on, as given to `fit`
-    score_table_key: str | Sequence[str] | None
+    tables: list[str] | None  # to score; None: found on each slide
+    is_named: bool  # by `score_table_key`; else they are those that are trained on
     params: PredictParams
     device: str | torch.device | None
+    show_progress_bar: bool
 
     def check(self, slides: Mapping[str, SpatialData]) -> None:
         """Find out before hours of training whether every slide can be scored."""
-        wanted = [self.score_table_key] if isinstance(self.score_table_key, str) else self.score_table_key or []
         for name, sdata in slides.items():
-            missing = [key for key in wanted if key not in tables_of(sdata)]
-            if missing:
+            missing = [key for key in self.tables or [] if key not in tables_of(sdata)]
+            if missing and self.is_named:
                 listed = ", ".join(map(repr, tables_of(sdata))) or "none"
                 raise ElementError(f"score_table_key={missing}: slide {name!r} has no such table. Tables: {listed}.")
             self.open(sdata, 1.0)  # any resolution: nothing is read
 
     def open(self, sdata: SpatialData, working_mpp: float) -> tuple[Slide, list[str]]:
         """Find the image of a slide, and the tables to score."""
-        key = self.table_key if self.score_table_key is None else self.score_table_key
-        regions = measured_regions(sdata, key)
+        regions = measured_regions(sdata, self.tables)
         slide = open_slide(sdata, working_mpp=working_mpp, region_keys=regions, **self.where)
-        keys = select_tables(sdata, table_key=key, coordinate_system=slide.coordinate_system, image_key=slide.image_key)
-        if self.score_table_key is not None:
+        place = {"coordinate_system": slide.coordinate_system, "image_key": slide.image_key}
+        keys = select_tables(sdata, table_key=self.tables, **place)
+        if self.is_named:
             return slide, keys
         n_rows = {key: tables_of(sdata)[key].n_obs for key in keys}
         few = [key for key in keys if n_rows[key] <= _MOST_ROWS] or [min(keys, key=lambda key: n_rows[key])]
@@ -264,24 +267,14 @@ class _Scoring:
             logger.info("not scored for their many rows, unless named in score_table_key=: %s", many)
         return slide, few
 
-    def identity(self) -> dict[str, Any]:
-        """Tell what decides about scores besides model and slides."""
-        tables = self.table_key if self.score_table_key is None else self.score_table_key
-        return {
-            "tables": [tables] if isinstance(tables, str) else None if tables is None else list(tables),
-            "named": self.score_table_key is not None,
-            "n_symmetries": self.params.n_symmetries,
-            "tile_px": self.params.tile_px,
-        }
-
-    def moments(self, model: PixNet, slide: Slide, table: Measured, *, show_progress_bar: bool) -> pd.DataFrame:
+    def moments(self, model: PixNet, slide: Slide, table: Measured) -> pd.DataFrame:
         """Predict the regions of a table, and compute what their scores are made of; a poor model's scores say it."""
-        options: dict[str, Any] = {"device": self.device, "show_progress_bar": show_progress_bar}
+        options: dict[str, Any] = {"device": self.device, "show_progress_bar": self.show_progress_bar}
         predicted = predict_regions(model, slide, table.regions, params=self.params, **options)
         total = checked_totals(table.counts, table.var_names, table.what)
         genes = pd.Index(model.genes)
         shared = genes[genes.isin(table.var_names)]
-        keep = (total > 0) & ~np.isnan(predicted).any(axis=1)
+        keep = (total > 0) & ~np.isnan(predicted).all(axis=1)  # NaN: no pixel of the slide
         if not len(shared) or not keep.any():
             raise DataError(f"{table.what} has {int(keep.sum())} regions with counts and {len(shared)} genes to score.")
         matched = Matched(
@@ -297,9 +290,7 @@ class _Scoring:
         return matched.moments()
 
 
-def _fold_scores(
-    model: PixNet, left_out: Mapping[str, SpatialData], scoring: _Scoring, folder: Path, *, show_progress_bar: bool
-) -> FoldScores:
+def _fold_scores(model: PixNet, left_out: Mapping[str, SpatialData], scoring: _Scoring, folder: Path) -> FoldScores:
     """Take the scores in a fold's folder, if they are of this model and these slides, or make them."""
     tables: dict[tuple[str, str], tuple[Slide, Measured]] = {}
     parts: dict[str, Any] = {}
@@ -310,14 +301,13 @@ def _fold_scores(
             counts = {"counts": table.content_key(table.var_names)}
             parts[name][table.table_key] = region_parts(table.regions, table.instances) | counts
             tables[name, table.table_key] = slide, table
-    identity = {"fingerprint": fingerprint({"model": model_parts(model), "slides": parts, **scoring.identity()})}
+    how = {"tables": scoring.tables, "named": scoring.is_named, **asdict(scoring.params)}
+    identity = {"fingerprint": fingerprint({"model": model_parts(model), "slides": parts, "how": how})}
     scores = read_scores(folder, identity)
     if scores is not None:
         logger.info("scores taken from %s", folder)
         return scores
-    scores = {
-        key: scoring.moments(model, *of_table, show_progress_bar=show_progress_bar) for key, of_table in tables.items()
-    }
+    scores = {key: scoring.moments(model, *of_table) for key, of_table in tables.items()}
     write_scores(folder, identity, scores)
     return scores
 
@@ -349,7 +339,8 @@ def read_scores(folder: Path, identity: Mapping[str, Any]) -> FoldScores | None:
         return None
     try:
         content = parse_json(read_regular(path, most_bytes=_MOST_BYTES), allow_nan=True)
-        if validated(ScoresSchema, content).sha256 != _hash({name: content[name] for name in ("identity", "scores")}):
+        noted = ScoresSchema.model_validate(content).sha256
+        if noted != _hash({name: content[name] for name in ("identity", "scores")}):
             raise ValueError("it is not as it was written")
     except ValueError as error:  # CheckpointError is one
         logger.warning("%s cannot be used, and is made anew: %s", path, what_is_wrong(error))
@@ -375,7 +366,8 @@ def _cannot_write(folder: Path, error: OSError) -> CheckpointError:
 
 def _result(scores: Mapping[str, FoldScores], folders: dict[str, Path]) -> CrossValidation:
     group_of = _scored_together([key for of_fold in scores.values() for key in of_fold])
-    genes, slides, parts = [], [], {}
+    genes, slides = [], []
+    parts: dict[str, list[tuple[pd.DataFrame, dict[str, Any]]]] = {}
     for fold, of_fold in scores.items():
         for (slide, table), of_regions in of_fold.items():
             of_genes, names = pooled([of_regions]), {"fold": fold, "slide": slide, "table": table}
@@ -383,7 +375,7 @@ def _result(scores: Mapping[str, FoldScores], folders: dict[str, Path]) -> Cross
             n = {"n_regions": int(of_regions["n"].max()), "n_genes": len(of_regions)}
             slides.append(names | summary(of_genes) | n)
             parts.setdefault(group_of[slide, table], []).append((of_regions, slides[-1]))
-    rows = [row for group, of_group in parts.items() for row in _summary_rows(group, *zip(*of_group, strict=True))]
+    rows = [row for group, of_group in parts.items() for row in _summary_rows(group, of_group)]
     columns = ["fold", "slide", "table", "gene", "n_regions", "pcc", "mse", "mae"]
     per_gene = pd.concat(genes, ignore_index=True)[columns]
     return CrossValidation(per_gene, pd.DataFrame(slides), pd.DataFrame(rows), folders)
@@ -397,10 +389,9 @@ def _scored_together(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], s
     return {key: key[1] for key in keys}
 
 
-def _summary_rows(
-    group: str, parts: Sequence[pd.DataFrame], slides: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    each, together = pd.DataFrame(slides), pooled(parts)
+def _summary_rows(group: str, parts: Sequence[tuple[pd.DataFrame, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Average the scores of slides, and score their regions together."""
+    each, together = pd.DataFrame([of_slide for _, of_slide in parts]), pooled([of_regions for of_regions, _ in parts])
     n = {"n_slides": len(each), "n_regions": int(each["n_regions"].sum())}
     # a slide without a score makes the mean unknown: leaving it out would flatter
     mean = {name: float(each[name].mean(skipna=False)) for name in METRICS}

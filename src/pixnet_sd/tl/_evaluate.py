@@ -80,8 +80,13 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
 def summary(scores: pd.DataFrame) -> dict[str, float]:
     """Sum up the scores of genes in the five metrics."""
     pcc = scores["pcc"].dropna()
-    values = (scores["mse"].mean(), scores["mae"].mean(), pcc.quantile(0.25), pcc.median(), pcc.mean())
-    return dict(zip(METRICS, map(float, values), strict=True))
+    return {
+        "MSE": float(scores["mse"].mean()),
+        "MAE": float(scores["mae"].mean()),
+        "PCC@F": float(pcc.quantile(0.25)),
+        "PCC@S": float(pcc.median()),
+        "PCC@M": float(pcc.mean()),
+    }
 
 
 def moments(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: pd.Index) -> pd.DataFrame:

@@ -190,8 +190,8 @@ def fit(  # noqa: PLR0913
 
     Returns
     -------
-    The model, with the weights of its best epoch. Its folder is recorded in ``sdata.attrs["pixnet_sd"]["model"]`` of
-    every slide (and of its store when backed) with `record_model`; nothing else of the slides is changed.
+    The model, with the weights of its best epoch. With `record_model` its folder is noted in the
+    attributes of every slide, and of its store when backed; nothing else of the slides is changed.
 
     Raises
     ------
@@ -219,7 +219,9 @@ def fit(  # noqa: PLR0913
     aggregation = _aggregation(params, objective)
     held_out_names(validation, list(slides))
     fabric = make_fabric(device)
-    schedule = {"max_epochs": max_epochs, "batch_size": batch_size or _BATCH_SIZE[fabric.device.type], "seed": seed}
+    batch_size = batch_size or _BATCH_SIZE[fabric.device.type]
+    settings: dict[str, Any] = {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed}
+    settings |= {"objective": objective, "target_sum": params.target_sum}
     folder = None if checkpoint_dir is None else home_expanded(checkpoint_dir)
     home = _models_folder(slides) if folder is None else folder.parent
     with contextlib.ExitStack() as held:
@@ -240,7 +242,7 @@ def fit(  # noqa: PLR0913
         )
         tile_px, values = train_params.tile_px, values_per_px(encoder.channels, shape)
         sides = [_tile_sides(source.slide, tile_px) for source in sources.values()]
-        check_batch(sides, schedule["batch_size"], tile_px, values, fabric.device)
+        check_batch(sides, batch_size, tile_px, values, fabric.device)
         data = training_data(
             sources,
             genes=None if genes == "all" or isinstance(genes, int) else genes,
@@ -256,21 +258,11 @@ def fit(  # noqa: PLR0913
         del sources  # of millions of bins it holds what the training does not need
         network = Network(encoder, shape, len(outputs_of(names, objective)), aggregation, link_of(objective))
         record = _record(network, params, objective, genes=names, slides=described, tile_px=tile_px)
-        identity = _identify(record, {**schedule, **asdict(train_params)}, images, data)
+        identity = _identify(record, {**settings, **asdict(train_params)}, images, data)
         if folder is None:
             folder = home / identity[:12]
             held.enter_context(_alone_in(folder))
-        directory, scale = folder / "training", params.target_sum
-        run = Run(
-            data.training,
-            data.held_out,
-            train_params,
-            directory,
-            identity,
-            objective=objective,
-            target_sum=scale,
-            **schedule,
-        )
+        run = Run(data.training, data.held_out, train_params, folder / "training", identity, **settings)
         model = _finished(folder, record)
         if model is None:
             model = _trained(PixNet(network, record), run, fabric, images, show_progress_bar=show_progress_bar)

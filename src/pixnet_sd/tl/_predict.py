@@ -48,11 +48,11 @@ from pixnet_sd.store import (
     RegionWriter,
     Transaction,
     attach_written,
-    estimate_table_bytes,
     recorded,
     recover,
     region_table,
     size_text,
+    spatial_library,
     thumbnail,
     written_by,
 )
@@ -193,22 +193,22 @@ def predict(  # noqa: PLR0913
         raise PixNetError("Nothing to predict: write=None and no radius_um, bin_um or shapes_key.")
     params = PredictParams.read(predict_params)
     recover(sdata)
-    fabric, found = make_fabric(device), _model(sdata, model)
-    _check_quality(found, params.allow_poor_model)
-    names = found.genes if genes is None else [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
-    check_genes(names, found.genes, "the model")
+    fabric, trained = make_fabric(device), _model(sdata, model)
+    _check_quality(trained, params.allow_poor_model)
+    names = trained.genes if genes is None else [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
+    check_genes(names, trained.genes, "the model")
     slide = open_slide(
         sdata,
         image_key=image_key,
         coordinate_system=coordinate_system,
         mpp=mpp,
         allow_any_mpp=params.allow_any_mpp,
-        working_mpp=found.record.working_mpp,
+        working_mpp=trained.record.working_mpp,
         element_key=shapes_key,
     )
     check_on_disk(sdata, slide.image_key, shapes_key)
-    tiling = _tiling(found, slide, params, batch_size, fabric)
-    factor = _map_factor(map_um, slide, found.network.head.in_features + len(names))
+    tiling = _tiling(trained, slide, params, batch_size, fabric)
+    factor = _map_factor(map_um, slide, trained.network.head.in_features + len(names))
     if write == "factors" and factor != 1:
         raise PixNetError(
             f"Factors are kept at the native pitch only: leave out map_um={map_um:g}, or write='factors'."
@@ -225,8 +225,8 @@ def predict(  # noqa: PLR0913
         key_added=key_added,
     )
     pixels = pixels_of(sdata, slide)
-    parts = map_parts(found, slide, pixels, tissue, n_symmetries=params.n_symmetries, tile_px=tiling.tile_px)
-    job = _Job(sdata, found, slide, pixels, tissue, request, names, factor, parts, key_added, write, overwrite)
+    parts = map_parts(trained, slide, pixels, tissue, n_symmetries=params.n_symmetries, tile_px=tiling.tile_px)
+    job = _Job(sdata, trained, slide, pixels, tissue, request, names, factor, parts, key_added, write, overwrite)
     attach_written(sdata, job.names)
     stored = _stored_maps(job)
     to_do = job.without_results(stored)
@@ -255,7 +255,9 @@ def predict_regions(
     """
     fabric = make_fabric(device)
     tiling = _tiling(model, slide, params or PredictParams(), batch_size, fabric)
-    plan = _plan(slide, _tissue(slide), regions, tiling, _head(model, range(len(model.genes))))
+    head, side = _head(model, range(len(model.genes))), window_side(tiling.tile_px, None)
+    region_plan = plan_regions(regions, Grid(*slide.map_shape, MAP_STRIDE), _tissue(slide), side)
+    plan = PredictPlan(region_plan, tiling, side, head, pooled=_is_pooled(head, None))
     n, n_genes = len(regions), len(model.genes)
     rows = MemorySums(n, plan.n_columns, n_genes * (1 + len(units_of(model.record).layers)))
     with Walk(model.network, slide.read, plan, plan.visits([], rows.is_done), fabric) as walk:
@@ -441,23 +443,6 @@ def _head(model: PixNet, index: Sequence[int]) -> Head:
     return head.select(outputs, scale=model.record.working_mpp**-2)
 
 
-def _plan(
-    slide: Slide,
-    tissue: NDArray[np.bool_],
-    regions: Regions,
-    tiling: Tiling,
-    head: Head,
-    *,
-    block_px: int | None = None,
-    shown: Head | Factors | None = None,
-    stored: StoredMap | None = None,
-) -> PredictPlan:
-    """Plan one pass over a slide; ``block_px`` are native map pixels."""
-    side = window_side(tiling.tile_px, block_px)
-    region_plan = plan_regions(regions, Grid(*slide.map_shape, MAP_STRIDE), tissue, side)
-    return PredictPlan(region_plan, tiling, side, head, shown, _is_pooled(head, stored), stored)
-
-
 def _is_pooled(head: Head, stored: StoredMap | None) -> bool:
     """Whether D is summed over the regions, where that takes less room than its genes."""
     return head.is_linear and (stored is None or stored.has_features) and head.in_features < head.n_outputs
@@ -469,47 +454,41 @@ def _run(
     """Check that results can be written, predict, and write them all at once."""
     layout, request, head = job.layout, job.request, _head(job.model, job.index)
     stored = None if reused is None else reused[1]
-    n_values = len(job.genes) * (1 + len(units_of(job.model.record).layers))
-    n_bytes, n_files = (0, 0) if layout is None else (layout.nbytes, layout.n_files)
-    if request is not None:
-        n_columns = head.in_features if _is_pooled(head, stored) else head.n_outputs
-        n_bytes += estimate_table_bytes(len(request.regions), n_values, n_columns)
-    n_files += _OTHER_FILES
-    with Transaction(job.sdata, job.names, overwrite=job.overwrite, n_bytes=n_bytes, n_files=n_files) as out:
-        plan = _plan(
-            job.slide,
-            job.tissue,
-            Circles(np.empty((0, 2)), np.empty(0)) if request is None else request.regions,
-            tiling,
-            head,
-            block_px=None if layout is None else layout.block_px * job.factor,
-            shown=Factors(head.in_features) if job.write == "factors" else head,
-            stored=stored,
-        )
-        with ExitStack() as stack:
-            blocks = None if layout is None else stack.enter_context(_map_writer(out, job, layout))
-            rows = None if request is None else stack.enter_context(_region_writer(out, job, request, plan))
-            to_write = {} if blocks is None else _native_blocks(blocks.pending, job.factor, job.slide.map_shape)
-            visits = plan.visits(list(to_write), None if rows is None else rows.is_done)
-            with Walk(job.model.network, job.slide.read, plan, visits, fabric) as walk:
-                _announce(walk, blocks, rows)
-                _put_away(walk.results(show_progress_bar=show_progress_bar), rows, blocks, to_write, job.factor)
-            if reused is not None and request is not None:
-                logger.info(
-                    "gene map %r reused for the regions: %d tiles run, %d windows read back",
-                    *(reused[0], walk.n_tiles, sum(visit.reuse for visit in visits)),
-                )
-                if n_glass := plan.regions.on_glass.sum():
-                    logger.info("%d regions lie off tissue, where the map is 0: their tiles are run", n_glass)
-            check_same_pixels(job.slide, job.pixels)
-            elements, notes = _map_results(job, blocks) if blocks is not None else ({}, {})
-            if rows is not None and request is not None:
-                elements |= _region_results(job, request, rows, plan.regions.on_glass)
-                identity = {"identity": job.table_identity}
-                notes["tables"] = {request.table_key: job.provenance | units_of(job.model.record).table | identity}
-            if job.pixels.is_settled:
-                notes["content"] = {job.slide.image_key: job.pixels.note()}
-            out.commit(elements, provenance=notes)
+    pooled = _is_pooled(head, stored)
+    side = window_side(tiling.tile_px, None if layout is None else layout.block_px * job.factor)
+    with Transaction(job.sdata, job.names, overwrite=job.overwrite) as out, ExitStack() as stack:
+        blocks = None if layout is None else stack.enter_context(_map_writer(out, job, layout))
+        rows = None
+        if request is not None:
+            n_columns = head.in_features if pooled else head.n_outputs
+            rows = stack.enter_context(_region_writer(out, job, request, side, n_columns))
+        n_bytes = sum(writer.missing_bytes for writer in (blocks, rows) if writer is not None)
+        out.check_room(n_bytes, _OTHER_FILES + (0 if blocks is None else blocks.missing_files))
+        regions = Circles(np.empty((0, 2)), np.empty(0)) if request is None else request.regions
+        region_plan = plan_regions(regions, Grid(*job.slide.map_shape, MAP_STRIDE), job.tissue, side)
+        shown = Factors(head.in_features) if job.write == "factors" else head
+        plan = PredictPlan(region_plan, tiling, side, head, shown, pooled, stored)
+        to_write = {} if blocks is None else _native_blocks(blocks.pending, job.factor, job.slide.map_shape)
+        visits = plan.visits(list(to_write), None if rows is None else rows.is_done)
+        with Walk(job.model.network, job.slide.read, plan, visits, fabric) as walk:
+            _announce(walk, blocks, rows)
+            _put_away(walk.results(show_progress_bar=show_progress_bar), rows, blocks, to_write, job.factor)
+        if reused is not None and request is not None:
+            logger.info(
+                "gene map %r reused for the regions: %d tiles run, %d windows read back",
+                *(reused[0], walk.n_tiles, sum(visit.reuse for visit in visits)),
+            )
+            if n_glass := region_plan.on_glass.sum():
+                logger.info("%d regions lie off tissue, where the map is 0: their tiles are run", n_glass)
+        check_same_pixels(job.slide, job.pixels)
+        elements, notes = _map_results(job, blocks) if blocks is not None else ({}, {})
+        if rows is not None and request is not None:
+            elements |= _region_results(job, request, rows, region_plan.on_glass)
+            identity = {"identity": job.table_identity}
+            notes["tables"] = {request.table_key: job.provenance | units_of(job.model.record).table | identity}
+        if job.pixels.is_settled:
+            notes["content"] = {job.slide.image_key: job.pixels.note()}
+        out.commit(elements, provenance=notes)
 
 
 def _map_writer(out: Transaction, job: _Job, layout: MapLayout) -> GeneMapWriter:
@@ -524,15 +503,15 @@ def _map_writer(out: Transaction, job: _Job, layout: MapLayout) -> GeneMapWriter
     )
 
 
-def _region_writer(out: Transaction, job: _Job, request: RegionRequest, plan: PredictPlan) -> RegionWriter:
-    return RegionWriter.open(
+def _region_writer(out: Transaction, job: _Job, request: RegionRequest, side: int, n_columns: int) -> RegionWriter:
+    return RegionWriter(
         out,
         table_key=request.table_key,
         n_regions=len(request.regions),
         genes=job.genes,
-        n_columns=plan.n_columns,
+        n_columns=n_columns,
         n_layers=len(units_of(job.model.record).layers),
-        fingerprint=fingerprint({"map": job.fingerprint, "window": plan.side, **request.parts}),
+        fingerprint=fingerprint({"map": job.fingerprint, "window": side, **request.parts}),
     )
 
 
@@ -619,15 +598,15 @@ def _region_results(
     record, slide = job.model.record, job.slide
     # what the values depend on and may change later: `check_current` compares it
     depends_on = {"pixels": job.pixels.sha256, **({} if request.make_shapes is not None else request.parts)}
+    about = job.provenance | units_of(record).table | {"depends_on": depends_on}
+    picture = thumbnail(job.sdata, slide.image_key, channels=slide.pyramid.levels[0].channels)
+    diameter_px = request.diameter_um / slide.mpp
     make_table = partial(
         region_table,
         genes=job.genes,
         region=request.element_key,
-        spot_diameter_px=request.diameter_um / slide.mpp,
-        picture=thumbnail(job.sdata, slide.image_key, channels=slide.pyramid.levels[0].channels),
-        library_id=slide.coordinate_system,
         var=record.var,
-        uns={"pixnet_sd": job.provenance | units_of(record).table | {"depends_on": depends_on}},
+        uns={"pixnet_sd": about, "spatial": spatial_library(slide.coordinate_system, diameter_px, picture)},
     )
     return rows.results(
         partial(request.describe, on_glass),

@@ -68,12 +68,12 @@ class RegionRequest:
 
         ``weight`` counts their tissue pixels, or all pixels of one ``on_glass``; None leaves the tissue's area out.
         """
-        some = self.regions.subset(np.arange(start, stop))
+        regions = self.regions.subset(np.arange(start, stop))
         px_um2 = self.slide.working_mpp**2
-        obs = {"area_um2": some.area * px_um2}
+        obs = {"area_um2": regions.area * px_um2}
         if weight is not None:
             obs["tissue_area_um2"] = np.where(on_glass[start:stop], 0.0, weight * px_um2)
-        return RowInfo(self.ids[start:stop], some.centre_xy * self.slide.working_scale, obs)
+        return RowInfo(self.ids[start:stop], regions.centre_xy * self.slide.working_scale, obs)
 
 
 def request_regions(
@@ -137,7 +137,7 @@ def _grid_on_tissue(slide: Slide, tissue: NDArray[np.bool_], pitch_um: float, wh
     pitch = pitch_um / slide.working_mpp
     height, width = slide.working_shape
     rows, cols = (np.floor(np.arange(pitch / 2, size, pitch) / MAP_STRIDE).astype(np.int64) for size in (height, width))
-    row, col = (part.astype(np.int32) for part in np.nonzero(tissue[np.ix_(rows, cols)]))
+    row, col = (index.astype(np.int32) for index in np.nonzero(tissue[np.ix_(rows, cols)]))
     if not len(row):
         raise PixNetError(
             f"{what} gives no region: the slide is {width * slide.working_mpp:.0f} x {height * slide.working_mpp:.0f} "

@@ -92,7 +92,7 @@ def test_a_large_slide_is_nearly_all_tissue(size_um):
     assert on_tissue.mean() * slide.lattice.n_base**2 > 4e6
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(size_px=st.integers(1001, 1300), window=st.integers(300, 1400), seed=st.integers(0, 99))
 def test_previews_of_windows_are_means_over_boxes(size_px, window, seed):
     image = np.random.default_rng(seed).integers(0, 256, (size_px, size_px, 3), dtype=np.uint8)
@@ -102,14 +102,10 @@ def test_previews_of_windows_are_means_over_boxes(size_px, window, seed):
             pixels = image[row : row + window, col : col + window]
             previews.add(Grid(row, col, *pixels.shape[:2], 1.0), pixels)
     for px, preview in zip((1000, 300), previews.pixels().values(), strict=True):
-        # integral of the image up to each border of a box, read between pixels
-        borders, at = np.linspace(0, size_px, px + 1), np.arange(size_px + 1)
-        for channel in range(3):
-            down = np.pad(image[..., channel].astype(float).cumsum(0), ((1, 0), (0, 0)))
-            rows = np.array([np.interp(borders, at, column) for column in down.T]).T
-            across = np.pad(np.diff(rows, axis=0).cumsum(1), ((0, 0), (1, 0)))
-            means = np.diff([np.interp(borders, at, row) for row in across], axis=1) * (px / size_px) ** 2
-            assert np.abs(preview[..., channel] - means).max() < 0.5 + 1e-6
+        low, pixel = np.arange(px)[:, None] * size_px / px, np.arange(size_px)
+        share = (np.minimum(low + size_px / px, pixel + 1) - np.maximum(low, pixel)).clip(0) * px / size_px
+        means = np.einsum("ri,ijc,sj->rsc", share, image, share, optimize=True)
+        assert np.abs(preview - means).max() < 0.5 + 1e-6  # they are rounded
 
 
 def test_a_small_image_is_its_own_preview():

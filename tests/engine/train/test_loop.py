@@ -87,12 +87,11 @@ def test_learns(make_network, run, learnable, held: bool) -> None:
         assert quality["pcc"] > 0.3
 
 
-@pytest.mark.parametrize("objective", ["poisson", "nb"])
-def test_learns_counts(make_network, run, counted, objective: str) -> None:
+def test_learns_counts(make_network, run, counted) -> None:
     """Of two sizes and depths; totals of regions of a size that it has not seen come out right too."""
     slides = [counted(radii=(5.0, 9.0)), counted(seed=2, name="deep", radii=(5.0, 9.0), depth=3.0)]
     network = make_network(n_genes=4, link="softplus")
-    options = {"objective": objective, "stain_jitter": 0.0, "max_epochs": 30}
+    options = {"objective": "nb", "stain_jitter": 0.0, "max_epochs": 30}
     history = run(network, slides, [counted(seed=1, name="other")], **options).history
     assert history[-1]["loss"] < history[0]["loss"]
     assert history[-1]["val_pcc"] > 0.5

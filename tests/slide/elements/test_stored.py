@@ -46,7 +46,7 @@ def written(tmp_path):
     return write
 
 
-@pytest.mark.parametrize(("arguments", "shuffled"), [(each, k % 2 == 0) for k, each in enumerate([*VARIANTS, {}])])
+@pytest.mark.parametrize(("arguments", "shuffled"), [(each, k % 2 == 0) for k, each in enumerate(VARIANTS)])
 def test_same_regions_and_counts_as_opened_whole(visium_hd, written, monkeypatch, arguments, shuffled: bool) -> None:
     sdata = visium_hd(**arguments)
     if shuffled:
@@ -159,9 +159,9 @@ def test_a_file_that_changed_is_sampled_anew(circles, tmp_path) -> None:
 @pytest.mark.filterwarnings("error:The table is annotating")
 def test_open_store(visium_hd, circles, table, tmp_path, caplog) -> None:
     sdata = visium_hd(labels=True)
-    n = 180_000
+    n = 70_000  # of 500 bytes each
     sdata["cells"] = circles(np.random.default_rng(0).uniform(0, 200, (n, 2)))
-    sdata["counts"] = table("cells", np.arange(n), x=sparse.csr_matrix((n, 1), dtype=np.float32))
+    sdata["counts"] = table("cells", np.arange(n), x=np.zeros((n, 80), np.float32))
     sdata.write(tmp_path / "slide.zarr")
     caplog.set_level("INFO", "pixnet_sd")
     light = open_store(str(tmp_path / "slide.zarr"))

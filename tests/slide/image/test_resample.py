@@ -57,7 +57,7 @@ def test_any_tiling_gives_the_same_pixels(height: int, width: int, scale: float,
             np.testing.assert_array_equal(box(source, scale, row0, row1, col0, col1), full[row0:row1, col0:col1])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(height=sizes, width=sizes, scale=scales)
 def test_follows_the_definition(height: int, width: int, scale: float) -> None:
     source = picture(height, width)

@@ -22,7 +22,16 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from pixnet_sd.errors import StoreError
-from pixnet_sd.slide.tables import CountFile, Look, Measured, measured, open_counts, targets_of, write_counts
+from pixnet_sd.slide.tables import (
+    CountFile,
+    Look,
+    Measured,
+    find_pooling,
+    measured,
+    open_counts,
+    targets_of,
+    write_counts,
+)
 
 COUNTS = hnp.arrays(
     np.int64,
@@ -153,7 +162,7 @@ def one_count(table) -> None:
     table.X[5, 2] += 1  # of a gene that is not chosen: totals count
 
 
-def names(table) -> None:
+def other_places(table) -> None:
     table.var_names = ["GENE3", "GENE1", "GENE2", "GENE0", "GENE4"]
 
 
@@ -167,7 +176,7 @@ def test_made_once_for_a_table_and_genes(table, tmp_path, hashed) -> None:
     np.testing.assert_array_equal(rows.toarray(), opened.counts.to_csr().toarray()[:, [3, 0]])
     assert [path.name for path in cache.iterdir()] == [first.folder.name]
     others = [counts_of(opened, cache, genes) for genes in (GENES[::-1], GENES[:1])]
-    others += [counts_of(table(change), cache) for change in (one_count, names)]
+    others += [counts_of(table(change), cache) for change in (one_count, other_places)]
     assert len(hashed) == 4 * 5
     assert len({each.folder for each in [first, *others]}) == 5
     assert first.sha256 not in {each.sha256 for each in others}
@@ -235,6 +244,14 @@ def bins(visium_hd, frame, tmp_path, caplog):
             np.testing.assert_array_equal(other.values[np.arange(len(one.regions))], one.values)
             np.testing.assert_array_equal(other.regions.centre_xy, one.regions.centre_xy)
         assert f"Table {COARSEST!r} is the sum of the bins of {FINE!r}" in caplog.text
+        fine, coarsest = pooled[0].values.counts, pooled[2].values.counts
+        for n_bins in (1, 60):  # at a time
+            sums = find_pooling(tables[""][0], tables[""][2]).sums(fine, n_bins)
+            counts, total = (list(each) for each in zip(*sums, strict=True))
+            np.testing.assert_array_equal(np.concatenate(total), coarsest.totals())
+            np.testing.assert_array_equal(
+                sparse.vstack(counts).toarray(), coarsest.rows(np.arange(coarsest.n))[0].toarray()
+            )
         return caplog.text
 
     return compare

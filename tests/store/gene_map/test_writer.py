@@ -125,10 +125,12 @@ def test_too_little_disk_or_too_few_files_are_refused_before_any_block(slide, mo
     else:
         disk = SimpleNamespace(f_bavail=10**9, f_blocks=10**9, f_bfree=10**9, f_frsize=4096, f_files=1000, f_favail=5)
         monkeypatch.setattr(os, "statvfs", lambda path: disk)
-    layout = map_layout(len(GENES), (HEIGHT, WIDTH), 32)
-    room = {"n_bytes": layout.nbytes, "n_files": layout.n_files}
-    with pytest.raises(StoreError, match="free|files"), Transaction(slide, {KEY: "images"}, **room):
-        pass
+    with (
+        pytest.raises(StoreError, match="free|files"),
+        Transaction(slide, {KEY: "images"}) as out,
+        writer_of(out) as writer,
+    ):
+        out.check_room(writer.missing_bytes, writer.missing_files)
     assert not work_folder(slide.path).exists()
 
 

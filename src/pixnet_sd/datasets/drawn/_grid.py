@@ -13,8 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-Floats, Singles = NDArray[np.float64], NDArray[np.float32]
-Ints, Mask, Pixels = NDArray[np.int64], NDArray[np.bool_], NDArray[np.uint8]
+Floats = NDArray[np.float64]
+Singles = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # smallest x, smallest y, largest x, largest y
 
 _CELLS = 128  # periods along a side of the table, after which the noise repeats

@@ -217,8 +217,8 @@ def plan_regions(regions: Regions, grid: Grid, tissue: NDArray[np.bool_], window
     plan = RegionPlan(regions, grid, tissue, n_px, on_glass, np.zeros_like(tissue), near & tissue)
     on_glass[mixed] = _without_tissue(plan, mixed, window_side)
     support = _Covered(grid)
-    for _, some in chunks(regions.subset(np.flatnonzero(on_glass))):
-        support.add(some)
+    for _, chunk in chunks(regions.subset(np.flatnonzero(on_glass))):
+        support.add(chunk)
     np.logical_and(support.mask(), ~tissue, out=plan.glass_support)
     return plan
 
@@ -288,8 +288,8 @@ def _look_at_boxes(
     near = _Covered(grid)
     before = np.pad(tissue.astype(np.int32).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0))).astype(np.int32)
     on_glass, mixed = np.zeros(len(regions), bool), [np.empty(0, np.intp)]
-    for place, some in chunks(regions):
-        (x0, y0), (x1, y1) = near.add(some)
+    for place, chunk in chunks(regions):
+        (x0, y0), (x1, y1) = near.add(chunk)
         n_tissue = before[y1, x1] - before[y0, x1] - before[y1, x0] + before[y0, x0]
         on_glass[place] = n_tissue == 0
         mixed.append(np.flatnonzero((n_tissue > 0) & (n_tissue < (x1 - x0) * (y1 - y0))) + place.start)

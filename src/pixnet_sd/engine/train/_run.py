@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pixnet_sd._files import clear_left_over, file_hash, open_regular, replace_file
-from pixnet_sd._schemas import StateSchema, validated, what_is_wrong
+from pixnet_sd._schemas import StateSchema, what_is_wrong
 from pixnet_sd._util import logger
 from pixnet_sd.engine import TrainingSlide
 from pixnet_sd.errors import CheckpointError
@@ -143,7 +143,7 @@ class RunState:
         try:
             with _open_sealed(path, most_bytes) as file:
                 content = torch.load(file, "cpu", weights_only=True)  # type: ignore[arg-type]  # a map is read like a file
-            validated(StateSchema, content)
+            StateSchema.model_validate(content)
             state = cls(**content | {"best": BestEpoch(**content["best"])})
         except Exception as error:
             # torch raises half a dozen types for what it did not write; for a user they mean the same.

@@ -55,28 +55,28 @@ class Moments:
     """
 
     def __init__(self, n_genes: int) -> None:
-        self.n = 0
+        self.n = np.zeros(n_genes)
         self.mean = np.zeros((2, n_genes))
         self.product = np.zeros((3, n_genes))  # predicted², measured², predicted · measured, about the means
-        self.squared_error = 0.0
+        self.squared_error = np.zeros(n_genes)
         self.low, self.high = np.full((2, n_genes), np.inf), np.full((2, n_genes), -np.inf)
 
-    def add(self, predicted: Tensor, measured: Tensor) -> None:
-        """Take in regions, each (k, M)."""
+    def add(self, predicted: Tensor, measured: Tensor, genes: slice = slice(None)) -> None:
+        """Take in regions, each (k, genes)."""
         if not (k := len(measured)):
             return
         both = torch.stack([predicted, measured]).double()
         mean = both.mean(dim=1)
         centred = both - mean[:, None]
         product = torch.stack([(centred[i] * centred[j]).sum(0) for i, j in ((0, 0), (1, 1), (0, 1))])
-        step, total = mean.cpu().numpy() - self.mean, self.n + k
-        self.product += product.cpu().numpy()
-        self.product += np.stack([step[0] ** 2, step[1] ** 2, step[0] * step[1]]) * (self.n * k / total)
-        self.mean += step * (k / total)
-        self.n = total
-        self.squared_error += float(((both[0] - both[1]) ** 2).mean(dim=1).sum())
-        self.low = np.minimum(self.low, both.amin(dim=1).cpu().numpy())
-        self.high = np.maximum(self.high, both.amax(dim=1).cpu().numpy())
+        step, n = mean.cpu().numpy() - self.mean[:, genes], self.n[genes]
+        between = np.stack([step[0] ** 2, step[1] ** 2, step[0] * step[1]]) * (n * k / (n + k))
+        self.product[:, genes] += product.cpu().numpy() + between
+        self.mean[:, genes] += step * (k / (n + k))
+        self.n[genes] += k
+        self.squared_error[genes] += ((both[0] - both[1]) ** 2).sum(dim=0).cpu().numpy()
+        self.low[:, genes] = np.minimum(self.low[:, genes], both.amin(dim=1).cpu().numpy())
+        self.high[:, genes] = np.maximum(self.high[:, genes], both.amax(dim=1).cpu().numpy())
 
     @property
     def pcc(self) -> NDArray[np.float64]:
@@ -89,15 +89,16 @@ class Moments:
     @property
     def mse(self) -> float:
         """Mean squared error over regions and genes."""
-        return self.squared_error / max(self.n, 1)
+        return float((self.squared_error / np.maximum(self.n, 1)).mean())
 
-    def mse_of(self, constant: NDArray[np.float64]) -> float:
+    def mse_of(self, constant: NDArray[np.float64] | float) -> float:
         """Mean squared error of predicting a constant for each gene."""
-        return float((self.product[1] / max(self.n, 1) + (self.mean[1] - constant) ** 2).mean()) if self.n else 0.0
+        spread = self.product[1] / np.maximum(self.n, 1) + (self.mean[1] - constant) ** 2
+        return float(spread.mean()) if self.n.any() else 0.0
 
 
 class _SizeMoments:
-    """Moments of the regions of one size, all genes, a block at a time; what is compared is log-normalised.
+    """Moments of the regions of one size, a block of genes at a time; what is compared is log-normalised.
 
     A region without counts has no log-normalised expression, and is not compared.
     """
@@ -107,9 +108,7 @@ class _SizeMoments:
         self.size_name, self.depth = size_name, depth
         self.counts = np.zeros((2, 2))  # predicted and measured, of the genes and of all
         self.n_genes = network.head.n_outputs - objective.has_total
-        starts = range(0, self.n_genes, DENSE_OUTPUTS)
-        self.blocks = [slice(start, min(start + DENSE_OUTPUTS, self.n_genes)) for start in starts]
-        self.moments = [Moments(block.stop - block.start) for block in self.blocks]
+        self.moments = Moments(self.n_genes)
 
     def add(self, features: Tensor, operator: Operator, target: Target) -> None:
         """Take in a batch's regions of this size."""
@@ -123,32 +122,16 @@ class _SizeMoments:
             totals = total, total_measured = predict(last), measure(last)
             kept = total_measured[:, 0] > 0
             self._count(1, total, total_measured)
-        for block, moments in zip(self.blocks, self.moments, strict=True):
-            values = predict(block), measure(block)
+        for start in range(0, self.n_genes, DENSE_OUTPUTS):
+            genes = slice(start, min(start + DENSE_OUTPUTS, self.n_genes))
+            values = predict(genes), measure(genes)
             if self.objective.has_total:
                 self._count(0, *values)
-            moments.add(*(self.objective.comparable(*each)[kept] for each in zip(values, totals, strict=True)))
+            predicted, measured = map(self.objective.comparable, values, totals)
+            self.moments.add(predicted[kept], measured[kept], genes)
 
     def _count(self, which: int, predicted: Tensor, measured: Tensor) -> None:
         self.counts[:, which] += [float(predicted.double().sum()) * self.depth, float(measured.double().sum())]
-
-    @property
-    def pcc(self) -> NDArray[np.float64]:
-        """Correlation of each gene."""
-        return np.concatenate([moments.pcc for moments in self.moments])
-
-    @property
-    def mse(self) -> float:
-        """Mean squared error."""
-        return self._over_genes([moments.mse for moments in self.moments])
-
-    def mse_of(self, constant: NDArray[np.float64]) -> float:
-        """Mean squared error of predicting a constant for each gene."""
-        blocks = zip(self.moments, self.blocks, strict=True)
-        return self._over_genes([moments.mse_of(constant[block]) for moments, block in blocks])
-
-    def _over_genes(self, values: list[float]) -> float:
-        return float(np.average(values, weights=[block.stop - block.start for block in self.blocks]))
 
     @property
     def count_ratio(self) -> float:
@@ -204,15 +187,17 @@ def score_regions(
 
 
 def _scores(sizes: Sequence[_SizeMoments], means: GeneMeans) -> Scores:
-    sizes = [size for size in sizes if size.moments[0].n] or sizes
-    per_gene = np.array([size.pcc for size in sizes])
+    sizes = [size for size in sizes if size.moments.n.any()] or sizes
+    moments = [size.moments for size in sizes]
+    per_gene = np.array([each.pcc for each in moments])
     known = ~np.isnan(per_gene)
     pcc_per_gene = np.nansum(per_gene, axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
+    of_means = [means.get(size.size_name, means[""]) for size in sizes]
     return Scores(
         pcc=float(np.nanmean(pcc_per_gene)) if known.any() else float("-inf"),
-        mse=float(np.mean([size.mse for size in sizes])),
+        mse=float(np.mean([each.mse for each in moments])),
         pcc_per_gene=pcc_per_gene.tolist(),
-        gene_mean_mse=float(np.mean([size.mse_of(means.get(size.size_name, means[""])) for size in sizes])),
-        zero_mse=float(np.mean([size.mse_of(np.zeros_like(means[""])) for size in sizes])),
+        gene_mean_mse=float(np.mean([each.mse_of(mean) for each, mean in zip(moments, of_means, strict=True)])),
+        zero_mse=float(np.mean([each.mse_of(0.0) for each in moments])),
         count_ratio=max((size.count_ratio for size in sizes), key=_far, default=1.0),
     )

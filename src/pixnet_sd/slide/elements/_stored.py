@@ -202,17 +202,7 @@ class StoredShapes:
     @property
     def index(self) -> pd.Index:
         """Names of all shapes."""
-        name, index = self._index
-        return index if name is None else pd.Index(self._file.read([name])[name].to_numpy())
-
-    @property
-    def _index(self) -> tuple[str | None, pd.Index]:
-        """Column with the names of shapes; None and the names themselves where they are counted and not written."""
-        columns = (self._file.schema_arrow.pandas_metadata or {}).get("index_columns", [])
-        if columns and isinstance(columns[0], str):
-            return columns[0], pd.RangeIndex(0)
-        span = columns[0] if columns else {"start": 0, "stop": len(self), "step": 1}
-        return None, pd.RangeIndex(span["start"], span["stop"], span["step"])
+        return pq.read_pandas(self.path / _FILE, columns=[]).to_pandas().index
 
     def load(self) -> GeoDataFrame:
         """All shapes, in memory."""
@@ -237,11 +227,10 @@ def _read_some(shapes: StoredShapes, version: tuple[int, ...], *, in_sequence: b
     else:
         positions = sample_positions(n_rows[groups].sum())
     rows = _read_rows(shapes, groups.tolist(), positions)
-    name, index = shapes._index
-    if name is None:  # counted: where in the file each of the positions is
+    if isinstance(rows.index, pd.RangeIndex):  # of names that are counted and not written
         before = np.cumsum(n_rows[groups]) - n_rows[groups]
         group = np.searchsorted(before, positions, side="right") - 1
-        rows.index = index[positions - before[group] + (np.cumsum(n_rows) - n_rows)[groups][group]]
+        rows.index = shapes.index[positions - before[group] + (np.cumsum(n_rows) - n_rows)[groups][group]]
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ._arrays import GuardedArray, computed, loaded_px, stored_array
 from ._image import HUGE_BLOCK_PX, ImageLevel, ImagePyramid, is_cheap_to_look_at
-from ._pixels import Naming, coarsest, is_bright_field, levels_of, naming_of, pixel_sample
+from ._pixels import Naming, channel_names, coarsest, is_bright_field, levels_of, naming_of, pixel_sample
 from ._resample import make_taps, resample
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ImageLevel",
     "ImagePyramid",
     "Naming",
+    "channel_names",
     "coarsest",
     "computed",
     "is_bright_field",

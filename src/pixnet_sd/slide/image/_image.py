@@ -15,7 +15,7 @@ from xarray import DataArray, DataTree
 from pixnet_sd.errors import DataError, StoreError
 
 from ._arrays import ChunkGuard, GuardedArray, loaded_px
-from ._pixels import check_uint8, is_bright_field, levels_of, pixel_sample, rgb_channels
+from ._pixels import channel_names, check_uint8, is_bright_field, levels_of, pixel_sample, rgb_channels
 
 HUGE_BLOCK_PX = 64e6
 """Blocks of more pixels are slow to load for one tile."""
@@ -63,6 +63,7 @@ class ImagePyramid:
     """Levels of an RGB uint8 image element, at least one, finest first; the first has scale (1, 1)."""
 
     levels: tuple[ImageLevel, ...]
+    channels: tuple[str, ...]  # names of red, green and blue
 
     @classmethod
     def of(cls, element: DataArray | DataTree, image_key: str) -> ImagePyramid:
@@ -79,7 +80,7 @@ class ImagePyramid:
                 f"image {image_key!r} has axes {tuple(finest.dims)}, a flat image of axes ('c', 'y', 'x') is needed: "
                 "give image_key= of one, or parse this one with spatialdata.models.Image2DModel."
             )
-        names = finest.coords["c"].values.tolist() if "c" in finest.coords else range(finest.sizes["c"])
+        names = channel_names(finest)
 
         def look(at_any_cost: bool) -> bool | None:
             """Whether the image is bright-field; None if it cannot be told, or only by loading all of it."""
@@ -97,7 +98,7 @@ class ImagePyramid:
             scale, origin = (row_scale, col_scale), (row_origin, col_origin)
             levels.append(ImageLevel(GuardedArray(array.data), scale, origin, channels))
         _check_holes(levels, image_key)
-        return cls(tuple(levels))
+        return cls(tuple(levels), tuple(str(names[position]) for position in channels))
 
     @property
     def shape(self) -> tuple[int, int]:

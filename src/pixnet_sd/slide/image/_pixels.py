@@ -38,6 +38,11 @@ def levels_of(element: DataArray | DataTree) -> list[DataArray]:
     return sorted(levels, key=lambda level: -level.sizes["y"] * level.sizes["x"])
 
 
+def channel_names(level: DataArray) -> list[object]:
+    """Names of an image's channels in stored order; their numbers where it has none."""
+    return level.coords["c"].values.tolist() if "c" in level.coords else list(range(level.sizes["c"]))
+
+
 def coarsest(element: DataArray | DataTree, at_least_px: int = 1) -> DataArray:
     """The coarsest level whose shorter side has so many pixels, or the finest."""
     levels = levels_of(element)

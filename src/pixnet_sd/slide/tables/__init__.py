@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._cache import CountFile, open_counts, write_counts
+from ._cache import CountFile, find_pooling, open_counts, write_counts
 from ._checks import Look, checked_blocks, checked_totals
 from ._counts import Counts, log_normalise
 from ._measured import Genes, Measured, counts_of, genes_of, measured
@@ -22,6 +22,7 @@ __all__ = [
     "checked_totals",
     "choose_genes",
     "counts_of",
+    "find_pooling",
     "genes_of",
     "log_normalise",
     "measured",

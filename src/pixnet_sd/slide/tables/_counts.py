@@ -98,7 +98,7 @@ class Counts:
         return int(self.matrix.shape[1]) if self.genes is None else len(self.genes)
 
     def take(self, index: ArrayLike) -> Counts:
-        """Pick regions by a mask or an integer index."""
+        """Pick regions by a mask or an index, none of them twice."""
         return replace(self, rows=self.rows[np.asarray(index)])
 
     def order(self) -> NDArray[np.int32] | None:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -130,7 +130,7 @@ def _measured(sdata: SpatialData, slide: Slide, table_key: str) -> Measured:
     table = tables_of(sdata)[table_key]
     link = table_link(sdata, table_key=table_key, coordinate_system=slide.coordinate_system)
     genes = genes_of(table, what)
-    regions, rows, instances = _bins(sdata, link, slide) or _drawn(sdata, link, slide)
+    regions, rows, instances = _located(sdata, link, slide)
     every = Measured(
         table_key=table_key,
         element_key=link.element_key,
@@ -146,46 +146,38 @@ def _measured(sdata: SpatialData, slide: Slide, table_key: str) -> Measured:
     return every.take(check_regions_on_image(regions, width=width, height=height, what=what))
 
 
-Located: TypeAlias = tuple[Lattice | Circles | Polygons | LabelGrid, NDArray[np.int32], pd.Index]
-"""Regions, the table's row of each, and the instance id of each."""
-
-
-def _bins(sdata: SpatialData, link: TableLink, slide: Slide) -> Located | None:
+def _located(
+    sdata: SpatialData, link: TableLink, slide: Slide
+) -> tuple[Lattice | Circles | Polygons | LabelGrid, NDArray[np.int32], pd.Index]:
+    """Find the regions of a table's rows: bins on their lattice, others as drawn; with their rows and instance ids."""
     bins = bins_of_table(sdata, link, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system)
-    if bins is None:
-        return None
-    drawn = shapes_of(sdata).get(link.element_key)
-    if drawn is None or same_ids(drawn.index, bins.instances):
-        return bins.lattice, bins.rows, bins.instances
-    has_region = bins.instances.isin(drawn.index)
-    _check_lost(link, bins.instances, has_region, drawn.index)
-    return bins.lattice.subset(np.flatnonzero(has_region)), bins.rows[has_region], bins.instances[has_region]
-
-
-def _drawn(sdata: SpatialData, link: TableLink, slide: Slide) -> Located:
-    regions, ids = regions_of(
-        sdata, link.element_key, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system
-    )
-    index = ids.get_indexer(link.instances)
-    has_region = index >= 0
-    _check_lost(link, link.instances, has_region, ids)
-    return regions.subset(index[has_region]), link.rows[has_region], link.instances[has_region]
-
-
-def _check_lost(link: TableLink, instances: pd.Index, has_region: NDArray[np.bool_], ids: pd.Index) -> None:
-    """Warn of rows without a region, and refuse a table that has no others."""
-    n_lost = int((~has_region).sum())
+    if bins is not None:
+        regions, rows, instances = bins.lattice, bins.rows, bins.instances
+        drawn = shapes_of(sdata).get(link.element_key)
+        if drawn is None or same_ids(drawn.index, instances):
+            return regions, rows, instances
+        ids, has_region = drawn.index, instances.isin(drawn.index)
+        index = np.flatnonzero(has_region)
+    else:
+        regions, ids = regions_of(
+            sdata, link.element_key, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system
+        )
+        rows, instances = link.rows, link.instances
+        index = ids.get_indexer(instances)
+        has_region = index >= 0
+        index = index[has_region]
+    n_lost, first = int((~has_region).sum()), instances[~has_region][:1].tolist()
     if n_lost == len(has_region):
         raise DataError(
-            f"Table {link.table_key!r}: none of its {n_lost} instance ids (such as {instances[:1].tolist()[0]!r}) is "
-            f"in element {link.element_key!r} (ids such as {ids[:1].tolist()[0]!r}). Both must hold the same ids, of "
-            "the same type."
+            f"Table {link.table_key!r}: none of its {n_lost} instance ids (such as {first[0]!r}) is in element "
+            f"{link.element_key!r} (ids such as {ids[:1].tolist()[0]!r}). Both must hold the same ids of one type."
         )
     if n_lost:
         warn(
             f"Table {link.table_key!r}: {n_lost} of {len(has_region)} rows have no region in element "
-            f"{link.element_key!r} (first {instances[~has_region][:1].tolist()[0]!r}) and are left out."
+            f"{link.element_key!r} (first {first[0]!r}) and are left out."
         )
+    return regions.subset(index), rows[has_region], instances[has_region]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -15,7 +14,6 @@ from pixnet_sd.errors import ElementError
 from pixnet_sd.slide import other_slides, size_of_bins
 from pixnet_sd.slide.elements import (
     BinLattice,
-    StoredTable,
     Table,
     bin_lattice,
     coordinate_systems,
@@ -147,21 +145,17 @@ def _one_for_each_region(sdata: SpatialData, regions: Mapping[str, Sequence[str]
 
 def _looks_like_counts(table: Table) -> bool:
     """Tell whether a sample of X is whole, not negative, and not 0 all over."""
-    if not isinstance(table, StoredTable) and table.X is None:
+    x: Any = table.X
+    if x is None:
         return False
-    values = _sample(table)
+    values = _sample(x.group["data"] if hasattr(x, "group") else x.data if sparse.issparse(x) else x)
     if not np.issubdtype(values.dtype, np.number) or np.iscomplexobj(values) or not np.isfinite(values).all():
         return False
     return bool(len(values) and (values >= 0).all() and values.any() and (values == np.rint(values)).all())
 
 
-def _sample(table: Table) -> NDArray[Any]:
-    """Read stored values of X from its start, middle and end."""
-    if isinstance(table, StoredTable):
-        x: Any = table._group["X"]
-        x = x if isinstance(x, zarr.Array) else x["data"]
-    else:
-        x = table.X.data if sparse.issparse(table.X) else table.X
+def _sample(x: Any) -> NDArray[Any]:
+    """Read values from the start, the middle and the end of an array."""
     step = (_SAMPLE_VALUES if x.ndim == 1 else _SAMPLE_ROWS) // 3
     starts = sorted({0, max(0, (x.shape[0] - step) // 2), max(0, x.shape[0] - step)})
     read = [x[start : start + step] for start in starts]

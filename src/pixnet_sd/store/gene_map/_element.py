@@ -167,15 +167,7 @@ def _softplus(x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def read_head(sdata: SpatialData, key: str) -> FactorHead:
-    """Read the weights that belong to the image of factors ``key``.
-
-    Raises
-    ------
-    ElementError
-        When the table is missing.
-    DataError
-        When it is not one that `predict` writes, or does not fit the image.
-    """
+    """Read the weights that belong to the image of factors ``key``, and check that they fit it."""
     name = head_key(key)
     if name not in sdata.tables:
         raise ElementError(f"The image {key!r} needs the table {name!r} beside it, which is not there. Predict again.")
@@ -207,13 +199,7 @@ class GeneMapReader:
     _array: Any = field(repr=False)
 
     def read(self, channels: Sequence[int], window: Sequence[int]) -> NDArray[np.float32]:
-        """Read (channels, rows, columns) of a window, row0, row1, col0, col1.
-
-        Raises
-        ------
-        DataError
-            When the window leaves the map.
-        """
+        """Read (channels, rows, columns) of a window, row0, row1, col0, col1."""
         row0, row1, col0, col1 = window
         if not (0 <= row0 <= row1 <= self.shape[0] and 0 <= col0 <= col1 <= self.shape[1]):
             raise DataError(f"Rows {row0}:{row1}, columns {col0}:{col1} leave the map of {self.shape} pixels.")
@@ -226,15 +212,7 @@ class GeneMapReader:
 
 
 def open_map(sdata: SpatialData, key: str) -> GeneMapReader:
-    """Open a gene map for reading: straight from Zarr when it lies in the object's store, else from memory.
-
-    Raises
-    ------
-    ElementError
-        When there is no multiscale image of that name.
-    StoreError
-        As `check_not_rewritten`.
-    """
+    """Open a gene map for reading: straight from Zarr when it lies in the object's store, else from memory."""
     element = sdata.images.get(key)
     if element is None or "scale0" not in getattr(element, "children", {}):
         names = ", ".join(sdata.images) or "none"
@@ -250,11 +228,6 @@ def check_not_rewritten(sdata: SpatialData, key: str) -> None:
     """Refuse a map that another run has replaced in the store since the object was opened.
 
     Its pixels would be read from the store, and named after the channels that the object remembers.
-
-    Raises
-    ------
-    StoreError
-        When channels or size in the store are others.
     """
     folder = _folder(sdata, key)
     if folder is None:

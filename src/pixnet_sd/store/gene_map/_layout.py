@@ -31,28 +31,14 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class MapLayout:
-    """How a gene map lies on disk.
-
-    Attributes
-    ----------
-    n_genes
-        Channels.
-    height, width
-        Map pixels that are predicted.
-    block_px
-        Side of a block, a power of two.
-    n_levels
-        Levels, the full one included, at least 2.
-    whole_channels
-        Whether a chunk holds all channels: of factors all are needed at once, of genes a few.
-    """
+    """How a gene map lies on disk."""
 
     n_genes: int
-    height: int
+    height: int  # map pixels that are predicted
     width: int
-    block_px: int
-    n_levels: int
-    whole_channels: bool = False
+    block_px: int  # a power of two
+    n_levels: int  # the full one included, at least 2
+    whole_channels: bool = False  # a chunk holds all channels: of factors all are needed at once, of genes a few
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -107,11 +93,6 @@ def map_layout(
     Levels are added until the longer side is at most 512 pixels, but no more than a block can be halved. Blocks, where
     their side is not given, are the largest of 32 to 512 pixels that take no more than 64 MiB, 16 MiB with
     ``whole_channels``; they are made larger where the map would not stay under 20,000 files.
-
-    Raises
-    ------
-    StoreError
-        When the map is empty or ``block_px`` is no power of two of at least 2.
     """
     height, width = shape
     if n_genes < 1 or height < 1 or width < 1:

@@ -56,30 +56,9 @@ class GeneMapWriter:
 
     What a killed run has written is taken up by the next one with the same fingerprint. A context manager: leaving it
     without a commit keeps the partial map for that. `write` may be called from several threads.
-
-    Parameters
-    ----------
-    out
-        Transaction of the object that the map is for. A map for an object in memory stays in memory.
-    key
-        Name of the image element to be.
-    channels
-        Names of the genes or factors, each once.
-    layout
-        Shapes, chunks and blocks.
-    transforms
-        Of the source image, all of whose coordinate systems the map gets.
-    pitch_image_px
-        Image scale-0 pixels per map pixel.
-    fingerprint
-        Text that is equal for two runs exactly when their values would be (model, slide, settings).
-
-    Raises
-    ------
-    StoreError
-        Too little memory, another run writing the same map.
-    DataError
-        When a channel is named twice.
+    A map for an object in memory stays in memory. ``transforms`` are those of the source image, all of whose coordinate
+    systems the map gets, ``pitch_image_px`` its scale-0 pixels per map pixel; ``fingerprint`` is equal for two runs
+    exactly when their values would be (model, slide, settings).
     """
 
     def __init__(
@@ -121,11 +100,7 @@ class GeneMapWriter:
     def write(self, block: Block, values: NDArray[np.float32]) -> None:
         """Write one block (channels, rows, columns), 0 off tissue, into every level, then mark it done.
 
-        Raises
-        ------
-        DataError
-            When it is not a block of the layout, the shape is another, or a value is not finite (plots of the map would
-            fail).
+        Values have to be finite: plots of the map would fail.
         """
         row0, row1, col0, col1 = block
         if block not in self._blocks or values.shape != (len(self._channels), row1 - row0, col1 - col0):
@@ -149,6 +124,11 @@ class GeneMapWriter:
         """Bytes that the blocks to come take at most."""
         return int(self.layout.nbytes * len(self.pending) / len(self._blocks))
 
+    @property
+    def missing_files(self) -> int:
+        """Files that the blocks to come take at most."""
+        return self.layout.n_levels * len(self.pending)
+
     def summary(self) -> str:
         """Say what will be written."""
         layout, n_done = self.layout, len(self._blocks) - len(self.pending)
@@ -160,13 +140,7 @@ class GeneMapWriter:
         )
 
     def element(self) -> Any:
-        """Finish the map, for `Transaction.commit`.
-
-        Raises
-        ------
-        StoreError
-            When blocks that were written are not there any more.
-        """
+        """Finish the map, for `Transaction.commit`."""
         if isinstance(self._levels, _DiskLevels):
             return self._levels.staged()
         arrays = enumerate(self._levels.arrays)
@@ -279,7 +253,7 @@ class _DiskLevels:
                 dtype=theirs.dtype,
                 compressors=FAST if layout.whole_channels else theirs.compressors,
                 fill_value=theirs.fill_value,
-                dimension_names=theirs.metadata.dimension_names,
+                dimension_names=("c", "y", "x"),
                 overwrite=True,
             )
         consolidate(self._folder / "map.zarr")

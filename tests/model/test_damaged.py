@@ -81,20 +81,14 @@ WRONG: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize("where", WRONG)
 def test_a_field_that_no_model_has(tmp_path: Path, content, where: str) -> None:
-    """Though its checksum fits."""
-    for value in WRONG[where]:
-        folder = sealed(tmp_path, changed(content, where, value))
-        with pytest.raises(CheckpointError) as refused:
-            read_record(folder)
-        assert where.split(".")[0] in str(refused.value), value
-        assert str(folder / "config.json") in str(refused.value)
+    """Though its checksum fits; nor may one be missing."""
+    texts = [changed(content, where, value) for value in WRONG[where]]
+    if where in content:
+        texts.append(json.dumps({name: value for name, value in content.items() if name != where}))
+    for text in texts:
+        with pytest.raises(CheckpointError, match=where.split(".")[0]) as refused:
+            read_record(sealed(tmp_path, text))
         assert len(str(refused.value)) < 700
-
-
-def test_a_field_that_is_missing(tmp_path: Path, content) -> None:
-    for name in content:
-        with pytest.raises(CheckpointError, match=name):
-            read_record(sealed(tmp_path, json.dumps({k: v for k, v in content.items() if k != name})))
 
 
 def test_all_fields_are_in_the_table(content) -> None:
@@ -108,7 +102,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.sampled_from([*WRONG, "genes.1", "history.0.loss", "held_out_pcc", "format"]), value=JSON)
 def test_any_value_anywhere(tmp_path: Path, content, where: str, value: Any) -> None:
     """What is taken can be used: it is shown, and saved again."""
@@ -126,17 +120,16 @@ def test_any_value_anywhere(tmp_path: Path, content, where: str, value: Any) -> 
     [
         ("", "damaged"),
         ('{"format": "pixnet_sd/2", "genes": [', "damaged"),
-        ("[1, 2]", "its format is None, and 'pixnet_sd/2' is needed"),
-        ('{"architectures": ["ResNet"]}', r"not a checkpoint of this package.*encoder_weights="),
-        ('{"format": "pixnet_sd/1"}', "its format is 'pixnet_sd/1'.*Train again"),
-        ('{"format": "pixnet_sd/2", "genes": []}', r"lacks \['target_sum', 'objective', 'aggregation'"),
+        ("[1, 2]", "None"),
+        ('{"architectures": ["ResNet"]}', "encoder_weights="),
+        ('{"format": "pixnet_sd/1"}', "pixnet_sd/1"),
+        ('{"format": "pixnet_sd/2", "genes": []}', "target_sum"),
         ('{"a":' * 100_000, "damaged"),
-        ("[" * 100_000, "damaged"),
         ("9" * 100_000, "damaged"),
-        ('{"format": NaN}', "its format is nan"),
+        ('{"format": NaN}', "nan"),
         ("\0" * 100, "damaged"),
     ],
-    ids=range(11),
+    ids=range(10),
 )
 def test_text_that_is_no_record(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
@@ -158,32 +151,28 @@ def flip(path: Path, bit: int) -> None:
 def test_any_flipped_bit(folder: Path, name: str) -> None:
     path, read = folder / name, reader_of(name)
     whole = path.read_bytes()
-    span = len(whole) if name != "checksums.json" else whole.index(b"config.json") + 20  # the rest is of the weights
-    start = 0 if name != "checksums.json" else whole.index(b"config.json")
-    n_flips = 6 if name == "model.safetensors" else 100
+    start, span = 0, len(whole)
+    if name == "checksums.json":  # the rest is of the weights
+        start = whole.index(b"config.json")
+        span = start + 20
+    n_flips = 6 if name == "model.safetensors" else 50
     for k in range(n_flips):
         flip(path, 8 * start + k * (8 * (span - start) - 1) // (n_flips - 1))
         with pytest.raises(CheckpointError):
             read(folder)
         path.write_bytes(whole)
-
-
-def test_a_flipped_bit_in_the_hash_of_the_weights(folder: Path) -> None:
-    path = folder / "checksums.json"
-    noted = json.loads(path.read_text())
-    flip(path, 8 * path.read_bytes().index(noted["files"]["model.safetensors"]["sha256"].encode()))
-    with pytest.raises(CheckpointError):
-        PixNet.load(folder)
+    if name == "checksums.json":
+        flip(path, 8 * whole.index(json.loads(whole)["files"]["model.safetensors"]["sha256"].encode()))
+        with pytest.raises(CheckpointError):
+            PixNet.load(folder)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_truncated_or_longer(folder: Path, name: str) -> None:
     path = folder / name
     whole = path.read_bytes()
-    for length in (0, 5, len(whole) - 1, -1):
-        path.write_bytes(whole[:length] if length >= 0 else whole + b" ")
-        if (name, length) == ("checksums.json", -1):
-            continue  # a blank behind it changes nothing of what it says
+    for content in (b"", whole[:5], whole[:-1], whole + b"x"):
+        path.write_bytes(content)
         with pytest.raises(CheckpointError, match=name):
             reader_of(name)(folder)
 
@@ -254,11 +243,6 @@ def test_a_record_of_another_network(folder: Path, content, where: str, value: A
         PixNet.load(sealed(folder, changed(content, where, value)))
 
 
-def test_an_encoder_that_this_timm_does_not_know(folder: Path, content) -> None:
-    with pytest.raises(CheckpointError, match=r"encoder 'resnet_of_2030' of timm .* installed here, .*, does not have"):
-        PixNet.load(sealed(folder, changed(content, "encoder", "resnet_of_2030")))
-
-
 @pytest.mark.parametrize(("other", "forge"), [({"genes": 7}, True), ({"seed": 1}, True), ({"seed": 1}, False)])
 def test_weights_of_another_model(folder: Path, other: dict[str, int], forge: bool) -> None:
     shutil.copy(make_model(**other).save(folder.parent / "other") / "model.safetensors", folder)
@@ -268,35 +252,32 @@ def test_weights_of_another_model(folder: Path, other: dict[str, int], forge: bo
         PixNet.load(folder)
 
 
-def test_saving_follows_no_link(folder: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "thesis.tex"
+@pytest.mark.parametrize("linked", ["files", "folder"])
+def test_saving_follows_no_link_to_a_file(folder: Path, tmp_path: Path, linked: str) -> None:
+    mine, other, target = tmp_path / "thesis.tex", make_model(1), folder
     mine.write_text("years of work")
-    for name in (*FILES, *(f"{name}.partial" for name in FILES)):
-        (folder / name).unlink(missing_ok=True)
+    if linked == "folder":
+        target = tmp_path / "link"
+        target.symlink_to(folder)
+    for name in FILES if linked == "files" else ():
+        (folder / name).unlink()
         (folder / name).symlink_to(mine)
-    other = make_model(1)
-    other.save(folder)
+    other.save(target)
     assert mine.read_text() == "years of work"
-    assert PixNet.load(folder).record == other.record
+    assert PixNet.load(folder).record == PixNet.load(target).record == other.record
 
 
-def test_a_folder_that_is_a_link(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(folder)
-    other = make_model(1)
-    other.save(tmp_path / "link")
-    assert PixNet.load(tmp_path / "link").record == PixNet.load(folder).record == other.record
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
-def test_permissions_are_those_of_new_files(tmp_path: Path, umask: int, mode: int) -> None:
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_permissions_are_those_of_new_files_or_of_the_replaced(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
-        make_model().save(tmp_path / "model")
+        for expected in (mode, 0o600):
+            folder = make_model().save(tmp_path / "model")
+            assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {expected}
+            for path in folder.iterdir():
+                path.chmod(0o600)
     finally:
         os.umask(before)
-    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == dict.fromkeys(
-        FILES, mode
-    )
 
 
 def test_a_record_that_cannot_be_read_again_is_not_saved(folder: Path) -> None:

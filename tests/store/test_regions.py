@@ -1,0 +1,347 @@
+"""A table that was streamed to disk is the table that is made in memory, and enters the store like any result."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+import warnings
+from contextlib import contextmanager
+from functools import partial
+
+import anndata as ad
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import spatialdata as sd
+import zarr
+from geopandas.testing import assert_geodataframe_equal
+from spatialdata.transformations import get_transformation
+from tests.store.putting import enter
+
+from pixnet_sd.errors import DataError, StoreError
+from pixnet_sd.geometry import RegionShare, Window
+from pixnet_sd.store import (
+    Expressed,
+    RegionWriter,
+    RowInfo,
+    TableArrays,
+    Transaction,
+    circles_element,
+    estimate_table_bytes,
+    expression,
+    hold_lock,
+    region_table,
+    spatial_library,
+    squares_element,
+    thumbnail,
+    work_folder,
+)
+from pixnet_sd.store.gene_map import image_transforms
+
+GENES = ["ERBB2", "MT-CO1", "gène"]
+MANY_GENES = [*GENES, *(f"G{k}" for k in range(197))]
+N, OFF = 57, 6  # every seventh region holds no pixel of the slide
+KEPT = N - N // 7
+WINDOWS = [Window(k, k + 1, 0, 1) for k in range(4)]
+TABLE, SHAPES = "tables/pixnet_t", "shapes/pixnet_t_shapes"
+
+
+def centres(n):
+    return np.random.default_rng(3).uniform(20, 280, (n, 2))
+
+
+def describe(text, n, start, stop, weight):
+    rows = np.arange(start, stop)
+    ids = np.array([f"célula-{k}" for k in rows], object) if text else rows * 3 + 1
+    xy = centres(n)[start:stop]
+    return RowInfo(ids, xy, {"area_um2": xy[:, 0], "n_px": rows, "edge": rows % 2 == 0})
+
+
+def shares(n, genes=GENES):
+    """One region of five lies in all windows, the others in one."""
+    for number, window in enumerate(WINDOWS):
+        rng = np.random.default_rng(number)
+        mine, shared = np.arange(n) % 5 == number, np.arange(n) % 5 == 4
+        index = np.flatnonzero((mine | shared) & (np.arange(n) % 7 != OFF))
+        sums = rng.random((len(index), len(genes)), dtype=np.float32)
+        yield RegionShare(window, index, sums, rng.uniform(1, 9, len(index)), mine[index])
+
+
+def put_all(writer, n_windows=4, genes=GENES):
+    for share in list(shares(writer.rows.n_rows, genes))[:n_windows]:
+        writer.put(share)
+
+
+@contextmanager
+def open_writer(sdata, *, n=N, genes=GENES, fingerprint="f", overwrite=False, n_bytes=0, wait_s=15.0):
+    names = {"pixnet_t": "tables", "pixnet_t_shapes": "shapes"}
+    with (
+        Transaction(sdata, names, overwrite=overwrite, wait_s=wait_s) as out,
+        RegionWriter(out, table_key="pixnet_t", n_regions=n, genes=genes, fingerprint=fingerprint) as writer,
+    ):
+        out.check_room(n_bytes, 0)
+        writer.commit = out.commit
+        yield writer
+
+
+def counted(sums, weight):
+    """A layer and a column besides the values."""
+    return Expressed(np.log1p(sums), {"expected_counts": sums}, {"expected_total_counts": sums.sum(axis=1)})
+
+
+def results(sdata, writer, *, genes=GENES, text=False, kind="circles", aggregation="mean"):
+    picture = thumbnail(sdata, "_full_image", max_px=100)
+    make_table = partial(
+        region_table,
+        genes=genes,
+        region="pixnet_t_shapes",
+        var=pd.DataFrame({"held_out_pcc": [0.1, np.nan, 0.2]}, index=GENES),
+        uns={"pixnet_sd": {"model_sha256": "abc"}, "spatial": spatial_library("", 16.0, picture)},
+    )
+    transforms = image_transforms(sdata, "_full_image")
+    make_shapes = partial(circles_element, radius_px=8.0, transforms=transforms)
+    if kind == "squares":
+        make_shapes = partial(squares_element, side_px=8.0, angle_rad=0.2, transforms=transforms)
+    return writer.results(
+        partial(describe, text, writer.rows.n_rows),
+        make_table=make_table,
+        express=counted if aggregation == "counts" else partial(expression, aggregation=aggregation),
+        shapes_key="pixnet_t_shapes",
+        make_shapes=make_shapes,
+    )
+
+
+def run(sdata, *, n=N, genes=GENES, overwrite=False, fingerprint="f", **options):
+    with open_writer(sdata, n=n, genes=genes, overwrite=overwrite, fingerprint=fingerprint) as writer:
+        put_all(writer, genes=genes)
+        writer.commit(results(sdata, writer, genes=genes, **options), provenance={"tables": {"pixnet_t": {}}})
+
+
+def assert_same(ours, theirs):
+    found, expected = ours.tables["pixnet_t"], theirs.tables["pixnet_t"]
+    np.testing.assert_array_equal(found.X, expected.X)
+    assert found.X.dtype == expected.X.dtype == np.float32
+    assert set(found.layers) == set(expected.layers)
+    for name, layer in expected.layers.items():
+        np.testing.assert_array_equal(found.layers[name], layer)
+        assert layer.any()
+    pd.testing.assert_frame_equal(found.obs, expected.obs, check_exact=True)
+    pd.testing.assert_frame_equal(found.var, expected.var, check_exact=True)
+    np.testing.assert_array_equal(found.obsm["spatial"], expected.obsm["spatial"])
+    assert found.obsm["spatial"].dtype == expected.obsm["spatial"].dtype
+    np.testing.assert_equal(dict(found.uns), dict(expected.uns))
+    shapes, expected_shapes = (sdata.shapes["pixnet_t_shapes"] for sdata in (ours, theirs))
+    assert_geodataframe_equal(shapes, expected_shapes)
+    np.testing.assert_equal(
+        *(
+            {system: matrix.to_affine_matrix(("x", "y"), ("x", "y")) for system, matrix in transforms.items()}
+            for transforms in (get_transformation(element, get_all=True) for element in (shapes, expected_shapes))
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "text", "kind", "aggregation"),
+    [
+        (N, False, "circles", "mean"),
+        (N, True, "squares", "sum"),
+        (N, True, "circles", "counts"),
+        (70_000, False, "circles", "mean"),  # several chunks, batches and groups of rows
+    ],
+)
+def test_streamed_equals_made_in_memory(slide, in_memory, tmp_path, user_files, n, text, kind, aggregation):
+    before, genes = user_files(slide.path), GENES if n == N else MANY_GENES
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?i).*shard")  # chunks are ours to choose
+        run(slide, n=n, genes=genes, text=text, kind=kind, aggregation=aggregation)
+    run(in_memory, n=n, genes=genes, text=text, kind=kind, aggregation=aggregation)
+    in_memory.write(tmp_path / "theirs.zarr")
+    theirs = sd.read_zarr(tmp_path / "theirs.zarr")
+    assert theirs.tables["pixnet_t"].n_obs == n - n // 7
+    assert_same(slide, theirs)
+    again = sd.read_zarr(slide.path)
+    assert_same(again, theirs)
+    ours, expected = (zarr.open_array(store / TABLE / "X") for store in (slide.path, tmp_path / "theirs.zarr"))
+    assert ours.chunks == (min(ours.shape[0], 2**20 // len(genes), 2**16), len(genes))
+    assert (ours.shards, ours.compressors, ours.attrs.asdict()) == (None, expected.compressors, expected.attrs.asdict())
+    assert user_files(slide.path) == before
+    assert not work_folder(slide.path).exists()
+    metadata = json.loads((slide.path / "zarr.json").read_text())
+    again.write_consolidated_metadata()
+    assert json.loads((slide.path / "zarr.json").read_text()) == metadata
+
+
+def test_values_are_means_over_the_shares(in_memory):
+    run(in_memory)
+    region = 4  # lies in all four windows
+    sums, weight = np.zeros(len(GENES)), 0.0
+    for share in shares(N):
+        at = share.index.tolist().index(region)
+        sums, weight = sums + share.sums[at], weight + share.weight[at]
+    np.testing.assert_allclose(in_memory.tables["pixnet_t"]["13"].X[0], sums / weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("encoding", ["WKB", "geoarrow"])
+def test_parquet_is_as_geopandas_writes_it(slide, tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(sd.settings, "shapes_geometry_encoding", encoding)
+    run(slide, kind="squares")
+    ours = pq.ParquetFile(slide.path / SHAPES / "shapes.parquet")
+    frame = gpd.GeoDataFrame(geometry=slide.shapes["pixnet_t_shapes"].geometry)
+    frame.to_parquet(tmp_path / "theirs.parquet", geometry_encoding=encoding)
+    theirs = pq.ParquetFile(tmp_path / "theirs.parquet")
+    assert ours.schema_arrow.equals(theirs.schema_arrow)
+    assert json.loads(ours.metadata.metadata[b"geo"]) == json.loads(theirs.metadata.metadata[b"geo"])
+    made = squares_element(centres(N), 8.0, {"": get_transformation(slide.images["_full_image"], "")}, angle_rad=0.2)
+    found = sd.read_zarr(slide.path).shapes["pixnet_t_shapes"]
+    kept = made.geometry[np.arange(N) % 7 != OFF].set_axis(found.index)
+    assert found.geometry.geom_equals_exact(kept, 1e-9).all()
+
+
+def test_no_region_on_the_slide(slide, in_memory):
+    for sdata in (slide, in_memory):
+        with open_writer(sdata) as writer, pytest.raises(DataError, match="57"):
+            results(sdata, writer)
+
+
+@pytest.mark.parametrize("column", ["categorical", "nullable"])
+def test_columns_in_the_encodings_of_anndata(tmp_path, column):
+    values = pd.Categorical(["x"]) if column == "categorical" else pd.array([7], dtype="Int64")
+    obs = pd.DataFrame({"kind": values, "region": pd.Categorical(["here"])}, index=["one"])
+    table = ad.AnnData(np.ones((1, 2), np.float32), obs=obs)
+    ad.io.write_elem(zarr.open_group(tmp_path, mode="w", zarr_format=3), "t", table)
+    if column == "categorical":
+        with pytest.raises(StoreError, match="'kind'"):
+            TableArrays(tmp_path / "t", 5, 2)
+        return
+    arrays = TableArrays(tmp_path / "t", 5, 2)
+    arrays.add_rows(np.arange(5), {"kind": np.arange(5)})
+    arrays.add_values(np.ones((5, 2), np.float32), {})
+    arrays.finish()
+    found = ad.read_zarr(tmp_path / "t").obs["kind"]
+    assert found.tolist() == [0, 1, 2, 3, 4]
+    assert not found.isna().any()
+
+
+def test_a_killed_run_is_taken_up(slide, in_memory):
+    run(in_memory)
+    with open_writer(slide) as writer:
+        put_all(writer, 2)
+        folder = writer.rows.folder
+    enter(slide, {"other": "images"})  # another call in between leaves the partial table alone
+    assert folder.exists()
+    (folder / "table.zarr").mkdir()  # the run before was killed while it wrote the table
+    (folder / "shapes.zarr").mkdir()
+    with open_writer(slide) as writer:
+        assert [writer.is_done(window) for window in WINDOWS] == [True, True, False, False]
+        put_all(writer)
+        writer.commit(results(slide, writer))
+    np.testing.assert_array_equal(slide.tables["pixnet_t"].X, in_memory.tables["pixnet_t"].X)
+    assert not work_folder(slide.path).exists()
+
+
+def test_two_runs_at_a_time_are_refused(slide):
+    second = open_writer(sd.read_zarr(slide.path), wait_s=0.05)
+    with open_writer(slide), pytest.raises(StoreError, match="pixnet_t"), second:
+        pass
+
+
+def test_leaving_without_a_result_keeps_what_was_put(slide):
+    with pytest.raises(KeyboardInterrupt), open_writer(slide):
+        raise KeyboardInterrupt
+    assert not work_folder(slide.path).exists()
+    broken = next(shares(N))._replace(sums=np.empty((0, 9), np.float32))
+    with open_writer(slide) as writer:
+        put_all(writer, 1)
+    with pytest.raises(DataError), open_writer(slide) as writer:
+        writer.put(broken._replace(window=WINDOWS[1]))
+    with open_writer(slide) as writer:
+        assert writer.rows.n_done == 1
+
+
+@pytest.mark.parametrize("method", [(zarr.Array, "__setitem__"), (pq.ParquetWriter, "write_table")])
+def test_a_disk_that_fills_up_while_the_table_is_written(slide, monkeypatch, user_files, method):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = user_files(slide.path)
+    with open_writer(slide) as writer:
+        put_all(writer)
+        monkeypatch.setattr(*method, full)
+        with pytest.raises(StoreError, match="No space left"):
+            results(slide, writer)
+        monkeypatch.undo()
+    assert user_files(slide.path) == before
+    assert "pixnet_t" not in sd.read_zarr(slide.path)
+    with open_writer(slide) as writer:
+        assert writer.rows.n_done == len(WINDOWS)
+        writer.commit(results(slide, writer))
+    assert slide.tables["pixnet_t"].n_obs == KEPT
+    assert not work_folder(slide.path).exists()
+
+
+def test_too_little_disk_is_refused_before_any_work(slide, monkeypatch):
+    usage, needed = shutil.disk_usage(slide.path), estimate_table_bytes(N, 3, 3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // 2))
+    with pytest.raises(StoreError, match="free"), open_writer(slide, n_bytes=needed):
+        pass
+    assert not work_folder(slide.path).exists()
+
+
+def test_estimate_is_enough(slide):
+    with open_writer(slide) as writer:
+        put_all(writer)
+        assert writer.rows.stored_bytes < 2 * (4 * len(GENES) + 16) * N + 1000
+        table = results(slide, writer)["pixnet_t"].scratch_store / TABLE
+        stored = sum(file.stat().st_size for file in (table / "X").rglob("*") if file.is_file())
+    assert stored < 2 * 4 * N * len(GENES) + 1000  # tiny: the metadata alone is 700 bytes
+    assert estimate_table_bytes(10**7, 250, 250) == pytest.approx(28e9, rel=0.01)
+
+
+def test_overwrite_and_results_that_stay_on_disk(slide, monkeypatch, caplog):
+    run(slide)
+    with pytest.raises(StoreError, match="pixnet_t"), open_writer(slide):
+        pass
+    first = slide.tables["pixnet_t"].X.copy()
+    run(slide, aggregation="sum", overwrite=True, fingerprint="g")
+    for sdata in (slide, sd.read_zarr(slide.path)):
+        assert not np.allclose(sdata.tables["pixnet_t"].X, first)
+    logging.getLogger("pixnet_sd").propagate = True
+    monkeypatch.setattr("pixnet_sd.store._notes.MAX_READ_BYTES", 100)
+    with caplog.at_level("INFO", "pixnet_sd"):
+        run(slide, aggregation="sum", overwrite=True, fingerprint="g")
+    assert "pixnet_t" not in slide.tables  # nor what was there before
+    assert "pixnet_t_shapes" not in slide.shapes
+    assert "read_lazy" in caplog.text
+    assert sd.read_zarr(slide.path).tables["pixnet_t"].n_obs == KEPT
+
+
+def test_nothing_of_the_users_is_read(slide, monkeypatch):
+    """By a commit: their tables may be larger than memory."""
+    read = []
+    real_table, real_shapes = ad.io.read_zarr, gpd.read_parquet
+    from spatialdata._io import io_shapes, io_table  # where spatialdata keeps its names of these readers
+
+    monkeypatch.setattr(io_table, "read_anndata_zarr", lambda path: (read.append(str(path)), real_table(path))[1])
+    monkeypatch.setattr(io_shapes, "read_parquet", lambda path: (read.append(str(path)), real_shapes(path))[1])
+    run(slide)
+    assert len(read) == 2
+    assert all("pixnet_t" in path for path in read)
+
+
+def test_leftovers_are_swept_and_unfinished_work_stays(slide):
+    work = work_folder(slide.path)
+    (work / "table-begun").mkdir(parents=True)  # killed before its first file was complete
+    (work / "table-begun.lock").touch()
+    (work / "view-abc").mkdir()
+    with open_writer(slide):
+        pass
+    enter(slide, {"other": "images"})
+    assert {path.name for path in work.iterdir()} == {"table-pixnet_t"}
+    with hold_lock(work / "table-alive.lock", wait_s=0, busy=""):
+        (work / "table-alive").mkdir()
+        enter(slide, {"other": "images"})
+        assert (work / "table-alive").exists()
