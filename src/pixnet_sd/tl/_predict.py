@@ -170,8 +170,8 @@ def predict(  # noqa: PLR0913
         held-out PCC where known. Regions are predicted from their tissue pixels; one without any, from all of them.
         With a model of counts also ``layers["expected_counts"]``, which add up over regions, and
         ``obs["expected_total_counts"]`` over all genes that were measured. ``uns["pixnet_sd"]`` says what is what.
-    ``attrs["pixnet_sd"]``
-        Where the results come from.
+    ``attrs``
+        Where the results come from, under ``"pixnet_sd"``.
 
     Raises
     ------
