@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
+from pixnet_sd._notes import ATTRS_KEY
 from pixnet_sd.errors import StoreError
 
 __all__ = [
@@ -217,7 +218,7 @@ class ScoresSchema(_Strict):
 
 
 class NotesSchema(_Open):
-    """``sdata.attrs["pixnet_sd"]``; sections that are not known here stay as they are."""
+    """Notes of the package about an object; sections that are not known here stay as they are."""
 
     model: Text | None = None
     mpp: dict[str, Positive] = {}
@@ -226,14 +227,14 @@ class NotesSchema(_Open):
 
 
 def check_notes(notes: Any) -> dict[str, Any]:
-    """Return the notes ``sdata.attrs["pixnet_sd"]`` as they are, None as none.
+    """Return the notes of an object as they are, None as none.
 
     Raises
     ------
     StoreError
         They are no mapping, or a section of ours holds what is never written there.
     """
-    where = "sdata.attrs['pixnet_sd']"
+    where = f"sdata.attrs[{ATTRS_KEY!r}]"
     if notes is None:
         return {}
     if not isinstance(notes, Mapping):

@@ -272,9 +272,9 @@ class FileSums(RegionSums):
 
     def _is_whole(self, head: NDArray[np.uint8], offset: int, n: int, end: int) -> bool:
         """Whether a window's checksum is right, and its regions are possible ones."""
-        crc = zlib.crc32(head[: _HEAD.size])
+        crc = zlib.crc32(_bytes_of(head[: _HEAD.size]))
         for start in range(offset, end, PIECE_BYTES):
-            crc = zlib.crc32(self._read(start, min(PIECE_BYTES, end - start), "u1"), crc)
+            crc = zlib.crc32(_bytes_of(self._read(start, min(PIECE_BYTES, end - start), "u1")), crc)
         index = self._read(offset, n, "<i8")
         in_range = not n or bool(index[0] >= 0 and index[-1] < self.n_rows and (np.diff(index) > 0).all())
         return crc == int.from_bytes(head[_HEAD.size :].tobytes(), "little") and in_range
