@@ -54,27 +54,20 @@ def image_bytes(size_um: float, mpp: float) -> float:
     return 3 * (size_um / mpp) ** 2
 
 
-def check_memory(n_bytes: float, **arguments: float) -> None:
-    """Refuse what memory does not hold, naming the arguments that decide about it."""
-    from pixnet_sd.store import available_memory
+def check_free(n_bytes: float, disk: Path | None = None, /, **arguments: float) -> None:
+    """Refuse what memory, or the disk of a path, does not hold, naming the arguments that decide about it."""
+    from pixnet_sd.store import available_memory, size_text
 
-    _check_free(n_bytes, available_memory(), "memory", arguments)
-
-
-def check_disk(n_bytes: float, path: Path, **arguments: float) -> None:
-    """Refuse what the disk does not hold; ``path`` need not be there."""
-    present = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    _check_free(n_bytes, shutil.disk_usage(present).free, "disk", arguments)
-
-
-def _check_free(needed: float, free: int, what: str, arguments: dict[str, float]) -> None:
-    from pixnet_sd.store import size_text
-
-    if needed > free:
+    if disk is None:
+        what, free = "memory", available_memory()
+    else:
+        present = next(folder for folder in (disk.absolute(), *disk.absolute().parents) if folder.exists())
+        what, free = "disk", shutil.disk_usage(present).free
+    if n_bytes > free:
         given = ", ".join(f"{name}={value:g}" for name, value in arguments.items())
         raise DataError(
-            f"{given}: takes at least {size_text(needed)} of {what}, and {size_text(free)} are free. Draw a smaller or "
-            "coarser slide."
+            f"{given}: takes at least {size_text(n_bytes)} of {what}, and {size_text(free)} are free. "
+            "Draw a smaller or coarser slide."
         )
 
 
@@ -137,7 +130,7 @@ def sample(
 
     sizes = sorted(set(bin_um))
     bins_bytes = sum(_BIN_BYTES * (size_um / um) ** 2 for um in sizes)
-    check_memory(density_bytes(size_um) + image_bytes(size_um, mpp) + bins_bytes, size_um=size_um, mpp=mpp)
+    check_free(density_bytes(size_um) + image_bytes(size_um, mpp) + bins_bytes, size_um=size_um, mpp=mpp)
     slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     bands = list(slide.bands(slide.density))
     on_tissue = np.concatenate([band.on_tissue for band in bands])
@@ -248,12 +241,7 @@ def _image(pixels: NDArray[np.uint8], transformations: dict[str, Any], scale_fac
 
 @checked(DataError)
 def sample_truth(
-    *,
-    size_um: float = 1000.0,
-    mpp: float = 0.5,
-    n_genes: int = 40,
-    seed: int = 0,
-    pitch_um: float = 2.0,
+    *, size_um: float = 1000.0, mpp: float = 0.5, n_genes: int = 40, seed: int = 0, pitch_um: float = 2.0
 ) -> DataArray:
     """Compute the expected counts of :func:`sample` at every pixel of a grid in the image's frame.
 
@@ -280,8 +268,8 @@ def sample_truth(
     DataError
         If an argument is out of range.
     """
-    values = 4 * n_genes * (size_um / pitch_um) ** 2
-    check_memory(density_bytes(size_um) + values, size_um=size_um, pitch_um=pitch_um, n_genes=n_genes)
+    values_bytes = 4 * n_genes * (size_um / pitch_um) ** 2
+    check_free(density_bytes(size_um) + values_bytes, size_um=size_um, pitch_um=pitch_um, n_genes=n_genes)
     slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     rows, cols = pixels_in(slide.size_um, pitch_um, None)
     integrals = integrate_on_grid(slide.density, slide.size_um, pitch_um, rows, cols)
@@ -307,22 +295,15 @@ def pixels_in(
 
 
 def truth_map(
-    integrals: NDArray[np.float32],
-    pixels: tuple[float, range, range],
-    names: NDArray[np.str_],
-    varying: NDArray[np.bool_],
-    profile: NDArray[np.float64],
+    integrals: NDArray[np.float32], pixels: tuple[float, range, range], names: Any, varying: Any, profile: Any
 ) -> DataArray:
     """Expected counts of genes, of integrals of every source (sources, rows, cols) over pitch, rows and columns."""
     from xarray import DataArray
 
     pitch_um, rows, cols = pixels
     counts = np.tensordot(profile.T.astype(np.float32), integrals, axes=1)
-    attrs = {
-        "units": "expected counts per pixel",
-        "pitch_um": float(pitch_um),
-        "spatially_varying": names[varying].tolist(),
-    }
+    varying_names = names[varying].tolist()
+    attrs = {"units": "expected counts per pixel", "pitch_um": float(pitch_um), "spatially_varying": varying_names}
     y, x = ((np.array(indices) + 0.5) * pitch_um for indices in (rows, cols))
     return DataArray(counts, dims=("c", "y", "x"), coords={"c": names, "y": y, "x": x}, attrs=attrs)
 
@@ -360,7 +341,7 @@ def sample_truth_bins(
         If an argument is out of range.
     """
     values = 8 * n_genes * (size_um / bin_um) ** 2
-    check_memory(density_bytes(size_um) + _ON_TISSUE * values, size_um=size_um, n_genes=n_genes)
+    check_free(density_bytes(size_um) + _ON_TISSUE * values, size_um=size_um, n_genes=n_genes)
     slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     on_tissue, caught = slide.expected(library=library_size)
     means = (slide.lattice.gather(bin_um, on_tissue) @ caught) @ slide.panel.profile

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from pixnet_sd._arguments import checked
 from pixnet_sd.errors import DataError, StoreError
 
 from . import drawn
-from ._sample import check_disk, check_memory, density_bytes, image_bytes, pixels_in, truth_map
+from ._sample import check_free, density_bytes, image_bytes, pixels_in, truth_map
 
 if TYPE_CHECKING:
     from xarray import DataArray
@@ -81,8 +82,8 @@ def write_visium(
     StoreError
         If there is something at ``path`` already.
     """
-    check_memory(density_bytes(size_um), size_um=size_um)
-    check_disk(image_bytes(size_um, mpp), Path(path), size_um=size_um, mpp=mpp)
+    check_free(density_bytes(size_um), size_um=size_um)
+    check_free(image_bytes(size_um, mpp), Path(path), size_um=size_um, mpp=mpp)
     slide = drawn.DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     prefix = f"{dataset_id}_" if dataset_id else ""
     with _new_folder(Path(path)) as folder:
@@ -94,7 +95,7 @@ def write_visium(
         covered = np.flatnonzero(positions["in_tissue"])
         barcodes, row, col = (positions[key].to_numpy()[covered] for key in ("barcode", "array_row", "array_col"))
         x_um, y_um = x_um[covered], y_um[covered]
-        integrals = drawn.integrate_disks(slide.density.astype(np.float32), x_um, y_um, _SPOT_UM / 2)
+        integrals = drawn.integrate_shapes(slide.density.astype(np.float32), x_um, y_um, _SPOT_UM, disk=True)
         caught = integrals * drawn.library_size(slide.tissue, row, col, x_um, y_um)[:, None]
         with _matrix_file(folder / f"{prefix}filtered_feature_bc_matrix.h5", slide.panel, dataset_id) as append:
             append(barcodes.astype("S"), drawn.draw_counts(caught, slide.panel, (seed, 8)))
@@ -176,7 +177,7 @@ def write_visium_hd(  # noqa: PLR0913
     StoreError
         If there is something at ``path`` already.
     """
-    check_disk(image_bytes(size_um, mpp), Path(path), size_um=size_um, mpp=mpp)
+    check_free(image_bytes(size_um, mpp), Path(path), size_um=size_um, mpp=mpp)
     slide = drawn.DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     sizes = sorted(set(bin_um))
     prefix = f"{dataset_id}_" if dataset_id else ""
@@ -285,9 +286,8 @@ def _matrix_file(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
-        file.attrs.update(
-            {"filetype": "matrix", "version": 2, "chemistry_description": "drawn", "software_version": "pixnet_sd"}
-        )
+        about = {"filetype": "matrix", "version": 2, "chemistry_description": "drawn", "software_version": "pixnet_sd"}
+        file.attrs.update(about)
         file.attrs["library_ids"] = np.array([library_id.encode() or b"drawn"])
         matrix = file.create_group("matrix")
         features = matrix.create_group("features")
@@ -322,17 +322,15 @@ def _append(group: h5py.Group, name: str, values: NDArray[Any]) -> None:
 @contextmanager
 def _geojson_file(path: Path) -> Iterator[Callable[[NDArray[np.int64], NDArray[np.float64]], None]]:
     """Feature collection; yields what appends numbers of cells and their polygons (n, corners, 2)."""
-    separator = "\n"
+    separators = chain(["\n"], repeat(",\n"))
     with path.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
 
         def append(numbers: NDArray[np.int64], outlines_px: NDArray[np.float64]) -> None:
-            nonlocal separator
             for number, outline in zip(numbers.tolist(), outlines_px.tolist(), strict=True):
                 geometry = {"type": "Polygon", "coordinates": [outline]}
                 feature = {"type": "Feature", "geometry": geometry, "properties": {"cell_id": number}}
-                file.write(separator + json.dumps(feature))
-                separator = ",\n"
+                file.write(next(separators) + json.dumps(feature))
 
         yield append
         file.write("\n]}\n")
@@ -471,7 +469,7 @@ def visium_hd_truth(
         raise DataError(f"Genes that the slide does not have: {', '.join(unknown[:5])}. It has {len(names)} others.")
     rows, cols = pixels_in(attrs["size_um"], pitch_um, window_um)
     n_bytes = 4.0 * len(columns) * len(rows) * len(cols)
-    check_memory(n_bytes, pitch_um=pitch_um, n_genes=len(columns))
+    check_free(n_bytes, pitch_um=pitch_um, n_genes=len(columns))
     integrals = drawn.integrate_on_grid(density, attrs["size_um"], pitch_um, rows, cols)
     varying, rates = np.array(attrs["spatially_varying"], dtype=bool)[columns], np.asarray(profile[:])[:, columns]
     return truth_map(integrals, (pitch_um, rows, cols), np.array(names[columns], dtype=str), varying, rates)

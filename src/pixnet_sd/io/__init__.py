@@ -14,24 +14,23 @@ if TYPE_CHECKING:
     from ._folder import is_visium as is_visium
     from ._folder import is_visium_hd as is_visium_hd
     from ._folder import visium_advice as visium_advice
-    from ._rows import open_matrix as open_matrix
+    from ._read import open_matrix as open_matrix
 
 __all__ = ["convert_visium_hd", "open_store"]
 
 _MODULES = {
-    "open_store": "pixnet_sd.slide.elements",
-    "convert_visium_hd": "pixnet_sd.io._convert",
-    "open_image": "pixnet_sd.io._image",
-    **dict.fromkeys(("open_matrix", "open_positions", "placed_bins", "read_outlines"), "pixnet_sd.io._rows"),
-    **dict.fromkeys(("changed_files", "find_files", "is_visium", "is_visium_hd"), "pixnet_sd.io._folder"),
-    "visium_advice": "pixnet_sd.io._folder",
+    "pixnet_sd.slide.elements": ("open_store",),
+    "pixnet_sd.io._convert": ("convert_visium_hd",),
+    "pixnet_sd.io._read": ("open_image", "open_matrix", "open_positions", "placed_bins", "read_outlines"),
+    "pixnet_sd.io._folder": ("changed_files", "find_files", "is_visium", "is_visium_hd", "visium_advice"),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: whether a folder is of Space Ranger is asked where nothing heavy may be imported."""
-    if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,21 +6,27 @@ names, coordinate systems, columns and types are its own. The store of that is t
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import dask
 import geopandas as gpd
+import h5py
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import shapely
+import tifffile
 from numpy.typing import NDArray
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import get_transformation
@@ -42,8 +48,16 @@ from pixnet_sd.store import (
 )
 
 from ._folder import CONVERTED_FROM, BinFiles, CellFiles, HDFolder, find_files, read_scalefactors
-from ._image import open_image
-from ._rows import CountMatrix, check_places, open_matrix, placed_bins, read_miniature, read_outlines
+from ._read import (
+    CountMatrix,
+    check_places,
+    open_h5,
+    open_image,
+    open_matrix,
+    open_positions,
+    placed_bins,
+    read_outlines,
+)
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -54,8 +68,7 @@ _PREVIEW_TOLERANCE = 0.05  # by which the image may differ from what the preview
 _IMAGE_THREADS = 4  # more would hold more bands at once
 _LEVEL_FACTORS = [2, 2, 2, 2]  # the reader's
 
-Progress = Callable[[int], object]
-"""Called with the number of rows that were written."""
+Progress = Callable[[int], object]  # called with the number of rows that were written
 
 
 @checked(DataError)
@@ -212,7 +225,7 @@ def _build_store(files: HDFolder, pixels: da.Array, scratch: Path, n_rows: int, 
     """Make the store, complete with metadata, in an empty folder; ``pixels`` (3, height, width) are chunked."""
     cells = None if files.cells is None else _read_cells(files.cells)
     first = None if cells is None else next(iter(cells.outlines.items()))
-    sdata = read_miniature(files, scratch / "miniature", first, pixels.dtype)
+    sdata = _read_miniature(files, scratch / "miniature", first, pixels.dtype)
     store = scratch / "store.zarr"
     image_key = next(key for key in sdata.images if key.endswith("_full_image"))
     reader_image = sdata.images.pop(image_key)
@@ -314,3 +327,82 @@ def _copy_counts(matrix: CountMatrix, table: TableArrays, keep: NDArray[np.bool_
         table.add_counts(data, genes, sizes)
         progress(stop - start)
     table.finish()
+
+
+def _read_miniature(
+    files: HDFolder, target: Path, cell: tuple[str, shapely.Polygon] | None, image_dtype: np.dtype[Any]
+) -> SpatialData:
+    """Write a folder of one bin of each size and one cell (barcode, outline), and read it as the reader does.
+
+    The folder has to stay until the result is written, which reads previews from it.
+    """
+    try:
+        from spatialdata_io import visium_hd
+    except ImportError as error:
+        raise ImportError("Reading Space Ranger folders needs spatialdata-io: pip install 'pixnet_sd[io]'") from error
+    target.mkdir(parents=True)
+    # the feature slice file tells the layout in attributes; the rest of it is large and not read
+    with open_h5(files.slice_file) as source, h5py.File(target / files.slice_file.name, "w") as copy:
+        copy.attrs.update(dict(source.attrs))
+    for bins in files.bins:
+        _write_one_bin(bins, target / "binned_outputs" / bins.name)
+    if files.cells is not None and cell is not None:
+        _write_one_cell(files.cells, target / "segmented_outputs", *cell)
+    for name, path in files.previews.items():
+        _copy(path, target / "spatial" / name)
+    image = target / "image.tif"
+    tifffile.imwrite(image, np.zeros((64, 64, 3), image_dtype), photometric="rgb")
+    options = {"dataset_id": files.dataset_id, "load_segmentations_only": False, "fullres_image_file": image}
+    try:
+        with redirect_stdout(io.StringIO()):  # it prints what it finds
+            return visium_hd(target, **options)
+    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"spatialdata_io.visium_hd cannot read a folder like {files.slice_file.parent} "
+            f"({type(error).__name__}: {error}). Restore the folder, or update spatialdata-io."
+        ) from error
+
+
+def _copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+
+
+def _write_one_bin(bins: BinFiles, target: Path) -> None:
+    _copy(bins.scalefactors, target / "spatial" / bins.scalefactors.name)
+    with open_matrix(bins.matrix) as matrix:
+        barcode = matrix.barcodes(0, 1)
+        _write_one_row(matrix, target / bins.matrix.name, barcode[0].as_py())
+    with open_positions(bins.positions) as file:
+        first = next(file.iter_batches(batch_size=1), None)
+    if first is None:
+        raise DataError(f"{bins.positions} has no rows. Restore the file.")
+    row = pa.Table.from_batches([first])
+    row = row.set_column(0, row.schema.field(0).with_type(barcode.type), barcode)
+    pq.write_table(row, target / "spatial" / bins.positions.name)
+
+
+def _write_one_cell(files: CellFiles, target: Path, barcode: str, outline: shapely.Polygon) -> None:
+    with open_matrix(files.matrix) as matrix:
+        _write_one_row(matrix, target / files.matrix.name, barcode)
+    if files.scalefactors.is_file():
+        _copy(files.scalefactors, target / "spatial" / files.scalefactors.name)
+    geometry = {"type": "Polygon", "coordinates": [np.asarray(outline.exterior.coords).tolist()]}
+    number = int(barcode.removeprefix("cellid_").removesuffix("-1"))
+    feature = {"type": "Feature", "geometry": geometry, "properties": {"cell_id": number}}
+    collection = {"type": "FeatureCollection", "features": [feature]}
+    (target / files.outlines.name).write_text(json.dumps(collection))
+
+
+def _write_one_row(matrix: CountMatrix, target: Path, barcode: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    group = matrix.group
+    with h5py.File(target, "w") as file:
+        file.attrs.update(dict(group.file.attrs))
+        copy = file.create_group("matrix")
+        group.copy("features", copy)
+        copy["barcodes"] = np.array([barcode.encode()])
+        copy["data"] = np.ones(1, group["data"].dtype)
+        copy["indices"] = np.zeros(1, group["indices"].dtype)
+        copy["indptr"] = np.array([0, 1], group["indptr"].dtype)
+        copy["shape"] = np.array([matrix.n_genes, 1], group["shape"].dtype)

@@ -12,9 +12,8 @@ from pixnet_sd.datasets.drawn import (
     Source,
     draw_counts,
     draw_density,
-    integrate_disks,
     integrate_on_grid,
-    integrate_squares,
+    integrate_shapes,
     library_size,
 )
 
@@ -65,8 +64,8 @@ def test_borders_of_areas_diffuse(density):
 
 def test_integrals_of_a_constant_are_areas():
     constant, x, y = np.full((1, 60, 60), 3.0, dtype=np.float32), np.array([20.0, 33.3]), np.array([25.0, 40.1])
-    np.testing.assert_allclose(integrate_squares(constant, x, y, 7.5, 0.3)[:, 0], 3 * 7.5**2, rtol=1e-6)
-    np.testing.assert_allclose(integrate_disks(constant, x, y, 7.5)[:, 0], 3 * np.pi * 7.5**2, rtol=1e-6)
+    np.testing.assert_allclose(integrate_shapes(constant, x, y, 7.5, angle=0.3)[:, 0], 3 * 7.5**2, rtol=1e-6)
+    np.testing.assert_allclose(integrate_shapes(constant, x, y, 15, disk=True)[:, 0], 3 * np.pi * 7.5**2, rtol=1e-6)
     grid = integrate_on_grid(constant, 60, 8, range(8), range(8))
     np.testing.assert_allclose(grid[0, :7, :7], 3 * 64, rtol=1e-6)
     np.testing.assert_allclose(grid[0, 7, 7], 3 * 16, rtol=1e-6)
@@ -74,7 +73,7 @@ def test_integrals_of_a_constant_are_areas():
 
 def test_integral_of_a_slope_is_read_at_the_centre():
     slope = np.broadcast_to(np.arange(60) + 0.5, (1, 60, 60)).astype(np.float32)
-    squares = integrate_squares(slope, np.array([20.2]), np.array([30.0]), 4, np.deg2rad(10))
+    squares = integrate_shapes(slope, np.array([20.2]), np.array([30.0]), 4, angle=np.deg2rad(10))
     np.testing.assert_allclose(squares, 20.2 * 16, rtol=1e-5)
     grid = integrate_on_grid(slope, 60, 2, range(30), range(30))
     np.testing.assert_allclose(grid[0, 0, :3], [4.0, 12.0, 20.0], rtol=1e-5)

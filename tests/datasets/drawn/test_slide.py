@@ -12,7 +12,7 @@ from pixnet_sd.datasets.drawn import (
     DrawnSlide,
     bin_barcodes,
     cell_barcodes,
-    integrate_squares,
+    integrate_shapes,
     library_size,
     spot_barcodes,
 )
@@ -67,7 +67,7 @@ def test_expectations_of_blocks_are_those_of_the_whole_lattice(slide, on_tissue,
     np.testing.assert_array_equal(mask, on_tissue)
     bins = slide.lattice.bins(BASE_UM, mask)
     x, y = bins["x_um"].to_numpy(), bins["y_um"].to_numpy()
-    expected = integrate_squares(slide.density.astype(np.float32), x, y, BASE_UM, slide.lattice.angle)
+    expected = integrate_shapes(slide.density.astype(np.float32), x, y, BASE_UM, angle=slide.lattice.angle)
     if library:
         row, col = bins["array_row"].to_numpy(), bins["array_col"].to_numpy()
         expected *= library_size(slide.tissue, row, col, x, y)[:, None]

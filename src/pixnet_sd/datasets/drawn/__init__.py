@@ -9,15 +9,13 @@ from ._expression import (
     draw_counts,
     draw_density,
     fill_density,
-    integrate_disks,
     integrate_on_grid,
-    integrate_squares,
+    integrate_shapes,
     library_size,
 )
-from ._grid import Grid, hash_unit, in_order
 from ._image import WINDOW_PX, Previews, draw, draw_window, preview_px
 from ._slide import BASE_UM, Band, CellCounts, DrawnSlide, bin_barcodes, cell_barcodes, spot_barcodes
-from ._tissue import Source
+from ._tissue import Grid, Source, hash_unit, in_order
 
 __all__ = [
     "BASE_UM",
@@ -40,9 +38,8 @@ __all__ = [
     "fill_density",
     "hash_unit",
     "in_order",
-    "integrate_disks",
     "integrate_on_grid",
-    "integrate_squares",
+    "integrate_shapes",
     "library_size",
     "preview_px",
     "spot_barcodes",

@@ -15,21 +15,19 @@ import scipy.sparse as sp
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.special import ndtri
 
-from ._grid import Floats, Grid, Ints, Mask, Singles, hash_unit, in_order, windows
-from ._tissue import Nuclei, Source, Tissue
+from ._tissue import Floats, Grid, Ints, Mask, Nuclei, Singles, Source, Tissue, hash_unit, in_order, windows
 
 DENSITY_WINDOW = 512  # side of the windows that a density is drawn in, in samples of 1 µm
-DIFFUSION_UM = 2.0
-"""Standard deviation of the distance, along each axis, that a transcript travels before it is caught."""
 
-LIBRARY_PLACE_SIGMA = 0.5
-"""Standard deviation of the logarithm of the share that a place catches, independent from place to place."""
-LIBRARY_FIELD_SIGMA = 0.25
-"""The same of a smooth field, such as permeabilisation leaves."""
-_LIBRARY_FIELD_UM = 300.0  # period of that field
+_DIFFUSION_UM = 2.0  # along each axis before a transcript is caught (standard deviation)
+# standard deviations of the logarithm of the share that is caught
+_PLACE_SIGMA = 0.5  # of each place's own factor
+_FIELD_SIGMA = 0.25  # of a smooth field, such as permeabilisation leaves
+_FIELD_UM = 300.0  # period of that field
 _FIELD_CHANNEL, _PLACE_CHANNEL = 40, 90
 
-SOURCES = {
+# transcripts per nucleus, for areas per µm²; their standard deviation (µm) about the nucleus whose cell makes them
+_SOURCES = {
     Source.EPITHELIAL: (48.0, 3.0),
     Source.TUMOUR_CORE: (76.0, 3.9),
     Source.TUMOUR_RIM: (76.0, 3.9),
@@ -41,8 +39,6 @@ SOURCES = {
     Source.LUMEN: (0.10, 0.0),
     Source.TISSUE: (0.12, 0.0),
 }
-"""Transcripts per nucleus, for areas per µm²; their standard deviation (µm) about the nucleus whose cell makes them."""
-
 _FILLER_SHARE = 0.2  # of every source's transcripts
 _AMBIENT = 0.03  # of the panel's mean, everywhere on tissue
 _PROFILE_SEED = 230107
@@ -92,10 +88,7 @@ _MARKERS: dict[str, dict[Source, float]] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """Genes and what each source makes of them; the same for every seed.
-
-    Rates are transcripts per nucleus, or per µm² for areas.
-    """
+    """Genes and their rates, in transcripts per nucleus or, of areas, per µm²; the same for every seed."""
 
     names: list[str]
     markers: Floats  # (sources, all markers), also of those that the panel leaves out
@@ -120,10 +113,7 @@ class Panel:
 
 
 def gene_panel(n_genes: int) -> Panel:
-    """First ``n_genes`` of the markers, then fillers ``GENE001``, ``GENE002``, ...
-
-    The fillers share a fixed budget, so totals stay alike however many there are.
-    """
+    """First ``n_genes`` of the markers, then fillers ``GENE001``, ..., which share a budget however many they are."""
     marker_weights = np.array([[genes.get(source, 0.0) for genes in _MARKERS.values()] for source in Source])
     n_fillers = max(n_genes - len(_MARKERS), 0)
     rngs = [np.random.default_rng([_PROFILE_SEED, k]) for k in range(n_fillers)]
@@ -136,31 +126,24 @@ def gene_panel(n_genes: int) -> Panel:
 
 
 def _rates(weights: Floats, share: float) -> tuple[Floats, Mask]:
-    """Rates (sources, genes) that share out a part of every budget by weight, and which genes vary.
-
-    A gene without any weight is constant over the tissue; a little of every other one is all over it, too.
-    """
+    """Rates (sources, genes) that share out a part of every source's budget by weight, and which genes vary."""
     varying = np.asarray(weights.any(axis=0), dtype=np.bool_)
-    weights[Source.TISSUE] = ~varying
-    budget = np.array([SOURCES[source][0] for source in Source])
+    weights[Source.TISSUE] = ~varying  # a gene without any weight is constant over the tissue
+    budget = np.array([_SOURCES[source][0] for source in Source])
     rates = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1) * (share * budget)[:, None]
-    # 100 µm² stand for one nucleus
+    # a little of every other gene is all over the tissue, too; 100 µm² stand for one nucleus
     per_um2 = np.where(np.arange(len(Source))[:, None] < Source.MATRIX, rates / 100, rates)
     rates[Source.TISSUE] += np.where(varying, _AMBIENT * per_um2.mean(axis=0), 0)
     return rates, varying
 
 
 def draw_density(tissue: Tissue, grid: Grid) -> Singles:
-    """Density of every source over a grid of 1 µm, (sources, n_rows, n_cols): nuclei per µm², areas as 0 to 1.
-
-    Each nucleus is spread over its cell as a Gaussian, and then everything diffuses by :data:`DIFFUSION_UM`.
-    """
-    # one Gaussian after another is a Gaussian
-    sigma = {source: np.hypot(cell_um, DIFFUSION_UM) for source, (_, cell_um) in SOURCES.items()}
+    """Density of every source over a grid of 1 µm, (sources, n_rows, n_cols): nuclei per µm², areas as 0 to 1."""
+    # each nucleus is spread over its cell, then all diffuses: one Gaussian after another is a Gaussian
+    sigma = {source: np.hypot(cell_um, _DIFFUSION_UM) for source, (_, cell_um) in _SOURCES.items()}
     pad = int(np.ceil(4 * max(sigma.values()))) + 1
     wide = Grid(grid.row0 - pad, grid.col0 - pad, grid.n_rows + 2 * pad, grid.n_cols + 2 * pad)
-    masks = tissue.compartments(wide)
-    nuclei = tissue.nuclei(wide.box_um)
+    masks, nuclei = tissue.compartments(wide), tissue.nuclei(wide.box_um)
     area = {
         Source.MATRIX: masks.stroma * (1 - 0.7 * masks.infiltrate),
         Source.LUMEN: masks.lumen,
@@ -177,12 +160,11 @@ def _count(nuclei: Nuclei, grid: Grid) -> Singles:
     """Nuclei per µm², each shared among the four nearest pixels."""
     density = np.zeros(grid.shape, dtype=np.float32)
     row, col = nuclei.y_um - grid.row0 - 0.5, nuclei.x_um - grid.col0 - 0.5
-    for down in (0, 1):
-        for right in (0, 1):
-            i, j = np.floor(row).astype(np.int64) + down, np.floor(col).astype(np.int64) + right
-            weight = (1 - np.abs(row - i)) * (1 - np.abs(col - j))
-            inside = (i >= 0) & (i < grid.n_rows) & (j >= 0) & (j < grid.n_cols)
-            np.add.at(density, (i[inside], j[inside]), weight[inside].astype(np.float32))
+    for down, right in np.ndindex(2, 2):
+        i, j = np.floor(row).astype(np.int64) + down, np.floor(col).astype(np.int64) + right
+        weight = (1 - np.abs(row - i)) * (1 - np.abs(col - j))
+        inside = (i >= 0) & (i < grid.n_rows) & (j >= 0) & (j < grid.n_cols)
+        np.add.at(density, (i[inside], j[inside]), weight[inside].astype(np.float32))
     return density
 
 
@@ -195,7 +177,7 @@ def density_shape(size_um: float) -> tuple[int, int, int]:
 def fill_density(tissue: Tissue, out: Any, n_workers: int | None) -> Any:
     """Draw the density into an array or a zarr array of :func:`density_shape`, and return it.
 
-    Values are rounded to 16 bits, which the blur's last bits do not survive: what is drawn again is the same.
+    Rounded to 16 bits, which the last bits of the blur, that the machine decides, do not survive.
     """
     grids = list(windows(out.shape[1], DENSITY_WINDOW))
     drawn = in_order(lambda grid: draw_density(tissue, grid).astype(np.float16), grids, n_workers)
@@ -204,51 +186,33 @@ def fill_density(tissue: Tissue, out: Any, n_workers: int | None) -> Any:
     return out
 
 
-def integrate_squares(density: Singles, x_um: Floats, y_um: Floats, side_um: float, angle: float) -> Floats:
-    """Integral of each source over turned squares, (n, sources).
+def integrate_shapes(
+    density: Singles, x_um: Floats, y_um: Floats, side_um: float, *, angle: float = 0.0, disk: bool = False
+) -> Floats:
+    """Integral of each source over turned squares, or disks of that diameter, (n, sources).
 
-    Centres count from the upper left corner of ``density``, which has a pitch of 1 µm and is read between its
-    samples; each square is covered by a midpoint rule of step 1 µm or less.
+    Centres count from the upper left corner of ``density``, which has a pitch of 1 µm and is read between its samples,
+    by a midpoint rule of step 1 µm or less.
     """
-    cos, sin = np.cos(angle), np.sin(angle)
-    u, v = _midpoints(side_um)
-    return _integrate(density, x_um, y_um, (u * cos - v * sin, u * sin + v * cos), side_um**2)
-
-
-def integrate_disks(density: Singles, x_um: Floats, y_um: Floats, radius_um: float) -> Floats:
-    """Integral of each source over disks, (n, sources), by the rule of :func:`integrate_squares`."""
-    u, v = _midpoints(2 * radius_um)
-    inside = np.hypot(u, v) <= radius_um
-    return _integrate(density, x_um, y_um, (u[inside], v[inside]), np.pi * radius_um**2)
-
-
-def _midpoints(side_um: float) -> tuple[Floats, Floats]:
     steps = int(np.ceil(side_um - 1e-6))
     offset = ((np.arange(steps) + 0.5) / steps - 0.5) * side_um
-    u, v = np.meshgrid(offset, offset)
-    return u.ravel(), v.ravel()
-
-
-def _integrate(
-    density: Singles,
-    x_um: Floats,
-    y_um: Floats,
-    offsets_um: tuple[Floats, Floats],
-    area_um2: float,
-) -> Floats:
-    """Area times the mean of each source at offsets from the centres, read between samples; (n, sources)."""
+    u, v = (axis.ravel() for axis in np.meshgrid(offset, offset))
+    area_um2 = side_um**2
+    if disk:
+        inside = np.hypot(u, v) <= side_um / 2
+        u, v, area_um2 = u[inside], v[inside], np.pi * (side_um / 2) ** 2
+    cos, sin = np.cos(angle), np.sin(angle)
     total = np.zeros((len(x_um), len(density)))
-    for dx, dy in zip(*offsets_um, strict=True):
+    for dx, dy in zip(u * cos - v * sin, u * sin + v * cos, strict=True):
         where = [y_um + dy - 0.5, x_um + dx - 0.5]
         total += np.stack([map_coordinates(plane, where, order=1, mode="nearest") for plane in density], axis=1)
-    return total * (area_um2 / len(offsets_um[0]))
+    return total * (area_um2 / len(u))
 
 
 def integrate_on_grid(density: Any, size_um: float, pitch_um: float, rows: range, cols: range) -> Singles:
-    """Integral of each source over pixels of a grid in the image's frame, (sources, rows, cols).
+    """Integral of each source over pixels of a grid from the slide's upper left corner, (sources, rows, cols).
 
-    ``density`` is that of the whole slide, an array or a zarr array of which only what is needed is read; ``rows`` and
-    ``cols`` choose pixels of the grid of ``pitch_um`` that begins at the slide's upper left corner.
+    ``density`` is that of the whole slide, an array or a zarr array of which only what is needed is read.
     """
     (y, down), (x, across) = (_intervals(density.shape[1], size_um, pitch_um, pixels) for pixels in (rows, cols))
     planes = np.asarray(density[:, y, x])
@@ -273,21 +237,14 @@ def _intervals(length: int, size_um: float, pitch_um: float, pixels: range) -> t
     return slice(first, last + 1), sp.csr_array((values, where), shape=(len(pixels), last + 1 - first))
 
 
-def library_size(
-    tissue: Tissue,
-    row: Ints,
-    col: Ints,
-    x_um: Floats,
-    y_um: Floats,
-) -> Floats:
-    """What each place catches of what lies there, relative to the mean, (n,): log-normal with mean 1.
+def library_size(tissue: Tissue, row: Ints, col: Ints, x_um: Floats, y_um: Floats) -> Floats:
+    """Share that each place catches of what lies there, relative to the mean, (n,): log-normal with mean 1.
 
     A field that is smooth over the slide times a number that belongs to the place's row and column.
     """
-    field = tissue.noise.at(x_um, y_um, _LIBRARY_FIELD_UM, _FIELD_CHANNEL).astype(np.float64)
+    field = tissue.noise.at(x_um, y_um, _FIELD_UM, _FIELD_CHANNEL).astype(np.float64)
     place = ndtri(hash_unit(tissue.seed, row, col, _PLACE_CHANNEL))
-    sigmas = LIBRARY_FIELD_SIGMA, LIBRARY_PLACE_SIGMA
-    return np.exp(sigmas[0] * field + sigmas[1] * place - (sigmas[0] ** 2 + sigmas[1] ** 2) / 2)
+    return np.exp(_FIELD_SIGMA * field + _PLACE_SIGMA * place - (_FIELD_SIGMA**2 + _PLACE_SIGMA**2) / 2)
 
 
 def draw_counts(caught: Floats, panel: Panel, stream: Sequence[int]) -> sp.csr_matrix:
@@ -295,27 +252,18 @@ def draw_counts(caught: Floats, panel: Panel, stream: Sequence[int]) -> sp.csr_m
 
     Each source gives every place a Poisson number of transcripts, and each of these is of a gene with the probability
     that the source's profile gives: the same as Poisson draws of every gene, at a cost of the number of transcripts.
-    Markers and fillers have streams of their own, so the number of genes changes no marker.
     """
-    n_genes, n_markers = len(panel.names), panel.markers.shape[1]
-    place, gene = _draw(caught, panel.markers, np.random.default_rng([*stream, 0]))
-    filler_place, filler = _draw(caught, panel.fillers, np.random.default_rng([*stream, 1]))
-    kept = gene < n_genes
-    rows = np.concatenate([place[kept], filler_place])
-    columns = np.concatenate([gene[kept], filler + n_markers])
-    ones = np.ones(len(rows), dtype=np.float32)
-    return sp.csr_matrix((ones, (rows, columns)), shape=(len(caught), n_genes))
-
-
-def _draw(caught: Floats, profile: Floats, rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """Place and gene of every transcript."""
+    n_genes = len(panel.names)
     places, genes = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-    for source, rates in enumerate(profile):
-        total = rates.sum()
-        if total == 0:
-            continue
-        place = np.repeat(np.arange(len(caught)), rng.poisson(caught[:, source] * total))
-        chosen = np.searchsorted(np.cumsum(rates) / total, rng.random(len(place)), side="right")
-        places.append(place)
-        genes.append(np.minimum(chosen, len(rates) - 1))
-    return np.concatenate(places), np.concatenate(genes)
+    # markers and fillers have streams of their own, so the number of genes changes no marker
+    for number, (profile, first_gene) in enumerate([(panel.markers, 0), (panel.fillers, panel.markers.shape[1])]):
+        rng = np.random.default_rng([*stream, number])
+        for source, rates in enumerate(profile):
+            total = rates.sum()
+            if total > 0:
+                places.append(np.repeat(np.arange(len(caught)), rng.poisson(caught[:, source] * total)))
+                gene = np.searchsorted(np.cumsum(rates) / total, rng.random(len(places[-1])), side="right")
+                genes.append(np.minimum(gene, len(rates) - 1) + first_gene)
+    place, gene = np.concatenate(places), np.concatenate(genes)
+    place, gene = place[gene < n_genes], gene[gene < n_genes]
+    return sp.csr_matrix((np.ones(len(place), dtype=np.float32), (place, gene)), shape=(len(caught), n_genes))

@@ -8,8 +8,19 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from ._grid import Grid, Pixels, Singles, in_order, smoothstep, windows
-from ._tissue import NUCLEUS_REACH_UM, Compartments, Nuclei, NucleusKind, Tissue
+from ._tissue import (
+    NUCLEUS_REACH_UM,
+    Compartments,
+    Grid,
+    Nuclei,
+    NucleusKind,
+    Pixels,
+    Singles,
+    Tissue,
+    in_order,
+    smoothstep,
+    windows,
+)
 
 WINDOW_PX = 1024
 _HIRES_PX, _LOWRES_PX = 1000, 300
@@ -28,25 +39,19 @@ def draw(tissue: Tissue, size_px: int, mpp: float, n_workers: int | None = None)
 def draw_window(tissue: Tissue, grid: Grid) -> Pixels:
     """Image of one window, (n_rows, n_cols, 3); windows drawn apart fit together without a seam."""
     masks = tissue.compartments(grid)
-    left, top, right, bottom = grid.box_um
-    reach = NUCLEUS_REACH_UM
-    nuclei = tissue.nuclei((left - reach, top - reach, right + reach, bottom + reach))
-    cover, chromatin = _stamp(nuclei, grid)
+    (left, top, right, bottom), reach = grid.box_um, NUCLEUS_REACH_UM
+    cover, chromatin = _stamp(tissue.nuclei((left - reach, top - reach, right + reach, bottom + reach)), grid)
     eosin, haze = _ground(tissue, grid, masks)
     noise = tissue.noise
     grain = 1 + 0.2 * noise.grid(grid, 1.3, 10) + 0.1 * noise.grid(grid, 2.8, 11)
     batch = 1 + 0.05 * noise.grid(grid, 400, 12)
     haematoxylin = (haze * (1 - cover) + chromatin * grain) * batch
     eosin = eosin * (1 - 0.45 * cover) * (1 + 0.05 * noise.grid(grid, 330, 13))
-    return _develop(haematoxylin, eosin, tissue, grid)
-
-
-def _develop(haematoxylin: Singles, eosin: Singles, tissue: Tissue, grid: Grid) -> Pixels:
-    """Beer-Lambert: light that two stains let through, plus camera noise."""
+    # Beer-Lambert: light that two stains let through, plus camera noise
     image = np.empty((*grid.shape, 3), dtype=np.uint8)
     for channel in range(3):
         density = haematoxylin * _HAEMATOXYLIN[channel] + eosin * _EOSIN[channel]
-        light = _GLASS[channel] * np.exp(-density) + 1.8 * tissue.noise.white(grid, 20 + channel)
+        light = _GLASS[channel] * np.exp(-density) + 1.8 * noise.white(grid, 20 + channel)
         image[..., channel] = np.clip(np.rint(light), 0, 255)
     return image
 
@@ -54,7 +59,13 @@ def _develop(haematoxylin: Singles, eosin: Singles, tissue: Tissue, grid: Grid) 
 def _ground(tissue: Tissue, grid: Grid, masks: Compartments) -> tuple[Singles, Singles]:
     """Eosin, and diffuse haematoxylin, of everything but the nuclei."""
     noise = tissue.noise
-    fibre, gap = _fibres(tissue, grid)
+    # wavy bundles of collagen, about -2 to 2, and the clefts between them, 0 to 1
+    along, across = tissue.fibre_frame_um(grid)
+    coarse, fine, cleft = (
+        noise.at(along, across, periods_um, channel)
+        for periods_um, channel in (((70, 7.5), 16), ((24, 2.4), 17), ((46, 5.5), 18))
+    )
+    fibre, gap = 0.75 * coarse + 0.6 * fine, smoothstep(cleft + 0.25 * fine, 1.25, 1.75)
     mottle = noise.grid(grid, 4.5, 14) + 0.6 * noise.grid(grid, 1.7, 9)
     soft = noise.grid(grid, 16, 15)
     stroma = masks.stroma * (1 - masks.infiltrate)
@@ -63,31 +74,15 @@ def _ground(tissue: Tissue, grid: Grid, masks: Compartments) -> tuple[Singles, S
     nest = (0.50 + 0.08 * mottle + 0.06 * soft) * (1 - 0.5 * smoothstep(-masks.nest_depth_um, -2.5, 0))
     infiltrate = np.clip(0.36 + 0.09 * mottle, 0.05, None)
     lumen = 0.03 + 0.14 * smoothstep(soft, 0.9, 1.8)
-    eosin = (
-        stroma * matrix
-        + masks.epithelium * epithelium
-        + masks.nest * nest
-        + masks.infiltrate * infiltrate
-        + masks.lumen * lumen
-        + masks.membrane * 0.18
-    )
+    eosin = stroma * matrix + masks.epithelium * epithelium + masks.nest * nest
+    eosin = eosin + masks.infiltrate * infiltrate + masks.lumen * lumen + masks.membrane * 0.18
     haze = 0.03 * stroma + 0.16 * masks.epithelium + 0.2 * masks.nest + 0.12 * masks.infiltrate
     return eosin, haze * (1 + 0.2 * mottle)
 
 
-def _fibres(tissue: Tissue, grid: Grid) -> tuple[Singles, Singles]:
-    """Wavy bundles of collagen, about -2 to 2, and the clefts between them, 0 to 1."""
-    along, across = tissue.fibre_frame_um(grid)
-    coarse = tissue.noise.warped(along, across, (70, 7.5), 16)
-    fine = tissue.noise.warped(along, across, (24, 2.4), 17)
-    cleft = tissue.noise.warped(along, across, (46, 5.5), 18)
-    return 0.75 * coarse + 0.6 * fine, smoothstep(cleft + 0.25 * fine, 1.25, 1.75)
-
-
 def _stamp(nuclei: Nuclei, grid: Grid) -> tuple[Singles, Singles]:
     """Coverage by nuclei, 0 to 1, and their haematoxylin; where two overlap the darker one shows."""
-    cover = np.zeros(grid.shape, dtype=np.float32)
-    chromatin = np.zeros(grid.shape, dtype=np.float32)
+    cover, chromatin = (np.zeros(grid.shape, dtype=np.float32) for _ in range(2))
     for kind in NucleusKind:
         chosen = nuclei.subset(nuclei.kind == kind)
         for start in range(0, len(chosen), 1024):
@@ -113,17 +108,21 @@ def _stamp_some(nuclei: Nuclei, grid: Grid, cover: Singles, chromatin: Singles) 
 
 def _profile(nuclei: Nuclei, dx: Singles, dy: Singles) -> tuple[Singles, Singles]:
     """Coverage and haematoxylin on each nucleus's patch, (n, rows, cols)."""
-    cos, sin = (f(nuclei.angle).astype(np.float32)[:, None, None] for f in (np.cos, np.sin))
-    long_um = nuclei.long_um.astype(np.float32)[:, None, None]
-    short_um = nuclei.short_um.astype(np.float32)[:, None, None]
+    columns = (
+        np.cos(nuclei.angle),
+        np.sin(nuclei.angle),
+        nuclei.long_um,
+        nuclei.short_um,
+        nuclei.shade,
+        7 * nuclei.shade,
+    )
+    cos, sin, long_um, short_um, shade, twist = (values.astype(np.float32)[:, None, None] for values in columns)
     along, across = dx * cos + dy * sin, dy * cos - dx * sin
     # a bent, slightly egg-shaped ellipse
-    twist = (7 * nuclei.shade).astype(np.float32)[:, None, None]
     across = across + 0.16 * short_um * np.sin(twist + 2.2 * along / long_um)
     rho = np.hypot(along / long_um, across / (short_um * (1 + 0.12 * along / long_um)))
     edge_um = (1 - rho) * short_um
     alpha = smoothstep(edge_um, -0.45, 0.45)
-    shade = nuclei.shade.astype(np.float32)[:, None, None]
     if nuclei.kind[0] in (NucleusKind.TUMOUR, NucleusKind.EPITHELIAL):
         # open chromatin: a dark membrane, a pale middle, a nucleolus beside the centre
         rim = np.exp(-(((edge_um - 0.5) / 0.55) ** 2))

@@ -1,13 +1,13 @@
 """One drawn slide: bins of a turned lattice, segmented cells, and the counts of both, band by band.
 
-A band is `BLOCK` rows of the lattice: nothing larger than a band's counts is needed at once, whatever the slide's size.
+A band is a row of blocks: nothing larger than a band's counts is needed at once, whatever the slide's size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -23,20 +23,17 @@ from ._expression import (
     draw_counts,
     fill_density,
     gene_panel,
-    integrate_squares,
+    integrate_shapes,
     library_size,
 )
-from ._grid import Floats, Grid, Ints, Mask, in_order, windows
-from ._tissue import NUCLEUS_REACH_UM, Nuclei, Tissue
+from ._tissue import NUCLEUS_REACH_UM, Floats, Grid, Ints, Mask, Nuclei, Tissue, in_order, windows
 
 BASE_UM = 2
-BINS_UM = (2, 4, 8, 16)
-BLOCK = 256
-"""Side of the blocks that counts are drawn in, in bins of 2 µm: each has a random stream of its own."""
-CELL_MARGIN_UM = 3.0
-"""How far a cell reaches beyond its nucleus, where no other nucleus is nearer."""
 
-_ANGLE = float(np.deg2rad(0.5))
+_BINS_UM = (2, 4, 8, 16)
+_BLOCK = 256  # side of the blocks that counts are drawn in, in bins of 2 µm: each has a random stream of its own
+_CELL_MARGIN_UM = 3.0  # by which a cell reaches beyond its nucleus, where no other nucleus is nearer
+_ANGLE = float(np.deg2rad(0.5))  # of the lattice
 _CORNERS = 16  # of an outline
 _NEIGHBOURS = 12  # that may bound a cell
 _REACH_BINS = int(np.ceil(NUCLEUS_REACH_UM / BASE_UM))
@@ -80,7 +77,7 @@ class Lattice:
     @property
     def n_base(self) -> int:
         """Bins of 2 µm along a side: a whole number of the largest bins that stays inside the image."""
-        largest = max(BINS_UM)
+        largest = _BINS_UM[-1]
         return int(self.size_um * 0.97 // largest) * largest // BASE_UM
 
     def centres_um(self, bin_um: int, row: Ints, col: Ints) -> tuple[Floats, Floats]:
@@ -123,7 +120,7 @@ class Lattice:
 
 @dataclass(frozen=True)
 class Band:
-    """Counts of ``BLOCK`` rows of the lattice, over its whole width."""
+    """Counts of ``_BLOCK`` rows of the lattice, over its whole width."""
 
     first_row: int
     on_tissue: Mask  # (rows, n_base)
@@ -158,27 +155,27 @@ class Cells:
         owner = self._nuclei_over(first_row, on_tissue.shape)[on_tissue]
         in_nucleus = owner >= 0
         row, col = (index[~in_nucleus] for index in np.nonzero(on_tissue))
-        owner[~in_nucleus] = self._nearest(*self.lattice.centres_um(BASE_UM, row + first_row, col))
-        return owner, in_nucleus
-
-    def _nearest(self, x_um: Floats, y_um: Floats) -> Ints:
-        """Cell with the nearest centre, -1 where it does not reach the point."""
-        reach_um = NUCLEUS_REACH_UM + CELL_MARGIN_UM
+        x_um, y_um = self.lattice.centres_um(BASE_UM, row + first_row, col)
+        reach_um = NUCLEUS_REACH_UM + _CELL_MARGIN_UM
         _, nearest = self._tree.query(np.stack([x_um, y_um], axis=1), distance_upper_bound=reach_um)
         near = np.flatnonzero(nearest < len(self))
-        rho = self._rho(nearest[near], x_um[near], y_um[near], CELL_MARGIN_UM)
-        nearest[nearest == len(self)] = -1
-        nearest[near[rho > 1]] = -1
-        return np.asarray(nearest)
+        inside = self._rho(nearest[near], x_um[near], y_um[near], _CELL_MARGIN_UM) <= 1
+        owner[np.flatnonzero(~in_nucleus)[near[inside]]] = nearest[near[inside]]
+        return owner, in_nucleus
 
     def _nuclei_over(self, first_row: int, shape: tuple[int, ...]) -> Ints:
         """Cell whose nucleus covers the centre of each bin, -1 for none, (rows, cols)."""
         start, stop = (self.until_row(row) for row in (first_row - _REACH_BINS, first_row + shape[0] + _REACH_BINS))
         owner = np.full(shape, -1, dtype=np.int64)
         rho_of_owner = np.full(shape, np.inf)
+        offset = np.arange(-_REACH_BINS, _REACH_BINS + 1)
         for first in range(start, stop, _BATCH):
-            cell, row, col, rho = self._covered(np.arange(first, min(first + _BATCH, stop)))
-            row = row - first_row
+            which = np.arange(first, min(first + _BATCH, stop))
+            row, col = self.row[which, None] + offset, self.col[which, None] + offset
+            x, y = self.lattice.centres_um(BASE_UM, row[:, :, None], col[:, None, :])
+            rho = self._rho(which[:, None, None], x, y, 0.0)
+            cell, down, right = np.nonzero(rho <= 1)
+            row, col, rho, cell = row[cell, down] - first_row, col[cell, right], rho[cell, down, right], which[cell]
             inside = (row >= 0) & (row < shape[0]) & (col >= 0) & (col < shape[1])
             inside[inside] = rho[inside] < rho_of_owner[row[inside], col[inside]]
             # of several values for one bin the last one stays: the innermost, and of two alike the first cell
@@ -187,17 +184,8 @@ class Cells:
             rho_of_owner[row[order], col[order]] = rho[order]
         return owner
 
-    def _covered(self, which: Ints) -> tuple[Ints, Ints, Ints, Floats]:
-        """Cell, row and column of every bin that some nuclei cover, and how far out it lies, 1 on the border."""
-        offset = np.arange(-_REACH_BINS, _REACH_BINS + 1)
-        row, col = self.row[which, None] + offset, self.col[which, None] + offset
-        x, y = self.lattice.centres_um(BASE_UM, row[:, :, None], col[:, None, :])
-        rho = self._rho(which[:, None, None], x, y, 0.0)
-        cell, down, right = np.nonzero(rho <= 1)
-        return which[cell], row[cell, down], col[cell, right], rho[cell, down, right]
-
     def _rho(self, which: Ints, x_um: Floats, y_um: Floats, margin_um: float) -> Floats:
-        """Distance of points from the centre of some cell each, 1 on the border of its grown ellipse."""
+        """Distance of points from the centre of a cell each, 1 on the border of its nucleus grown by a margin."""
         own = self.nuclei.subset(which)
         dx, dy = x_um - own.x_um, y_um - own.y_um
         cos, sin = np.cos(own.angle), np.sin(own.angle)
@@ -210,28 +198,24 @@ class Cells:
         A cell is its nucleus's ellipse, grown, up to where another nucleus's centre is nearer.
         """
         own = self.nuclei.subset(which[:, None])
-        margin_um = 0.0 if nucleus else CELL_MARGIN_UM
+        margin_um = 0.0 if nucleus else _CELL_MARGIN_UM
         long_um, short_um = own.long_um + margin_um, own.short_um + margin_um
         # corners are closer where the ellipse bends more
         turn = 2 * np.pi * (np.arange(_CORNERS + 1) % _CORNERS) / _CORNERS
         angle = own.angle + np.arctan2(short_um * np.sin(turn), long_um * np.cos(turn))
         radius = _radius_um(long_um, short_um, angle - own.angle)
         if not nucleus:
+            # the first neighbour is the cell itself; half-way to another centre that one becomes nearer
+            centre = np.concatenate([own.x_um, own.y_um], axis=1)
+            distance, other = self._tree.query(centre, k=range(2, min(_NEIGHBOURS, len(self) - 1) + 2))
+            direction = np.arctan2(self.nuclei.y_um[other] - own.y_um, self.nuclei.x_um[other] - own.x_um)
+            towards = np.cos(angle[:, :, None] - direction[:, None, :])
+            half_way_um = np.full(towards.shape, np.inf)
+            np.divide(distance[:, None, :] / 2, towards, out=half_way_um, where=towards > 0)
             inner = _radius_um(own.long_um, own.short_um, angle - own.angle)
-            radius = np.maximum(inner, np.minimum(radius, self._half_way_um(which, angle)))
+            radius = np.maximum(inner, np.minimum(radius, half_way_um.min(axis=2, initial=np.inf)))
         x, y = own.x_um + radius * np.cos(angle), own.y_um + radius * np.sin(angle)
         return (np.stack([x, y], axis=-1) / mpp).round(2)
-
-    def _half_way_um(self, which: Ints, angle: Floats) -> Floats:
-        """Distance at which another centre becomes nearer, in each direction."""
-        centre = np.stack([self.nuclei.x_um[which], self.nuclei.y_um[which]], axis=1)
-        # the first one is the cell itself
-        distance, other = self._tree.query(centre, k=range(2, min(_NEIGHBOURS, len(self) - 1) + 2))
-        direction = np.arctan2(self.nuclei.y_um[other] - centre[:, 1:], self.nuclei.x_um[other] - centre[:, :1])
-        towards = np.cos(angle[:, :, None] - direction[:, None, :])
-        limit = np.full(towards.shape, np.inf)
-        np.divide(distance[:, None, :] / 2, towards, out=limit, where=towards > 0)
-        return np.asarray(limit.min(axis=2, initial=np.inf))
 
 
 def _radius_um(long_um: Floats, short_um: Floats, angle: Floats) -> Floats:
@@ -243,15 +227,13 @@ class CellCounts:
     """Sums bins into cells, band by band; a cell is given out when no later band can add to it."""
 
     def __init__(self, cells: Cells, n_genes: int) -> None:
-        self._cells = cells
-        self._first = 0
+        self._cells, self._first = cells, 0
         self._pending = sp.csr_matrix((0, n_genes), dtype=np.float32)
         self._n_bins = np.zeros(0, dtype=np.int64)
 
     def add(self, band: Band, owner: Ints) -> tuple[Ints, sp.csr_matrix]:
         """Take in a band, whose bins belong to ``owner``; returns the complete cells that have a bin, and counts."""
-        n_rows = len(band.on_tissue)
-        n_pending = self._cells.until_row(band.first_row + 2 * BLOCK) - self._first
+        n_pending = self._cells.until_row(band.first_row + 2 * _BLOCK) - self._first
         bins = np.flatnonzero(owner >= 0)
         row = owner[bins] - self._first
         ones = np.ones(len(bins), dtype=np.float32)
@@ -260,7 +242,7 @@ class CellCounts:
         self._pending = self._pending + gather @ band.counts
         self._n_bins = np.pad(self._n_bins, (0, n_pending - len(self._n_bins)))
         self._n_bins += np.bincount(row, minlength=n_pending)
-        is_last = band.first_row + n_rows == self._cells.lattice.n_base
+        is_last = band.first_row + len(band.on_tissue) == self._cells.lattice.n_base
         n_complete = n_pending if is_last else self._cells.until_row(band.first_row) - self._first
         complete = np.flatnonzero(self._n_bins[:n_complete])
         which, counts = complete + self._first, self._pending[complete]
@@ -294,8 +276,7 @@ class DrawnSlide:
     @cached_property
     def density(self) -> NDArray[np.float16]:
         """Density of every source in memory, (sources, rows, cols)."""
-        out = np.empty(density_shape(self.size_um), dtype=np.float16)
-        return np.asarray(fill_density(self.tissue, out, None))
+        return np.asarray(fill_density(self.tissue, np.empty(density_shape(self.size_um), dtype=np.float16), None))
 
     def cells(self, n_workers: int | None = None) -> Cells:
         """All cells whose centre lies on the lattice; some 60 bytes each."""
@@ -314,48 +295,47 @@ class DrawnSlide:
             on_tissue, integrals, library = self._expected(density, corner)
             return on_tissue, draw_counts(integrals * library[:, None], self.panel, (self.tissue.seed, 7, *corner))
 
-        for first_row, on_tissue, counts in self._bands(draw, partial(sp.vstack, format="csr"), n_workers):
-            yield Band(first_row, on_tissue, counts)
+        for first_row, on_tissue, counts, order in self._bands(draw, n_workers):
+            yield Band(first_row, on_tissue, sp.vstack(counts, format="csr")[order])
 
     def expected(self, *, library: bool) -> tuple[Mask, Floats]:
-        """Whether each 2 µm bin lies on tissue, and what those that do catch of every source, (n, sources).
+        """Whether each 2 µm bin lies on tissue, and the integral of each source over those that do, (n, sources).
 
-        With ``library`` times the library size of each bin; without, the integral of each source over it.
+        With ``library`` it is what the bin catches: times its library size.
         """
 
         def catch(corner: tuple[int, int]) -> tuple[Mask, Floats]:
             on_tissue, integrals, sizes = self._expected(self.density, corner)
             return on_tissue, integrals * sizes[:, None] if library else integrals
 
-        _, masks, caught = zip(*self._bands(catch, np.concatenate, None), strict=True)
-        return np.concatenate(masks), np.concatenate(caught)
+        _, masks, caught, orders = zip(*self._bands(catch, None), strict=True)
+        in_order_of_rows = [np.concatenate(blocks)[order] for blocks, order in zip(caught, orders, strict=True)]
+        return np.concatenate(masks), np.concatenate(in_order_of_rows)
 
     def _bands(
-        self,
-        work: Callable[[tuple[int, int]], tuple[Mask, Any]],
-        stack: Callable[[Sequence[Any]], Any],
-        n_workers: int | None,
-    ) -> Iterator[tuple[int, Mask, Any]]:
-        """First row, mask and values row by row of each band, of what ``work`` makes of the corners of blocks."""
-        first = range(0, self.lattice.n_base, BLOCK)
+        self, work: Callable[[tuple[int, int]], tuple[Mask, Any]], n_workers: int | None
+    ) -> Iterator[tuple[int, Mask, Sequence[Any], Ints]]:
+        """First row, mask, blocks' values, and these values' order row by row, of each band.
+
+        ``work`` makes mask and values of a block from its corner.
+        """
+        first = range(0, self.lattice.n_base, _BLOCK)
         done = in_order(work, ((row, col) for row in first for col in first), n_workers)
         for first_row in first:
             masks, values = zip(*(next(done) for _ in first), strict=True)
             rows = np.concatenate([np.nonzero(mask)[0] for mask in masks])
-            yield first_row, np.concatenate(masks, axis=1), stack(values)[np.argsort(rows, kind="stable")]
+            yield first_row, np.concatenate(masks, axis=1), values, np.argsort(rows, kind="stable")
 
     def _expected(self, density: Any, corner: tuple[int, int]) -> tuple[Mask, Floats, Floats]:
         """Mask of a block's bins on tissue, integral of each source over these (n, sources), and library sizes (n,)."""
-        row, col = np.meshgrid(
-            *(np.arange(first, min(first + BLOCK, self.lattice.n_base)) for first in corner), indexing="ij"
-        )
+        sides = (np.arange(first, min(first + _BLOCK, self.lattice.n_base)) for first in corner)
+        row, col = np.meshgrid(*sides, indexing="ij")
         x, y = self.lattice.centres_um(BASE_UM, row, col)
         left, top = (max(int(centre.min()) - BASE_UM - 1, 0) for centre in (x, y))
         right, bottom = (int(centre.max()) + BASE_UM + 2 for centre in (x, y))
         grid = Grid(top, left, bottom - top, right - left)
-        edge_um = self.tissue.edge_um(grid)
-        inside = edge_um[np.floor(y).astype(np.int64) - top, np.floor(x).astype(np.int64) - left] > 0
+        inside = self.tissue.edge_um(grid)[grid.pixel(x, y)] > 0
         x, y = x[inside], y[inside]
         box = np.asarray(density[:, *grid.slices]).astype(np.float32)
-        integrals = integrate_squares(box, x - left, y - top, BASE_UM, self.lattice.angle)
+        integrals = integrate_shapes(box, x - left, y - top, BASE_UM, angle=self.lattice.angle)
         return inside, integrals, library_size(self.tissue, row[inside], col[inside], x, y)

@@ -1,15 +1,10 @@
-"""Rows of a Space Ranger folder, read a few at a time: counts, places of bins, outlines of cells.
-
-And a folder of the same kind with one of each, which `spatialdata_io.visium_hd` makes names, columns and types of.
-"""
+"""What is large in a Space Ranger folder, read in pieces: counts, places of bins, outlines of cells, and the image."""
 
 from __future__ import annotations
 
-import io
 import json
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,23 +17,19 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
-from pixnet_sd._util import logger
+from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import DataError
 
-from ._folder import BinFiles, CellFiles, HDFolder
-
 if TYPE_CHECKING:
+    import dask.array as da
     import h5py
-    from spatialdata import SpatialData
+    from tifffile import TiffPage, TiffPageSeries
 
-PIECE_ENTRIES = 2**21
-PIECE_ROWS = 2**17
-COLUMNS = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
-"""Columns of the places after ``barcode``."""
-
+_PIECE_ENTRIES, _PIECE_ROWS = 2**21, 2**17
+_COLUMNS = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")  # behind ``barcode``
 _BLOCK_CHARACTERS = 2**20
-_BETWEEN_FEATURES = tuple(", \t\r\n")
-_MINIATURE_PX = 64
+_LARGE_PIECE_BYTES = 2**28
+_RGB = 3
 
 
 @dataclass(frozen=True)
@@ -69,11 +60,11 @@ class CountMatrix:
         return pa.array(self.group["barcodes"][start:stop], pa.binary()).cast(pa.string())
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows of about `PIECE_ENTRIES` and at most `PIECE_ROWS`."""
+        """Ranges of rows of about `_PIECE_ENTRIES` and at most `_PIECE_ROWS`."""
         start = 0
         while start < self.n_rows:
-            stop = int(np.searchsorted(self.indptr, self.indptr[start] + PIECE_ENTRIES, side="right")) - 1
-            stop = min(max(stop, start + 1), start + PIECE_ROWS, self.n_rows)
+            stop = int(np.searchsorted(self.indptr, self.indptr[start] + _PIECE_ENTRIES, side="right")) - 1
+            stop = min(max(stop, start + 1), start + _PIECE_ROWS, self.n_rows)
             yield start, stop
             start = stop
 
@@ -114,7 +105,7 @@ def open_matrix(path: Path) -> Iterator[CountMatrix]:
 
 @dataclass(frozen=True)
 class PlacedBins:
-    """Consecutive rows of a matrix: names (m,), and each of `COLUMNS` → (m,) numbers."""
+    """Consecutive rows of a matrix: names (m,), and each of `_COLUMNS` → (m,) numbers."""
 
     barcodes: pa.Array
     columns: dict[str, NDArray[Any]]
@@ -132,9 +123,9 @@ def open_positions(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} cannot be opened as parquet ({error}). Restore the file.") from error
-    if file.schema_arrow.names[: len(COLUMNS) + 1] != ["barcode", *COLUMNS]:
+    if file.schema_arrow.names[: len(_COLUMNS) + 1] != ["barcode", *_COLUMNS]:
         raise DataError(
-            f"{path} has the columns {', '.join(file.schema_arrow.names)} instead of barcode, {', '.join(COLUMNS)}. "
+            f"{path} has the columns {', '.join(file.schema_arrow.names)} instead of barcode, {', '.join(_COLUMNS)}. "
             "Restore the file."
         )
     return file
@@ -144,7 +135,7 @@ def check_places(matrix: CountMatrix, positions: Path) -> None:
     """Raise DataError unless the first row of a matrix has a place: so swapped files are found before any work."""
     first = matrix.barcodes(0, 1)
     with open_positions(positions) as file:
-        for batch in file.iter_batches(batch_size=PIECE_ROWS, columns=["barcode"]):
+        for batch in file.iter_batches(batch_size=_PIECE_ROWS, columns=["barcode"]):
             if pc.is_in(first, value_set=batch["barcode"])[0].as_py():
                 return
     raise _mismatch(f"The first barcode of {matrix.path}, {first[0]}, is", positions)
@@ -153,12 +144,11 @@ def check_places(matrix: CountMatrix, positions: Path) -> None:
 def placed_bins(matrix: CountMatrix, positions: Path) -> Iterator[PlacedBins]:
     """The rows of a matrix with their places, in its order; DataError when a barcode has no place, or two.
 
-    Space Ranger writes both files in the order of the lattice. Then one pass over both is enough; where the order
-    differs, the rest is joined through hashes of the barcodes, which takes more memory.
+    Space Ranger writes both files in the order of the lattice: one pass over both is enough, hashes join what differs.
     """
     at = 0
     with open_positions(positions) as file:
-        for batch in file.iter_batches(batch_size=PIECE_ROWS):
+        for batch in file.iter_batches(batch_size=_PIECE_ROWS):
             expected = matrix.barcodes(at, at + len(batch))
             index = pc.index_in(batch["barcode"], value_set=expected)
             rows = pc.drop_null(index).to_numpy(zero_copy_only=False)
@@ -168,29 +158,25 @@ def placed_bins(matrix: CountMatrix, positions: Path) -> Iterator[PlacedBins]:
                 yield PlacedBins(expected.slice(0, len(rows)), _numbers(batch.filter(index.is_valid())))
                 at += len(rows)
     if at < matrix.n_rows:
-        logger.info(
-            "The rows of %s are not in the order of %s: joining the last %d by hash, which takes 60 bytes each.",
-            matrix.path.name,
-            positions.name,
-            matrix.n_rows - at,
-        )
+        message = "The rows of %s are not in the order of %s: joining the last %d by hash, which takes 60 bytes each."
+        logger.info(message, matrix.path.name, positions.name, matrix.n_rows - at)
         yield from _placed_by_hash(matrix, positions, at)
 
 
 def _numbers(batch: pa.RecordBatch) -> dict[str, NDArray[Any]]:
-    return {name: batch[name].to_numpy(zero_copy_only=False) for name in COLUMNS}
+    return {name: batch[name].to_numpy(zero_copy_only=False) for name in _COLUMNS}
 
 
 def _placed_by_hash(matrix: CountMatrix, positions: Path, first: int) -> Iterator[PlacedBins]:
     """As `placed_bins`, for the rows from ``first`` on, whatever their order."""
-    pieces = [(start, min(start + PIECE_ROWS, matrix.n_rows)) for start in range(first, matrix.n_rows, PIECE_ROWS)]
+    pieces = [(start, min(start + _PIECE_ROWS, matrix.n_rows)) for start in range(first, matrix.n_rows, _PIECE_ROWS)]
     hashes = np.concatenate([_hashes(matrix.barcodes(*piece)) for piece in pieces])
     order = np.argsort(hashes)
     hashes = hashes[order]
     n_places = np.zeros(len(hashes), np.uint8)
     columns: dict[str, NDArray[Any]] = {}
     with open_positions(positions) as file:
-        for batch in file.iter_batches(batch_size=PIECE_ROWS):
+        for batch in file.iter_batches(batch_size=_PIECE_ROWS):
             wanted = _hashes(batch["barcode"])
             slot = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
             hit = hashes[slot] == wanted
@@ -223,12 +209,8 @@ def _mismatch(what: str, positions: Path) -> DataError:
 def read_outlines(path: Path) -> dict[str, shapely.Polygon]:
     """Cell barcode → outer ring in pixels of the full image; DataError when the file is no collection of such."""
     try:
-        return {
-            f"cellid_{feature['properties']['cell_id']:09d}-1": shapely.Polygon(
-                np.array(feature["geometry"]["coordinates"][0])
-            )
-            for feature in _features(path)
-        }
+        rings = ((f["properties"]["cell_id"], f["geometry"]["coordinates"][0]) for f in _features(path))
+        return {f"cellid_{number:09d}-1": shapely.Polygon(np.array(ring)) for number, ring in rings}
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise DataError(
             f"{path} is not a GeoJSON collection of polygons with cell_id ({type(error).__name__}: {error}). Restore "
@@ -250,7 +232,7 @@ def _features(path: Path) -> Iterator[dict[str, Any]]:
             at = text.find("[", key) if key >= 0 else -1
         at += 1
         while True:
-            while text[at : at + 1] in _BETWEEN_FEATURES:
+            while text[at : at + 1] in tuple(", \t\r\n"):
                 at += 1
             if text.startswith("]", at):
                 return
@@ -265,85 +247,97 @@ def _features(path: Path) -> Iterator[dict[str, Any]]:
                 yield feature
 
 
-def read_miniature(
-    files: HDFolder, target: Path, cell: tuple[str, shapely.Polygon] | None, image_dtype: np.dtype[Any]
-) -> SpatialData:
-    """Write a folder of one bin of each size and one cell (barcode, outline), and read it as the reader does.
+@contextmanager
+def open_image(path: Path, chunk_px: int) -> Iterator[da.Array]:
+    """Open an RGB image, (3, height, width) in chunks of ``chunk_px``, valid as long as the context.
 
-    The folder has to stay until the result is written, which reads previews from it.
+    TIFF files of any kind, and what Pillow reads. DataError when it cannot be read or is not RGB; a warning when the
+    file can only be read in large pieces, or as a whole.
     """
-    try:
-        from spatialdata_io import visium_hd
-    except ImportError as error:
-        raise ImportError("Reading Space Ranger folders needs spatialdata-io: pip install 'pixnet_sd[io]'") from error
-    import h5py
-    from tifffile import imwrite
+    from tifffile import TiffFile, TiffFileError
 
-    target.mkdir(parents=True)
-    # the feature slice file tells the layout in attributes; the rest of it is large and not read
-    with open_h5(files.slice_file) as source, h5py.File(target / files.slice_file.name, "w") as copy:
-        copy.attrs.update(dict(source.attrs))
-    for bins in files.bins:
-        _write_one_bin(bins, target / "binned_outputs" / bins.name)
-    if files.cells is not None and cell is not None:
-        _write_one_cell(files.cells, target / "segmented_outputs", *cell)
-    for name, path in files.previews.items():
-        _copy(path, target / "spatial" / name)
-    image = target / "image.tif"
-    imwrite(image, np.zeros((_MINIATURE_PX, _MINIATURE_PX, 3), image_dtype), photometric="rgb")
-    options = {"dataset_id": files.dataset_id, "load_segmentations_only": False, "fullres_image_file": image}
     try:
-        with redirect_stdout(io.StringIO()):  # it prints what it finds
-            return visium_hd(target, **options)
-    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+        tiff = TiffFile(path)
+    except TiffFileError:
+        yield _chunked(_whole(path), channels_last=True, chunk_px=chunk_px)
+        return
+    with tiff:
+        series = tiff.series[0]
+        channels_last = series.axes[-1] in "SC"
+        _check_rgb(path, series.shape, channels_last=channels_last)
+        yield _chunked(_rows(path, series), channels_last=channels_last, chunk_px=chunk_px)
+
+
+def _check_rgb(path: Path, shape: tuple[int, ...], *, channels_last: bool) -> None:
+    if len(shape) != _RGB or shape[-1 if channels_last else 0] != _RGB:
         raise DataError(
-            f"spatialdata_io.visium_hd cannot read a folder like {files.slice_file.parent} "
-            f"({type(error).__name__}: {error}). Restore the folder, or update spatialdata-io."
+            f"The image {path} has the shape {shape}, which is not RGB. Save it with three channels and give it with "
+            "`image=`."
+        )
+
+
+def _chunked(pixels: Any, *, channels_last: bool, chunk_px: int) -> da.Array:
+    """Chunk pixels; bands are read one at a time and then cut: a strip of a TIFF file spans the whole width."""
+    import dask.array as da
+
+    height, width = pixels.shape[:2] if channels_last else pixels.shape[1:]
+    band = (chunk_px, width, _RGB) if channels_last else (_RGB, chunk_px, width)
+    array = da.from_array(pixels, chunks=band, name=False, lock=True)
+    if channels_last:
+        array = array.transpose(2, 0, 1)
+    array = array.astype(array.dtype.newbyteorder("="))
+    return array.rechunk((_RGB, min(chunk_px, height), min(chunk_px, width)))
+
+
+def _rows(path: Path, series: TiffPageSeries) -> Any:
+    """Array of the finest level, of which rows can be read."""
+    import zarr
+
+    page = series.keyframe
+    pixels: Any = zarr.open_array(series.aszarr(level=0), mode="r")
+    piece = int(np.prod(pixels.chunks)) * pixels.dtype.itemsize
+    if piece <= _LARGE_PIECE_BYTES:
+        return pixels
+    if page.is_contiguous and page.compression == 1 and len(series) == 1 and page.planarconfig == 1:
+        return _RawRows(path, page)
+    _warn_of_size(path, "is compressed in pieces", piece)
+    return pixels
+
+
+class _RawRows:
+    """Rows of an uncompressed image in one piece."""
+
+    ndim = 3
+
+    def __init__(self, path: Path, page: TiffPage) -> None:
+        self._path, self._offset = path, page.dataoffsets[0]
+        self.shape = page.shape
+        self.dtype = np.dtype(page.dtype).newbyteorder(page.parent.byteorder)
+
+    def __getitem__(self, key: tuple[slice, slice, slice]) -> NDArray[Any]:
+        start, stop, _ = key[0].indices(self.shape[0])
+        row = int(np.prod(self.shape[1:]))
+        offset = self._offset + start * row * self.dtype.itemsize
+        pixels = np.fromfile(self._path, self.dtype, (stop - start) * row, offset=offset)
+        return pixels.reshape(stop - start, *self.shape[1:])[(slice(None), *key[1:])]
+
+
+def _whole(path: Path) -> NDArray[Any]:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"The image {path} cannot be read ({error}). Save it as a tiled TIFF and give it with `image=`."
         ) from error
+    _check_rgb(path, pixels.shape, channels_last=True)
+    _warn_of_size(path, "can only be read as a whole", pixels.nbytes)
+    return pixels
 
 
-def _copy(path: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
+def _warn_of_size(path: Path, what: str, n_bytes: int) -> None:
+    from pixnet_sd.store import size_text  # only here: it loads spatialdata
 
-
-def _write_one_bin(bins: BinFiles, target: Path) -> None:
-    _copy(bins.scalefactors, target / "spatial" / bins.scalefactors.name)
-    with open_matrix(bins.matrix) as matrix:
-        barcode = matrix.barcodes(0, 1)
-        _write_one_row(matrix, target / bins.matrix.name, barcode[0].as_py())
-    with open_positions(bins.positions) as file:
-        first = next(file.iter_batches(batch_size=1), None)
-    if first is None:
-        raise DataError(f"{bins.positions} has no rows. Restore the file.")
-    row = pa.Table.from_batches([first])
-    row = row.set_column(0, row.schema.field(0).with_type(barcode.type), barcode)
-    pq.write_table(row, target / "spatial" / bins.positions.name)
-
-
-def _write_one_cell(files: CellFiles, target: Path, barcode: str, outline: shapely.Polygon) -> None:
-    with open_matrix(files.matrix) as matrix:
-        _write_one_row(matrix, target / files.matrix.name, barcode)
-    if files.scalefactors.is_file():
-        _copy(files.scalefactors, target / "spatial" / files.scalefactors.name)
-    geometry = {"type": "Polygon", "coordinates": [np.asarray(outline.exterior.coords).tolist()]}
-    number = int(barcode.removeprefix("cellid_").removesuffix("-1"))
-    feature = {"type": "Feature", "geometry": geometry, "properties": {"cell_id": number}}
-    collection = {"type": "FeatureCollection", "features": [feature]}
-    (target / files.outlines.name).write_text(json.dumps(collection))
-
-
-def _write_one_row(matrix: CountMatrix, target: Path, barcode: str) -> None:
-    import h5py
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    group = matrix.group
-    with h5py.File(target, "w") as file:
-        file.attrs.update(dict(group.file.attrs))
-        copy = file.create_group("matrix")
-        group.copy("features", copy)
-        copy["barcodes"] = np.array([barcode.encode()])
-        copy["data"] = np.ones(1, group["data"].dtype)
-        copy["indices"] = np.zeros(1, group["indices"].dtype)
-        copy["indptr"] = np.array([0, 1], group["indptr"].dtype)
-        copy["shape"] = np.array([matrix.n_genes, 1], group["shape"].dtype)
+    warn(f"The image {path} {what}, which takes {size_text(n_bytes)} of memory. Save it as a tiled TIFF to avoid that.")
