@@ -127,5 +127,7 @@ def test_a_bar_on_a_terminal_only(watched, bar, monkeypatch):
 def test_warnings_are_of_the_first_caller_outside_the_package() -> None:
     sdata = make_visium_hd()
     with pytest.warns(UserWarning, match="disagrees with 0.5 µm/px") as raised:
-        ps.pl.training_regions(sdata, mpp=0.6, working_mpp=1.0, tile_px=64, validation=None, show=False)
+        ps.pl.training_regions(
+            sdata, mpp=0.6, model_params={"working_mpp": 1.0}, train_params={"tile_px": 64}, validation=None, show=False
+        )
     assert [w.filename for w in raised if "disagrees" in str(w.message)] == [__file__]

@@ -1,4 +1,4 @@
-"""Notes of this package about an object, ``attrs["pixnet_sd"]``, as its store has them by now."""
+"""Notes of this package about objects and tables, ``attrs["pixnet_sd"]`` and ``uns["pixnet_sd"]``."""
 
 from __future__ import annotations
 
@@ -11,29 +11,58 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["ATTRS_KEY", "note_of", "remember", "stored_note"]
+__all__ = [
+    "ATTRS_KEY",
+    "TABLE_NOTE",
+    "file_note",
+    "memory_note",
+    "note_of",
+    "remember",
+    "stored_note",
+    "table_note",
+    "table_uns",
+]
 
 ATTRS_KEY = "pixnet_sd"
+TABLE_NOTE = f"uns/{ATTRS_KEY}"  # folder, in that of a table
 
 
 def note_of(notes: Any, section: str, key: str | None = None) -> Any:
     """Read one entry of notes, or a section of them; None where there is none."""
-    found = notes.get(section) if isinstance(notes, Mapping) else None
-    if key is None:
-        return found
-    return found.get(key) if isinstance(found, Mapping) else None
+    entries = notes.get(section) if isinstance(notes, Mapping) else None
+    return entries if key is None else note_of(entries, key)
+
+
+def memory_note(sdata: SpatialData, section: str, key: str | None = None) -> Any:
+    """Read a note of an object in memory."""
+    return note_of(sdata.attrs.get(ATTRS_KEY), section, key)
+
+
+def file_note(store: Path, section: str, key: str | None = None) -> Any:
+    """Read a note from the root of a store."""
+    root = json.loads((store / "zarr.json").read_text(encoding="utf-8"))
+    return note_of(note_of(root, "attributes", ATTRS_KEY), section, key)
 
 
 def stored_note(sdata: SpatialData, section: str, key: str | None = None) -> Any:
     """Read a note from the store of a backed object, which others may have written to since; else from memory."""
     if not isinstance(sdata.path, Path):
-        return note_of(sdata.attrs.get(ATTRS_KEY), section, key)
-    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-        root = json.loads((sdata.path / "zarr.json").read_text(encoding="utf-8"))
-        return note_of(root["attributes"].get(ATTRS_KEY), section, key)
+        return memory_note(sdata, section, key)
+    with contextlib.suppress(OSError, ValueError):
+        return file_note(sdata.path, section, key)
     return None
 
 
 def remember(sdata: SpatialData, section: str, value: Any) -> None:
     """Note a section in memory only, of an object whose store cannot be written."""
     sdata.attrs[ATTRS_KEY] = {**(sdata.attrs.get(ATTRS_KEY) or {}), section: value}
+
+
+def table_note(table: Any) -> Any:
+    """Read what this package noted in a table that it wrote; None for any other."""
+    return table.uns.get(ATTRS_KEY)
+
+
+def table_uns(note: Any) -> dict[str, Any]:
+    """Make the entry of ``uns`` that holds a table's note."""
+    return {ATTRS_KEY: note}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from pixnet_sd._notes import ATTRS_KEY
+from pixnet_sd._util import shown
 from pixnet_sd.errors import StoreError
 
 __all__ = [
@@ -49,9 +48,6 @@ MOMENTS = {"n", "predicted_mean", "predicted_ss", "measured_mean", "measured_ss"
 
 _LEVELS = 4  # of the feature pyramid
 _ALIGN_PX = 32  # its coarsest stride
-
-_SHORT = Repr()
-_SHORT.maxstring = _SHORT.maxother = 60
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Text = Annotated[str, StringConstraints(max_length=4096)]
@@ -227,14 +223,8 @@ class NotesSchema(_Open):
 
 
 def check_notes(notes: Any) -> dict[str, Any]:
-    """Return the notes of an object as they are, None as none.
-
-    Raises
-    ------
-    StoreError
-        They are no mapping, or a section of ours holds what is never written there.
-    """
-    where = f"sdata.attrs[{ATTRS_KEY!r}]"
+    """Return the notes of an object as they are, None as none; StoreError if they are damaged."""
+    where = "sdata.attrs['pixnet_sd']"
     if notes is None:
         return {}
     if not isinstance(notes, Mapping):
@@ -247,13 +237,7 @@ def check_notes(notes: Any) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, *, allow_nan: bool = False) -> Any:
-    """Parse a UTF-8 JSON text; ``allow_nan`` takes NaN and infinities, which Python writes and JSON does not have.
-
-    Raises
-    ------
-    ValueError
-        It is none, or nested without end.
-    """
+    """Parse a UTF-8 JSON text; ``allow_nan`` takes NaN and infinities. ValueError if it is none."""
     return from_json(text, allow_inf_nan=allow_nan)
 
 
@@ -267,11 +251,3 @@ def what_is_wrong(error: ValueError) -> str:
     if first["type"] in ("missing", "value_error"):  # the input is what is around it, or is told already
         return ": ".join(filter(None, [where, text]))
     return f"{where}: {text}, and it is {shown(first['input'])}"
-
-
-def shown(value: Any) -> str:
-    """Short text of whatever was found."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # a number with more digits than Python writes
-        return f"a {type(value).__name__}"

@@ -6,6 +6,9 @@ The root logger is left to the application. Progress is a bar where somebody wat
 from __future__ import annotations
 
 import logging
+import numbers
+import os
+import reprlib
 import sys
 import time
 import warnings
@@ -15,7 +18,7 @@ from tqdm import auto, std
 
 from pixnet_sd.errors import PixNetError
 
-__all__ = ["LineBar", "Settings", "bar_class", "logger", "settings", "warn"]
+__all__ = ["LineBar", "Settings", "bar_class", "logger", "settings", "shown", "warn"]
 
 
 class _UnlessConfigured(logging.StreamHandler):  # type: ignore[type-arg]
@@ -111,6 +114,33 @@ def bar_class() -> type[Any]:
 
 
 _OWN = __name__.partition(".")[0]
+_WIDTH = 60
+
+
+class _Short(reprlib.Repr):
+    """Cuts what is long, and names what it does not know by its type: a slide's own text takes long and many lines."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to spell out numbers of thousands of digits."""
+        return super().repr_int(x, level) if x.bit_length() < 4096 else f"<a number of {x.bit_length()} bits>"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        if isinstance(x, os.PathLike | str):
+            return self.repr_str(str(x), level)
+        if isinstance(x, bytes):
+            return repr(bytes(x[:_WIDTH]))
+        spelt = str(x) if x is None or isinstance(x, bool | numbers.Real) else ""
+        return spelt if 0 < len(spelt) <= _WIDTH else f"<{type(x).__name__}>"
+
+
+_SHORT = _Short()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 4
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 2, _WIDTH, _WIDTH
+
+
+def shown(value: Any) -> str:
+    """Spell a value as Python does, cut where it is long."""
+    return _SHORT.repr(value)
 
 
 def warn(message: str) -> None:

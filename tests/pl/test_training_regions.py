@@ -61,7 +61,9 @@ def test_tiles_and_regions_are_those_of_fit() -> None:
     counts = sdata.tables["square_016um"].X.tolil()
     counts[:3] = 0  # regions without counts are left out
     sdata.tables["square_016um"].X = counts.tocsr()
-    tiles, regions = ps.pl.training_regions(sdata, working_mpp=1.0, tile_px=64, validation=0.3, show=False)[0]
+    tiles, regions = ps.pl.training_regions(
+        sdata, model_params={"working_mpp": 1.0}, train_params={"tile_px": 64}, validation=0.3, show=False
+    )[0]
     with pytest.warns(UserWarning, match="square_016um"):
         record = of_fit(sdata, tile_px=64, validation=0.3)["slide"]
     trained, held_out = record["training_regions"], record["held_out_regions"]
@@ -85,7 +87,9 @@ def test_tiles_and_regions_are_those_of_fit() -> None:
 
 
 def test_tissue_is_outlined() -> None:
-    ax = ps.pl.training_regions(half_tissue(), working_mpp=1.0, tile_px=64, validation=None, show=False)[0, 0]
+    ax = ps.pl.training_regions(
+        half_tissue(), model_params={"working_mpp": 1.0}, train_params={"tile_px": 64}, validation=None, show=False
+    )[0, 0]
     (outline,) = (drawn for drawn in ax.collections if len(drawn.get_paths()[0]) > 10)
     np.testing.assert_allclose(outline.get_paths()[0].get_extents().extents, [0, 0, 80, 120], atol=6)
     assert not len(boxes(ax, ORANGE))
@@ -95,7 +99,7 @@ def test_slides_are_rows() -> None:
     slides = {"a": make_visium_hd(bins=(16,)), "b": make_visium()}
     slides["b"].attrs["pixnet_sd"] = {"mpp": {"tissue_full_image": 0.5}}  # to measure spots takes squidpy, and seconds
     options = {"tile_px": 256, "objective": "poisson", "validation": ["b"]}
-    axes = ps.pl.training_regions(slides, working_mpp=1.0, **options, show=False)
+    axes = ps.pl.training_regions(slides, model_params={"working_mpp": 1.0}, **options, show=False)
     assert axes.shape == (2, 2)
     assert [(len(boxes(ax, BLUE)) > 0, len(boxes(ax, ORANGE)) > 0) for ax in axes[:, 0]] == [(1, 0), (0, 1)]
     assert [legend(ax)[0].split(":")[0] for ax in axes[:, 1]] == ["training", "held out"]
@@ -108,7 +112,7 @@ def test_slides_are_rows() -> None:
 def test_bad_input() -> None:
     sdata = make_visium_hd(bins=(16,))
     with pytest.raises(PixNetError, match="tile_px"):
-        ps.pl.training_regions(sdata, working_mpp=0.5, tile_px=64, show=False)
+        ps.pl.training_regions(sdata, train_params={"tile_px": 64}, show=False)
     sdata.tables["square_016um"].X *= 0
     with pytest.raises(DataError, match="square_016um"):
         ps.pl.training_regions(sdata)

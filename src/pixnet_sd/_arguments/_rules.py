@@ -10,62 +10,35 @@ import math
 import numbers
 import operator
 import os
-import reprlib
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pixnet_sd._util import shown
 from pixnet_sd.errors import PixNetError
 
-_WIDTH = 60
 _LONGEST_NAME, _LONGEST_PREFIX, _LONGEST_PATH = 255, 100, 4096  # bytes
-
-
-class _Short(reprlib.Repr):
-    """Cuts what is long, and names what it does not know by its type: a slide's own text takes long and many lines."""
-
-    def repr_int(self, x: int, level: int) -> str:
-        """Python refuses to spell out numbers of thousands of digits."""
-        return super().repr_int(x, level) if x.bit_length() < 4096 else f"<a number of {x.bit_length()} bits>"
-
-    def repr_instance(self, x: Any, level: int) -> str:
-        if isinstance(x, os.PathLike | str):
-            return self.repr_str(str(x), level)
-        if isinstance(x, bytes):
-            return repr(bytes(x[:_WIDTH]))
-        spelt = str(x) if x is None or isinstance(x, bool | numbers.Real) else ""
-        return spelt if 0 < len(spelt) <= _WIDTH else f"<{type(x).__name__}>"
-
-
-_SHORT = _Short()
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 4
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 2, _WIDTH, _WIDTH
-
-
-def shown(value: Any) -> str:
-    """Spell a value as Python does, cut where it is long."""
-    return _SHORT.repr(value)
 
 
 class Unfit(Exception):
     """A value that an argument does not take; with a text, why, where that is not plain from what is needed."""
 
 
-def _require(holds: bool, why: str = "") -> None:
+def _require(holds: Any, why: str = "") -> None:
     if not holds:
         raise Unfit(why)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What an argument takes: in words, and from a value to what the verb gets, or `Unfit`."""
+    """What an argument takes."""
 
-    needed: str
-    read: Callable[[Any], Any]
+    needed: str  # in words
+    read: Callable[[Any], Any]  # from a value to what the verb gets, or `Unfit`
     error: type[PixNetError] | None = None  # None: what the verb raises
-    takes_none: bool = False
 
 
 def raising(error: type[PixNetError], rule: Rule) -> Rule:
@@ -75,13 +48,12 @@ def raising(error: type[PixNetError], rule: Rule) -> Rule:
 
 def optional(rule: Rule) -> Rule:
     """Let a rule take None as well."""
-    if rule.takes_none:
+    if rule.needed.endswith(", or None"):
         return rule
-    read, needed = rule.read, f"{rule.needed}, or None"
-    return replace(rule, needed=needed, read=lambda v: None if v is None else read(v), takes_none=True)
+    return replace(rule, needed=f"{rule.needed}, or None", read=lambda v: None if v is None else rule.read(v))
 
 
-def where(rule: Rule, holds: Callable[[Any], bool], why: str = "", *, needed: str = "") -> Rule:
+def where(rule: Rule, holds: Callable[[Any], Any], why: str = "", *, needed: str = "") -> Rule:
     """Take only those values of a rule for which something holds."""
 
     def read(value: Any) -> Any:
@@ -171,7 +143,7 @@ def text(what: str = "a name", *, empty: bool = True, longest: int = _LONGEST_NA
             raise Unfit("it has characters that cannot be written") from error
         _require("\0" not in value, "it has a NUL character")
         _require(n_bytes <= longest, f"it has {n_bytes} bytes, and {longest} is the most")
-        _require(bool(value) or empty, "it is empty")
+        _require(value or empty, "it is empty")
         return str(value)
 
     return Rule(f"{what} as text", read)
@@ -179,13 +151,10 @@ def text(what: str = "a name", *, empty: bool = True, longest: int = _LONGEST_NA
 
 def element_name(what: str, *, empty: bool = False) -> Rule:
     """Take the first part of names of elements or files, by SpatialData's own rule."""
-
-    def holds(name: str) -> bool:
-        # what starts with a dot is written, and never found again: readers take it for a hidden file
-        return not name.startswith(("__", ".")) and all(c.isalnum() or c in "_-." for c in name)
-
+    # what starts with a dot is written, and never found again: readers take it for a hidden file
+    pattern = re.compile(r"(?!__|\.)[\w.-]*")
     needed = f"{what}: letters, digits, '_', '-' and '.', not starting with '__' or '.'"
-    return where(text(empty=empty, longest=_LONGEST_PREFIX), holds, needed=needed)
+    return where(text(empty=empty, longest=_LONGEST_PREFIX), pattern.fullmatch, needed=needed)
 
 
 def each(rule: Rule, what: str, *, n: int | None = None) -> Rule:
@@ -196,7 +165,7 @@ def each(rule: Rule, what: str, *, n: int | None = None) -> Rule:
         is_text = isinstance(value, str | bytes | bytearray | memoryview)
         _require(not is_text and (is_array or isinstance(value, Sequence)))
         items = tuple(rule.read(item) for item in value)
-        _require(len(items) == n if n is not None else bool(items), f"{len(items)} were given")
+        _require(len(items) == n if n is not None else items, f"{len(items)} were given")
         return items
 
     return Rule(what, read)
@@ -211,6 +180,27 @@ def names(what: str, *, one: bool = True) -> Rule:
         return name.read(value) if one and isinstance(value, str) else list(several.read(value))
 
     return Rule(f"{what} as text, one or a list of them" if one else f"a list of {what} as text", read)
+
+
+def mapping(
+    what: str, *, item: Rule | None = None, known: Collection[str] = (), keys: type = str, empty: bool = True
+) -> Rule:
+    """Take a mapping from names, or some of those that are known, to anything or what a rule takes."""
+    name = text()
+
+    def read(value: Any) -> dict[str, Any]:
+        _require(isinstance(value, Mapping))
+        _require(value or empty, "there is none in it")
+        plain = {}
+        for key, entry in value.items():
+            _require(key in known if known else isinstance(key, keys), f"{shown(key)} is none")
+            try:
+                plain[name.read(str(key))] = item.read(entry) if item else entry
+            except Unfit as error:
+                raise Unfit(f"{shown(key)} is {shown(entry)}") from error
+        return plain
+
+    return Rule(what, read)
 
 
 def path(what: str) -> Rule:
@@ -280,47 +270,6 @@ def instance(name: str, what: str) -> Rule:
         return value
 
     return Rule(what, read)
-
-
-def by_name(one: Rule, needed: str, *, keys: type = str) -> Rule:
-    """Take a value of one rule, or several in a mapping; text is made of keys that are none."""
-    name = text()
-
-    def read(value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return one.read(value)
-        _require(bool(value), "there is none in it")
-        for key, item in value.items():
-            _require(isinstance(key, keys))
-            name.read(str(key))
-            try:
-                one.read(item)
-            except Unfit as error:
-                raise Unfit(f"{shown(key)} is {shown(item)}") from error
-        return {str(key): item for key, item in value.items()}
-
-    return Rule(needed, read)
-
-
-def mapping(what: str, *, item: Rule | None = None, known: Collection[str] = ()) -> Rule:
-    """Take a mapping with texts for keys, or with some of those that are known."""
-
-    def read(value: Any) -> dict[str, Any]:
-        _require(isinstance(value, Mapping))
-        for key in value:
-            _require(key in known if known else isinstance(key, str), f"{shown(key)} is none")
-        return {key: item.read(value[key]) if item else value[key] for key in value}
-
-    return Rule(what, read)
-
-
-def frame(column: str, what: str) -> Rule:
-    """Take a data frame with a column of numbers."""
-
-    def holds(value: Any) -> bool:
-        return column in value.columns and getattr(value[column].dtype, "kind", "O") in "fiu"
-
-    return where(instance("pandas.DataFrame", what), holds)
 
 
 def axes() -> Rule:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pixnet_sd._notes import table_note
 from pixnet_sd._util import logger
 from pixnet_sd.errors import PixNetError
 from pixnet_sd.params import ModelParams
@@ -173,7 +174,7 @@ def _table(sdata: SpatialData, table: Any) -> str:
     region = table.uns.get("spatialdata_attrs", {}).get("region")
     regions = [region] if isinstance(region, str) else list(region if region is not None else [])
     of = "annotates nothing" if not regions else f"annotates {names(map(str, regions))}{_bins(sdata, str(regions[0]))}"
-    origin = "predicted by pixnet_sd" if "pixnet_sd" in table.uns else "measured"
+    origin = "predicted by pixnet_sd" if table_note(table) is not None else "measured"
     return f"{table.n_obs:,} rows x {table.n_vars:,} genes, {origin}, {of}"
 
 

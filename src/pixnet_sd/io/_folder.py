@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pixnet_sd._notes import ATTRS_KEY, note_of
+from pixnet_sd._notes import file_note
 from pixnet_sd.errors import DataError
 
 CONVERTED_FROM = "converted_from"
@@ -43,8 +43,7 @@ def changed_files(folder: Path, store: Path) -> list[str]:
 
     A store that says nothing about where it is from, made by other means, has none.
     """
-    attributes = json.loads((store / "zarr.json").read_text(encoding="utf-8")).get("attributes", {})
-    states = note_of(attributes.get(ATTRS_KEY), CONVERTED_FROM) or {}
+    states = file_note(store, CONVERTED_FROM) or {}
     return [name for name, state in states.items() if _file_state(folder / name) != state]
 
 

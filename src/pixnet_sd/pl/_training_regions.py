@@ -20,6 +20,7 @@ from spatialdata import SpatialData
 from pixnet_sd._arguments import checked
 from pixnet_sd.errors import DataError
 from pixnet_sd.geometry import MAP_STRIDE
+from pixnet_sd.params import ModelParams, ObjectiveName, TrainParams
 from pixnet_sd.slide import Slide, tissue_mask
 from pixnet_sd.slide.tables import Measured, checked_totals
 
@@ -58,12 +59,11 @@ def training_regions(  # noqa: PLR0913
     table_key: str | Sequence[str] | None = None,
     coordinate_system: str | None = None,
     mpp: float | Literal["coordinate_system"] | None = None,
-    allow_any_mpp: bool = False,
-    working_mpp: float = 0.5,
-    tile_px: int = 512,
-    objective: Literal["mse_pcc", "poisson", "nb"] = "mse_pcc",
+    objective: ObjectiveName = "mse_pcc",
     validation: Validation = 0.1,
     seed: int = 0,
+    model_params: ModelParams | Mapping[str, Any] | None = None,
+    train_params: TrainParams | Mapping[str, Any] | None = None,
     scalebar: bool = True,
     figsize: tuple[float, float] | None = None,
     dpi: float | None = None,
@@ -83,9 +83,9 @@ def training_regions(  # noqa: PLR0913
 
     Parameters
     ----------
-    sdata, image_key, table_key, coordinate_system, mpp, allow_any_mpp, working_mpp
+    sdata, image_key, table_key, coordinate_system, mpp, validation, seed, model_params, train_params
         As of :func:`pixnet_sd.tl.fit`.
-    tile_px, objective, validation, seed
+    objective
         As of :func:`pixnet_sd.tl.fit`. Counts are read once, to leave out regions without any, as the logarithms of
         ``"mse_pcc"`` do.
     scalebar
@@ -106,14 +106,15 @@ def training_regions(  # noqa: PLR0913
     from pixnet_sd.tl import open_sources, split_slides
 
     slides = {"slide": sdata} if isinstance(sdata, SpatialData) else dict(sdata)
+    training = TrainParams.read(train_params)
     sources = open_sources(
         slides,
         image_key=image_key,
         table_key=table_key,
         coordinate_system=coordinate_system,
         mpp=mpp,
-        allow_any_mpp=allow_any_mpp,
-        working_mpp=working_mpp,
+        allow_any_mpp=training.allow_any_mpp,
+        working_mpp=ModelParams.read(model_params).working_mpp,
     )
     every = {name: _usable(source, objective) for name, source in sources.items()}
     parts = _parts(*split_slides(every, validation, seed))
@@ -124,7 +125,10 @@ def training_regions(  # noqa: PLR0913
             every[name],
             parts[name],
             # Tiles as a training with a frozen encoder, and every validation, has them.
-            {use: training_tiles(part, tile_px, once=use == "held out").tiles for use, part in parts[name].items()},
+            {
+                use: training_tiles(part, training.tile_px, once=use == "held out").tiles
+                for use, part in parts[name].items()
+            },
             tissue_mask(source.slide),
             view_of(source.slide, None, ax=ax, panel_in=_PANEL_IN, dpi=dpi, save=save),
         )

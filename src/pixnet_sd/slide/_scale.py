@@ -10,7 +10,7 @@ import numpy as np
 import shapely
 from scipy.spatial import cKDTree
 
-from pixnet_sd._notes import ATTRS_KEY, note_of, stored_note
+from pixnet_sd._notes import memory_note, stored_note
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import ElementError, ResolutionError
 
@@ -37,7 +37,7 @@ from .elements import (
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-_RECORD = f"sdata.attrs[{ATTRS_KEY!r}]['mpp']"  # by name of the image
+_RECORD = "sdata.attrs['pixnet_sd']['mpp']"  # by name of the image
 _PLAUSIBLE = (0.1, 2.0)  # µm/px: from 100x objectives to overviews in which nuclei are still seen
 _SPOT_PITCH_UM = 100.0
 # A Visium spot is 55 µm wide; Space Ranger writes the diameter of a 65 µm one (89.5 px at a pitch of 138 px).
@@ -168,7 +168,7 @@ def find_mpp(
     ]
     if mpp is not None:
         value, rule = _from_caller(coordinate_system, mpp, scale, sizes)
-    elif (recorded := note_of(sdata.attrs.get(ATTRS_KEY), "mpp", image_key)) is not None:
+    elif (recorded := memory_note(sdata, "mpp", image_key)) is not None:
         value, rule = float(recorded), f"value recorded in {_RECORD}"
         _check_record(value, stored_note(sdata, "mpp", image_key), image_key, sizes)
     else:

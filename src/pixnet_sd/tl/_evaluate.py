@@ -18,6 +18,7 @@ from spatialdata import SpatialData
 
 from pixnet_sd._arguments import checked
 from pixnet_sd._fingerprint import differing_parts
+from pixnet_sd._notes import table_note
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError, ElementError
 from pixnet_sd.slide import slide_at
@@ -206,7 +207,7 @@ def matched_values(
     Arguments and errors are those of :func:`pixnet_sd.tl.evaluate`.
     """
     predicted = _table(sdata, predicted_key, "predicted_key")
-    if "pixnet_sd" not in predicted.uns:
+    if table_note(predicted) is None:
         raise ElementError(
             f"Table {predicted_key!r} was not written by pixnet_sd's predict. Did you swap the two keys?"
         )
@@ -241,7 +242,7 @@ def matched_values(
         counts=counts.take(keep),
         positions=measured_genes.names.get_indexer(shared),
         total=total[keep],
-        target_sum=float(predicted.uns["pixnet_sd"]["target_sum"]),
+        target_sum=float(table_note(predicted)["target_sum"]),
     )
 
 
@@ -256,10 +257,10 @@ def _table(sdata: SpatialData, key: str, argument: str) -> Table:
 def _measured(sdata: SpatialData, table_key: str, predicted_key: str, predicted: Table) -> tuple[Table, TableLink]:
     """Find the measured table, and its rows that annotate the predicted table's element."""
     measured = _table(sdata, table_key, "table_key")
-    if "pixnet_sd" in measured.uns:
+    if table_note(measured) is not None:
         raise ElementError(f"Table {table_key!r} holds predictions: give table_key= of a table with raw counts.")
     element = predicted.uns["spatialdata_attrs"]["region"]
-    system = predicted.uns["pixnet_sd"].get("coordinate_system")
+    system = table_note(predicted).get("coordinate_system")
     system = system if system in sdata.coordinate_systems else None  # it may have been renamed since
     wanted = element if isinstance(element, str) else None
     link = table_link(sdata, table_key=table_key, coordinate_system=system, element_key=wanted)
@@ -273,7 +274,7 @@ def _measured(sdata: SpatialData, table_key: str, predicted_key: str, predicted:
 
 def _check_current(sdata: SpatialData, key: str, predicted: Table) -> None:
     """Refuse a predicted table when the image was corrected, or its regions were drawn anew, since."""
-    about: dict[str, Any] = predicted.uns["pixnet_sd"]
+    about: dict[str, Any] = table_note(predicted)
     before = about.get("depends_on")
     if not before or about["image"] not in sdata.images:
         missing = f"image {about['image']!r} is not in the object" if before else "it does not say what it depends on"

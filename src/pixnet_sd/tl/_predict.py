@@ -22,7 +22,7 @@ from spatialdata import SpatialData
 
 from pixnet_sd._arguments import checked
 from pixnet_sd._fingerprint import differing_parts, fingerprint
-from pixnet_sd._notes import stored_note
+from pixnet_sd._notes import stored_note, table_uns
 from pixnet_sd._util import logger
 from pixnet_sd.engine import BLOCK_WRITERS, Writer, make_fabric
 from pixnet_sd.engine.predict import (
@@ -606,7 +606,7 @@ def _region_results(
         genes=job.genes,
         region=request.element_key,
         var=record.var,
-        uns={"pixnet_sd": about, "spatial": spatial_library(slide.coordinate_system, diameter_px, picture)},
+        uns=table_uns(about) | {"spatial": spatial_library(slide.coordinate_system, diameter_px, picture)},
     )
     return rows.results(
         partial(request.describe, on_glass),

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from spatialdata.transformations import get_transformation
 from xarray import DataTree
 
-from pixnet_sd._notes import ATTRS_KEY, note_of
+from pixnet_sd._notes import memory_note, table_note
 from pixnet_sd.errors import ElementError, ResolutionError
 
 from ._stored import StoredShapes, sample_shapes, shapes_of, tables_of
@@ -69,8 +69,8 @@ def written_by_pixnet(sdata: SpatialData) -> set[str]:
 
     Shapes that `tl.predict` makes are called after the table that comes with them, ``{table}_shapes``.
     """
-    maps = note_of(sdata.attrs.get(ATTRS_KEY), "maps") or {}
-    return {*maps, *(f"{key}_shapes" for key, table in tables_of(sdata).items() if "pixnet_sd" in table.uns)}
+    maps = memory_note(sdata, "maps") or {}
+    return {*maps, *(f"{key}_shapes" for key, table in tables_of(sdata).items() if table_note(table) is not None)}
 
 
 def affine_matrix(element: Any, coordinate_system: str) -> NDArray[np.float64]:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData, read_zarr
 
 from pixnet_sd._arguments import checked
+from pixnet_sd._notes import TABLE_NOTE, table_note
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
 
@@ -66,8 +67,8 @@ def _left_on_disk(sdata: SpatialData, group: str, file: str) -> dict[str, Path]:
 def _is_result(sdata: SpatialData, store: Path, key: str) -> bool:
     """Whether a table, or the shapes made with one, was written by this package."""
     return any(
-        (name in sdata.tables and "pixnet_sd" in sdata.tables[name].uns)
-        or (store / "tables" / name / "uns" / "pixnet_sd").is_dir()
+        (name in sdata.tables and table_note(sdata.tables[name]) is not None)
+        or (store / "tables" / name / TABLE_NOTE).is_dir()
         for name in (key, key.removesuffix("_shapes"))
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from pixnet_sd._notes import table_note
 from pixnet_sd._util import logger
 from pixnet_sd.errors import ElementError
 from pixnet_sd.slide import other_slides, size_of_bins
@@ -89,7 +90,7 @@ def measured_regions(sdata: SpatialData, table_key: str | Sequence[str] | None =
 
 def _candidates(sdata: SpatialData, coordinate_system: str | None, image_key: str | None) -> dict[str, list[str]]:
     """Find tables without predictions, and the elements in a place that each annotates, at least one."""
-    tables = {key: table for key, table in tables_of(sdata).items() if "pixnet_sd" not in table.uns}
+    tables = {key: table for key, table in tables_of(sdata).items() if table_note(table) is None}
     regions = {key: placed_regions(sdata, regions_of_table(table), coordinate_system) for key, table in tables.items()}
     if image_key is not None and coordinate_system is not None:
         elements = dict.fromkeys(element for each in regions.values() for element in each)
@@ -188,7 +189,7 @@ def _described(keys: Iterable[str], regions: Mapping[str, Sequence[str]]) -> str
 
 def _none_found(sdata: SpatialData, coordinate_system: str | None, image_key: str | None) -> str:
     where = "" if coordinate_system is None else f" in coordinate system {coordinate_system!r}"
-    tables = [key for key, table in tables_of(sdata).items() if "pixnet_sd" not in table.uns]
+    tables = [key for key, table in tables_of(sdata).items() if table_note(table) is None]
     message = f"No table annotates shapes or labels{where}. Tables: {names(tables)}."
     elsewhere = measured_regions(sdata)
     if not elsewhere:

@@ -24,7 +24,7 @@ from spatialdata.transformations import Scale, get_transformation, set_transform
 from spatialdata.transformations import Sequence as InTurn
 from xarray import DataArray, Dataset, DataTree
 
-from pixnet_sd._notes import stored_note
+from pixnet_sd._notes import note_of, stored_note, table_note, table_uns
 from pixnet_sd.errors import DataError, ElementError, StoreError
 from pixnet_sd.store import WRITTEN, element_stamp, image_stamp, local_store, read_json
 
@@ -146,7 +146,7 @@ class FactorHead:
             obs["unit"] = self.unit
         var = pd.DataFrame(index=pd.Index(factor_names(self.weight.shape[1])[:-1], dtype=object))
         link = "identity" if self.is_linear else "softplus"
-        uns = {"pixnet_sd": {"link": link, "units": units, "fingerprint": fingerprint}}
+        uns = table_uns({"link": link, "units": units, "fingerprint": fingerprint})
         return TableModel.parse(ad.AnnData(self.weight, obs, var, uns=uns))
 
     def values(self, factors: NDArray[np.float32], index: NDArray[np.intp]) -> NDArray[np.float32]:
@@ -173,14 +173,14 @@ def read_head(sdata: SpatialData, key: str) -> FactorHead:
         raise ElementError(f"The image {key!r} needs the table {name!r} beside it, which is not there. Predict again.")
     table = sdata.tables[name]
     n_channels = sdata.images[key]["scale0"]["image"].sizes["c"]
-    link = table.uns.get("pixnet_sd", {}).get("link")
+    link = note_of(table_note(table), "link")
     if link not in ("identity", "softplus") or "bias" not in table.obs or table.n_vars != n_channels - 1:
         raise DataError(
             f"The table {name!r} does not hold the weights for the {n_channels} channels of {key!r}. Predict again, "
             "with overwrite=True."
         )
     known = (stored_note(sdata, "maps", key) or {}).get("fingerprint")
-    if known is not None and known != table.uns["pixnet_sd"].get("fingerprint"):
+    if known is not None and known != table_note(table).get("fingerprint"):
         raise DataError(
             f"The table {name!r} in this object belongs to other factors than {key!r}, which were written since. Open "
             "the store anew, or predict again with overwrite=True."
