@@ -309,8 +309,7 @@ def training_slide(options: argparse.Namespace) -> Any:
     )
     found = training_data(
         sources,
-        genes=None,
-        n_genes=PANEL,
+        genes=PANEL,
         target_sum=1e4,
         objective="mse_pcc",
         validation=0.1,

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from spatialdata import SpatialData
@@ -44,7 +45,7 @@ from pixnet_sd.store import hold_lock
 from pixnet_sd.store import record as note
 
 from ._checks import check_batch, check_decoder, pixels_of, quality_of, training_parts, values_per_px, why_poor
-from ._training_data import TrainingData, data_parts, describe, held_out_names, open_sources, training_data
+from ._training_data import Source, TrainingData, data_parts, describe, held_out_names, open_sources, training_data
 
 _DROPOUT = 0.5  # of channels of the decoder's laterals
 _MIN_WIDTH = 32  # fewest channels of a level, unless `decoder_width` itself is smaller
@@ -80,15 +81,7 @@ def _aggregation(params: ModelParams, objective: ObjectiveName) -> Aggregation:
 
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Hold a checkpoint's folder, as two runs would overwrite one another's state; a finished model is only read.
-
-    The folder is made if it is not there, and taken back if nothing was put into it.
-
-    Raises
-    ------
-    CheckpointError
-        It cannot be written, or another run is in it.
-    """
+    """Hold a checkpoint's folder against other runs, made if needed, left only if filled; a finished one is read."""
     if os.path.exists(directory / CHECKSUMS):  # unlike that of a path it raises for no name
         if (directory / _LOCK).exists():  # of a run that was killed when its model was there
             with contextlib.suppress(OSError, StoreError), hold_lock(directory / _LOCK, wait_s=0, busy=""):
@@ -240,13 +233,10 @@ def fit(  # noqa: PLR0913
             allow_any_mpp=train_params.allow_any_mpp,
             working_mpp=params.working_mpp,
         )
-        tile_px, values = train_params.tile_px, values_per_px(encoder.channels, shape)
-        sides = [_tile_sides(source.slide, tile_px) for source in sources.values()]
-        check_batch(sides, batch_size, tile_px, values, fabric.device)
+        _check_tiles(sources, train_params.tile_px, batch_size, values_per_px(encoder.channels, shape), fabric.device)
         data = training_data(
             sources,
-            genes=None if genes == "all" or isinstance(genes, int) else genes,
-            n_genes=genes if isinstance(genes, int) else None,
+            genes=genes,
             target_sum=params.target_sum,
             objective=objective,
             validation=validation,
@@ -257,7 +247,7 @@ def fit(  # noqa: PLR0913
         names, described = [str(gene) for gene in data.genes], describe(sources, data)
         del sources  # of millions of bins it holds what the training does not need
         network = Network(encoder, shape, len(outputs_of(names, objective)), aggregation, link_of(objective))
-        record = _record(network, params, objective, genes=names, slides=described, tile_px=tile_px)
+        record = _record(network, params, objective, genes=names, slides=described, tile_px=train_params.tile_px)
         identity = _identify(record, {**settings, **asdict(train_params)}, images, data)
         if folder is None:
             folder = home / identity[:12]
@@ -267,15 +257,16 @@ def fit(  # noqa: PLR0913
         if model is None:
             model = _trained(PixNet(network, record), run, fabric, images, show_progress_bar=show_progress_bar)
     if record_model:
-        for name, (slide, pixels) in images.items():
-            _note(slides[name], str(folder.resolve()), slide.image_key, pixels)
+        _note(slides, images, str(folder.resolve()))
     return model
 
 
-def _tile_sides(slide: Slide, tile_px: int) -> tuple[int, int]:
-    """Rows and columns of a tile: no larger than the slide and the margins that regions keep."""
-    rows, cols = (min(tile_px, size + 2 * (tile_px // MARGIN_SHARE)) for size in slide.working_shape)
-    return rows, cols
+def _check_tiles(
+    sources: Mapping[str, Source], tile_px: int, batch_size: int, values: float, device: torch.device
+) -> None:
+    """Refuse batches that do not fit; a tile is no larger than the slide and the margins that regions keep."""
+    most_px = [np.array(source.slide.working_shape) + 2 * (tile_px // MARGIN_SHARE) for source in sources.values()]
+    check_batch(np.minimum(tile_px, most_px).tolist(), batch_size, tile_px, values, device)
 
 
 def _models_folder(slides: Mapping[str, SpatialData]) -> Path:
@@ -363,12 +354,13 @@ def _trained(
     return model
 
 
-def _note(sdata: SpatialData, folder: str, image_key: str, pixels: PixelContent) -> None:
-    """Record the model in the object, and in its store if that can be written, with what was hashed of the image."""
-    try:
-        note(sdata, "model", None, folder)
-        if pixels.is_settled:
-            note(sdata, "content", image_key, pixels.note())
-    except StoreError as error:
-        remember(sdata, "model", folder)
-        logger.warning("the model is recorded in memory only: %s", error)
+def _note(slides: Mapping[str, SpatialData], images: Mapping[str, tuple[Slide, PixelContent]], folder: str) -> None:
+    """Record the model in each object, and in its store if that can be written, with what was hashed of the image."""
+    for name, (slide, pixels) in images.items():
+        try:
+            note(slides[name], "model", None, folder)
+            if pixels.is_settled:
+                note(slides[name], "content", slide.image_key, pixels.note())
+        except StoreError as error:
+            remember(slides[name], "model", folder)
+            logger.warning("the model is recorded in memory only: %s", error)

@@ -71,13 +71,7 @@ def open_sources(
 
 
 def held_out_names(validation: Validation, names: Sequence[str]) -> list[str]:
-    """Read which slides are held out whole.
-
-    Raises
-    ------
-    PixNetError
-        Names that do not fit the slides.
-    """
+    """Read which slides are held out whole."""
     if validation is None or isinstance(validation, int | float):
         return []
     wanted = [validation] if isinstance(validation, str) else list(validation)
@@ -92,8 +86,7 @@ def held_out_names(validation: Validation, names: Sequence[str]) -> list[str]:
 def training_data(
     sources: Mapping[str, Source],
     *,
-    genes: Sequence[str] | None,
-    n_genes: int | None,
+    genes: Sequence[str] | int | Literal["all"],
     target_sum: float,
     objective: ObjectiveName,
     validation: Validation,
@@ -102,28 +95,14 @@ def training_data(
 ) -> TrainingData:
     """Choose genes on the training slides, make their targets, and split off what is held out.
 
-    Parameters
-    ----------
-    genes, n_genes
-        Genes, or how many; neither: all.
-    target_sum, objective, validation, seed
-        As of :func:`pixnet_sd.tl.fit`.
-    cache
-        Folder for compact counts, where there are too many for memory.
-
-    Raises
-    ------
-    PixNetError
-        `validation` fits neither the slides nor a share.
-    DataError
-        Genes are missing, or counts cannot be used.
-    StoreError
-        Compact counts cannot be written.
+    Counts that are too many for memory go, compact, to the folder `cache`; the rest is as of :func:`pixnet_sd.tl.fit`.
     """
     tables = {name: source.tables for name, source in sources.items()}
     unseen = {name: tables[name] for name in held_out_names(validation, list(sources))}
     seen = {name: own for name, own in tables.items() if name not in unseen}
-    chosen = choose_genes(seen, held_out=unseen, n_genes=n_genes, genes=genes, target_sum=target_sum)
+    n_genes = genes if isinstance(genes, int) else None
+    named = None if genes == "all" or isinstance(genes, int) else genes
+    chosen = choose_genes(seen, held_out=unseen, n_genes=n_genes, genes=named, target_sum=target_sum)
     slides = {}
     for name, targets in targets_of(tables, chosen, target_sum, cache, objective).items():
         slide, (height, width) = sources[name].slide, sources[name].slide.working_shape
@@ -153,13 +132,7 @@ def _density(group: MeasuredRegions) -> float:
 def split_slides(
     slides: Mapping[str, TrainingSlide], validation: Validation, seed: int
 ) -> tuple[list[TrainingSlide], list[TrainingSlide]]:
-    """Split slides into what is trained on and what is held out: spatial blocks of each, or whole slides.
-
-    Raises
-    ------
-    PixNetError
-        `validation` fits neither the slides nor a share.
-    """
+    """Split slides into what is trained on and what is held out: spatial blocks of each, or whole slides."""
     if isinstance(validation, int | float):
         pairs = [hold_out_blocks(slide, float(validation), seed + k) for k, slide in enumerate(slides.values())]
         return [training for training, _ in pairs], [held_out for _, held_out in pairs]

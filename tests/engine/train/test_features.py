@@ -138,7 +138,7 @@ def test_maps_are_turned_back(make_network, features, slide, frozen: bool, k: in
         found = maps.of(first)
         slide.read.calls.clear()
         (second,) = maps.batches([plan])
-        maps.clear()
+        maps.cache.clear()
         assert torch.equal(maps.of(second), found)
     assert (not slide.read.calls) == (second.image is None) == frozen
     assert found.shape[-2:] == (image.shape[-2] // MAP_STRIDE, image.shape[-1] // MAP_STRIDE)

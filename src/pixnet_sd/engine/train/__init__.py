@@ -5,10 +5,9 @@ from __future__ import annotations
 from ._batches import Batch, BatchPlan, make_batch, output_blocks, plan_batches
 from ._features import FeatureMaps, PyramidCache, calibrate
 from ._loop import Trainer, TrainResult, train
-from ._loss import BatchLoss
 from ._run import BestEpoch, Run, RunState, seal, warn_of_versions
+from ._scores import BatchLoss, Moments, Scores, score_regions
 from ._split import hold_out_blocks
-from ._validate import Moments, Scores, score_regions
 
 __all__ = [
     "Batch",

@@ -16,7 +16,7 @@ from scipy import sparse
 from torch import Tensor
 
 from pixnet_sd.engine import N_SYMMETRIES, MeasuredRegions, Tile, TrainingSlide, TrainingTiles
-from pixnet_sd.geometry import MAP_STRIDE, Grid, Regions, Window
+from pixnet_sd.geometry import MAP_STRIDE, Grid, Window
 from pixnet_sd.model import Move, Operator, TiledOperator, build_operator
 
 DENSE_OUTPUTS = 1024
@@ -105,28 +105,20 @@ def plan_batches(
     return plans
 
 
-def _tile_operator(regions: Regions, tile: Tile, slide: TrainingSlide, stride: int) -> Operator:
-    """Build the operator of a tile's regions; pixels outside the slide do not count."""
-    grid = Grid(tile.height // stride, tile.width // stride, stride)
-    inside = Window(-tile.row0, slide.height - tile.row0, -tile.col0, slide.width - tile.col0)
-    to_tile = np.array([[1, 0, -tile.col0], [0, 1, -tile.row0], [0, 0, 1]], np.float64)
-    return build_operator(regions.transform(to_tile), grid, inside=inside)
-
-
 def tile_operators(plan: BatchPlan, members: Sequence[tuple[NDArray[np.intp], ...]], stride: int) -> list[Operator]:
     """Build, per size, the tiles' operators side by side: each tile has its own columns.
 
-    `members` has the regions of each tile, per size; the stride is in working pixels per map pixel.
+    `members` has the regions of each tile, per size; the stride is in working pixels per map pixel. Pixels outside the
+    slide do not count.
     """
-    return [
-        TiledOperator(
-            [
-                _tile_operator(measured.regions.subset(inside[size]), tile, plan.slide, stride)
-                for tile, inside in zip(plan.tiles, members, strict=True)
-            ]
-        )
-        for size, measured in enumerate(plan.slide.measured)
-    ]
+    slide, per_size = plan.slide, [list[Operator]() for _ in plan.slide.measured]
+    for (row0, col0, height, width), of_tile in zip(plan.tiles, members, strict=True):
+        grid = Grid(height // stride, width // stride, stride)
+        inside = Window(-row0, slide.height - row0, -col0, slide.width - col0)
+        to_tile = np.array([[1, 0, -col0], [0, 1, -row0], [0, 0, 1]], np.float64)
+        for operators, measured, index in zip(per_size, slide.measured, of_tile, strict=True):
+            operators.append(build_operator(measured.regions.subset(index).transform(to_tile), grid, inside=inside))
+    return [TiledOperator(operators) for operators in per_size]
 
 
 def make_batch(

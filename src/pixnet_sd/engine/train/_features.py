@@ -113,14 +113,14 @@ class FeatureMaps:
         if self.copies.gpu:
             network.to(memory_format=torch.channels_last)
         self._forward = torch.compile(network, dynamic=False) if run.params.compile else network
-        self._cache = PyramidCache(network.encoder, run.directory / "features", run.params.stain_jitter, run.seed)
+        self.cache = PyramidCache(network.encoder, run.directory / "features", run.params.stain_jitter, run.seed)
         per_px = sum(c / stride**2 for c, stride in zip(network.encoder.channels, STRIDES, strict=True))
         n_bytes = 2 * per_px * run.params.tile_px**2 * run.batch_size
         self._ahead = min(max(int(_AHEAD_BYTES / n_bytes), 1), AHEAD) if self.frozen else AHEAD
 
     def batches(self, plans: Sequence[BatchPlan], *, gradient: bool = True) -> Iterator[Batch]:
         """Make batches ahead of the network, with pixels or, where they are kept, pyramids."""
-        kept = self._cache.read if self.frozen else None
+        kept = self.cache.read if self.frozen else None
         make = partial(make_batch, kept=kept, pin=self.copies.gpu, gradient=gradient)
         return self.copies.arriving(prefetch((partial(make, plan) for plan in plans), self._ahead))
 
@@ -154,14 +154,10 @@ class FeatureMaps:
             return functional_call(encoder, buffers, (batch.image.to(self.fabric.device).float(),))
         plan, pixels = batch.plan, iter(() if batch.image is None else batch.image.split(1))
         pyramids = [
-            self._cache.make(plan.slide, tile, plan.symmetry, next(pixels)) if kept is None else kept
+            self.cache.make(plan.slide, tile, plan.symmetry, next(pixels)) if kept is None else kept
             for tile, kept in zip(plan.tiles, batch.kept, strict=True)
         ]
         return [torch.cat(level).to(self.fabric.device).float() for level in zip(*pyramids, strict=True)]
-
-    def clear(self) -> None:
-        """Delete kept pyramids."""
-        self._cache.clear()
 
 
 _MAX_BATCHES = 16

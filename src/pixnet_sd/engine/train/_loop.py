@@ -21,9 +21,8 @@ from pixnet_sd.model import Network, count_pixels, make_objective
 
 from ._batches import Batch, plan_batches
 from ._features import FeatureMaps, calibrate
-from ._loss import BatchLoss
 from ._run import BestEpoch, Run, RunState
-from ._validate import Scores, gene_means, score_regions
+from ._scores import BatchLoss, Scores, gene_means, score_regions
 
 _ABSURD = 100.0  # times the loss at the start, where the head predicts the genes' means
 _SAMPLE = 1024  # regions whose pixels are counted for a typical size
@@ -104,7 +103,7 @@ class Trainer:
 
     def start(self) -> None:
         """Set what is measured once, before the first epoch."""
-        self.features.clear()  # a run that was stopped in its first epoch may have had another encoder
+        self.features.cache.clear()  # a run that was stopped in its first epoch may have had another encoder
         _seed_epoch(self.run.seed, 0)
         _start_head(self.network, self.run.training, self.mean_targets)
         calibrate(self.network, self.features, self.fixed_tiles, self.run.batch_size)
@@ -248,7 +247,7 @@ class Trainer:
             scores = self.last or self.score(self.run.training, state.steps)  # of a run that was killed when it ended
             quality = [getattr(scores, name) for name in _QUALITY]
         self.network.eval()
-        self.features.clear()
+        self.features.cache.clear()
         worth = {
             **dict(zip(_QUALITY, quality, strict=True)),
             "scored_on": "held_out" if self.run.held_out else "training",
