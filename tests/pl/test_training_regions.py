@@ -98,8 +98,10 @@ def test_tissue_is_outlined() -> None:
 def test_slides_are_rows() -> None:
     slides = {"a": make_visium_hd(bins=(16,)), "b": make_visium()}
     slides["b"].attrs["pixnet_sd"] = {"mpp": {"tissue_full_image": 0.5}}  # to measure spots takes squidpy, and seconds
-    options = {"tile_px": 256, "objective": "poisson", "validation": ["b"]}
-    axes = ps.pl.training_regions(slides, model_params={"working_mpp": 1.0}, **options, show=False)
+    options = {"objective": "poisson", "validation": ["b"]}
+    axes = ps.pl.training_regions(
+        slides, model_params={"working_mpp": 1.0}, train_params={"tile_px": 256}, **options, show=False
+    )
     assert axes.shape == (2, 2)
     assert [(len(boxes(ax, BLUE)) > 0, len(boxes(ax, ORANGE)) > 0) for ax in axes[:, 0]] == [(1, 0), (0, 1)]
     assert [legend(ax)[0].split(":")[0] for ax in axes[:, 1]] == ["training", "held out"]
