@@ -376,7 +376,7 @@ def verdict(found: Sequence[Figure]) -> list[str]:
 def check_imports() -> None:
     found = sorted(UNWANTED & {name.split(".")[0] for name in sys.modules})
     if found:
-        raise SystemExit(f"engine/ and nn/ must not import {', '.join(found)}")
+        raise SystemExit(f"the engine and the model must not import {', '.join(found)}")
 
 
 def describe(bench: Bench) -> str:

@@ -35,7 +35,7 @@ class _Params:
         """
         if isinstance(given, cls):
             return given
-        values = dict(given or {})
+        values = dict(given) if isinstance(given, Mapping) else {}
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for name in values:
             if name not in known:

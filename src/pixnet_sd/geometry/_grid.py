@@ -36,27 +36,13 @@ class Window(NamedTuple):
 
 
 class RegionShare(NamedTuple):
-    """One window's share of the sums over k regions that it touches.
+    """One window's share of the sums over k regions that it touches."""
 
-    Attributes
-    ----------
-    window
-        Map pixels.
-    index
-        The regions, ascending, shape (k,).
-    sums
-        Share of the sum over each region's pixels, shape (k, columns): genes, or channels of D.
-    weight
-        Share of the pixels by which a mean divides, shape (k,).
-    complete
-        Whether the region lies wholly in the window, shape (k,).
-    """
-
-    window: Window
-    index: NDArray[np.intp]
-    sums: NDArray[np.float32]
-    weight: NDArray[np.float64]
-    complete: NDArray[np.bool_]
+    window: Window  # map pixels
+    index: NDArray[np.intp]  # type: ignore[assignment]  # the regions, ascending, shape (k,)
+    sums: NDArray[np.float32]  # share of the sum over each region's pixels, shape (k, genes or channels of D)
+    weight: NDArray[np.float64]  # share of the pixels by which a mean divides, shape (k,)
+    complete: NDArray[np.bool_]  # whether the region lies wholly in the window, shape (k,)
 
     @classmethod
     def empty(cls, window: Window, n_columns: int) -> RegionShare:

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 from pydantic_core import to_json
 
 from pixnet_sd._files import hash_regular, read_regular
@@ -22,6 +21,9 @@ from pixnet_sd._schemas import ChecksumsSchema, FileSchema, RecordSchema, parse_
 from pixnet_sd.errors import CheckpointError
 from pixnet_sd.geometry import MAP_STRIDE
 from pixnet_sd.params import Aggregation, ObjectiveName
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Link = Literal["identity", "softplus"]
 
@@ -153,6 +155,8 @@ class ModelRecord:
     @property
     def var(self) -> pd.DataFrame:
         """Columns by gene for predicted tables, ``held_out_pcc`` when known."""
+        import pandas as pd  # the loops run without it
+
         frame = pd.DataFrame(index=pd.Index(self.genes))
         if self.held_out_pcc:
             frame["held_out_pcc"] = pd.Series(self.held_out_pcc, index=frame.index, dtype="float64")
@@ -344,6 +348,8 @@ def _data(slides: dict[str, Any]) -> str:
 
 
 def _scores(record: ModelRecord) -> str:
+    import pandas as pd
+
     pcc = pd.Series(record.held_out_pcc, index=record.genes if record.held_out_pcc else None, dtype="float64")
     known = pcc.dropna().sort_values(ascending=False, kind="stable")
     if known.empty:

@@ -152,7 +152,8 @@ def _located(
     """Find the regions of a table's rows: bins on their lattice, others as drawn; with their rows and instance ids."""
     bins = bins_of_table(sdata, link, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system)
     if bins is not None:
-        regions, rows, instances = bins.lattice, bins.rows, bins.instances
+        regions: Lattice | Circles | Polygons | LabelGrid = bins.lattice
+        rows, instances = bins.rows, bins.instances
         drawn = shapes_of(sdata).get(link.element_key)
         if drawn is None or same_ids(drawn.index, instances):
             return regions, rows, instances
