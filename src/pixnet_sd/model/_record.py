@@ -23,7 +23,7 @@ from pixnet_sd.geometry import MAP_STRIDE
 from pixnet_sd.params import Aggregation, ObjectiveName
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pandas  # noqa: ICN001 - as the pages link it
 
 Link = Literal["identity", "softplus"]
 
@@ -153,7 +153,7 @@ class ModelRecord:
         return outputs_of(self.genes, self.objective)
 
     @property
-    def var(self) -> pd.DataFrame:
+    def var(self) -> pandas.DataFrame:
         """Columns by gene for predicted tables, ``held_out_pcc`` when known."""
         import pandas as pd  # the loops run without it
 
@@ -367,7 +367,7 @@ def _scores(record: ModelRecord) -> str:
     )
 
 
-def _ends(known: pd.Series) -> str:
+def _ends(known: pandas.Series) -> str:
     """Make the table of the genes at both ends, or of all when they are few."""
     scores = [(gene, f"{value:.3f}") for gene, value in known.items()]
     if len(scores) <= 2 * _SHOWN:
