@@ -16,21 +16,6 @@ from typing import BinaryIO
 
 from pixnet_sd.errors import CheckpointError
 
-__all__ = [
-    "clear_left_over",
-    "file_hash",
-    "file_kind",
-    "folder_for",
-    "hash_regular",
-    "home_expanded",
-    "no_empty_folders_left",
-    "open_regular",
-    "read_regular",
-    "replace_file",
-    "replace_files",
-    "try_lock",
-]
-
 _PREFIX, _SUFFIX = ".pixnet_sd-", ".partial"
 
 _KINDS = {

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_json", "content_sha256", "differing_parts", "files_sha256", "fingerprint", "release"]
-
 
 def content_sha256(*pieces: str | bytes | NDArray[Any]) -> str:
     """Hash pieces of text, bytes and arrays of numbers, as hex.

@@ -11,17 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = [
-    "ATTRS_KEY",
-    "TABLE_NOTE",
-    "file_note",
-    "memory_note",
-    "note_of",
-    "remember",
-    "stored_note",
-    "table_note",
-    "table_uns",
-]
 
 ATTRS_KEY = "pixnet_sd"
 TABLE_NOTE = f"uns/{ATTRS_KEY}"  # folder, in that of a table

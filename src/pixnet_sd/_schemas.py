@@ -25,18 +25,6 @@ from pydantic_core import from_json
 from pixnet_sd._util import shown
 from pixnet_sd.errors import StoreError
 
-__all__ = [
-    "ChecksumsSchema",
-    "NotesSchema",
-    "RecordSchema",
-    "ScoresSchema",
-    "StateSchema",
-    "check_notes",
-    "parse_json",
-    "shown",
-    "what_is_wrong",
-]
-
 MAX_GENES = 1_000_000
 MAX_WIDTH = 1 << 13
 """Most channels of a level, and hidden ones; a decoder this wide takes gigabytes."""

@@ -18,8 +18,6 @@ from tqdm import auto, std
 
 from pixnet_sd.errors import PixNetError
 
-__all__ = ["LineBar", "Settings", "bar_class", "logger", "settings", "shown", "warn"]
-
 
 class _UnlessConfigured(logging.StreamHandler):  # type: ignore[type-arg]
     """Prints to stderr, unless the application has set up logging and prints for itself."""

@@ -11,8 +11,6 @@ from typing import Any, Literal, Self
 from pixnet_sd._arguments import check_fields
 from pixnet_sd.errors import PixNetError
 
-__all__ = ["Aggregation", "ModelParams", "ObjectiveName", "PredictParams", "TrainParams"]
-
 Aggregation = Literal["mean", "sum"]
 ObjectiveName = Literal["mse_pcc", "poisson", "nb"]
 

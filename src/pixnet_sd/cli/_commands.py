@@ -14,8 +14,6 @@ from pixnet_sd.params import ModelParams, ObjectiveName, PredictParams, TrainPar
 
 from ._parser import Command, Flag
 
-__all__ = ["COMMANDS"]
-
 
 def _fields(group: type, *without: str) -> tuple[Flag, ...]:
     """Make an option of each field of a group of parameters, in order."""

@@ -30,7 +30,6 @@ from ._commands import COMMANDS
 if TYPE_CHECKING:
     from ._parser import Call
 
-__all__ = ["demo"]
 
 BIN_UM = 8
 TABLE, SHAPES = "square_008um", "sample_square_008um"

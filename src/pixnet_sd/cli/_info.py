@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from ._parser import Call
 
-__all__ = ["info"]
 
 _CHECKPOINT = ", or the folder of a model (a checkpoint has a config.json)"
 _FEW = 8  # genes that are named

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["UNCHANGED", "Call", "Command", "Flag", "parse"]
-
 _USAGE = """\
 usage: pixnet-sd COMMAND [options]; pixnet-sd COMMAND --help lists its options
 

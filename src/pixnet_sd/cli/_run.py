@@ -28,16 +28,6 @@ if TYPE_CHECKING:
 
     from ._parser import Call
 
-__all__ = [
-    "convert",
-    "cross_validate",
-    "evaluate",
-    "fit",
-    "is_store",
-    "predict",
-    "set_up_logging",
-    "space_ranger_folder",
-]
 
 _PACKAGE = str(Path(__file__).parents[1])
 _CHATTY = ("spatialdata._logging", "spatialdata_plot._logging")  # they log to stdout, where results go

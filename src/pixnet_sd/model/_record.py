@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic_core import to_json
 
 from pixnet_sd._files import hash_regular, read_regular
-from pixnet_sd._schemas import ChecksumsSchema, FileSchema, RecordSchema, parse_json, shown, what_is_wrong
+from pixnet_sd._schemas import ChecksumsSchema, FileSchema, RecordSchema, parse_json, what_is_wrong
+from pixnet_sd._util import shown
 from pixnet_sd.errors import CheckpointError
 from pixnet_sd.geometry import MAP_STRIDE
 from pixnet_sd.params import Aggregation, ObjectiveName

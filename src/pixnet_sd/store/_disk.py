@@ -25,32 +25,6 @@ from pixnet_sd.errors import StoreError
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = [
-    "DISK_MARGIN",
-    "ELEMENT_TYPES",
-    "available_memory",
-    "check_free_disk",
-    "check_names",
-    "check_plain",
-    "check_same_folder",
-    "check_writable",
-    "delete_folder",
-    "existing_names",
-    "explain_disk_errors",
-    "folder_id",
-    "hold_lock",
-    "is_name",
-    "is_ours",
-    "known_secrets",
-    "local_store",
-    "open_regular",
-    "plain_files",
-    "read_json",
-    "secret",
-    "size_text",
-    "work_folder",
-    "write_json",
-]
 
 ELEMENT_TYPES = ("images", "labels", "points", "shapes", "tables")
 

@@ -32,21 +32,6 @@ from ._disk import check_plain, hold_lock, local_store, read_json, size_text, wo
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = [
-    "WRITTEN",
-    "attach_written",
-    "element_stamp",
-    "image_stamp",
-    "json_safe",
-    "merge_notes",
-    "merged_notes",
-    "note_in_memory",
-    "read_back",
-    "record",
-    "recorded",
-    "take_notes",
-    "written_by",
-]
 
 WRITTEN = "written"
 """Section of the notes: element name → stamp."""

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from pixnet_sd.geometry import RegionShare, Window
 
-__all__ = ["RegionWriter", "estimate_table_bytes"]
 
 _DESCRIBED_BYTES = 300  # of a region: id, name, centre, areas, outline
 _SHARED = 0.5  # shares of regions that lie in several windows, per region

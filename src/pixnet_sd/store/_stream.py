@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     from ._tables import RowInfo
 
-__all__ = ["Staged", "TableArrays", "consolidate", "element_type", "stretch", "write_scratch_store", "write_shapes"]
 
 _TYPES: dict[Any, str] = {
     Image2DModel: "images",

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["FileSums", "MemorySums", "RegionSums"]
-
 
 class RegionSums(ABC):
     """Sums of ``n_columns`` values over each of ``n_rows`` regions."""

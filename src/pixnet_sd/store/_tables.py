@@ -20,23 +20,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from spatialdata.transformations import BaseTransformation
 
-__all__ = [
-    "INSTANCE_KEY",
-    "REGION_KEY",
-    "Describe",
-    "Express",
-    "Expressed",
-    "MakeShapes",
-    "MakeTable",
-    "RowInfo",
-    "Thumbnail",
-    "circles_element",
-    "expression",
-    "region_table",
-    "spatial_library",
-    "squares_element",
-    "thumbnail",
-]
 
 REGION_KEY = "region"
 INSTANCE_KEY = "instance_id"

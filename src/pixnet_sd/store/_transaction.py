@@ -67,7 +67,6 @@ from ._stream import Staged, element_type, write_scratch_store
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["Transaction", "recover"]
 
 JOURNAL = "journal.json"
 COMMIT = "commit"  # folder, inside the work folder, of elements that are written when they are committed

@@ -24,22 +24,6 @@ if TYPE_CHECKING:
 
     from pixnet_sd.model import DecoderConfig
 
-__all__ = [
-    "check_batch",
-    "check_decoder",
-    "check_map_um",
-    "check_regions",
-    "check_working_size",
-    "map_parts",
-    "model_parts",
-    "pixels_of",
-    "quality_of",
-    "slide_parts",
-    "training_parts",
-    "values_per_px",
-    "why_poor",
-]
-
 
 def pixels_of(sdata: SpatialData, slide: Slide) -> PixelContent:
     """Hash the pixels of a slide, or take the hash that was noted in the object for files that have not changed."""

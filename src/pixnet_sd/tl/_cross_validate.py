@@ -36,8 +36,6 @@ from ._fit import fit
 from ._predict import predict_regions
 from ._regions import region_parts
 
-__all__ = ["CrossValidation", "FoldScores", "cross_validate", "read_scores", "write_scores"]
-
 FoldScores: TypeAlias = dict[tuple[str, str], pd.DataFrame]
 """`moments` by slide and table."""
 

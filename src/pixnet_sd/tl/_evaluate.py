@@ -28,8 +28,6 @@ from pixnet_sd.slide.tables import Counts, check_genes, checked_totals, counts_o
 from ._checks import pixels_of
 from ._regions import placed_regions, region_parts
 
-__all__ = ["METRICS", "Matched", "evaluate", "matched_values", "merged", "moments", "pooled", "scores_of", "summary"]
-
 METRICS = ("MSE", "MAE", "PCC@F", "PCC@S", "PCC@M")
 
 _EPS = 1e-8  # as of `pearson_per_gene`

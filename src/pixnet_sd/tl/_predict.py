@@ -74,8 +74,6 @@ from pixnet_sd.store.gene_map import (
 from ._checks import check_batch, check_map_um, check_working_size, map_parts, pixels_of, values_per_px, why_poor
 from ._regions import RegionRequest, check_together, express, request_regions, units_of
 
-__all__ = ["predict", "predict_regions"]
-
 _TILE_PX = 1024
 _BATCH_SIZE = {"cuda": 4}
 _MANY_TILES = 50  # from which on it is worth two more to say how long they take

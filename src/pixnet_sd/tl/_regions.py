@@ -24,16 +24,6 @@ from ._checks import check_regions
 if TYPE_CHECKING:
     from pixnet_sd.model import ModelRecord, PixNet
 
-__all__ = [
-    "RegionRequest",
-    "Units",
-    "check_together",
-    "express",
-    "placed_regions",
-    "region_parts",
-    "request_regions",
-    "units_of",
-]
 
 _SAMPLE = 5000  # regions whose median area is taken
 COUNTS, TOTAL = "expected_counts", "expected_total_counts"

@@ -21,19 +21,6 @@ from pixnet_sd.engine import ALIGN_PX
 from pixnet_sd.geometry import MAP_STRIDE, Grid, Lattice, Regions, Window, chunks
 from pixnet_sd.model import Factors, Head, Move, Operator, build_operator, count_pixels, staged_array
 
-__all__ = [
-    "Block",
-    "PredictPlan",
-    "RegionPlan",
-    "StoredMap",
-    "Tiling",
-    "Visit",
-    "WindowRegions",
-    "plan_regions",
-    "window_side",
-    "windows_of",
-]
-
 Block = tuple[int, int, int, int]
 """row0, row1, col0, col1 in map pixels."""
 

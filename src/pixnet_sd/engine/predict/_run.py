@@ -40,8 +40,6 @@ from pixnet_sd.model import Network
 
 from ._plan import Block, PredictPlan, Visit, WindowRegions
 
-__all__ = ["Lent", "Walk", "WindowResult"]
-
 SYMMETRIES = {1: (0,), 4: (0, 2, 4, 6), 8: tuple(range(8))}
 """Which symmetries an average over 1, 4 or 8 takes; the four keep a tile's sides."""
 

@@ -36,8 +36,6 @@ from pixnet_sd.geometry import Lattice
 from ._checks import Kind, Look, checked_blocks
 from ._measured import Measured
 
-__all__ = ["CountFile", "Pooling", "find_pooling", "open_counts", "own_counts", "pooled_counts", "write_counts"]
-
 CountRows: TypeAlias = tuple[sparse.csr_matrix, NDArray[np.float64]]
 """Counts of the chosen genes in some rows, shape (n, M), and the sum over all genes of each row, shape (n,)."""
 

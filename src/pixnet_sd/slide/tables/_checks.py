@@ -22,8 +22,6 @@ from pixnet_sd.errors import DataError
 
 from ._counts import Counts, Place
 
-__all__ = ["Kind", "Look", "check_kind", "checked_blocks", "checked_totals"]
-
 Kind = Literal["counts", "multiples", "corrected", "normalised", "logged", "rooted", "other"]
 """Whole numbers; whole numbers with a common divisor; counts about the size they had, not whole any more; scaled counts
 whose totals are gone; logarithms or square roots of any of these; anything else."""

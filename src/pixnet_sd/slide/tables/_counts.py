@@ -19,8 +19,6 @@ from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError
 from pixnet_sd.slide.image import GuardedArray
 
-__all__ = ["Counts", "Place", "log_normalise", "log_values", "target_rows"]
-
 Place: TypeAlias = slice | NDArray[np.integer]
 """Where the rows of a block are among all rows."""
 

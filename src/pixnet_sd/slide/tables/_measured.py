@@ -42,7 +42,6 @@ from ._select import select_tables
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["Genes", "Measured", "counts_of", "genes_of", "measured"]
 
 _MANY_ROWS = 1_000_000
 _TYPE_COLUMNS = ("feature_types", "feature_type")

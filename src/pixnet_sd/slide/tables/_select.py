@@ -30,7 +30,6 @@ from pixnet_sd.slide.elements import (
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["measured_regions", "measured_tables", "select_tables"]
 
 _APART = "give each sample its own coordinate system and choose with coordinate_system="
 _SAMPLE_VALUES, _SAMPLE_ROWS = 20_000, 100  # of X, looked at to tell counts from a copy of them

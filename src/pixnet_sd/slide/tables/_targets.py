@@ -26,8 +26,6 @@ from ._checks import Look, check_kind, checked_blocks
 from ._counts import log_values, target_rows
 from ._measured import Measured
 
-__all__ = ["StoredTargets", "Targets", "check_genes", "choose_genes", "targets_of"]
-
 Slides: TypeAlias = Mapping[str, Sequence[Measured]]
 """Tables with measured expression by slide."""
 

@@ -35,22 +35,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from spatialdata.transformations import BaseTransformation
 
-__all__ = [
-    "FactorHead",
-    "GeneMapReader",
-    "check_not_rewritten",
-    "factor_names",
-    "factors_key",
-    "head_key",
-    "image_pyramid",
-    "image_transforms",
-    "is_as_written",
-    "map_key",
-    "map_transforms",
-    "open_map",
-    "read_head",
-    "tissue_labels",
-]
 
 TISSUE = "tissue"
 _AT_ONE = np.float32(math.log(math.e - 1))  # where softplus is 1

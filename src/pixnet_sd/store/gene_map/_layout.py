@@ -12,8 +12,6 @@ from math import prod
 
 from pixnet_sd.errors import StoreError
 
-__all__ = ["Block", "MapLayout", "map_layout"]
-
 Block = tuple[int, int, int, int]
 """row0, row1, col0, col1 in map pixels."""
 

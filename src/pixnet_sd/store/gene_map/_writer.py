@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata.transformations import BaseTransformation
 
-__all__ = ["GeneMapWriter"]
 
 FAST = BloscCodec(typesize=4, cname="lz4", clevel=5, shuffle="shuffle")
 """For channels that are always read together: as small as the library's default, read three times as fast."""
