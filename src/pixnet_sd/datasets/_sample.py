@@ -19,25 +19,13 @@ from numpy.typing import NDArray
 from pixnet_sd._arguments import checked
 from pixnet_sd.errors import DataError
 
-from .drawn import (
-    Band,
-    CellCounts,
-    DrawnSlide,
-    Previews,
-    cell_barcodes,
-    density_shape,
-    draw,
-    integrate_on_grid,
-    preview_px,
-)
+from . import drawn
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
     from xarray import DataArray
-
-CELLS = "cell_segmentations"  # table of the cells, and end of the name of their shapes
 
 _CHUNK_PX = 512
 _BIN_BYTES = 100  # of a bin's polygon and counts, at the least
@@ -46,12 +34,7 @@ _ON_TISSUE = 0.5  # of the bins, at the least
 
 def density_bytes(size_um: float) -> float:
     """Bytes of the density of every source, 16 bits each."""
-    return 2.0 * math.prod(density_shape(size_um))
-
-
-def image_bytes(size_um: float, mpp: float) -> float:
-    """Bytes of an RGB image."""
-    return 3 * (size_um / mpp) ** 2
+    return 2.0 * math.prod(drawn.density_shape(size_um))
 
 
 def check_free(n_bytes: float, disk: Path | None = None, /, **arguments: float) -> None:
@@ -127,44 +110,38 @@ def sample(
         If an argument is out of range.
     """
     from spatialdata import SpatialData
+    from spatialdata.models import ShapesModel, TableModel
+    from spatialdata.transformations import Identity, Scale
 
     sizes = sorted(set(bin_um))
     bins_bytes = sum(_BIN_BYTES * (size_um / um) ** 2 for um in sizes)
-    check_free(density_bytes(size_um) + image_bytes(size_um, mpp) + bins_bytes, size_um=size_um, mpp=mpp)
-    slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
+    check_free(density_bytes(size_um) + 3 * (size_um / mpp) ** 2 + bins_bytes, size_um=size_um, mpp=mpp)
+    slide = drawn.DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     bands = list(slide.bands(slide.density))
     on_tissue = np.concatenate([band.on_tissue for band in bands])
     counts = sp.vstack([band.counts for band in bands], format="csr")
-    systems = _systems(slide, dataset_id)
+    systems: dict[str, Any] = {dataset_id: Identity()}  # from pixels of the full image
+    for name, px in drawn.preview_px(slide.size_px).items():
+        systems[f"{dataset_id}_downscaled_{name}"] = Scale([px / slide.size_px] * 2, axes=("x", "y"))
+    elements = {f"square_{um:03d}um": _bin_elements(slide, um, on_tissue, counts) for um in sizes}
+    elements |= {"cell_segmentations": _cell_elements(slide, bands)} if cells else {}
     shapes, tables = {}, {}
-    for um in sizes:
-        table_key = f"square_{um:03d}um"
-        region = f"{dataset_id}_{table_key}"
-        shapes[region], tables[table_key] = _bin_elements(slide, um, on_tissue, counts, region, systems)
-    if cells:
-        region = f"{dataset_id}_{CELLS}"
-        shapes[region], tables[CELLS] = _cell_elements(slide, bands, region, systems)
+    for table_key, (frame, table) in elements.items():
+        region, instance_key = f"{dataset_id}_{table_key}", table.obs.columns[-1]
+        table.obs["region"] = pd.Categorical([region] * table.n_obs)
+        annotation = {"region": region, "region_key": "region", "instance_key": instance_key}
+        tables[table_key] = TableModel.parse(table, **annotation)
+        shapes[region] = ShapesModel.parse(frame, transformations=systems)
     return SpatialData(images=_images(slide, dataset_id, systems), shapes=shapes, tables=tables)
 
 
-def _systems(slide: DrawnSlide, dataset_id: str) -> dict[str, Any]:
-    """Transformations from pixels of the full image to every coordinate system."""
-    from spatialdata.transformations import Identity, Scale
-
-    scales = {
-        f"{dataset_id}_downscaled_{name}": Scale([px / slide.size_px] * 2, axes=("x", "y"))
-        for name, px in preview_px(slide.size_px).items()
-    }
-    return {dataset_id: Identity(), **scales}
-
-
 def _bin_elements(
-    slide: DrawnSlide, um: int, on_tissue: NDArray[np.bool_], counts: sp.csr_matrix, region: str, systems: Any
+    slide: drawn.DrawnSlide, um: int, on_tissue: NDArray[np.bool_], counts: sp.csr_matrix
 ) -> tuple[GeoDataFrame, AnnData]:
-    """Shapes and table of the bins of one size."""
+    """Squares and table of the bins of one size; the last column of its obs names the squares, as of cells."""
     import shapely
+    from anndata import AnnData
     from geopandas import GeoDataFrame
-    from spatialdata.models import ShapesModel
 
     bins = slide.lattice.bins(um, on_tissue)
     number = np.arange(len(bins))
@@ -173,48 +150,36 @@ def _bin_elements(
     # along the image's axes about turned centres: so the reader makes them, by buffering points
     squares = shapely.box(x - half, y - half, x + half, y + half)
     shapes = GeoDataFrame(geometry=squares, index=pd.Index(number, name="location_id"))
-    columns = {"in_tissue": 1, "array_row": bins["array_row"], "array_col": bins["array_col"], "location_id": number}
-    obs = pd.DataFrame(columns, index=bins.index)
-    table = _table(slide, slide.lattice.gather(um, on_tissue) @ counts, obs, region, "location_id")
-    table.obsm["spatial"] = centres_px
-    return ShapesModel.parse(shapes, transformations=systems), table
+    obs = bins[["array_row", "array_col"]].assign(location_id=number)
+    obs.insert(0, "in_tissue", 1)
+    sums = slide.lattice.gather(um, on_tissue) @ counts
+    return shapes, AnnData(sums, obs=obs, var=slide.panel.var, obsm={"spatial": centres_px})
 
 
-def _cell_elements(slide: DrawnSlide, bands: Sequence[Band], region: str, systems: Any) -> tuple[GeoDataFrame, AnnData]:
-    """Shapes and table of the cells."""
+def _cell_elements(slide: drawn.DrawnSlide, bands: Sequence[drawn.Band]) -> tuple[GeoDataFrame, AnnData]:
+    """Outlines and table of the cells."""
     import shapely
+    from anndata import AnnData
     from geopandas import GeoDataFrame
-    from spatialdata.models import ShapesModel
 
     cells = slide.cells()
-    sums = CellCounts(cells, len(slide.panel.names))
+    sums = drawn.CellCounts(cells, len(slide.panel.names))
     owners = (cells.of_bins(band.first_row, band.on_tissue)[0] for band in bands)
     which, counts = zip(*map(sums.add, bands, owners), strict=True)
-    names = cell_barcodes(np.concatenate(which)).astype(str)
+    names = drawn.cell_barcodes(np.concatenate(which)).astype(str)
     outlines = shapely.polygons(cells.outlines_px(np.concatenate(which), slide.mpp, nucleus=False))
     shapes = GeoDataFrame({"cell_id": names, "geometry": outlines}, index=names)
     obs = pd.DataFrame({"cell_id": names}, index=names)
-    table = _table(slide, sp.vstack(counts, format="csr"), obs, region, "cell_id")
-    return ShapesModel.parse(shapes, transformations=systems), table
+    return shapes, AnnData(sp.vstack(counts, format="csr"), obs=obs, var=slide.panel.var)
 
 
-def _table(slide: DrawnSlide, counts: sp.csr_matrix, obs: pd.DataFrame, region: str, instance_key: str) -> AnnData:
-    from anndata import AnnData
-    from spatialdata.models import TableModel
-
-    obs["region"] = pd.Categorical([region] * len(obs))
-    var = pd.DataFrame(slide.panel.var, index=slide.panel.names)
-    table = AnnData(counts.astype(np.float32), obs=obs, var=var)
-    return TableModel.parse(table, region=region, region_key="region", instance_key=instance_key)
-
-
-def _images(slide: DrawnSlide, dataset_id: str, systems: dict[str, Any]) -> dict[str, Any]:
+def _images(slide: drawn.DrawnSlide, dataset_id: str, systems: dict[str, Any]) -> dict[str, Any]:
     """Full image and previews."""
     from spatialdata.transformations import Identity
 
     full = np.empty((slide.size_px, slide.size_px, 3), dtype=np.uint8)
-    previews = Previews(slide.size_px)
-    for grid, pixels in draw(slide.tissue, slide.size_px, slide.mpp):
+    previews = drawn.Previews(slide.size_px)
+    for grid, pixels in drawn.draw(slide.tissue, slide.size_px, slide.mpp):
         full[grid.slices] = pixels
         previews.add(grid, pixels)
     scale_factors = [2] * int(np.clip(np.log2(slide.size_px / 64), 1, 4))
@@ -270,17 +235,21 @@ def sample_truth(
     """
     values_bytes = 4 * n_genes * (size_um / pitch_um) ** 2
     check_free(density_bytes(size_um) + values_bytes, size_um=size_um, pitch_um=pitch_um, n_genes=n_genes)
-    slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
-    rows, cols = pixels_in(slide.size_um, pitch_um, None)
-    integrals = integrate_on_grid(slide.density, slide.size_um, pitch_um, rows, cols)
+    slide = drawn.DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     panel = slide.panel
-    return truth_map(integrals, (pitch_um, rows, cols), np.array(panel.names), panel.varying, panel.profile)
+    genes = pd.DataFrame({"varying": panel.varying}, index=panel.names)
+    return truth_map(slide.density, slide.size_um, genes, panel.profile, pitch_um)
 
 
-def pixels_in(
-    size_um: float, pitch_um: float, window_um: tuple[float, float, float, float] | None
-) -> tuple[range, range]:
-    """Rows and columns of the pixels that a window of a slide meets; all if None. DataError if there are none."""
+def truth_map(
+    density: Any, size_um: float, genes: pd.DataFrame, profile: Any, pitch_um: float, window_um: Any = None
+) -> DataArray:
+    """Expected counts of genes, with their ``varying`` and ``profile`` (sources, genes), at the pixels of a window.
+
+    The whole slide if there is no window. DataError if no pixel is met, or memory does not hold the values.
+    """
+    from xarray import DataArray
+
     if pitch_um > size_um:
         raise DataError(f"pitch_um={pitch_um:g}: give at most the slide's side, {size_um:g} µm.")
     side = int(np.ceil(size_um / pitch_um - 1e-6))
@@ -291,21 +260,14 @@ def pixels_in(
     )
     if not rows or not cols:
         raise DataError(f"window_um={window_um} does not meet the slide, which is {size_um:g} µm a side.")
-    return rows, cols
-
-
-def truth_map(
-    integrals: NDArray[np.float32], pixels: tuple[float, range, range], names: Any, varying: Any, profile: Any
-) -> DataArray:
-    """Expected counts of genes, of integrals of every source (sources, rows, cols) over pitch, rows and columns."""
-    from xarray import DataArray
-
-    pitch_um, rows, cols = pixels
+    check_free(4.0 * len(genes) * len(rows) * len(cols), pitch_um=pitch_um, n_genes=len(genes))
+    integrals = drawn.integrate_on_grid(density, size_um, pitch_um, rows, cols)
     counts = np.tensordot(profile.T.astype(np.float32), integrals, axes=1)
-    varying_names = names[varying].tolist()
-    attrs = {"units": "expected counts per pixel", "pitch_um": float(pitch_um), "spatially_varying": varying_names}
+    varying = genes.index[genes["varying"]].tolist()
+    attrs = {"units": "expected counts per pixel", "pitch_um": float(pitch_um), "spatially_varying": varying}
     y, x = ((np.array(indices) + 0.5) * pitch_um for indices in (rows, cols))
-    return DataArray(counts, dims=("c", "y", "x"), coords={"c": names, "y": y, "x": x}, attrs=attrs)
+    coords = {"c": np.array(genes.index, dtype=str), "y": y, "x": x}
+    return DataArray(counts, dims=("c", "y", "x"), coords=coords, attrs=attrs)
 
 
 @checked(DataError)
@@ -342,7 +304,7 @@ def sample_truth_bins(
     """
     values = 8 * n_genes * (size_um / bin_um) ** 2
     check_free(density_bytes(size_um) + _ON_TISSUE * values, size_um=size_um, n_genes=n_genes)
-    slide = DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
+    slide = drawn.DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     on_tissue, caught = slide.expected(library=library_size)
     means = (slide.lattice.gather(bin_um, on_tissue) @ caught) @ slide.panel.profile
     return pd.DataFrame(means, index=slide.lattice.bins(bin_um, on_tissue).index, columns=slide.panel.names)

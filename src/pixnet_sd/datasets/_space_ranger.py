@@ -24,7 +24,7 @@ from pixnet_sd._arguments import checked
 from pixnet_sd.errors import DataError, StoreError
 
 from . import drawn
-from ._sample import check_free, density_bytes, image_bytes, pixels_in, truth_map
+from ._sample import check_free, density_bytes, truth_map
 
 if TYPE_CHECKING:
     from xarray import DataArray
@@ -83,13 +83,13 @@ def write_visium(
         If there is something at ``path`` already.
     """
     check_free(density_bytes(size_um), size_um=size_um)
-    check_free(image_bytes(size_um, mpp), Path(path), size_um=size_um, mpp=mpp)
+    check_free(3 * (size_um / mpp) ** 2, Path(path), size_um=size_um, mpp=mpp)
     slide = drawn.DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     prefix = f"{dataset_id}_" if dataset_id else ""
     with _new_folder(Path(path)) as folder:
         previews = _write_image(folder / f"{prefix}tissue_image.tif", slide, None)
         previews.save(folder / "spatial")
-        _write_scalefactors(folder / "spatial", slide, spot_um=_SPOT_UM, bin_um=None)
+        _write_scalefactors(folder / "spatial", slide, spot_um=_SPOT_UM)
         positions, x_um, y_um = _spots(slide)
         positions.to_csv(folder / "spatial" / "tissue_positions.csv", index=False)
         covered = np.flatnonzero(positions["in_tissue"])
@@ -177,20 +177,20 @@ def write_visium_hd(  # noqa: PLR0913
     StoreError
         If there is something at ``path`` already.
     """
-    check_free(image_bytes(size_um, mpp), Path(path), size_um=size_um, mpp=mpp)
+    check_free(3 * (size_um / mpp) ** 2, Path(path), size_um=size_um, mpp=mpp)
     slide = drawn.DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     sizes = sorted(set(bin_um))
     prefix = f"{dataset_id}_" if dataset_id else ""
     with _new_folder(Path(path)) as folder:
         _write_feature_slice(folder / f"{prefix}feature_slice.h5", slide)
         previews = _write_image(folder / f"{prefix}tissue_image.tif", slide, n_workers)
-        for um in sizes:
-            spatial = _bin_folder(folder, um) / "spatial"
-            _write_scalefactors(spatial, slide, spot_um=um, bin_um=um)
-            previews.save(spatial)
+        bin_folders = {um: folder / "binned_outputs" / f"square_{um:03d}um" for um in sizes}
+        for um, of_bins in bin_folders.items():
+            _write_scalefactors(of_bins / "spatial", slide, spot_um=um, bin_um=um)
+            previews.save(of_bins / "spatial")
         density = _write_truth(folder / _TRUTH, slide, n_workers)
         with ExitStack() as files:
-            writers = [files.enter_context(_bin_files(folder, um, slide, dataset_id)) for um in sizes]
+            writers = [files.enter_context(_bin_files(bin_folders[um], um, slide, dataset_id)) for um in sizes]
             if cells:
                 writers.append(files.enter_context(_cell_files(folder, slide, sizes, dataset_id, n_workers)))
             for band in slide.bands(density, n_workers):
@@ -199,16 +199,12 @@ def write_visium_hd(  # noqa: PLR0913
     return Path(path)
 
 
-def _bin_folder(folder: Path, bin_um: int) -> Path:
-    return folder / "binned_outputs" / f"square_{bin_um:03d}um"
-
-
 @contextmanager
 def _bin_files(
     folder: Path, bin_um: int, slide: drawn.DrawnSlide, dataset_id: str
 ) -> Iterator[Callable[[drawn.Band], None]]:
     """Counts and positions of the bins of one size; yields what writes those of a band."""
-    folder, lattice = _bin_folder(folder, bin_um), slide.lattice
+    lattice = slide.lattice
 
     def write(band: drawn.Band) -> None:
         whole = lattice.whole(bin_um, band.on_tissue)
@@ -235,10 +231,10 @@ def _cell_files(
     cells = slide.cells(n_workers)
     sums = drawn.CellCounts(cells, len(slide.panel.names))
     outputs = folder / "segmented_outputs"
-    _write_scalefactors(outputs / "spatial", slide, spot_um=_CELL_SPOT_UM, bin_um=None)
+    _write_scalefactors(outputs / "spatial", slide, spot_um=_CELL_SPOT_UM)
     names = {um: f"square_{um:03d}um" for um in sorted({drawn.BASE_UM, *sizes})}
-    texts = [(name, pa.string()) for name in (*names.values(), "cell_id")]
-    schema = pa.schema([*texts, ("in_nucleus", pa.bool_()), ("in_cell", pa.bool_())])
+    texts = dict.fromkeys((*names.values(), "cell_id"), pa.string())
+    schema = pa.schema({**texts, "in_nucleus": pa.bool_(), "in_cell": pa.bool_()})
 
     def write(band: drawn.Band) -> None:
         owner, in_nucleus = cells.of_bins(band.first_row, band.on_tissue)
@@ -287,15 +283,17 @@ def _matrix_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         about = {"filetype": "matrix", "version": 2, "chemistry_description": "drawn", "software_version": "pixnet_sd"}
-        file.attrs.update(about)
-        file.attrs["library_ids"] = np.array([library_id.encode() or b"drawn"])
+        file.attrs.update({**about, "library_ids": np.array([library_id.encode() or b"drawn"])})
         matrix = file.create_group("matrix")
-        features = matrix.create_group("features")
-        for name, key in (("id", "gene_ids"), ("feature_type", "feature_types"), ("genome", "genome")):
-            features[name] = np.array(panel.var[key], dtype="S")
-        features["name"] = np.array(panel.names, dtype="S")
-        features["spatially_varying"] = panel.varying
-        features["_all_tag_keys"] = np.array([b"genome"])
+        features, var = matrix.create_group("features"), panel.var.reset_index(names="name")
+        for name, key in (
+            ("id", "gene_ids"),
+            ("feature_type", "feature_types"),
+            ("genome", "genome"),
+            ("name", "name"),
+        ):
+            features[name] = np.array(var[key], dtype="S")
+        features.update(spatially_varying=panel.varying, _all_tag_keys=np.array([b"genome"]))
         _append(matrix, "indptr", np.zeros(1, dtype=np.int64))
 
         def append(barcodes: NDArray[np.bytes_], counts: sp.csr_matrix) -> None:
@@ -352,21 +350,14 @@ def _write_image(path: Path, slide: drawn.DrawnSlide, n_workers: int | None) -> 
             previews.add(grid, pixels)
             yield pixels
 
+    shape, tile = (slide.size_px, slide.size_px, 3), (drawn.WINDOW_PX, drawn.WINDOW_PX)
+    scale: dict[str, Any] = {"resolution": (1e4 / slide.mpp, 1e4 / slide.mpp), "resolutionunit": "CENTIMETER"}
     with TiffWriter(path, bigtiff=True) as file:
-        file.write(
-            tiles(),
-            shape=(slide.size_px, slide.size_px, 3),
-            dtype=np.uint8,
-            tile=(drawn.WINDOW_PX, drawn.WINDOW_PX),
-            photometric="rgb",
-            resolution=(1e4 / slide.mpp, 1e4 / slide.mpp),
-            resolutionunit="CENTIMETER",
-            metadata=None,
-        )
+        file.write(tiles(), shape=shape, dtype=np.uint8, tile=tile, photometric="rgb", metadata=None, **scale)
     return previews
 
 
-def _write_scalefactors(spatial: Path, slide: drawn.DrawnSlide, *, spot_um: float, bin_um: float | None) -> None:
+def _write_scalefactors(spatial: Path, slide: drawn.DrawnSlide, *, spot_um: float, bin_um: float | None = None) -> None:
     spatial.mkdir(parents=True, exist_ok=True)
     factors = {
         "spot_diameter_fullres": spot_um / slide.mpp,
@@ -390,13 +381,8 @@ def _write_feature_slice(path: Path, slide: drawn.DrawnSlide) -> None:
         matrices[f"spot_colrow_to_{system}_colrow"] = to_image.tolist()
     size = {"nrows": slide.lattice.n_base, "ncols": slide.lattice.n_base}
     to_um = np.diag([drawn.BASE_UM, drawn.BASE_UM, 1.0]).ravel().tolist()
-    layout = {
-        "slide_name": "drawn",
-        "file_format": "1.0",
-        **size,
-        "spot_pitch": float(drawn.BASE_UM),
-        "transform": to_um,
-    }
+    layout = {"slide_name": "drawn", "file_format": "1.0", **size}
+    layout |= {"spot_pitch": float(drawn.BASE_UM), "transform": to_um}
     metadata = json.dumps({**size, "hd_layout_json": json.dumps(layout), "transform_matrices": matrices})
     with h5py.File(path, "w") as file:
         file.attrs.update({"filetype": "feature_slice", "version": "0.1.0", "metadata_json": metadata})
@@ -412,13 +398,9 @@ def _write_truth(path: Path, slide: drawn.DrawnSlide, n_workers: int | None) -> 
     }
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
     group.create_array("profile", data=slide.panel.profile)
-    density = group.create_array(
-        "density",
-        shape=drawn.density_shape(slide.size_um),
-        chunks=(len(drawn.Source), drawn.DENSITY_WINDOW, drawn.DENSITY_WINDOW),
-        dtype="float16",
-        dimension_names=("source", "y", "x"),
-    )
+    shape, chunks = drawn.density_shape(slide.size_um), (len(drawn.Source), drawn.DENSITY_WINDOW, drawn.DENSITY_WINDOW)
+    names = ("source", "y", "x")
+    density = group.create_array("density", shape=shape, chunks=chunks, dtype="float16", dimension_names=names)
     return drawn.fill_density(slide.tissue, density, n_workers)
 
 
@@ -462,14 +444,10 @@ def visium_hd_truth(
         raise DataError(f"No {_TRUTH} in {path}. Give a folder that datasets.write_visium_hd wrote.")
     attrs: dict[str, Any] = dict(zarr.open_group(store, mode="r").attrs)
     density, profile = (zarr.open_array(store / name, mode="r") for name in ("density", "profile"))
-    names = pd.Index(attrs["genes"])
-    columns = np.arange(len(names)) if genes is None else names.get_indexer(genes)
+    panel = pd.DataFrame({"varying": attrs["spatially_varying"]}, index=attrs["genes"])
+    columns = np.arange(len(panel)) if genes is None else panel.index.get_indexer(genes)
     if (columns < 0).any():
-        unknown = [gene for gene, column in zip(genes or (), columns, strict=True) if column < 0]
-        raise DataError(f"Genes that the slide does not have: {', '.join(unknown[:5])}. It has {len(names)} others.")
-    rows, cols = pixels_in(attrs["size_um"], pitch_um, window_um)
-    n_bytes = 4.0 * len(columns) * len(rows) * len(cols)
-    check_free(n_bytes, pitch_um=pitch_um, n_genes=len(columns))
-    integrals = drawn.integrate_on_grid(density, attrs["size_um"], pitch_um, rows, cols)
-    varying, rates = np.array(attrs["spatially_varying"], dtype=bool)[columns], np.asarray(profile[:])[:, columns]
-    return truth_map(integrals, (pitch_um, rows, cols), np.array(names[columns], dtype=str), varying, rates)
+        unknown = pd.Index(genes or ())[columns < 0]
+        raise DataError(f"Genes that the slide does not have: {', '.join(unknown[:5])}. It has {len(panel)} others.")
+    rates = np.asarray(profile[:])[:, columns]
+    return truth_map(density, attrs["size_um"], panel.iloc[columns], rates, pitch_um, window_um)

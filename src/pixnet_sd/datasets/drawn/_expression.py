@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.special import ndtri
@@ -20,10 +21,8 @@ from ._tissue import Floats, Grid, Ints, Mask, Nuclei, Singles, Source, Tissue, 
 DENSITY_WINDOW = 512  # side of the windows that a density is drawn in, in samples of 1 µm
 
 _DIFFUSION_UM = 2.0  # along each axis before a transcript is caught (standard deviation)
-# standard deviations of the logarithm of the share that is caught
-_PLACE_SIGMA = 0.5  # of each place's own factor
-_FIELD_SIGMA = 0.25  # of a smooth field, such as permeabilisation leaves
-_FIELD_UM = 300.0  # period of that field
+# of the logarithm of the share that is caught: each place's own factor, and a smooth field as permeabilisation leaves
+_PLACE_SIGMA, _FIELD_SIGMA, _FIELD_UM = 0.5, 0.25, 300.0
 _FIELD_CHANNEL, _PLACE_CHANNEL = 40, 90
 
 # transcripts per nucleus, for areas per µm²; their standard deviation (µm) about the nucleus whose cell makes them
@@ -43,46 +42,18 @@ _FILLER_SHARE = 0.2  # of every source's transcripts
 _AMBIENT = 0.03  # of the panel's mean, everywhere on tissue
 _PROFILE_SEED = 230107
 
-_E, _C, _R, _F = Source.EPITHELIAL, Source.TUMOUR_CORE, Source.TUMOUR_RIM, Source.FIBROBLAST
-_I, _S, _T = Source.IMMUNE_INFILTRATE, Source.IMMUNE_STROMA, Source.IMMUNE_EPITHELIUM
-_M, _L = Source.MATRIX, Source.LUMEN
-
-# relative weights; a gene without any is constant over the tissue
-_MARKERS: dict[str, dict[Source, float]] = {
-    "EPCAM": {_E: 5, _C: 4, _R: 5},
-    "COL1A1": {_M: 9, _F: 6},
-    "PTPRC": {_I: 5, _S: 5, _T: 5},
-    "ERBB2": {_C: 9, _R: 6, _E: 0.5},
-    "ACTB": {},
-    "KRT8": {_E: 4, _C: 6, _R: 4},
-    "VIM": {_F: 6, _I: 3, _S: 4, _T: 3, _R: 2, _M: 1},
-    "MS4A1": {_I: 7},
-    "MUC1": {_E: 6, _L: 6, _C: 1},
-    "CD3E": {_I: 3, _T: 7, _S: 1},
-    "GAPDH": {},
-    "MKI67": {_R: 6, _C: 0.5},
-    "COL3A1": {_M: 6, _F: 4},
-    "CD68": {_S: 9, _T: 1},
-    "SCGB2A2": {_E: 6, _L: 8},
-    "VEGFA": {_C: 6},
-    "EEF1A1": {},
-    "KRT19": {_E: 2, _C: 3, _R: 3},
-    "CD79A": {_I: 6},
-    "CD8A": {_T: 7, _I: 1},
-    "DCN": {_M: 3, _F: 6},
-    "PIGR": {_E: 5, _L: 2},
-    "RPLP0": {},
-    "FN1": {_M: 4, _F: 4, _R: 2},
-    "CXCL13": {_I: 4, _T: 2},
-    "CA9": {_C: 5},
-    "KRT5": {_E: 4},
-    "GZMB": {_T: 7},
-    "TBP": {},
-    "ACTA2": {_F: 4, _M: 1},
-    "CD74": {_I: 6, _S: 7, _T: 3, _R: 1},
-    "LTF": {_E: 3, _L: 4},
-    "MMP11": {_R: 4, _F: 1},
-    "MT-CO1": {},
+_LETTERS = dict(zip("ECRFISTML", Source, strict=False))
+# genes, each with relative weights of sources by their letters; one without any is constant over the tissue
+_TABLE = """
+EPCAM E5 C4 R5 | COL1A1 M9 F6 | PTPRC I5 S5 T5 | ERBB2 C9 R6 E0.5 | ACTB | KRT8 E4 C6 R4 |
+VIM F6 I3 S4 T3 R2 M1 | MS4A1 I7 | MUC1 E6 L6 C1 | CD3E I3 T7 S1 | GAPDH | MKI67 R6 C0.5 |
+COL3A1 M6 F4 | CD68 S9 T1 | SCGB2A2 E6 L8 | VEGFA C6 | EEF1A1 | KRT19 E2 C3 R3 | CD79A I6 |
+CD8A T7 I1 | DCN M3 F6 | PIGR E5 L2 | RPLP0 | FN1 M4 F4 R2 | CXCL13 I4 T2 | CA9 C5 | KRT5 E4 |
+GZMB T7 | TBP | ACTA2 F4 M1 | CD74 I6 S7 T3 R1 | LTF E3 L4 | MMP11 R4 F1 | MT-CO1
+"""
+_MARKERS = {
+    gene: {_LETTERS[weight[0]]: float(weight[1:]) for weight in weights}
+    for gene, *weights in (entry.split() for entry in _TABLE.split("|"))
 }
 
 
@@ -101,15 +72,11 @@ class Panel:
         return np.concatenate([self.markers, self.fillers], axis=1)[:, : len(self.names)]
 
     @property
-    def var(self) -> dict[str, Any]:
+    def var(self) -> pd.DataFrame:
         """Columns that describe the genes, by the names that scanpy gives them."""
-        n_genes = len(self.names)
-        return {
-            "gene_ids": [f"PIXNET{k:06d}" for k in range(n_genes)],
-            "feature_types": ["Gene Expression"] * n_genes,
-            "genome": ["drawn"] * n_genes,
-            "spatially_varying": self.varying,
-        }
+        ids = [f"PIXNET{k:06d}" for k in range(len(self.names))]
+        columns = {"gene_ids": ids, "feature_types": "Gene Expression", "genome": "drawn"}
+        return pd.DataFrame({**columns, "spatially_varying": self.varying}, index=self.names)
 
 
 def gene_panel(n_genes: int) -> Panel:
@@ -121,7 +88,7 @@ def gene_panel(n_genes: int) -> Panel:
     filler_weights[:, 3::4] = 0
     markers, markers_vary = _rates(marker_weights, 1 - _FILLER_SHARE)
     fillers, fillers_vary = _rates(filler_weights, _FILLER_SHARE)
-    names = list(_MARKERS) + [f"GENE{k + 1:03d}" for k in range(n_fillers)]
+    names = [*_MARKERS, *(f"GENE{k + 1:03d}" for k in range(n_fillers))]
     return Panel(names[:n_genes], markers, fillers, np.concatenate([markers_vary, fillers_vary])[:n_genes])
 
 
@@ -144,11 +111,8 @@ def draw_density(tissue: Tissue, grid: Grid) -> Singles:
     pad = int(np.ceil(4 * max(sigma.values()))) + 1
     wide = Grid(grid.row0 - pad, grid.col0 - pad, grid.n_rows + 2 * pad, grid.n_cols + 2 * pad)
     masks, nuclei = tissue.compartments(wide), tissue.nuclei(wide.box_um)
-    area = {
-        Source.MATRIX: masks.stroma * (1 - 0.7 * masks.infiltrate),
-        Source.LUMEN: masks.lumen,
-        Source.TISSUE: masks.tissue,
-    }
+    matrix = masks.stroma * (1 - 0.7 * masks.infiltrate)
+    area = {Source.MATRIX: matrix, Source.LUMEN: masks.lumen, Source.TISSUE: masks.tissue}
     density = np.empty((len(Source), *grid.shape), dtype=np.float32)
     for source in Source:
         raw = area[source] if source in area else _count(nuclei.subset(nuclei.source == source), wide)
@@ -161,7 +125,7 @@ def _count(nuclei: Nuclei, grid: Grid) -> Singles:
     density = np.zeros(grid.shape, dtype=np.float32)
     row, col = nuclei.y_um - grid.row0 - 0.5, nuclei.x_um - grid.col0 - 0.5
     for down, right in np.ndindex(2, 2):
-        i, j = np.floor(row).astype(np.int64) + down, np.floor(col).astype(np.int64) + right
+        i, j = (np.floor(at).astype(np.int64) + step for at, step in ((row, down), (col, right)))
         weight = (1 - np.abs(row - i)) * (1 - np.abs(col - j))
         inside = (i >= 0) & (i < grid.n_rows) & (j >= 0) & (j < grid.n_cols)
         np.add.at(density, (i[inside], j[inside]), weight[inside].astype(np.float32))

@@ -8,22 +8,10 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from ._tissue import (
-    NUCLEUS_REACH_UM,
-    Compartments,
-    Grid,
-    Nuclei,
-    NucleusKind,
-    Pixels,
-    Singles,
-    Tissue,
-    in_order,
-    smoothstep,
-    windows,
-)
+from ._tissue import NUCLEUS_REACH_UM, Grid, Nuclei, NucleusKind, Pixels, Singles, Tissue, in_order, smoothstep, windows
 
 WINDOW_PX = 1024
-_HIRES_PX, _LOWRES_PX = 1000, 300
+_PREVIEW_PX = {"hires": 1000, "lowres": 300}
 
 # optical density of one unit of stain in red, green and blue
 _HAEMATOXYLIN = np.array([0.60, 0.74, 0.36], dtype=np.float32)
@@ -38,10 +26,9 @@ def draw(tissue: Tissue, size_px: int, mpp: float, n_workers: int | None = None)
 
 def draw_window(tissue: Tissue, grid: Grid) -> Pixels:
     """Image of one window, (n_rows, n_cols, 3); windows drawn apart fit together without a seam."""
-    masks = tissue.compartments(grid)
     (left, top, right, bottom), reach = grid.box_um, NUCLEUS_REACH_UM
     cover, chromatin = _stamp(tissue.nuclei((left - reach, top - reach, right + reach, bottom + reach)), grid)
-    eosin, haze = _ground(tissue, grid, masks)
+    eosin, haze = _ground(tissue, grid)
     noise = tissue.noise
     grain = 1 + 0.2 * noise.grid(grid, 1.3, 10) + 0.1 * noise.grid(grid, 2.8, 11)
     batch = 1 + 0.05 * noise.grid(grid, 400, 12)
@@ -56,9 +43,9 @@ def draw_window(tissue: Tissue, grid: Grid) -> Pixels:
     return image
 
 
-def _ground(tissue: Tissue, grid: Grid, masks: Compartments) -> tuple[Singles, Singles]:
+def _ground(tissue: Tissue, grid: Grid) -> tuple[Singles, Singles]:
     """Eosin, and diffuse haematoxylin, of everything but the nuclei."""
-    noise = tissue.noise
+    masks, noise = tissue.compartments(grid), tissue.noise
     # wavy bundles of collagen, about -2 to 2, and the clefts between them, 0 to 1
     along, across = tissue.fibre_frame_um(grid)
     coarse, fine, cleft = (
@@ -83,40 +70,30 @@ def _ground(tissue: Tissue, grid: Grid, masks: Compartments) -> tuple[Singles, S
 def _stamp(nuclei: Nuclei, grid: Grid) -> tuple[Singles, Singles]:
     """Coverage by nuclei, 0 to 1, and their haematoxylin; where two overlap the darker one shows."""
     cover, chromatin = (np.zeros(grid.shape, dtype=np.float32) for _ in range(2))
-    for kind in NucleusKind:
-        chosen = nuclei.subset(nuclei.kind == kind)
-        for start in range(0, len(chosen), 1024):
-            _stamp_some(chosen.subset(slice(start, start + 1024)), grid, cover, chromatin)
+    of_kinds = (nuclei.subset(np.flatnonzero(nuclei.kind == kind)) for kind in NucleusKind)
+    for some in (own.subset(slice(start, start + 1024)) for own in of_kinds for start in range(0, len(own), 1024)):
+        half = int(np.ceil((some.long_um.max() * 1.15 + 1) / grid.pitch_um))
+        row, col = (
+            np.floor(centre_um / grid.pitch_um).astype(np.int64)[:, None] + np.arange(-half, half + 1)
+            for centre_um in (some.y_um, some.x_um)
+        )
+        dy = ((row + 0.5) * grid.pitch_um - some.y_um[:, None]).astype(np.float32)[:, :, None]
+        dx = ((col + 0.5) * grid.pitch_um - some.x_um[:, None]).astype(np.float32)[:, None, :]
+        alpha, stain = _profile(some, dx, dy)
+        row, col = (row - grid.row0)[:, :, None], (col - grid.col0)[:, None, :]
+        inside = (row >= 0) & (row < grid.n_rows) & (col >= 0) & (col < grid.n_cols) & (alpha > 0)
+        flat = (row * grid.n_cols + col)[inside]
+        np.maximum.at(cover.reshape(-1), flat, alpha[inside])
+        np.maximum.at(chromatin.reshape(-1), flat, stain[inside])
     return cover, chromatin
-
-
-def _stamp_some(nuclei: Nuclei, grid: Grid, cover: Singles, chromatin: Singles) -> None:
-    """Paint nuclei of one kind, all patches at once."""
-    half = int(np.ceil((nuclei.long_um.max() * 1.15 + 1) / grid.pitch_um))
-    offset = np.arange(-half, half + 1)
-    row = np.floor(nuclei.y_um / grid.pitch_um).astype(np.int64)[:, None] + offset
-    col = np.floor(nuclei.x_um / grid.pitch_um).astype(np.int64)[:, None] + offset
-    dy = ((row + 0.5) * grid.pitch_um - nuclei.y_um[:, None]).astype(np.float32)[:, :, None]
-    dx = ((col + 0.5) * grid.pitch_um - nuclei.x_um[:, None]).astype(np.float32)[:, None, :]
-    alpha, stain = _profile(nuclei, dx, dy)
-    inside = ((row >= grid.row0) & (row < grid.row0 + grid.n_rows))[:, :, None]
-    inside = inside & ((col >= grid.col0) & (col < grid.col0 + grid.n_cols))[:, None, :] & (alpha > 0)
-    flat = ((row - grid.row0)[:, :, None] * grid.n_cols + (col - grid.col0)[:, None, :])[inside]
-    np.maximum.at(cover.reshape(-1), flat, alpha[inside])
-    np.maximum.at(chromatin.reshape(-1), flat, stain[inside])
 
 
 def _profile(nuclei: Nuclei, dx: Singles, dy: Singles) -> tuple[Singles, Singles]:
     """Coverage and haematoxylin on each nucleus's patch, (n, rows, cols)."""
-    columns = (
-        np.cos(nuclei.angle),
-        np.sin(nuclei.angle),
-        nuclei.long_um,
-        nuclei.short_um,
-        nuclei.shade,
-        7 * nuclei.shade,
+    columns = (np.cos(nuclei.angle), np.sin(nuclei.angle), nuclei.long_um, nuclei.short_um, nuclei.shade)
+    cos, sin, long_um, short_um, shade, twist = (
+        values.astype(np.float32)[:, None, None] for values in (*columns, 7 * nuclei.shade)
     )
-    cos, sin, long_um, short_um, shade, twist = (values.astype(np.float32)[:, None, None] for values in columns)
     along, across = dx * cos + dy * sin, dy * cos - dx * sin
     # a bent, slightly egg-shaped ellipse
     across = across + 0.16 * short_um * np.sin(twist + 2.2 * along / long_um)
@@ -133,7 +110,7 @@ def _profile(nuclei: Nuclei, dx: Singles, dy: Singles) -> tuple[Singles, Singles
 
 def preview_px(size_px: int) -> dict[str, int]:
     """Sides of the two previews."""
-    return {"hires": min(_HIRES_PX, size_px), "lowres": min(_LOWRES_PX, size_px)}
+    return {name: min(px, size_px) for name, px in _PREVIEW_PX.items()}
 
 
 class Previews:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from ._tissue import NUCLEUS_REACH_UM, Floats, Grid, Ints, Mask, Nuclei, Tissue,
 
 BASE_UM = 2
 
-_BINS_UM = (2, 4, 8, 16)
+_LARGEST_UM = 16
 _BLOCK = 256  # side of the blocks that counts are drawn in, in bins of 2 µm: each has a random stream of its own
 _CELL_MARGIN_UM = 3.0  # by which a cell reaches beyond its nucleus, where no other nucleus is nearer
 _ANGLE = float(np.deg2rad(0.5))  # of the lattice
@@ -42,12 +43,12 @@ _BATCH = 2048  # nuclei whose bins are found at once
 
 def bin_barcodes(bin_um: int, row: Ints, col: Ints) -> NDArray[np.bytes_]:
     """``s_002um_00012_00345-1``, (n,)."""
-    return _joined(f"s_{bin_um:03d}um_".encode(), _digits(row, 5), b"_", _digits(col, 5), b"-1")
+    return reduce(np.char.add, (f"s_{bin_um:03d}um_".encode(), _digits(row, 5), b"_", _digits(col, 5), b"-1"))
 
 
 def cell_barcodes(cell: Ints) -> NDArray[np.bytes_]:
     """``cellid_000000012-1``, (n,), of numbers from 0; the format counts from 1."""
-    return _joined(b"cellid_", _digits(cell + 1, 9), b"-1")
+    return reduce(np.char.add, (b"cellid_", _digits(cell + 1, 9), b"-1"))
 
 
 def spot_barcodes(number: Ints) -> NDArray[np.bytes_]:
@@ -55,16 +56,12 @@ def spot_barcodes(number: Ints) -> NDArray[np.bytes_]:
     # an odd factor keeps numbers apart and makes neighbours look unlike each other
     mixed = number.astype(np.uint64) * np.uint64(2654435761) % np.uint64(2**32)
     base = (mixed[:, None] >> (2 * np.arange(16, dtype=np.uint64))) & np.uint64(3)
-    return _joined(np.frombuffer(b"ACGT", dtype=np.uint8)[base].view("S16").ravel(), b"-1")
+    return np.char.add(np.frombuffer(b"ACGT", dtype=np.uint8)[base].view("S16").ravel(), b"-1")
 
 
 def _digits(number: Ints, width: int) -> NDArray[np.bytes_]:
     digits = number[:, None] // 10 ** np.arange(width - 1, -1, -1) % 10
     return (digits + ord("0")).astype(np.uint8).view(f"S{width}").ravel()
-
-
-def _joined(*parts: bytes | NDArray[np.bytes_]) -> NDArray[np.bytes_]:
-    return np.asarray(reduce(np.char.add, parts))
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,7 @@ class Lattice:
     @property
     def n_base(self) -> int:
         """Bins of 2 µm along a side: a whole number of the largest bins that stays inside the image."""
-        largest = _BINS_UM[-1]
-        return int(self.size_um * 0.97 // largest) * largest // BASE_UM
+        return int(self.size_um * 0.97 // _LARGEST_UM) * _LARGEST_UM // BASE_UM
 
     def centres_um(self, bin_um: int, row: Ints, col: Ints) -> tuple[Floats, Floats]:
         """Centres (x, y) in the slide's frame."""
@@ -114,8 +110,8 @@ class Lattice:
         number = np.where(whole, np.cumsum(whole).reshape(whole.shape) - 1, -1)
         owner = number.repeat(step, axis=0).repeat(step, axis=1)[on_tissue]
         base = np.flatnonzero(owner >= 0)
-        ones = np.ones(len(base), dtype=np.float32)
-        return sp.csr_matrix((ones, (owner[base], base)), shape=(int(whole.sum()), len(owner)))
+        entries = (np.ones(len(base), np.float32), (owner[base], base))
+        return sp.csr_matrix(entries, shape=(int(whole.sum()), len(owner)))
 
 
 @dataclass(frozen=True)
@@ -187,8 +183,7 @@ class Cells:
     def _rho(self, which: Ints, x_um: Floats, y_um: Floats, margin_um: float) -> Floats:
         """Distance of points from the centre of a cell each, 1 on the border of its nucleus grown by a margin."""
         own = self.nuclei.subset(which)
-        dx, dy = x_um - own.x_um, y_um - own.y_um
-        cos, sin = np.cos(own.angle), np.sin(own.angle)
+        dx, dy, cos, sin = x_um - own.x_um, y_um - own.y_um, np.cos(own.angle), np.sin(own.angle)
         along, across = (dx * cos + dy * sin) / (own.long_um + margin_um), (dy * cos - dx * sin)
         return np.hypot(along, across / (own.short_um + margin_um))
 
@@ -227,33 +222,28 @@ class CellCounts:
     """Sums bins into cells, band by band; a cell is given out when no later band can add to it."""
 
     def __init__(self, cells: Cells, n_genes: int) -> None:
-        self._cells, self._first = cells, 0
-        self._pending = sp.csr_matrix((0, n_genes), dtype=np.float32)
-        self._n_bins = np.zeros(0, dtype=np.int64)
+        self._cells, self._n_given = cells, 0
+        self._pending = sp.csr_matrix((len(cells), n_genes), dtype=np.float32)  # rows of what was given are empty
+        self._n_bins = np.zeros(len(cells), dtype=np.int64)
 
     def add(self, band: Band, owner: Ints) -> tuple[Ints, sp.csr_matrix]:
         """Take in a band, whose bins belong to ``owner``; returns the complete cells that have a bin, and counts."""
-        n_pending = self._cells.until_row(band.first_row + 2 * _BLOCK) - self._first
+        n_cells, n_genes = self._pending.shape
         bins = np.flatnonzero(owner >= 0)
-        row = owner[bins] - self._first
-        ones = np.ones(len(bins), dtype=np.float32)
-        gather = sp.csr_matrix((ones, (row, bins)), shape=(n_pending, len(owner)))
-        self._pending.resize(n_pending, self._pending.shape[1])
-        self._pending = self._pending + gather @ band.counts
-        self._n_bins = np.pad(self._n_bins, (0, n_pending - len(self._n_bins)))
-        self._n_bins += np.bincount(row, minlength=n_pending)
+        gather = sp.csr_matrix((np.ones(len(bins), np.float32), (owner[bins], bins)), shape=(n_cells, len(owner)))
+        pending = self._pending + gather @ band.counts
+        self._n_bins += np.bincount(owner[bins], minlength=n_cells)
         is_last = band.first_row + len(band.on_tissue) == self._cells.lattice.n_base
-        n_complete = n_pending if is_last else self._cells.until_row(band.first_row) - self._first
-        complete = np.flatnonzero(self._n_bins[:n_complete])
-        which, counts = complete + self._first, self._pending[complete]
-        self._first += n_complete
-        self._pending, self._n_bins = self._pending[n_complete:], self._n_bins[n_complete:]
-        return which, counts
+        stop = n_cells if is_last else self._cells.until_row(band.first_row)  # a cell reaches over less than a band
+        which = np.flatnonzero(self._n_bins[self._n_given : stop]) + self._n_given
+        self._pending = sp.vstack([sp.csr_matrix((stop, n_genes), dtype=np.float32), pending[stop:]], format="csr")
+        self._n_given = stop
+        return which, pending[which]
 
 
 @dataclass(frozen=True)
 class DrawnSlide:
-    """Tissue, genes and lattice of a slide."""
+    """Tissue, genes and lattice of a slide, whose side is a whole number of pixels."""
 
     tissue: Tissue
     panel: Panel
@@ -270,7 +260,6 @@ class DrawnSlide:
 
     @property
     def size_um(self) -> float:
-        """Side, a whole number of pixels."""
         return self.tissue.size_um
 
     @cached_property
@@ -280,11 +269,10 @@ class DrawnSlide:
 
     def cells(self, n_workers: int | None = None) -> Cells:
         """All cells whose centre lies on the lattice; some 60 bytes each."""
-        grids = windows(int(np.ceil(self.size_um)), DENSITY_WINDOW)
-        nuclei = Nuclei.joined(list(in_order(self.tissue.nuclei, (grid.box_um for grid in grids), n_workers)))
+        boxes = (grid.box_um for grid in windows(int(np.ceil(self.size_um)), DENSITY_WINDOW))
+        nuclei = Nuclei.joined(list(in_order(self.tissue.nuclei, boxes, n_workers)))
         row, col = self.lattice.base_at(nuclei.x_um, nuclei.y_um)
-        order = np.lexsort((nuclei.x_um, col, row))
-        n_base = self.lattice.n_base
+        order, n_base = np.lexsort((nuclei.x_um, col, row)), self.lattice.n_base
         order = order[((row >= 0) & (row < n_base) & (col >= 0) & (col < n_base))[order]]
         return Cells(nuclei.subset(order), row[order], col[order], self.lattice)
 
@@ -320,9 +308,9 @@ class DrawnSlide:
         ``work`` makes mask and values of a block from its corner.
         """
         first = range(0, self.lattice.n_base, _BLOCK)
-        done = in_order(work, ((row, col) for row in first for col in first), n_workers)
+        done = in_order(work, product(first, first), n_workers)
         for first_row in first:
-            masks, values = zip(*(next(done) for _ in first), strict=True)
+            masks, values = zip(*islice(done, len(first)), strict=True)
             rows = np.concatenate([np.nonzero(mask)[0] for mask in masks])
             yield first_row, np.concatenate(masks, axis=1), values, np.argsort(rows, kind="stable")
 

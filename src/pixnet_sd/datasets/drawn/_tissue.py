@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from itertools import product
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -62,17 +63,14 @@ class Grid:
 
     @property
     def x_um(self) -> Floats:
-        """Centres of the columns."""
         return (self.col0 + np.arange(self.n_cols, dtype=np.float64) + 0.5) * self.pitch_um
 
     @property
     def y_um(self) -> Floats:
-        """Centres of the rows."""
         return (self.row0 + np.arange(self.n_rows, dtype=np.float64) + 0.5) * self.pitch_um
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows, columns."""
         return self.n_rows, self.n_cols
 
     @property
@@ -82,7 +80,6 @@ class Grid:
 
     @property
     def box_um(self) -> Box:
-        """Smallest x, smallest y, largest x, largest y."""
         left, top = self.col0 * self.pitch_um, self.row0 * self.pitch_um
         return left, top, left + self.n_cols * self.pitch_um, top + self.n_rows * self.pitch_um
 
@@ -94,9 +91,8 @@ class Grid:
 
 def windows(side: int, step: int, pitch_um: float = 1.0) -> Iterator[Grid]:
     """Windows of ``step`` pixels that cover a square of ``side`` row by row; the last ones are smaller."""
-    for row in range(0, side, step):
-        for col in range(0, side, step):
-            yield Grid(row, col, min(step, side - row), min(step, side - col), pitch_um)
+    for row, col in product(range(0, side, step), repeat=2):
+        yield Grid(row, col, min(step, side - row), min(step, side - col), pitch_um)
 
 
 class Noise:
@@ -112,10 +108,9 @@ class Noise:
     def grid(self, grid: Grid, period_um: float, channel: int) -> Singles:
         """Noise on a grid, (n_rows, n_cols)."""
         size = self._table.shape[0]
-        positions = (self._position(um, period_um, channel, axis) for axis, um in enumerate((grid.y_um, grid.x_um)))
-        (rows, row_weight), (cols, col_weight) = (
-            (np.floor(at).astype(np.int64), (at - np.floor(at)).astype(np.float32)) for at in positions
-        )
+        at = [self._position(um, period_um, channel, axis) for axis, um in enumerate((grid.y_um, grid.x_um))]
+        rows, cols = (np.floor(position).astype(np.int64) for position in at)
+        row_weight, col_weight = ((position - np.floor(position)).astype(np.float32) for position in at)
         needed = self._table[np.arange(rows[0], rows[-1] + 2) % size]
         left, right = needed[:, cols % size], needed[:, (cols + 1) % size]
         across = left + (right - left) * col_weight
@@ -124,9 +119,7 @@ class Noise:
         drawn += across[rows - rows[0]]
         return np.asarray(drawn)
 
-    def at(
-        self, x_um: NDArray[Any], y_um: NDArray[Any], period_um: float | tuple[float, float], channel: int
-    ) -> Singles:
+    def at(self, x_um: Any, y_um: Any, period_um: float | tuple[float, float], channel: int) -> Singles:
         """Noise at points, of one period or one along x and y; the same values as :meth:`grid` where they meet."""
         across_um, down_um = period_um if isinstance(period_um, tuple) else (period_um, period_um)
         row, col = self._position(y_um, down_um, channel, 0), self._position(x_um, across_um, channel, 1)
@@ -259,8 +252,7 @@ class Tissue:
     """Tissue of ``size_um`` × ``size_um`` drawn from a seed; every method answers for any window alone."""
 
     def __init__(self, size_um: float, seed: int) -> None:
-        self.size_um = size_um
-        self.seed = seed
+        self.size_um, self.seed = size_um, seed
         # small slides get finer zones, so that they hold every compartment too
         self._zone_um = float(np.clip(size_um / 6, 55, 165))
         self._fibres_rad = float(np.pi * np.random.default_rng([seed, 2]).uniform(-0.5, 0.5))  # from the x axis
@@ -323,8 +315,7 @@ class Tissue:
 
     def fibre_frame_um(self, grid: Grid) -> tuple[Singles, Singles]:
         """Coordinates along and across the waving fibres, on a grid."""
-        cos, sin = np.cos(self._fibres_rad), np.sin(self._fibres_rad)
-        x, y = grid.x_um[None], grid.y_um[:, None]
+        cos, sin, x, y = np.cos(self._fibres_rad), np.sin(self._fibres_rad), grid.x_um[None], grid.y_um[:, None]
         warp = 46 * self.noise.grid(grid, 150, 5) + 5 * self.noise.grid(grid, 38, 6)
         return (x * cos + y * sin).astype(np.float32), (y * cos - x * sin + warp).astype(np.float32)
 
@@ -333,7 +324,7 @@ class Tissue:
         radius = 26 + 18 * hash_unit(self.seed, row, col, 52)
         zone = self.noise.at(x, y, self._zone_um, 2)
         keep = (zone < 0.15) & (hash_unit(self.seed, row, col, 53) < 0.8)
-        phase = 2 * np.pi * np.stack([hash_unit(self.seed, row, col, 54), hash_unit(self.seed, row, col, 55)], -1)
+        phase = 2 * np.pi * np.stack([hash_unit(self.seed, row, col, channel) for channel in (54, 55)], -1)
         return _Glands(x, y, radius, phase, row, col).subset(keep)
 
     def _gland_masks(self, grid: Grid) -> tuple[Singles, Singles, Singles]:
@@ -376,8 +367,7 @@ class Tissue:
         """Candidates on a jittered lattice, kept with the probability that their place gives them."""
         row, col, x, y = _sites(self.seed, box_um, pitch_um, channel, margin_um=0, jitter=0.3)
         u = [hash_unit(self.seed, row, col, channel + k) for k in range(2, 8)]
-        place = masks.subset(grid.pixel(x, y))
-        angle = np.pi * u[4]
+        place, angle = masks.subset(grid.pixel(x, y)), np.pi * u[4]
         # the source depends on the surroundings, not on the look of the nucleus alone
         if kind == NucleusKind.TUMOUR:
             long_um = 4.4 + 1.6 * u[0]
