@@ -286,13 +286,8 @@ def _matrix_file(
         file.attrs.update({**about, "library_ids": np.array([library_id.encode() or b"drawn"])})
         matrix = file.create_group("matrix")
         features, var = matrix.create_group("features"), panel.var.reset_index(names="name")
-        for name, key in (
-            ("id", "gene_ids"),
-            ("feature_type", "feature_types"),
-            ("genome", "genome"),
-            ("name", "name"),
-        ):
-            features[name] = np.array(var[key], dtype="S")
+        keys = {"id": "gene_ids", "feature_type": "feature_types", "genome": "genome", "name": "name"}
+        features.update({name: np.array(var[key], dtype="S") for name, key in keys.items()})
         features.update(spatially_varying=panel.varying, _all_tag_keys=np.array([b"genome"]))
         _append(matrix, "indptr", np.zeros(1, dtype=np.int64))
 
@@ -445,7 +440,7 @@ def visium_hd_truth(
     attrs: dict[str, Any] = dict(zarr.open_group(store, mode="r").attrs)
     density, profile = (zarr.open_array(store / name, mode="r") for name in ("density", "profile"))
     panel = pd.DataFrame({"varying": attrs["spatially_varying"]}, index=attrs["genes"])
-    columns = np.arange(len(panel)) if genes is None else panel.index.get_indexer(genes)
+    columns = np.arange(len(panel)) if genes is None else panel.index.get_indexer(pd.Index(genes))
     if (columns < 0).any():
         unknown = pd.Index(genes or ())[columns < 0]
         raise DataError(f"Genes that the slide does not have: {', '.join(unknown[:5])}. It has {len(panel)} others.")

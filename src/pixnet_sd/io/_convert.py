@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 import shapely
 import tifffile
 from numpy.typing import NDArray
+from shapely.geometry import mapping
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import get_transformation
 from tqdm.dask import TqdmCallback
@@ -142,10 +142,9 @@ def _check_image(files: HDFolder, shape: tuple[int, ...]) -> None:
     """Compare the image with the preview that Space Ranger made of it."""
     from PIL import Image
 
-    preview = files.previews.get("tissue_hires_image.png")
-    if preview is None:
+    if "tissue_hires_image.png" not in files.previews:
         return
-    with Image.open(preview) as opened:
+    with Image.open(files.previews["tissue_hires_image.png"]) as opened:
         preview_shape = np.array(opened.size[::-1])
     scale = read_scalefactors(files.bins[0].scalefactors)["tissue_hires_scalef"]
     if (np.abs(preview_shape / (np.array(shape[1:]) * scale) - 1) > _PREVIEW_TOLERANCE).any():
@@ -199,16 +198,8 @@ def _scratch_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """Segmented cells that have an outline; counts stay on disk."""
-
-    files: CellFiles
-    keep: NDArray[np.bool_]  # (n,) which rows of the matrix
-    outlines: dict[str, shapely.Polygon]  # barcode → pixels of the full image, in the order of the matrix
-
-
-def _read_cells(files: CellFiles) -> _Cells:
+def _read_cells(files: CellFiles) -> tuple[NDArray[np.bool_], gpd.GeoDataFrame]:
+    """Which cells of the matrix have an outline, and these, in its order, in pixels of the full image."""
     outlines = read_outlines(files.outlines)
     with open_matrix(files.matrix) as matrix:
         names = matrix.barcodes(0, matrix.n_rows).to_pylist()
@@ -218,23 +209,22 @@ def _read_cells(files: CellFiles) -> _Cells:
             f"None of the {len(names)} cells of {files.matrix} has an outline in {files.outlines.name}: the two are of "
             "different runs. Restore both, or move segmented_outputs away to convert without cells."
         )
-    return _Cells(files, keep, {name: outlines[name] for name in names if name in outlines})
+    kept = [name for name in names if name in outlines]
+    return keep, gpd.GeoDataFrame({"cell_id": kept, "geometry": [outlines[name] for name in kept]}, index=kept)
 
 
 def _build_store(files: HDFolder, pixels: da.Array, scratch: Path, n_rows: int, show_progress_bar: bool) -> Path:
     """Make the store, complete with metadata, in an empty folder; ``pixels`` (3, height, width) are chunked."""
-    cells = None if files.cells is None else _read_cells(files.cells)
-    first = None if cells is None else next(iter(cells.outlines.items()))
-    sdata = _read_miniature(files, scratch / "miniature", first, pixels.dtype)
+    keep, cells = (None, None) if files.cells is None else _read_cells(files.cells)
+    sdata = _read_miniature(files, scratch / "miniature", cells, pixels.dtype)
     store = scratch / "store.zarr"
     image_key = next(key for key in sdata.images if key.endswith("_full_image"))
     reader_image = sdata.images.pop(image_key)
     if cells is not None:
         (cells_key,) = set(sdata.tables) - {bins.name for bins in files.bins}
         region = _region(sdata, cells_key)
-        names, transformations = list(cells.outlines), get_transformation(sdata.shapes[region], get_all=True)
-        frame = gpd.GeoDataFrame({"cell_id": names, "geometry": list(cells.outlines.values())}, index=names)
-        sdata.shapes[region] = ShapesModel.parse(frame, transformations=transformations)
+        transformations = get_transformation(sdata.shapes[region], get_all=True)
+        sdata.shapes[region] = ShapesModel.parse(cells, transformations=transformations)
     record(sdata, CONVERTED_FROM, None, files.states())
     # anndata warns that it will leave the shards to zarr, unless it is told
     told = {"auto_shard_zarr_v3": False} if hasattr(ad.settings, "auto_shard_zarr_v3") else {}  # since 0.12.3
@@ -244,8 +234,12 @@ def _build_store(files: HDFolder, pixels: da.Array, scratch: Path, n_rows: int, 
         for bins in files.bins:
             region = _region(sdata, bins.name)
             _fill_bins(store, bins, region, sdata.shapes[region], bar.update)
-        if cells is not None:
-            _fill_cells(store / "tables" / cells_key, cells, bar.update)
+        if files.cells is not None and cells is not None and keep is not None:
+            with open_matrix(files.cells.matrix) as matrix:
+                names, n_entries = cells.index.to_numpy(object), int(np.diff(matrix.indptr)[keep].sum())
+                table = TableArrays(store / "tables" / cells_key, len(names), matrix.n_genes, n_entries)
+                table.add_rows(names, {"cell_id": names})
+                _copy_counts(matrix, table, keep, bar.update)
     sdata.images[image_key] = Image2DModel.parse(
         pixels,
         dims=("c", "y", "x"),
@@ -306,16 +300,6 @@ def _squares(
     return ShapesModel.parse(frame, transformations=get_transformation(one, get_all=True))
 
 
-def _fill_cells(table_path: Path, cells: _Cells, progress: Progress) -> None:
-    """Give the table of one segmented cell all of them."""
-    with open_matrix(cells.files.matrix) as matrix:
-        n_entries = int(np.diff(matrix.indptr)[cells.keep].sum())
-        names = np.array(list(cells.outlines), dtype=object)
-        table = TableArrays(table_path, len(names), matrix.n_genes, n_entries)
-        table.add_rows(names, {"cell_id": names})
-        _copy_counts(matrix, table, cells.keep, progress)
-
-
 def _copy_counts(matrix: CountMatrix, table: TableArrays, keep: NDArray[np.bool_], progress: Progress) -> None:
     """Append the counts of the rows in ``keep`` (n,), which completes the table."""
     for start, stop in matrix.pieces():
@@ -330,9 +314,9 @@ def _copy_counts(matrix: CountMatrix, table: TableArrays, keep: NDArray[np.bool_
 
 
 def _read_miniature(
-    files: HDFolder, target: Path, cell: tuple[str, shapely.Polygon] | None, image_dtype: np.dtype[Any]
+    files: HDFolder, target: Path, cells: gpd.GeoDataFrame | None, image_dtype: np.dtype[Any]
 ) -> SpatialData:
-    """Write a folder of one bin of each size and one cell (barcode, outline), and read it as the reader does.
+    """Write a folder of one bin of each size and the first cell, and read it as the reader does.
 
     The folder has to stay until the result is written, which reads previews from it.
     """
@@ -346,8 +330,8 @@ def _read_miniature(
         copy.attrs.update(dict(source.attrs))
     for bins in files.bins:
         _write_one_bin(bins, target / "binned_outputs" / bins.name)
-    if files.cells is not None and cell is not None:
-        _write_one_cell(files.cells, target / "segmented_outputs", *cell)
+    if files.cells is not None and cells is not None:
+        _write_one_cell(files.cells, target / "segmented_outputs", *cells.iloc[0])
     for name, path in files.previews.items():
         _copy(path, target / "spatial" / name)
     image = target / "image.tif"
@@ -387,9 +371,8 @@ def _write_one_cell(files: CellFiles, target: Path, barcode: str, outline: shape
         _write_one_row(matrix, target / files.matrix.name, barcode)
     if files.scalefactors.is_file():
         _copy(files.scalefactors, target / "spatial" / files.scalefactors.name)
-    geometry = {"type": "Polygon", "coordinates": [np.asarray(outline.exterior.coords).tolist()]}
     number = int(barcode.removeprefix("cellid_").removesuffix("-1"))
-    feature = {"type": "Feature", "geometry": geometry, "properties": {"cell_id": number}}
+    feature = {"type": "Feature", "geometry": mapping(outline), "properties": {"cell_id": number}}
     collection = {"type": "FeatureCollection", "features": [feature]}
     (target / files.outlines.name).write_text(json.dumps(collection))
 

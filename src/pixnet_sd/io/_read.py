@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _COLUMNS = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_co
 _BLOCK_CHARACTERS = 2**20
 _LARGE_PIECE_BYTES = 2**28
 _RGB = 3
+_MISMATCH = "{} not in {}: the two files are of different bin sizes or of different runs. Restore both from one run."
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,14 @@ class CountMatrix:
 
     @property
     def n_rows(self) -> int:
-        """Bins or cells."""
         return len(self.indptr) - 1
 
     @property
     def n_entries(self) -> int:
-        """Counts that are not zero."""
         return int(self.indptr[-1])
 
     @property
     def n_genes(self) -> int:
-        """Features."""
         return int(self.group["shape"][0])
 
     def barcodes(self, start: int, stop: int) -> pa.Array:
@@ -113,8 +112,7 @@ class PlacedBins:
     @property
     def centres_px(self) -> NDArray[np.float64]:
         """(m, 2) x, y in pixels of the full image."""
-        x, y = self.columns["pxl_col_in_fullres"], self.columns["pxl_row_in_fullres"]
-        return np.stack([x, y], axis=1).astype(np.float64)
+        return np.stack([self.columns[name] for name in reversed(_COLUMNS[-2:])], axis=1).astype(np.float64)
 
 
 def open_positions(path: Path) -> pq.ParquetFile:
@@ -138,7 +136,7 @@ def check_places(matrix: CountMatrix, positions: Path) -> None:
         for batch in file.iter_batches(batch_size=_PIECE_ROWS, columns=["barcode"]):
             if pc.is_in(first, value_set=batch["barcode"])[0].as_py():
                 return
-    raise _mismatch(f"The first barcode of {matrix.path}, {first[0]}, is", positions)
+    raise DataError(_MISMATCH.format(f"The first barcode of {matrix.path}, {first[0]}, is", positions))
 
 
 def placed_bins(matrix: CountMatrix, positions: Path) -> Iterator[PlacedBins]:
@@ -170,9 +168,9 @@ def _numbers(batch: pa.RecordBatch) -> dict[str, NDArray[Any]]:
 def _placed_by_hash(matrix: CountMatrix, positions: Path, first: int) -> Iterator[PlacedBins]:
     """As `placed_bins`, for the rows from ``first`` on, whatever their order."""
     pieces = [(start, min(start + _PIECE_ROWS, matrix.n_rows)) for start in range(first, matrix.n_rows, _PIECE_ROWS)]
-    hashes = np.concatenate([_hashes(matrix.barcodes(*piece)) for piece in pieces])
-    order = np.argsort(hashes)
-    hashes = hashes[order]
+    unsorted = np.concatenate([_hashes(matrix.barcodes(*piece)) for piece in pieces])
+    order = np.argsort(unsorted)
+    hashes = unsorted[order]
     n_places = np.zeros(len(hashes), np.uint8)
     columns: dict[str, NDArray[Any]] = {}
     with open_positions(positions) as file:
@@ -189,7 +187,7 @@ def _placed_by_hash(matrix: CountMatrix, positions: Path, first: int) -> Iterato
             f"Barcodes come more than once in {matrix.path} or {positions}: a file is damaged. Restore both."
         )
     if (n_places == 0).any():
-        raise _mismatch(f"{int((n_places == 0).sum())} barcodes of {matrix.path} are", positions)
+        raise DataError(_MISMATCH.format(f"{int((n_places == 0).sum())} barcodes of {matrix.path} are", positions))
     for start, stop in pieces:
         of_piece = {name: values[start - first : stop - first] for name, values in columns.items()}
         yield PlacedBins(matrix.barcodes(start, stop), of_piece)
@@ -197,13 +195,6 @@ def _placed_by_hash(matrix: CountMatrix, positions: Path, first: int) -> Iterato
 
 def _hashes(barcodes: pa.Array) -> NDArray[np.uint64]:
     return np.asarray(pd.util.hash_array(barcodes.to_numpy(zero_copy_only=False), categorize=False))
-
-
-def _mismatch(what: str, positions: Path) -> DataError:
-    return DataError(
-        f"{what} not in {positions}: the two files are of different bin sizes or of different runs. Restore both from "
-        "one run."
-    )
 
 
 def read_outlines(path: Path) -> dict[str, shapely.Polygon]:
@@ -220,20 +211,18 @@ def read_outlines(path: Path) -> dict[str, shapely.Polygon]:
 
 def _features(path: Path) -> Iterator[dict[str, Any]]:
     """Features of a GeoJSON file one at a time: the parsed file would take ten times its size."""
-    decoder = json.JSONDecoder()
+    decoder, opening, between = json.JSONDecoder(), re.compile(r'"features"[^\[]*\['), re.compile(r"[,\s]*")
     with path.open(encoding="utf-8") as file:
-        text, at = "", -1
-        while at < 0:  # behind the bracket that opens the list
+        text, found = "", None
+        while found is None:
             block = file.read(_BLOCK_CHARACTERS)
             if not block:
                 raise ValueError("no list of features")
             text += block
-            key = text.find('"features"')
-            at = text.find("[", key) if key >= 0 else -1
-        at += 1
+            found = opening.search(text)
+        at = found.end()
         while True:
-            while text[at : at + 1] in tuple(", \t\r\n"):
-                at += 1
+            at = between.match(text, at).end()  # type: ignore[union-attr]  # also of nothing
             if text.startswith("]", at):
                 return
             try:
@@ -280,13 +269,10 @@ def _chunked(pixels: Any, *, channels_last: bool, chunk_px: int) -> da.Array:
     """Chunk pixels; bands are read one at a time and then cut: a strip of a TIFF file spans the whole width."""
     import dask.array as da
 
-    height, width = pixels.shape[:2] if channels_last else pixels.shape[1:]
-    band = (chunk_px, width, _RGB) if channels_last else (_RGB, chunk_px, width)
+    band = (chunk_px, -1, -1) if channels_last else (-1, chunk_px, -1)
     array = da.from_array(pixels, chunks=band, name=False, lock=True)
-    if channels_last:
-        array = array.transpose(2, 0, 1)
-    array = array.astype(array.dtype.newbyteorder("="))
-    return array.rechunk((_RGB, min(chunk_px, height), min(chunk_px, width)))
+    array = array.transpose(2, 0, 1) if channels_last else array
+    return array.astype(array.dtype.newbyteorder("=")).rechunk((_RGB, *np.minimum(chunk_px, array.shape[1:]).tolist()))
 
 
 def _rows(path: Path, series: TiffPageSeries) -> Any:
@@ -296,11 +282,10 @@ def _rows(path: Path, series: TiffPageSeries) -> Any:
     page = series.keyframe
     pixels: Any = zarr.open_array(series.aszarr(level=0), mode="r")
     piece = int(np.prod(pixels.chunks)) * pixels.dtype.itemsize
-    if piece <= _LARGE_PIECE_BYTES:
-        return pixels
-    if page.is_contiguous and page.compression == 1 and len(series) == 1 and page.planarconfig == 1:
-        return _RawRows(path, page)
-    _warn_of_size(path, "is compressed in pieces", piece)
+    if piece > _LARGE_PIECE_BYTES:
+        if page.is_contiguous and page.compression == 1 and len(series) == 1 and page.planarconfig == 1:
+            return _RawRows(path, page)
+        _warn_of_size(path, "is compressed in pieces", piece)
     return pixels
 
 
@@ -310,8 +295,7 @@ class _RawRows:
     ndim = 3
 
     def __init__(self, path: Path, page: TiffPage) -> None:
-        self._path, self._offset = path, page.dataoffsets[0]
-        self.shape = page.shape
+        self._path, self._offset, self.shape = path, page.dataoffsets[0], page.shape
         self.dtype = np.dtype(page.dtype).newbyteorder(page.parent.byteorder)
 
     def __getitem__(self, key: tuple[slice, slice, slice]) -> NDArray[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ._gene_map import gene_map
-from ._scores import evaluation, history
-from ._training_regions import training_regions
+from ._training import evaluation, history, training_regions
 
 __all__ = ["evaluation", "gene_map", "history", "training_regions"]

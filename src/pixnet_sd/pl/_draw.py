@@ -25,20 +25,11 @@ from pixnet_sd.errors import PixNetError
 from pixnet_sd.geometry import Circles, Float, Lattice, Regions, ranges
 from pixnet_sd.slide import Slide, read_picture
 
-Panels = np.ndarray[Any, Any]
-"""Axes, in rows and columns."""
-
-AxesLike = Axes | Sequence[Axes] | Panels | None
-"""What ``ax=`` takes: one Axes, or as many as there are panels."""
-
-Drawn = Figure | Axes | Panels | None
-"""What a plot returns."""
+Panels = np.ndarray[Any, Any]  # Axes, in rows and columns
+AxesLike = Axes | Sequence[Axes] | Panels | None  # what ``ax=`` takes: one Axes, or as many as there are panels
+Drawn = Figure | Axes | Panels | None  # what a plot returns
 
 _MOST_PX = 2**16  # of a side of the raster that matplotlib draws on
-_BAR_SHARE = 0.25  # of the view, at most, that the scale bar takes
-
-
-# Figures
 
 
 def axes_grid(
@@ -60,15 +51,13 @@ def axes_grid(
             )
         figure = plt.figure(figsize=size, dpi=dpi, layout="constrained")
         return np.asarray(figure.subplots(*shape, squeeze=False), dtype=object)
-    axes = [ax] if isinstance(ax, Axes) else list(np.asarray(ax, dtype=object).ravel())
-    if len(axes) != shape[0] * shape[1]:
+    axes = np.asarray(ax, dtype=object)
+    if axes.size != shape[0] * shape[1]:
         raise PixNetError(
-            f"ax= has {len(axes)} Axes, and {shape[0] * shape[1]} panels are drawn ({shape[0]} x {shape[1]}). Give "
+            f"ax= has {axes.size} Axes, and {shape[0] * shape[1]} panels are drawn ({shape[0]} x {shape[1]}). Give "
             "as many, or leave ax= out."
         )
-    grid = np.empty(len(axes), dtype=object)
-    grid[:] = axes
-    return grid.reshape(shape)
+    return axes.reshape(shape)
 
 
 def figure_of(ax: Axes) -> Figure:
@@ -90,9 +79,6 @@ def finish(axes: Panels, *, is_new: bool, show: bool | None, save: str | Path | 
     return axes.flat[0] if axes.size == 1 else axes
 
 
-# Views
-
-
 @dataclass(frozen=True)
 class View:
     """A box of a slide, in µm from the image's top left corner, x to the right and y down.
@@ -108,12 +94,10 @@ class View:
 
     @property
     def width(self) -> float:
-        """µm."""
         return self.x1 - self.x0
 
     @property
     def height(self) -> float:
-        """µm."""
         return self.y1 - self.y0
 
     def bounds_in(self, to_um: Float) -> tuple[float, float, float, float]:
@@ -154,35 +138,23 @@ def view_of(
             f"{height:g} µm."
         )
     if ax is None:
-        shown_px = panel_in * _resolution(dpi, save)
+        on_file: Any = plt.rcParams["savefig.dpi"]
+        resolutions = [float(plt.rcParams["figure.dpi"]), *([] if save is None or on_file == "figure" else [on_file])]
+        shown_px = panel_in * (max(resolutions) if dpi is None else dpi)
     else:
-        first = ax if isinstance(ax, Axes) else np.asarray(ax, dtype=object).flat[0]
-        box = first.get_window_extent()
+        box = np.asarray(ax, dtype=object).flat[0].get_window_extent()
         shown_px = float(max(box.width, box.height, 1.0))
     return View(left, top, right, bottom, max(right - left, bottom - top) / shown_px)
 
 
-def _resolution(dpi: float | None, save: str | Path | None) -> float:
-    """Return the dots per inch of the picture that is made: of the file, if one is."""
-    if dpi is not None:
-        return dpi
-    on_file: Any = plt.rcParams["savefig.dpi"]
-    screen = float(plt.rcParams["figure.dpi"])
-    return max(screen, float(on_file)) if save is not None and on_file != "figure" else screen
-
-
 def coarsest_level(pitches_um: Sequence[float], um_per_px: float) -> int:
     """Of levels, finest first, choose the coarsest that is no coarser than the screen; the finest if all are."""
-    fine_enough = [k for k, pitch in enumerate(pitches_um) if pitch <= um_per_px * (1 + 1e-3)]
-    return fine_enough[-1] if fine_enough else 0
+    return max((k for k, pitch in enumerate(pitches_um) if pitch <= um_per_px * (1 + 1e-3)), default=0)
 
 
 def scaled(factor: float, x: float = 0.0, y: float = 0.0) -> Float:
     """Make the map of (x, y, 1) that scales points, then moves them."""
     return np.array([[factor, 0.0, x], [0.0, factor, y], [0.0, 0.0, 1.0]])
-
-
-# Artists
 
 
 def set_view(ax: Axes, view: View, title: str = "") -> None:
@@ -195,7 +167,7 @@ def set_view(ax: Axes, view: View, title: str = "") -> None:
 
 def add_scale_bar(ax: Axes, view: View) -> None:
     """Add a bar of 1, 2 or 5 times a power of ten µm, at most a quarter of the view."""
-    most = _BAR_SHARE * view.width
+    most = view.width / 4
     power = 10.0 ** math.floor(math.log10(most))
     length = next(factor for factor in (5, 2, 1) if factor * power <= most * (1 + 1e-9)) * power
     style = {"location": "lower left", "border_pad": 0.6, "box_alpha": 0.75, "width_fraction": 0.012}
@@ -230,9 +202,14 @@ def draw_regions(
     if isinstance(regions, Lattice) and regions.radius is None:
         return draw_raster(ax, *_lattice_image(regions, values, to_um, view), **style)
     plain = regions.plain() if isinstance(regions, Lattice) else regions
-    if isinstance(plain, Circles):
-        return _draw_circles(ax, plain.transform(to_um), values, **style)
-    return draw_raster(ax, *_filled(plain, values, to_um, view), **style)
+    if not isinstance(plain, Circles):
+        return draw_raster(ax, *_filled(plain, values, to_um, view), **style)
+    keep, circles = np.isfinite(values), plain.transform(to_um)
+    diameter, centre_xy = 2 * circles.radius[keep], circles.centre_xy[keep]
+    style |= {"array": np.asarray(values[keep], np.float64), "linewidths": 0, "offset_transform": ax.transData}
+    drawn = EllipseCollection(diameter, diameter, np.zeros(len(diameter)), units="xy", offsets=centre_xy, **style)
+    ax.add_collection(drawn, autolim=False)
+    return drawn
 
 
 def _lattice_image(
@@ -251,15 +228,6 @@ def _lattice_image(
     total = np.bincount(pixel[finite], values[finite], height * width)
     mean = np.divide(total, n, out=np.full(height * width, np.nan), where=n > 0)
     return mean.reshape(height, width).astype(np.float32), to_um @ lattice.to_grid @ scaled(side, col0, row0)
-
-
-def _draw_circles(ax: Axes, circles: Circles, values: NDArray[np.floating], **style: Any) -> EllipseCollection:
-    keep = np.isfinite(values)
-    diameter, centre_xy = 2 * circles.radius[keep], circles.centre_xy[keep]
-    style |= {"array": np.asarray(values[keep], np.float64), "linewidths": 0, "offset_transform": ax.transData}
-    drawn = EllipseCollection(diameter, diameter, np.zeros(len(diameter)), units="xy", offsets=centre_xy, **style)
-    ax.add_collection(drawn, autolim=False)
-    return drawn
 
 
 def _filled(

@@ -53,16 +53,12 @@ from ._draw import (
     view_of,
 )
 
-Bound = float | str | None
-"""A number, a percentile such as ``"p99"``, or None for the default percentile."""
-
+Bound = float | str | None  # a number, a percentile such as ``"p99"``, or None for the default percentile
 Panel = Literal["image", "measured", "predicted"]
 
 _TOTAL = "total_counts"
 _PANELS: tuple[Panel, ...] = ("image", "measured", "predicted")
-_PANEL_IN = 3.6
-_TITLE_IN = 0.35
-_BAR_IN = 0.3
+_PANEL_IN, _TITLE_IN, _BAR_IN = 3.6, 0.35, 0.3
 _TARGET_SUM = 1e4
 
 
@@ -156,18 +152,19 @@ def gene_map(  # noqa: PLR0913
     note: dict[str, Any] = recorded(sdata, "maps", key) or {}
     slide = _slide(sdata, note, key)
     view = view_of(slide, crop_um, ax=ax, panel_in=_PANEL_IN, dpi=dpi, save=save)
-    table = _table_to_draw(sdata, slide, table_key) if panels is None or "measured" in panels else None
-    shown = _panels(panels, table)
+    asked: Any = _PANELS if panels is None else [panels] if isinstance(panels, str) else panels
+    table = _table_to_draw(sdata, slide, table_key) if "measured" in asked else None
+    if panels is not None and "measured" in asked and table is None:
+        raise ElementError("There is no table with measured expression: leave 'measured' out of panels=.")
+    shown = [panel for panel in asked if panel != "measured" or table is not None]
     layers: dict[Panel, _Layer] = {}
     if "predicted" in shown:
         layers["predicted"] = _predicted(tree, sdata.labels.get(f"{key}_tissue"), slide, view, scale, note)
     if "measured" in shown and table is not None:
         layers["measured"] = _measured(sdata, slide, view, table, names, note)
     shared = not _is_sum(note) if shared_limits is None else shared_limits
-    norms = [
-        _norms(layers, k, _bound(vmin, k, len(names)), _bound(vmax, k, len(names)), shared=shared)
-        for k in range(len(names))
-    ]
+    bounds = zip(_bounds(vmin, len(names)), _bounds(vmax, len(names)), strict=True)
+    norms = [_norms(layers, k, low, high, shared=shared) for k, (low, high) in enumerate(bounds)]
     axes = axes_grid(ax, (len(names), len(shown)), figsize=figsize, panel_in=_panel_in(view, colorbar_loc), dpi=dpi)
     for k, (gene, row) in enumerate(zip(names, axes, strict=True)):
         coloured: list[tuple[Axes, Any, str]] = []
@@ -184,9 +181,6 @@ def gene_map(  # noqa: PLR0913
         if colorbar_loc is not None:
             _colour_bars(coloured, shared=shared)
     return finish(axes, is_new=ax is None, show=show, save=save, return_fig=return_fig)
-
-
-# What is drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,44 +264,39 @@ def _predicted(
 
     `tissue` is the labels element of its tissue (0: none); with None, pixels that are 0 in all channels are off tissue.
     """
-    levels = list(get_pyramid_levels(tree))
+    levels, ratios = _levels(tree)
     to_um = scaled(slide.mpp) @ np.linalg.inv(slide.to_system) @ affine_matrix(tree, slide.coordinate_system)
     pitch = float(np.sqrt(abs(np.linalg.det(to_um[:2, :2]))))
-    ratios = [_ratio(levels[0], level) for level in levels]
-    k = coarsest_level([pitch * max(r) for r in ratios], view.um_per_px) if scale is None else _named(scale, levels)
+    names = [f"scale{k}" for k in range(len(levels))]
+    if scale not in (None, "full", *names):
+        raise PixNetError(f"scale={scale!r}: the map has {', '.join(map(repr, names))}; 'full' is the first of them.")
+    fine_enough = coarsest_level([pitch * max(r) for r in ratios], view.um_per_px)
+    k = fine_enough if scale is None else 0 if scale == "full" else names.index(scale)
     level, ratio = levels[k], ratios[k]
     from_level = to_um @ np.diag([ratio[1], ratio[0], 1.0])
-    rows, cols = view.pixels_in(from_level, level.shape[1:])
-    values = np.asarray(_computed(level.data[:, rows, cols]), dtype=np.float32)
+    rows, cols = view.pixels_in(from_level, (level.sizes["y"], level.sizes["x"]))
+    values = _computed(level.data[:, rows, cols]).astype(np.float32, copy=False)
     off = ~values.any(axis=0) if tissue is None else ~_on_tissue(tissue, ratio, rows, cols)
     draw = partial(draw_raster, to_um=from_level @ scaled(1, cols.start, rows.start))
     units = f"{_units(note)}, share of a pixel" if _is_sum(note) else _units(note)
     return _Layer(np.where(off, np.float32(np.nan), values), draw, "predicted", "no tissue", units)
 
 
-def _ratio(finest: DataArray, level: DataArray) -> tuple[float, float]:
-    """Return the pixels of the finest level per pixel of another, (y, x)."""
-    return finest.sizes["y"] / level.sizes["y"], finest.sizes["x"] / level.sizes["x"]
+def _levels(element: Any) -> tuple[list[DataArray], list[tuple[float, float]]]:
+    """Return levels, finest first, and the pixels of the finest per pixel of each, (y, x)."""
+    levels = [element] if isinstance(element, DataArray) else list(get_pyramid_levels(element))
+    finest = levels[0].sizes
+    return levels, [(finest["y"] / level.sizes["y"], finest["x"] / level.sizes["x"]) for level in levels]
 
 
-def _named(scale: str, levels: list[DataArray]) -> int:
-    names = [f"scale{k}" for k in range(len(levels))]
-    if scale == "full":
-        return 0
-    if scale not in names:
-        raise PixNetError(f"scale={scale!r}: the map has {', '.join(map(repr, names))}; 'full' is the first of them.")
-    return names.index(scale)
-
-
-def _computed(block: Any) -> Any:
+def _computed(block: Any) -> NDArray[Any]:
     """Compute in threads, never through a distributed client that is open by chance."""
-    return block.compute(scheduler="threads") if hasattr(block, "compute") else block
+    return np.asarray(block.compute(scheduler="threads") if hasattr(block, "compute") else block)
 
 
 def _on_tissue(labels: Any, ratio: tuple[float, float], rows: slice, cols: slice) -> NDArray[np.bool_]:
     """Tell whether the centres of pixels of a level of the map are on tissue."""
-    levels = [labels] if isinstance(labels, DataArray) else list(get_pyramid_levels(labels))
-    own = [_ratio(levels[0], level) for level in levels]
+    levels, own = _levels(labels)
     k = coarsest_level([max(r) for r in own], max(ratio))
     row, col = (
         np.clip(((np.arange(s.start, s.stop) + 0.5) * r / mine).astype(np.int64), 0, size - 1)
@@ -315,11 +304,8 @@ def _on_tissue(labels: Any, ratio: tuple[float, float], rows: slice, cols: slice
     )
     if not len(row) or not len(col):
         return np.zeros((len(row), len(col)), bool)
-    block = np.asarray(_computed(levels[k].data[row[0] : row[-1] + 1, col[0] : col[-1] + 1]))
+    block = _computed(levels[k].data[row[0] : row[-1] + 1, col[0] : col[-1] + 1])
     return block[np.ix_(row - row[0], col - col[0])] > 0
-
-
-# Where it lies
 
 
 def _slide(sdata: SpatialData, note: dict[str, Any], map_key: str) -> Slide:
@@ -334,19 +320,11 @@ def _slide(sdata: SpatialData, note: dict[str, Any], map_key: str) -> Slide:
             "again from the image that is there."
         )
     system = _system(sdata, image_key, map_key, note["coordinate_system"])
-    pyramid = ImagePyramid.of(sdata.images[image_key], image_key)
-    return Slide(
-        name="",
-        image_key=image_key,
-        coordinate_system=system,
-        mpp=float(note["mpp"]),
-        mpp_rule=str(note.get("mpp_rule", "")),
-        working_mpp=float(note["mpp"]),
-        height_px=pyramid.shape[0],
-        width_px=pyramid.shape[1],
-        to_system=affine_matrix(sdata.images[image_key], system),
-        pyramid=pyramid,
-    )
+    pyramid, mpp = ImagePyramid.of(sdata.images[image_key], image_key), float(note["mpp"])
+    names = {"image_key": image_key, "coordinate_system": system, "mpp_rule": str(note.get("mpp_rule", ""))}
+    sizes: dict[str, Any] = dict(zip(("height_px", "width_px"), pyramid.shape, strict=True))
+    to_system = affine_matrix(sdata.images[image_key], system)
+    return Slide(**names, **sizes, mpp=mpp, working_mpp=mpp, to_system=to_system, pyramid=pyramid)
 
 
 def _system(sdata: SpatialData, image_key: str, map_key: str, noted: str) -> str:
@@ -377,65 +355,45 @@ def _table_to_draw(sdata: SpatialData, slide: Slide, table_key: str | None) -> s
     return select_tables(sdata, **where)[-1] if measured_tables(sdata, **where) else None
 
 
-def _panels(panels: Sequence[Panel] | None, table: str | None) -> list[Panel]:
-    if panels is None:
-        return [panel for panel in _PANELS if panel != "measured" or table is not None]
-    wanted: list[Panel] = [panels] if isinstance(panels, str) else list(panels)  # type: ignore[list-item]
-    if "measured" in wanted and table is None:
-        raise ElementError("There is no table with measured expression: leave 'measured' out of panels=.")
-    return wanted
-
-
 def _panel_in(view: View, colorbar_loc: str | None) -> tuple[float, float]:
     """Return width and height of a panel, inches, with its share of colour bar and title."""
-    longer = max(view.width, view.height)
-    bar = _BAR_IN if colorbar_loc is not None else 0.0
-    return max(_PANEL_IN * view.width / longer, 1.8) + bar, max(_PANEL_IN * view.height / longer, 1.2) + _TITLE_IN
+    inches, bar = _PANEL_IN / max(view.width, view.height), 0.0 if colorbar_loc is None else _BAR_IN
+    return max(inches * view.width, 1.8) + bar, max(inches * view.height, 1.2) + _TITLE_IN
 
 
-# Colours
-
-
-def _bound(bound: Bound | Sequence[Bound], k: int, n: int) -> Bound:
-    """Return the limit of gene k of n."""
+def _bounds(bound: Bound | Sequence[Bound], n: int) -> Sequence[Bound]:
+    """Return the limit of each of n genes."""
     if bound is None or isinstance(bound, str | int | float):
-        return bound
+        return [bound] * n
     if len(bound) != n:
         raise PixNetError(f"vmin or vmax has {len(bound)} limits, and there are {n} genes: give one for each.")
-    return bound[k]
+    return bound
 
 
 def _norms(layers: Mapping[Panel, _Layer], k: int, vmin: Bound, vmax: Bound, *, shared: bool) -> dict[Panel, Normalize]:
-    """Make the colour scale of gene k in each panel."""
-    values = {panel: layer.values[k] for panel, layer in layers.items()}
-    if shared:
-        return dict.fromkeys(values, _colour_norm(list(values.values()), vmin, vmax))
-    return {panel: _colour_norm([each], vmin, vmax) for panel, each in values.items()}
+    """Make the colour scale of gene k in each panel, as scanpy takes limits.
 
-
-def _colour_norm(panels: Sequence[NDArray[np.floating]], vmin: Bound, vmax: Bound) -> Normalize:
-    """Make one scale for panels, as scanpy takes limits: percentiles are taken of each, and the widest limits win."""
-    finite = [values for panel in panels if len(values := panel[np.isfinite(panel)])]
+    Percentiles are taken of each panel, and where panels share a scale the widest limits win.
+    """
+    if not shared and len(layers) > 1:
+        return {panel: _norms({panel: own}, k, vmin, vmax, shared=True)[panel] for panel, own in layers.items()}
+    finite = [values for own in layers.values() if len(values := own.values[k][np.isfinite(own.values[k])])]
     low = min((_limit(values, vmin, "p1") for values in finite), default=0.0)
     high = max((_limit(values, vmax, "p99") for values in finite), default=1.0)
     if finite and not low < high and vmax is None:  # all the same: a rare gene, in most bins of which there is nothing
         high = max(float(values.max()) for values in finite)
-    return Normalize(low, high if low < high else low + 1.0)
+    return dict.fromkeys(layers, Normalize(low, high if low < high else low + 1.0))
 
 
 def _limit(values: NDArray[np.floating], bound: Bound, default: str) -> float:
     bound = default if bound is None else bound
-    if not isinstance(bound, str):
-        return float(bound)
-    return float(np.percentile(values, float(bound.removeprefix("p"))))
+    return float(np.percentile(values, float(bound.removeprefix("p"))) if isinstance(bound, str) else bound)
 
 
 def _colour_bars(coloured: Sequence[tuple[Axes, Any, str]], *, shared: bool) -> None:
     """Add one bar for a row, or one for each panel, given with its artist and what the colours mean."""
-    groups = [coloured] if shared and coloured else [[each] for each in coloured]
-    for group in groups:
-        axes = [ax for ax, *_ in group]
-        _, artist, units = group[-1]
+    for group in [coloured] if shared and coloured else [[each] for each in coloured]:
+        axes, (_, artist, units) = [ax for ax, *_ in group], group[-1]
         bar = figure_of(axes[0]).colorbar(artist, ax=axes, location="right", shrink=0.9, pad=0.02)
         bar.set_label(units, size="small")
         bar.ax.tick_params(labelsize="small")

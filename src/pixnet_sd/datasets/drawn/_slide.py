@@ -43,12 +43,12 @@ _BATCH = 2048  # nuclei whose bins are found at once
 
 def bin_barcodes(bin_um: int, row: Ints, col: Ints) -> NDArray[np.bytes_]:
     """``s_002um_00012_00345-1``, (n,)."""
-    return reduce(np.char.add, (f"s_{bin_um:03d}um_".encode(), _digits(row, 5), b"_", _digits(col, 5), b"-1"))
+    return _joined(f"s_{bin_um:03d}um_".encode(), _digits(row, 5), b"_", _digits(col, 5), b"-1")
 
 
 def cell_barcodes(cell: Ints) -> NDArray[np.bytes_]:
     """``cellid_000000012-1``, (n,), of numbers from 0; the format counts from 1."""
-    return reduce(np.char.add, (b"cellid_", _digits(cell + 1, 9), b"-1"))
+    return _joined(b"cellid_", _digits(cell + 1, 9), b"-1")
 
 
 def spot_barcodes(number: Ints) -> NDArray[np.bytes_]:
@@ -62,6 +62,10 @@ def spot_barcodes(number: Ints) -> NDArray[np.bytes_]:
 def _digits(number: Ints, width: int) -> NDArray[np.bytes_]:
     digits = number[:, None] // 10 ** np.arange(width - 1, -1, -1) % 10
     return (digits + ord("0")).astype(np.uint8).view(f"S{width}").ravel()
+
+
+def _joined(*parts: Any) -> NDArray[np.bytes_]:
+    return np.asarray(reduce(np.char.add, parts))
 
 
 @dataclass(frozen=True)
