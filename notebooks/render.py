@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
@@ -43,16 +44,31 @@ def main() -> None:
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB", flush=True)
 
 
-def execute(path: Path, folder: Path, parameters: Mapping[str, object]) -> NotebookNode:
-    """Run a notebook in a folder, with other values for what its cell tagged "parameters" sets."""
+def execute(
+    path: Path,
+    folder: Path,
+    parameters: Mapping[str, object],
+    *,
+    her2st: Path = HER2ST,
+    kernel: AsyncKernelManager | None = None,
+) -> NotebookNode:
+    """Run a notebook in a folder, with other values for what its cell tagged "parameters" sets.
+
+    A kernel that is given has its names and folder reset, and goes on running: what is loaded is loaded once.
+    """
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", ()):
             cell.source = "\n".join([cell.source, *(f"{name} = {value!r}" for name, value in parameters.items())])
     # With MPLBACKEND set, pictures would not come into the notebook.
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
+    environment["PIXNET_SD_HER2ST"] = str(her2st)
+    if kernel is not None:
+        start = f"%reset -f\n%cd -q {folder}\n%env PIXNET_SD_HER2ST={her2st}"
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(start))
     client = NotebookClient(
         notebook,
+        km=kernel,
         timeout=None,
         startup_timeout=600,  # on a busy machine
         iopub_timeout=600,
@@ -60,7 +76,9 @@ def execute(path: Path, folder: Path, parameters: Mapping[str, object]) -> Noteb
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute(env={**environment, "PIXNET_SD_HER2ST": str(HER2ST)})
+    client.execute(env=environment)
+    if kernel is not None:
+        del notebook.cells[0]
     return notebook
 
 

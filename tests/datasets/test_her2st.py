@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,13 +18,8 @@ from pixnet_sd.errors import DataError
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "her2st"
 
 SPOTS = pd.DataFrame(
-    {
-        "spot": ["1x1", "1x2", "2x1"],
-        "pixel_x": [30.0, 30.5, 90.25],
-        "pixel_y": [40.0, 120.0, 41.0],
-        "x": [1, 1, 2],
-        "y": [1, 2, 1],
-    }
+    [("1x1", 30.0, 40.0, 1, 1), ("1x2", 30.5, 120.0, 1, 2), ("2x1", 90.25, 41.0, 2, 1)],
+    columns=["spot", "pixel_x", "pixel_y", "x", "y"],
 )
 # another order than the spots, and one spot fewer
 COUNTS = pd.DataFrame([[0, 5, 2], [7, 0, 1]], index=["2x1", "1x1"], columns=["ERBB2", "COL1A1", "ACTB"])
@@ -75,30 +71,6 @@ def test_spots_are_joined_by_name(folder, caplog):
     assert list(table.var_names) == ["ERBB2", "COL1A1", "ACTB"]
 
 
-def test_a_section_folder_may_be_given_and_goes_through_a_store(folder, tmp_path):
-    assert list(datasets.her2st(str(folder.parent), sections=["Z1"])) == ["Z1"]
-    datasets.her2st(folder)["Z1"].write(tmp_path / "z1.zarr")
-    back = sd.read_zarr(tmp_path / "z1.zarr")
-    assert back.attrs["pixnet_sd"]["mpp"] == {"Z1_image": 0.8}
-    np.testing.assert_array_equal(back.tables["counts"].X.toarray(), COUNTS)
-
-
-@pytest.mark.parametrize("name", ["image.jpg", "counts.tsv.gz", "spots.tsv"])
-def test_missing_file(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(DataError, match=name):
-        datasets.her2st(folder.parent)
-
-
-def test_missing_section(folder, tmp_path):
-    with pytest.raises(DataError, match="Q9"):
-        datasets.her2st(folder.parent, sections=["Q9"])
-    with pytest.raises(DataError, match="path="):
-        datasets.her2st(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="meta.json"):
-        datasets.her2st(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -122,10 +94,23 @@ def test_files_that_cannot_be_used(tmp_path, change, named):
         datasets.her2st(tmp_path)
 
 
-def test_meta_that_is_not_json(folder):
+def test_what_is_not_there(folder, tmp_path):
+    with ad.settings.override(auto_shard_zarr_v3=False):
+        datasets.her2st(folder)["Z1"].write(tmp_path / "z1.zarr")
+    assert sd.read_zarr(tmp_path / "z1.zarr").attrs["pixnet_sd"]["mpp"] == {"Z1_image": 0.8}
+    for path, sections, named in (
+        (folder.parent, ["Q9"], "Q9"),
+        (tmp_path / "nowhere", None, "path="),
+        (tmp_path, None, "meta.json"),
+    ):
+        with pytest.raises(DataError, match=named):
+            datasets.her2st(path, sections=sections)
     (folder / "meta.json").write_text("{")
     with pytest.raises(DataError, match="meta.json"):
         datasets.her2st(folder)
+    (folder / "image.jpg").unlink()
+    with pytest.raises(DataError, match="image.jpg"):
+        datasets.her2st(folder.parent)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real sections are not here")

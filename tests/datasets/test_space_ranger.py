@@ -72,17 +72,15 @@ def test_reader_finds_what_sample_gives(as_read, in_memory):
         assert table.X.dtype == expected.X.dtype
         assert get_table_keys(table) == get_table_keys(expected)
         np.testing.assert_array_equal(table.var["spatially_varying"], expected.var["spatially_varying"])
-
-
-def test_shapes_lie_where_those_of_sample_lie(as_read, in_memory):
-    for name, shapes in in_memory.shapes.items():
-        assert list(as_read.shapes[name].index) == list(shapes.index)
-        ours, theirs = (element.geometry.normalize() for element in (shapes, as_read.shapes[name]))
+    for name, expected in in_memory.shapes.items():
+        assert list(as_read.shapes[name].index) == list(expected.index)
+        ours, theirs = (element.geometry.normalize() for element in (expected, as_read.shapes[name]))
         assert ours.geom_equals_exact(theirs, 1e-9).all()
-        ours, theirs = (get_transformation(element, get_all=True) for element in (shapes, as_read.shapes[name]))
+    for name in [*in_memory.shapes, *in_memory.images]:
+        ours, theirs = (get_transformation(sdata[name], get_all=True) for sdata in (in_memory, as_read))
         assert set(ours) == set(theirs)
-        for system, transformation in ours.items():
-            matrices = (t.to_affine_matrix(("x", "y"), ("x", "y")) for t in (transformation, theirs[system]))
+        for system in ours:
+            matrices = (every[system].to_affine_matrix(("x", "y"), ("x", "y")) for every in (ours, theirs))
             np.testing.assert_allclose(*matrices)
 
 
@@ -97,17 +95,6 @@ def test_positions_of_bins(as_read, in_memory, folder, size):
     assert every["barcode"].is_unique
     np.testing.assert_array_equal(every["array_row"] * side + every["array_col"], np.arange(side**2))
     assert list(every.loc[every["in_tissue"] == 1, "barcode"]) == list(theirs.obs_names)
-
-
-def test_barcodes_are_sorted_and_counts_are_whole_numbers_in_chunks(folder):
-    with h5py.File(folder / "binned_outputs/square_002um/filtered_feature_bc_matrix.h5") as file:
-        matrix = file["matrix"]
-        barcodes = matrix["barcodes"][:]
-        assert (np.sort(barcodes) == barcodes).all()
-        assert matrix["data"].dtype == np.int32
-        assert matrix["data"].chunks is not None
-        assert tuple(matrix["shape"][:]) == (36, len(barcodes))
-        assert matrix["indptr"][-1] == len(matrix["data"]) == len(matrix["indices"])
 
 
 def test_nuclei_hold_the_bins_that_the_mapping_gives_them(as_read, folder):
@@ -175,16 +162,6 @@ def test_truth_that_is_not_there_is_refused(small, wrong, named):
         datasets.visium_hd_truth(small, **wrong)
     with pytest.raises(DataError, match="truth.zarr"):
         datasets.visium_hd_truth(small.parent)
-
-
-@pytest.mark.parametrize("bins_as_squares", [True, False])
-@pytest.mark.parametrize("annotate_table_by_labels", [True, False])
-def test_read_in_every_variant(small, bins_as_squares, annotate_table_by_labels):
-    sdata = read(small, bins_as_squares=bins_as_squares, annotate_table_by_labels=annotate_table_by_labels)
-    assert ("radius" in sdata.shapes["sample_square_008um"]) != bins_as_squares
-    region = "sample_square_008um" + "_labels" * annotate_table_by_labels
-    assert get_table_keys(sdata.tables["square_008um"])[0] == region
-    assert len(sdata.labels) == 2 * annotate_table_by_labels
 
 
 def test_empty_dataset_id_one_worker_and_a_long_panel(tmp_path, small):
@@ -257,9 +234,3 @@ def test_spots_of_visium_lie_on_a_hexagonal_lattice(visium):
     assert (np.abs(apart - 100) < 1e-6).sum(axis=1).max() == 6
     assert 0 < spots["in_tissue"].mean() < 1
     assert spots["barcode"].is_unique
-
-
-def test_visium_with_an_empty_dataset_id(tmp_path):
-    path = datasets.write_visium(tmp_path / "out", size_um=300, mpp=2, dataset_id="")
-    sdata = spatialdata_io.visium(path, dataset_id="other", fullres_image_file="tissue_image.tif")
-    assert set(sdata.shapes) == {"other"}

@@ -25,10 +25,8 @@ def read(path: Path, chunk_px: int = 64) -> Any:
     "options",
     [
         {"tile": (32, 48)},
-        {"tile": (64, 64), "compression": "zlib", "predictor": True},
         {"tile": (64, 64), "compression": "jpeg"},
-        {"rowsperstrip": 7, "compression": "lzw"},
-        {"rowsperstrip": 1, "bigtiff": True},
+        {"rowsperstrip": 7, "compression": "lzw", "bigtiff": True},
         {},
     ],
     ids=str,
@@ -52,12 +50,9 @@ def test_the_finest_level_of_a_pyramid_is_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "i.tif"), PIXELS.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("byteorder", ["<", ">"])
-def test_one_large_piece_without_compression_is_read_by_rows(tmp_path: Path, byteorder: Any) -> None:
-    shape = (7000, 7000, 3)
-    pixels = tifffile.memmap(
-        tmp_path / "i.tif", shape=shape, dtype=f"{byteorder}u2", photometric="rgb", byteorder=byteorder
-    )
+def test_one_large_piece_without_compression_is_read_by_rows(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"shape": (7000, 7000, 3), "dtype": ">u2", "photometric": "rgb", "byteorder": ">"}
+    pixels = tifffile.memmap(tmp_path / "i.tif", **options)
     assert pixels.nbytes > 2**28  # what is not written takes no disk
     pixels[6900:, :170] = PIXELS[:100] * np.uint16(257)
     pixels.flush()
@@ -83,14 +78,10 @@ def test_other_formats_are_read_whole_and_warn(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read(tmp_path / "i.png"), PIXELS.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("name", ["i.tif", "i.png"])
-def test_images_that_are_not_rgb_are_refused(tmp_path: Path, name: str) -> None:
-    Image.fromarray(PIXELS[..., 0]).save(tmp_path / name)
-    with pytest.raises(DataError, match="i\\."), open_image(tmp_path / name, 64):
-        pass
-
-
-def test_files_that_are_no_images_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "i.tif").write_text("nothing")
-    with pytest.raises(DataError, match="i.tif"), open_image(tmp_path / "i.tif", 64):
-        pass
+def test_other_images_than_rgb_and_other_files_are_refused(tmp_path: Path) -> None:
+    for name in ("grey.tif", "grey.png"):
+        Image.fromarray(PIXELS[..., 0]).save(tmp_path / name)
+    (tmp_path / "none.tif").write_text("nothing")
+    for name in ("grey.tif", "grey.png", "none.tif"):
+        with pytest.raises(DataError, match=name), open_image(tmp_path / name, 64):
+            pass

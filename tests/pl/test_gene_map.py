@@ -70,7 +70,7 @@ def test_factors_draw_what_the_map_does(hd):
     np.testing.assert_allclose(np.ma.filled(ax.get_images()[0].get_array(), np.nan), expected, rtol=1e-6)
 
 
-def test_image_is_the_slide(hd):
+def test_image_is_the_slide_also_beneath_and_without_expression(hd):
     sdata, _ = hd()
     _, ax = plt.subplots(figsize=(8, 6), dpi=100)
     draw(sdata, ax=ax, panels=["image"], crop_um=(20, 30, 60, 60))
@@ -78,6 +78,18 @@ def test_image_is_the_slide(hd):
     pixels = sdata.images["sample_full_image"]["scale0"]["image"].values
     np.testing.assert_array_equal(picture.get_array(), pixels[:, 60:120, 40:120].transpose(1, 2, 0))
     np.testing.assert_allclose(to_um(ax, picture), [[0.5, 0, 20], [0, 0.5, 30], [0, 0, 1]], atol=1e-9)
+    for ax in draw(sdata, alpha=0.4, cmap="magma")[0, 1:]:
+        beneath, values = ax.get_images()
+        assert beneath.get_array().shape[-1] == 3
+        assert (values.get_alpha(), values.get_cmap().name) == (0.4, "magma")
+    alone = sd.SpatialData(images=sdata.images, labels=sdata.labels, attrs=sdata.attrs)
+    assert [ax.get_title() for ax in draw(alone).flat] == ["H&E", "GENE0, predicted"]
+    with pytest.raises(ElementError, match="panels="):
+        draw(alone, panels=["measured"])
+    for crop_um, length in ((None, 20), ((0, 0, 36, 60), 5)):
+        (bar,) = draw(sdata, panels=["image"], crop_um=crop_um).artists
+        assert (bar.dx, bar.units, bar.fixed_value, bar.fixed_units) == (1, "um", length, "um")
+    assert not draw(sdata, panels=["image"], scalebar=False).artists
 
 
 def log_normalised(table) -> np.ndarray:
@@ -158,11 +170,9 @@ def test_limits_are_shared_or_not(hd):
     assert measured.get_clim() == predicted.get_clim() == pytest.approx(expected)
     assert len(shared[0, 0].figure.axes) == 3 + 1  # one colour bar
     own = draw(sdata, shared_limits=False)
-    measured, predicted = (ax.get_images()[0] for ax in own[0, 1:])
-    for image in (measured, predicted):
+    for image in (ax.get_images()[0] for ax in own[0, 1:]):
         values = np.ma.masked_invalid(image.get_array()).compressed()
         assert image.get_clim() == pytest.approx(np.percentile(values, [1, 99]))
-    assert measured.get_clim() != predicted.get_clim()
     bars = own[0, 0].figure.axes[3:]
     assert [bar.get_ylabel() for bar in bars] == ["log-normalised expression"] * 2
     sdata.attrs["pixnet_sd"]["maps"]["pixnet_map"]["aggregation"] = "sum"  # of logarithms: on another scale
@@ -184,18 +194,6 @@ def test_genes_are_rows(hd):
     assert [sum(isinstance(a, ScaleBar) for a in ax.artists) for ax in axes.flat] == [1, 0, 1, 0]
 
 
-def test_opacity_shows_the_slide_beneath(hd):
-    sdata, _ = hd()
-    axes = draw(sdata, alpha=0.4, cmap="magma")
-    for ax in axes[0, 1:]:
-        beneath, values = ax.get_images()
-        assert beneath.get_array().shape[-1] == 3
-        assert values.get_alpha() == 0.4
-        assert values.get_cmap().name == "magma"
-    assert len(axes[0, 0].get_images()) == 1
-    assert len(draw(sdata)[0, 2].get_images()) == 1
-
-
 def test_crop_and_level(hd):
     """A crop is read alone; the level has a pixel for every one on the screen."""
     sdata, values = hd()
@@ -214,15 +212,6 @@ def test_crop_and_level(hd):
         assert coarse.get_array().mask[:, 30:].all()
 
 
-def test_scale_bar_in_um(hd):
-    sdata, _ = hd()
-    for crop_um, length in ((None, 20), ((0, 0, 100, 60), 20), ((0, 0, 36, 60), 5)):
-        (bar,) = draw(sdata, panels=["image"], crop_um=crop_um).artists
-        assert isinstance(bar, ScaleBar)
-        assert (bar.dx, bar.units, bar.fixed_value, bar.fixed_units) == (1, "um", length, "um")
-    assert not draw(sdata, panels=["image"], scalebar=False).artists
-
-
 def test_counts_are_densities(hd):
     sdata, _ = hd(genes=("GENE0", "total_counts"), note={"objective": "poisson", "aggregation": "sum"}, angle=0.0)
     axes = draw(sdata, ["GENE0", "total_counts"])
@@ -232,15 +221,6 @@ def test_counts_are_densities(hd):
         np.testing.assert_allclose(np.ravel(drawn), expected / 16**2, rtol=1e-5)
         assert row[1].get_images()[0].get_clim() == row[2].get_images()[0].get_clim()
     assert {bar.get_ylabel() for bar in axes[0, 0].figure.axes[6:]} == {"counts per µm²"}
-
-
-def test_without_expression(hd):
-    sdata, _ = hd()
-    alone = sd.SpatialData(images=sdata.images, labels=sdata.labels, attrs=sdata.attrs)
-    axes = draw(alone)
-    assert [ax.get_title() for ax in axes.flat] == ["H&E", "GENE0, predicted"]
-    with pytest.raises(ElementError, match="panels="):
-        draw(alone, panels=["measured"])
 
 
 def test_reads_only_the_channels_and_the_crop(hd, tmp_path, monkeypatch):
@@ -277,9 +257,9 @@ def test_shown_saved_returned(hd, tmp_path, monkeypatch):
     assert isinstance(ps.pl.gene_map(sdata, "GENE0", return_fig=True), Figure)
     _, given = plt.subplots(1, 3)
     assert ps.pl.gene_map(sdata, "GENE0", ax=given).ravel().tolist() == given.tolist()
-    assert len(shown) == 1
     ax = plt.figure().add_subplot()
     assert ps.pl.gene_map(sdata, "GENE0", ax=ax, panels="predicted") is ax
+    assert len(shown) == 1
     assert ps.pl.gene_map(sdata, "GENE0", ax=ax, panels="predicted", show=True) is None
     assert len(shown) == 2
 

@@ -100,22 +100,10 @@ def test_curves_and_the_kept_epoch() -> None:
         assert set(line.get_xdata()) == {3}
         assert point.get_xydata().tolist() == [[3, ROWS[2][key]]]
         assert [text.get_text() for text in ax.get_legend().get_texts()] == ["kept: epoch 3"]
-
-
-def test_without_held_out_regions() -> None:
-    ax = ps.pl.history(trained([{"epoch": row["epoch"], "loss": row["loss"]} for row in ROWS]), show=False)
-    assert ax.get_ylabel() == "training loss"
-    assert len(ax.lines) == 1
-
-
-def test_one_column_on_given_axes(tmp_path) -> None:
-    _, ax = plt.subplots()
-    assert ps.pl.history(trained(ROWS), keys="lr", ax=ax, save=tmp_path / "lr.png") is ax
-    assert ax.get_ylabel() == "learning rate"
-    assert (tmp_path / "lr.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize(("rows", "keys"), [(ROWS, "val_loss"), ([], None)])
-def test_a_history_that_is_not_there(rows: list[dict[str, float]], keys: str | None) -> None:
-    with pytest.raises(PixNetError, match="keys="):
-        ps.pl.history(trained(rows), keys=keys, show=False)
+    alone = ps.pl.history(trained([{"epoch": row["epoch"], "loss": row["loss"]} for row in ROWS]), show=False)
+    assert len(alone.lines) == 1  # without held-out regions
+    assert ps.pl.history(trained(ROWS), keys="lr", ax=alone) is alone
+    assert alone.get_ylabel() == "learning rate"
+    for rows, keys in ((ROWS, "val_loss"), ([], None)):
+        with pytest.raises(PixNetError, match="keys="):
+            ps.pl.history(trained(rows), keys=keys, show=False)

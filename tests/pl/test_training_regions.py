@@ -87,9 +87,10 @@ def test_tiles_and_regions_are_those_of_fit() -> None:
 
 
 def test_tissue_is_outlined() -> None:
-    ax = ps.pl.training_regions(
-        half_tissue(), model_params={"working_mpp": 1.0}, train_params={"tile_px": 64}, validation=None, show=False
-    )[0, 0]
+    network, training = {"working_mpp": 1.0}, {"tile_px": 64}
+    slide = half_tissue()
+    axes = ps.pl.training_regions(slide, model_params=network, train_params=training, validation=None, show=False)
+    ax = axes[0, 0]
     (outline,) = (drawn for drawn in ax.collections if len(drawn.get_paths()[0]) > 10)
     np.testing.assert_allclose(outline.get_paths()[0].get_extents().extents, [0, 0, 80, 120], atol=6)
     assert not len(boxes(ax, ORANGE))

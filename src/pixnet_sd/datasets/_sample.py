@@ -175,6 +175,8 @@ def _cell_elements(slide: drawn.DrawnSlide, bands: Sequence[drawn.Band]) -> tupl
 
 def _images(slide: drawn.DrawnSlide, dataset_id: str, systems: dict[str, Any]) -> dict[str, Any]:
     """Full image and previews."""
+    import dask.array as da
+    from spatialdata.models import Image2DModel
     from spatialdata.transformations import Identity
 
     full = np.empty((slide.size_px, slide.size_px, 3), dtype=np.uint8)
@@ -182,26 +184,17 @@ def _images(slide: drawn.DrawnSlide, dataset_id: str, systems: dict[str, Any]) -
     for grid, pixels in drawn.draw(slide.tissue, slide.size_px, slide.mpp):
         full[grid.slices] = pixels
         previews.add(grid, pixels)
-    scale_factors = [2] * int(np.clip(np.log2(slide.size_px / 64), 1, 4))
-    images = {f"{dataset_id}_full_image": _image(full, {dataset_id: Identity()}, scale_factors)}
-    for name, preview in previews.pixels().items():
-        system = f"{dataset_id}_downscaled_{name}"
-        transformations = {system: Identity(), dataset_id: systems[system].inverse()}
-        images[f"{dataset_id}_{name}_image"] = _image(preview, transformations, None)
+    images = {}
+    for name, picture in {"full": full, **previews.pixels()}.items():
+        own = dataset_id if name == "full" else f"{dataset_id}_downscaled_{name}"
+        images[f"{dataset_id}_{name}_image"] = Image2DModel.parse(
+            da.from_array(np.ascontiguousarray(picture.transpose(2, 0, 1)), chunks=(3, _CHUNK_PX, _CHUNK_PX)),
+            dims=("c", "y", "x"),
+            c_coords=["r", "g", "b"],
+            transformations={own: Identity(), dataset_id: systems[own].inverse()},
+            scale_factors=[2] * int(np.clip(np.log2(slide.size_px / 64), 1, 4)) if name == "full" else None,
+        )
     return images
-
-
-def _image(pixels: NDArray[np.uint8], transformations: dict[str, Any], scale_factors: list[int] | None) -> Any:
-    import dask.array as da
-    from spatialdata.models import Image2DModel
-
-    return Image2DModel.parse(
-        da.from_array(np.ascontiguousarray(pixels.transpose(2, 0, 1)), chunks=(3, _CHUNK_PX, _CHUNK_PX)),
-        dims=("c", "y", "x"),
-        c_coords=["r", "g", "b"],
-        transformations=transformations,
-        scale_factors=scale_factors,
-    )
 
 
 @checked(DataError)
@@ -236,17 +229,16 @@ def sample_truth(
     values_bytes = 4 * n_genes * (size_um / pitch_um) ** 2
     check_free(density_bytes(size_um) + values_bytes, size_um=size_um, pitch_um=pitch_um, n_genes=n_genes)
     slide = drawn.DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
-    panel = slide.panel
-    genes = pd.DataFrame({"varying": panel.varying}, index=panel.names)
-    return truth_map(slide.density, slide.size_um, genes, panel.profile, pitch_um)
+    varying = slide.panel.var["spatially_varying"]
+    return truth_map(slide.density, slide.size_um, varying, slide.panel.profile, pitch_um)
 
 
 def truth_map(
-    density: Any, size_um: float, genes: pd.DataFrame, profile: Any, pitch_um: float, window_um: Any = None
+    density: Any, size_um: float, varying: pd.Series, profile: Any, pitch_um: float, window_um: Any = None
 ) -> DataArray:
-    """Expected counts of genes, with their ``varying`` and ``profile`` (sources, genes), at the pixels of a window.
+    """Expected counts at the pixels of a window, or of the whole slide, of genes: whether each varies, by name.
 
-    The whole slide if there is no window. DataError if no pixel is met, or memory does not hold the values.
+    ``profile`` is (sources, genes). DataError if no pixel is met, or memory does not hold the values.
     """
     from xarray import DataArray
 
@@ -260,13 +252,13 @@ def truth_map(
     )
     if not rows or not cols:
         raise DataError(f"window_um={window_um} does not meet the slide, which is {size_um:g} µm a side.")
-    check_free(4.0 * len(genes) * len(rows) * len(cols), pitch_um=pitch_um, n_genes=len(genes))
+    check_free(4.0 * len(varying) * len(rows) * len(cols), pitch_um=pitch_um, n_genes=len(varying))
     integrals = drawn.integrate_on_grid(density, size_um, pitch_um, rows, cols)
     counts = np.tensordot(profile.T.astype(np.float32), integrals, axes=1)
-    varying = genes.index[genes["varying"]].tolist()
-    attrs = {"units": "expected counts per pixel", "pitch_um": float(pitch_um), "spatially_varying": varying}
+    names = varying.index[varying].tolist()
+    attrs = {"units": "expected counts per pixel", "pitch_um": float(pitch_um), "spatially_varying": names}
     y, x = ((np.array(indices) + 0.5) * pitch_um for indices in (rows, cols))
-    coords = {"c": np.array(genes.index, dtype=str), "y": y, "x": x}
+    coords = {"c": np.array(varying.index, dtype=str), "y": y, "x": x}
     return DataArray(counts, dims=("c", "y", "x"), coords=coords, attrs=attrs)
 
 

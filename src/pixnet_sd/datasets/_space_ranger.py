@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 _TRUTH = "truth.zarr"
 _CHUNK = 1 << 16
 _SPOT_UM, _PITCH_UM = 55.0, 100.0  # of Visium
-_CELL_SPOT_UM = 8.0  # of the format's scale factors; cells have outlines
-_FIDUCIAL_UM = 165.0  # read by nobody here, but part of the format
+_CELL_SPOT_UM, _FIDUCIAL_UM = 8.0, 165.0  # part of the format, read by nobody here: cells have outlines
 _POSITIONS = pa.schema(
     [("barcode", pa.string())]
     + [(name, pa.int64()) for name in ("in_tissue", "array_row", "array_col")]
@@ -354,11 +353,9 @@ def _write_image(path: Path, slide: drawn.DrawnSlide, n_workers: int | None) -> 
 
 def _write_scalefactors(spatial: Path, slide: drawn.DrawnSlide, *, spot_um: float, bin_um: float | None = None) -> None:
     spatial.mkdir(parents=True, exist_ok=True)
-    factors = {
-        "spot_diameter_fullres": spot_um / slide.mpp,
-        "fiducial_diameter_fullres": _FIDUCIAL_UM / slide.mpp,
-        **{f"tissue_{name}_scalef": px / slide.size_px for name, px in drawn.preview_px(slide.size_px).items()},
-    }
+    diameters_um = {"spot_diameter_fullres": spot_um, "fiducial_diameter_fullres": _FIDUCIAL_UM}
+    factors = {name: um / slide.mpp for name, um in diameters_um.items()}
+    factors |= {f"tissue_{name}_scalef": px / slide.size_px for name, px in drawn.preview_px(slide.size_px).items()}
     if bin_um is not None:
         factors |= {"bin_size_um": float(bin_um), "microns_per_pixel": slide.mpp}
     (spatial / "scalefactors_json.json").write_text(json.dumps(factors))
@@ -439,10 +436,10 @@ def visium_hd_truth(
         raise DataError(f"No {_TRUTH} in {path}. Give a folder that datasets.write_visium_hd wrote.")
     attrs: dict[str, Any] = dict(zarr.open_group(store, mode="r").attrs)
     density, profile = (zarr.open_array(store / name, mode="r") for name in ("density", "profile"))
-    panel = pd.DataFrame({"varying": attrs["spatially_varying"]}, index=attrs["genes"])
-    columns = np.arange(len(panel)) if genes is None else panel.index.get_indexer(pd.Index(genes))
+    varying = pd.Series(attrs["spatially_varying"], attrs["genes"])
+    columns = np.arange(len(varying)) if genes is None else varying.index.get_indexer(pd.Index(genes))
     if (columns < 0).any():
         unknown = pd.Index(genes or ())[columns < 0]
-        raise DataError(f"Genes that the slide does not have: {', '.join(unknown[:5])}. It has {len(panel)} others.")
+        raise DataError(f"Genes that the slide does not have: {', '.join(unknown[:5])}. It has {len(varying)} others.")
     rates = np.asarray(profile[:])[:, columns]
-    return truth_map(density, attrs["size_um"], panel.iloc[columns], rates, pitch_um, window_um)
+    return truth_map(density, attrs["size_um"], varying.iloc[columns], rates, pitch_um, window_um)

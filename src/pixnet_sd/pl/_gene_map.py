@@ -185,16 +185,12 @@ def gene_map(  # noqa: PLR0913
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """Expression of every gene, first axis of `values`, that one kind of panel shows; NaN where there is none.
+    """Expression that one kind of panel shows."""
 
-    `draw` takes Axes, the values of a gene and ``cmap``, ``norm`` and ``alpha``; `absent` is written in place of a gene
-    without values.
-    """
-
-    values: NDArray[np.float32]
-    draw: Callable[..., Any]
+    values: NDArray[np.float32]  # first axis: genes; NaN where there is none
+    draw: Callable[..., Any]  # takes Axes, the values of a gene and ``cmap``, ``norm`` and ``alpha``
     name: str
-    absent: str
+    absent: str  # written in place of a gene without values
     units: str
 
     def draw_gene(self, ax: Axes, k: int, **style: Any) -> Any:
@@ -221,10 +217,7 @@ def _units(note: dict[str, Any]) -> str:
 def _measured(
     sdata: SpatialData, slide: Slide, view: View, table_key: str, genes: Sequence[str], note: dict[str, Any]
 ) -> _Layer:
-    """Read measured expression in the regions that a view touches; counts of others are not read.
-
-    Log-normalised as the model's targets, or counts per µm² for a model of counts.
-    """
+    """Read measured expression, as `gene_map` says, in the regions that a view touches; others are not read."""
     (table,) = measured(sdata, slide, table_key=[table_key])
     shown = np.zeros(len(table), bool)
     shown[table.regions.touching(*view.bounds_in(scaled(slide.mpp)))] = True

@@ -168,13 +168,12 @@ def _ranked(ax: Axes, correlations: Mapping[str, pd.Series], n_labels: int) -> N
 
 
 def _distributions(ax: Axes, correlations: Mapping[str, pd.Series]) -> None:
-    at = np.arange(len(correlations))
+    at, values = np.arange(len(correlations)), [pcc.to_numpy() for pcc in correlations.values()]
     style: dict[str, Any] = {"medianprops": {"color": "black"}, "boxprops": {"linewidth": 0.8}}
-    ax.boxplot([pcc.to_numpy() for pcc in correlations.values()], positions=at, widths=0.6, showfliers=False, **style)
+    ax.boxplot(values, positions=at, widths=0.6, showfliers=False, **style)
     rng = np.random.default_rng(0)  # points beside one another, the same in every picture
-    for k, pcc in enumerate(correlations.values()):
-        x = k + rng.uniform(-0.2, 0.2, len(pcc))
-        ax.scatter(x, pcc, s=6, color=f"C{k % 10}", alpha=0.6, linewidths=0)
+    for k, pcc in enumerate(values):
+        ax.scatter(k + rng.uniform(-0.2, 0.2, len(pcc)), pcc, s=6, color=f"C{k % 10}", alpha=0.6, linewidths=0)
     ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set(xticks=at, ylabel="Pearson correlation over regions", xlim=(-0.6, len(correlations) - 0.4))
     rotation, alignment = (0, "center") if len(correlations) <= 4 else (45, "right")

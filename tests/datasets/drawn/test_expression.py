@@ -58,10 +58,6 @@ def test_transcripts_spread_over_the_cell_and_then_diffuse(monkeypatch):
         assert variance == pytest.approx(TUMOUR_CELL_UM**2 + DIFFUSION_UM**2, rel=0.02)
 
 
-def test_borders_of_areas_diffuse(density):
-    assert ((slide_of().tissue.compartments(GRID).lumen < 0.01) & (density[Source.LUMEN] > 0.2)).any()
-
-
 def test_integrals_of_a_constant_are_areas():
     constant, x, y = np.full((1, 60, 60), 3.0, dtype=np.float32), np.array([20.0, 33.3]), np.array([25.0, 40.1])
     np.testing.assert_allclose(integrate_shapes(constant, x, y, 7.5, angle=0.3)[:, 0], 3 * 7.5**2, rtol=1e-6)
@@ -77,12 +73,6 @@ def test_integral_of_a_slope_is_read_at_the_centre():
     np.testing.assert_allclose(squares, 20.2 * 16, rtol=1e-5)
     grid = integrate_on_grid(slope, 60, 2, range(30), range(30))
     np.testing.assert_allclose(grid[0, 0, :3], [4.0, 12.0, 20.0], rtol=1e-5)
-
-
-def test_a_window_of_a_grid_is_part_of_the_whole():
-    values = np.random.default_rng(0).random((2, 60, 60)).astype(np.float16)
-    whole = integrate_on_grid(values, 60, 7, range(9), range(9))
-    np.testing.assert_array_equal(integrate_on_grid(values, 60, 7, range(2, 9), range(3, 5)), whole[:, 2:, 3:5])
 
 
 @pytest.mark.parametrize("n_genes", [1, 34, 40, 300])
@@ -116,14 +106,3 @@ def test_counts_are_poisson_of_every_gene():
     np.testing.assert_allclose(counts.var(axis=0)[seen], expected[seen], rtol=0.1)
     # genes of one place do not know of one another
     assert np.abs(np.corrcoef(counts[:, seen].T) - np.eye(len(seen))).max() < 0.04
-
-
-def test_genes_beyond_the_markers_change_no_marker_and_streams_differ():
-    caught = np.full((500, len(Source)), 0.05)
-    few, many, long = (draw_counts(caught, panel_of(n), (0, 7)) for n in (5, 34, 3000))
-    assert (few != many[:, :5]).nnz == 0
-    assert (many != long[:, :34]).nnz == 0
-    assert long.shape == (500, 3000)
-    # however many fillers: their total does not grow
-    assert long[:, 34:].sum() == pytest.approx(caught.sum(axis=0) @ panel_of(3000).fillers.sum(axis=1), rel=0.05)
-    assert (many != draw_counts(caught, panel_of(34), (0, 8))).nnz > 0

@@ -8,7 +8,6 @@ import shapely
 
 from pixnet_sd.datasets.drawn import (
     BASE_UM,
-    CellCounts,
     DrawnSlide,
     bin_barcodes,
     cell_barcodes,
@@ -122,13 +121,3 @@ def test_bins_have_the_same_cell_whichever_rows_are_asked(cells, owners, on_tiss
     parts = [cells.of_bins(row, on_tissue[row : row + rows]) for row in range(0, len(on_tissue), rows)]
     for whole, pieces in zip(owners, zip(*parts, strict=True), strict=False):
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
-
-
-def test_counts_of_cells_are_sums_of_bins(slide, cells, bands, owners):
-    sums = CellCounts(cells, 8)
-    of_bands = [sums.add(band, cells.of_bins(band.first_row, band.on_tissue)[0]) for band in bands]
-    which = np.concatenate([cell for cell, _ in of_bands])
-    expected, owner = np.zeros((len(cells), 8)), owners[0]
-    np.add.at(expected, owner[owner >= 0], np.concatenate([band.counts.toarray() for band in bands])[owner >= 0])
-    np.testing.assert_array_equal(which, np.unique(owner[owner >= 0]))
-    np.testing.assert_array_equal(np.concatenate([counts.toarray() for _, counts in of_bands]), expected[which])

@@ -27,12 +27,6 @@ def test_noise_on_a_grid_is_noise_at_its_points(row0, col0, period_um, channel):
     np.testing.assert_allclose(noise.grid(grid, period_um, channel), noise.at(x, y, period_um, channel), atol=2e-3)
 
 
-def test_noise_is_standardised():
-    noise = TISSUE.noise.grid(Grid(0, 0, 1024, 1024, 1.0), 4, 3)
-    assert noise.mean() == pytest.approx(0, abs=0.02)
-    assert noise.std() == pytest.approx(1, abs=0.02)
-
-
 def test_hash_is_uniform_and_keeps_sites_apart():
     row, col = (index.ravel() for index in np.meshgrid(np.arange(-100, 100), np.arange(-100, 100)))
     one, two = hash_unit(0, row, col, 1), hash_unit(0, row, col, 2)
@@ -42,20 +36,13 @@ def test_hash_is_uniform_and_keeps_sites_apart():
     assert abs(np.corrcoef(one, hash_unit(0, row + 1, col, 1))[0, 1]) < 0.03
 
 
-@pytest.mark.parametrize("n_workers", [None, 1, 3])
-def test_results_of_threads_come_in_order(n_workers):
-    assert list(in_order(lambda k: k * k, range(50), n_workers)) == [k * k for k in range(50)]
-
-
-def test_threads_work_at_the_same_time_and_not_far_ahead():
+def test_threads_work_at_the_same_time_not_far_ahead_and_in_order():
     meeting = threading.Barrier(2, timeout=10)
     assert len(list(in_order(lambda _: meeting.wait(), range(2), 2))) == 2
     started = []
     next(in_order(lambda k: started.append(k), iter(range(1000)), 2))
     assert len(started) <= 4
-
-
-def test_an_error_in_a_thread_reaches_the_caller():
+    assert list(in_order(lambda k: k * k, range(50), 3)) == [k * k for k in range(50)]
     with pytest.raises(ZeroDivisionError):
         list(in_order(lambda k: 1 // k, [1, 0, 1], 2))
 
@@ -65,24 +52,14 @@ def test_windows_fit_without_a_seam():
     np.testing.assert_array_equal(draw_window(TISSUE, Grid(130, 90, 120, 150, 0.5)), whole[130:250, 90:240])
 
 
-def test_nuclei_do_not_depend_on_the_box():
-    tissue = slide_of(300, 1).tissue
-    inner, every = tissue.nuclei((80, 90, 220, 210)), tissue.nuclei((0, 0, 300, 300))
-    expected = every.subset((every.x_um >= 80) & (every.x_um < 220) & (every.y_um >= 90) & (every.y_um < 210))
-    assert len(inner) > 100
-    np.testing.assert_allclose(np.sort(inner.x_um), np.sort(expected.x_um))
-    np.testing.assert_array_equal(np.bincount(inner.source), np.bincount(expected.source))
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_every_compartment_is_there(seed):
-    nuclei = slide_of(1000, seed).tissue.nuclei((0, 0, 1000, 1000))
+def test_every_compartment_is_there():
+    nuclei = slide_of(1000, 0).tissue.nuclei((0, 0, 1000, 1000))
     assert np.bincount(nuclei.kind, minlength=4).min() > 100
     assert np.bincount(nuclei.source, minlength=Source.MATRIX).min() > 20
 
 
-@pytest.mark.parametrize("size_um", [4500, 6700])
-def test_a_large_slide_is_nearly_all_tissue(size_um):
+def test_a_large_slide_is_nearly_all_tissue():
+    size_um = 4500
     slide = slide_of(size_um, 0)
     step = np.arange(0, slide.lattice.n_base, 8)
     x, y = slide.lattice.centres_um(2, *np.meshgrid(step, step, indexing="ij"))
@@ -93,7 +70,7 @@ def test_a_large_slide_is_nearly_all_tissue(size_um):
 
 
 @settings(max_examples=3, deadline=None)
-@given(size_px=st.integers(1001, 1300), window=st.integers(300, 1400), seed=st.integers(0, 99))
+@given(size_px=st.integers(290, 1300), window=st.integers(300, 1400), seed=st.integers(0, 99))
 def test_previews_of_windows_are_means_over_boxes(size_px, window, seed):
     image = np.random.default_rng(seed).integers(0, 256, (size_px, size_px, 3), dtype=np.uint8)
     previews = Previews(size_px)
@@ -101,16 +78,9 @@ def test_previews_of_windows_are_means_over_boxes(size_px, window, seed):
         for col in range(0, size_px, window):
             pixels = image[row : row + window, col : col + window]
             previews.add(Grid(row, col, *pixels.shape[:2], 1.0), pixels)
-    for px, preview in zip((1000, 300), previews.pixels().values(), strict=True):
+    for most, preview in zip((1000, 300), previews.pixels().values(), strict=True):
+        px = min(most, size_px)
         low, pixel = np.arange(px)[:, None] * size_px / px, np.arange(size_px)
         share = (np.minimum(low + size_px / px, pixel + 1) - np.maximum(low, pixel)).clip(0) * px / size_px
         means = np.einsum("ri,ijc,sj->rsc", share, image, share, optimize=True)
         assert np.abs(preview - means).max() < 0.5 + 1e-6  # they are rounded
-
-
-def test_a_small_image_is_its_own_preview():
-    image = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-    previews = Previews(200)
-    previews.add(Grid(0, 0, 200, 200, 1.0), image)
-    for preview in previews.pixels().values():
-        np.testing.assert_array_equal(preview, image)
