@@ -97,16 +97,6 @@ def test_truth_map_and_truth_of_bins_agree(middle):
     assert np.corrcoef(summed.ravel(), means.ravel())[0, 1] > 0.999
 
 
-def test_truth_sums_are_the_same_at_any_pitch():
-    fine, native, odd = (datasets.sample_truth(**SMALL, pitch_um=pitch) for pitch in (1.0, 2.0, 7.0))
-    assert native.dims == ("c", "y", "x")
-    assert native.dtype == np.float32
-    assert odd.shape[1:] == (29, 29)
-    by_two = fine.to_numpy().reshape(len(fine), 100, 2, 100, 2).sum(axis=(2, 4))
-    np.testing.assert_allclose(native, by_two, rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(odd.sum(("x", "y")), fine.sum(("x", "y")), rtol=2e-3)
-
-
 def test_smallest_slides_have_counts_all_over():
     means = datasets.sample_truth_bins(8, size_um=100, library_size=False).sum(axis=1)
     truth = datasets.sample_truth(size_um=100, pitch_um=8).sum("c").to_numpy()

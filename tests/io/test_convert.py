@@ -169,12 +169,10 @@ SCALES = "spatial/scalefactors_json.json"
         (_remove(f"binned_outputs/square_008um/{SCALES}"), f"square_008um/{SCALES}"),
         (_swap(COUNTS), f"square_008um/{COUNTS}.*square_008um/{POSITIONS}"),
         (_swap(SCALES), f"square_008um/{SCALES}"),
-        (_write(f"binned_outputs/square_008um/{SCALES}", "[]"), f"square_008um/{SCALES}"),
         (_write(f"binned_outputs/square_008um/{SCALES}", "{}"), f"square_008um/{SCALES}.*bin_size_um"),
         (_write(f"binned_outputs/square_008um/{COUNTS}", "no"), f"square_008um/{COUNTS}"),
         (_write(f"binned_outputs/square_008um/{POSITIONS}", "no"), f"square_008um/{POSITIONS}"),
         (_write("s_tissue_image.tif", "no"), "s_tissue_image.tif"),
-        (_write("segmented_outputs/cell_segmentations.geojson", '{"features": [{}]}'), "cell_segmentations.geojson"),
         (_write("segmented_outputs/cell_segmentations.geojson", '{"features": []}'), "cell_segmentations.geojson"),
     ],
 )

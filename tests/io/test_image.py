@@ -24,30 +24,23 @@ def read(path: Path, chunk_px: int = 64) -> Any:
 @pytest.mark.parametrize(
     "options",
     [
-        {"tile": (32, 48)},
+        {"tile": (32, 48), "subifds": 1},
         {"tile": (64, 64), "compression": "jpeg"},
-        {"rowsperstrip": 7, "compression": "lzw", "bigtiff": True},
+        {"rowsperstrip": 7, "compression": "lzw"},
+        {"rowsperstrip": 16, "planarconfig": "separate"},
         {},
     ],
     ids=str,
 )
 def test_pixels_of_tiff_files(tmp_path: Path, options: dict[str, Any]) -> None:
-    path = tmp_path / "image.btf"
-    tifffile.imwrite(path, PIXELS, photometric="rgb", **options)
-    np.testing.assert_array_equal(read(path), tifffile.imread(path).transpose(2, 0, 1))
-
-
-def test_planes_one_after_the_other(tmp_path: Path) -> None:
-    planes = PIXELS.transpose(2, 0, 1)
-    tifffile.imwrite(tmp_path / "i.tif", planes, photometric="rgb", planarconfig="separate", rowsperstrip=16)
-    np.testing.assert_array_equal(read(tmp_path / "i.tif"), planes)
-
-
-def test_the_finest_level_of_a_pyramid_is_read(tmp_path: Path) -> None:
-    with tifffile.TiffWriter(tmp_path / "i.tif") as file:
-        file.write(PIXELS, photometric="rgb", tile=(32, 32), subifds=1)
-        file.write(PIXELS[::2, ::2], photometric="rgb", tile=(32, 32), subfiletype=1)
-    np.testing.assert_array_equal(read(tmp_path / "i.tif"), PIXELS.transpose(2, 0, 1))
+    """Planes one after the other, and of a pyramid the finest level, too."""
+    path, last = tmp_path / "image.btf", "planarconfig" not in options
+    with tifffile.TiffWriter(path) as file:
+        file.write(PIXELS if last else PIXELS.transpose(2, 0, 1), photometric="rgb", **options)
+        if "subifds" in options:
+            file.write(PIXELS[::2, ::2], photometric="rgb", tile=(32, 32), subfiletype=1)
+    expected = tifffile.imread(path) if "compression" in options else PIXELS
+    np.testing.assert_array_equal(read(path), expected.transpose(2, 0, 1))
 
 
 def test_one_large_piece_without_compression_is_read_by_rows(tmp_path: Path) -> None:

@@ -39,16 +39,10 @@ def write_matrix(path: Path, numbers: Sequence[int], *, variable_length: bool = 
 
 
 def write_positions(path: Path, numbers: Sequence[int]) -> None:
+    names = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
     values = np.array(numbers, dtype=np.int64)
-    columns = {
-        "barcode": barcodes(values.tolist()),
-        "in_tissue": np.ones(len(values), np.int64),
-        "array_row": values * 2,
-        "array_col": values * 3,
-        "pxl_row_in_fullres": values * 0.5,
-        "pxl_col_in_fullres": values * 0.25,
-    }
-    pq.write_table(pa.table(columns), path)
+    columns = dict(zip(names, (values * 0 + 1, values * 2, values * 3, values * 0.5, values * 0.25), strict=True))
+    pq.write_table(pa.table({"barcode": barcodes(values.tolist()), **columns}), path)
 
 
 def check_join(folder: Path, rows: Sequence[int], places: Sequence[int], *, variable_length: bool) -> None:
@@ -85,22 +79,6 @@ def test_every_row_of_several_pieces_gets_its_place(tmp_path: Path, n_in_order: 
     check_join(tmp_path, rows.tolist(), places.tolist(), variable_length=False)
 
 
-@pytest.mark.parametrize(
-    ("rows", "places"), [([1, 2, 3], [1, 3]), ([1, 2], [2, 1, 2]), ([3, 2, 2, 1], [1, 2, 3])], ids=str
-)
-def test_missing_and_repeated_barcodes_are_refused(tmp_path: Path, rows: list[int], places: list[int]) -> None:
-    write_matrix(tmp_path / "m.h5", rows)
-    write_positions(tmp_path / "p.parquet", places)
-    with open_matrix(tmp_path / "m.h5") as matrix, pytest.raises(DataError, match=r"m\.h5.*p\.parquet"):
-        list(placed_bins(matrix, tmp_path / "p.parquet"))
-
-
-def test_places_with_other_columns_are_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"barcode": ["a"], "x": [1]}), tmp_path / "p.parquet")
-    with pytest.raises(DataError, match="barcode, x"):
-        open_positions(tmp_path / "p.parquet")
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 3 * PIECE_ENTRIES), min_size=1, max_size=20),
@@ -122,6 +100,21 @@ def test_pieces_of_a_matrix_cover_it_and_are_small(
         assert sizes[start:stop].sum() <= PIECE_ENTRIES or stop == start + 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "places"), [([1, 2, 3], [1, 3]), ([1, 2], [2, 1, 2]), ([3, 2, 2, 1], [1, 2, 3])], ids=str
+)
+def test_missing_and_repeated_barcodes_and_other_columns_are_refused(
+    tmp_path: Path, rows: list[int], places: list[int]
+) -> None:
+    write_matrix(tmp_path / "m.h5", rows)
+    write_positions(tmp_path / "p.parquet", places)
+    with open_matrix(tmp_path / "m.h5") as matrix, pytest.raises(DataError, match=r"m\.h5.*p\.parquet"):
+        list(placed_bins(matrix, tmp_path / "p.parquet"))
+    pq.write_table(pa.table({"barcode": ["a"], "x": [1]}), tmp_path / "p.parquet")
+    with pytest.raises(DataError, match="barcode, x"):
+        open_positions(tmp_path / "p.parquet")
+
+
 def test_damaged_matrices_are_refused(tmp_path: Path) -> None:
     for numbers, part in (([1, 2], "matrix/data"), ([1, 2], "matrix"), ([], "matrix/features")):
         write_matrix(tmp_path / "m.h5", numbers)
@@ -137,14 +130,9 @@ def test_damaged_matrices_are_refused(tmp_path: Path) -> None:
 def test_outlines_are_read_wherever_a_block_ends(
     tmp_path_factory: pytest.TempPathFactory, n: int, before: int, indent: int | None
 ) -> None:
-    features = [
-        {
-            "type": "Feature",
-            "geometry": {"type": "Polygon", "coordinates": [[[x + i, y] for x, y in RING]]},
-            "properties": {"cell_id": i, "name": 'with "features": [ in it'},
-        }
-        for i in range(n)
-    ]
+    shapes = [{"type": "Polygon", "coordinates": [[[x + i, y] for x, y in RING]]} for i in range(n)]
+    about = [{"cell_id": i, "name": 'with "features": [ in it'} for i in range(n)]
+    features = [{"geometry": shape, "properties": own} for shape, own in zip(shapes, about, strict=True)]
     padding = "x" * (BLOCK_CHARACTERS - before)
     text = json.dumps({"name": padding, "features": features, "end": {"more": [1]}}, indent=indent)
     path = tmp_path_factory.getbasetemp() / "cells.geojson"
