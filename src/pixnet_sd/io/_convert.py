@@ -324,7 +324,7 @@ def _read_miniature(
         from spatialdata_io import visium_hd
     except ImportError as error:
         raise ImportError("Reading Space Ranger folders needs spatialdata-io: pip install 'pixnet_sd[io]'") from error
-    target.mkdir(parents=True)
+    target.mkdir()
     # the feature slice file tells the layout in attributes; the rest of it is large and not read
     with open_h5(files.slice_file) as source, h5py.File(target / files.slice_file.name, "w") as copy:
         copy.attrs.update(dict(source.attrs))
@@ -358,10 +358,7 @@ def _write_one_bin(bins: BinFiles, target: Path) -> None:
         barcode = matrix.barcodes(0, 1)
         _write_one_row(matrix, target / bins.matrix.name, barcode[0].as_py())
     with open_positions(bins.positions) as file:
-        first = next(file.iter_batches(batch_size=1), None)
-    if first is None:
-        raise DataError(f"{bins.positions} has no rows. Restore the file.")
-    row = pa.Table.from_batches([first])
+        row = pa.Table.from_batches([next(file.iter_batches(batch_size=1))])  # `check_places` has found some
     row = row.set_column(0, row.schema.field(0).with_type(barcode.type), barcode)
     pq.write_table(row, target / "spatial" / bins.positions.name)
 
@@ -385,7 +382,5 @@ def _write_one_row(matrix: CountMatrix, target: Path, barcode: str) -> None:
         copy = file.create_group("matrix")
         group.copy("features", copy)
         copy["barcodes"] = np.array([barcode.encode()])
-        copy["data"] = np.ones(1, group["data"].dtype)
-        copy["indices"] = np.zeros(1, group["indices"].dtype)
-        copy["indptr"] = np.array([0, 1], group["indptr"].dtype)
-        copy["shape"] = np.array([matrix.n_genes, 1], group["shape"].dtype)
+        for name, values in {"data": [1], "indices": [0], "indptr": [0, 1], "shape": [matrix.n_genes, 1]}.items():
+            copy[name] = np.array(values, group[name].dtype)

@@ -322,10 +322,8 @@ def _slide(sdata: SpatialData, note: dict[str, Any], map_key: str) -> Slide:
 
 def _system(sdata: SpatialData, image_key: str, map_key: str, noted: str) -> str:
     """Find the coordinate system of a prediction, or, where it was renamed since, that in which everything meets."""
-    shared = [
-        {*get_transformation(sdata.images[key], get_all=True)} for key in (image_key, map_key) if key in sdata.images
-    ]
-    common = set.intersection(*shared)
+    images = [sdata.images[key] for key in (image_key, map_key) if key in sdata.images]
+    common = set.intersection(*({*get_transformation(image, get_all=True)} for image in images))
     if noted in common:
         return noted
     try:
