@@ -49,15 +49,10 @@ class Expressed(NamedTuple):
 
 Describe = Callable[[int, int, "NDArray[np.float64] | None"], RowInfo]
 """``describe(start, stop, weight)``: the regions ``start`` … ``stop − 1``; weights (m,) are None for shapes."""
-
 Express = Callable[["NDArray[np.float32]", "NDArray[np.float64]"], Expressed]
 """``express(sums, weight)``: expression from sums (m, columns) and weights (m,) above 0; may write over the sums."""
-
-MakeTable = Callable[[Expressed, RowInfo], AnnData]
-"""`region_table` with all given but ``values`` and ``info``."""
-
-MakeShapes = Callable[..., gpd.GeoDataFrame]
-"""`circles_element` or `squares_element` with everything given but the centres and ``index``."""
+MakeTable = Callable[[Expressed, RowInfo], AnnData]  # `region_table` with all given but the first two
+MakeShapes = Callable[..., gpd.GeoDataFrame]  # an element of shapes with all given but centres and ``index``
 
 
 def expression(
@@ -127,11 +122,7 @@ def circles_element(
 ) -> gpd.GeoDataFrame:
     """Make circles of one radius around centres (n, 2) x, y, all in image scale-0 pixels; ``index`` are ids (n,)."""
     points = np.asarray(shapely.points(np.asarray(centres_px, dtype=np.float64)))
-    frame = gpd.GeoDataFrame(
-        {"radius": np.full(len(points), float(radius_px))},
-        geometry=points,
-        index=index if index is None else np.asarray(index),
-    )
+    frame = gpd.GeoDataFrame({"radius": np.full(len(points), float(radius_px))}, geometry=points, index=_plain(index))
     return ShapesModel.parse(frame, transformations=dict(transforms))
 
 
@@ -151,8 +142,12 @@ def squares_element(
     each = np.arange(len(points) // len(ring) + 1)
     # from flat arrays in a quarter of the time that `shapely.polygons` takes
     squares = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points, (each * len(ring), each))
-    frame = gpd.GeoDataFrame(geometry=np.asarray(squares), index=index if index is None else np.asarray(index))
+    frame = gpd.GeoDataFrame(geometry=np.asarray(squares), index=_plain(index))
     return ShapesModel.parse(frame, transformations=dict(transforms))
+
+
+def _plain(index: Any) -> Any:
+    return None if index is None else np.asarray(index)  # without a name, which the file would get
 
 
 class Thumbnail(NamedTuple):
