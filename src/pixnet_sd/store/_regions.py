@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -155,7 +155,7 @@ def _write_table(path: Path, name: str, read: _Read, keep: NDArray[np.bool_], ma
 def _batches(read: _Read, keep: NDArray[np.bool_], size: int) -> Iterator[tuple[Expressed, RowInfo]]:
     """Read all regions, ``size`` at a time; while a batch is looked at, the next is read."""
     with ThreadPoolExecutor(1) as pool:
-        following = None
+        following: Future[tuple[Expressed, RowInfo]] | None = None
         for start in range(0, len(keep), size):
             stop = min(start + size, len(keep))
             if keep[start:stop].any():

@@ -269,7 +269,7 @@ def _commit_lock(store: Path) -> contextlib.AbstractContextManager[None]:
 
 def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
     """Finish or forget an interrupted commit; name → type of what a finished one brought in."""
-    names = {}
+    names: dict[str, str] = {}
     journal = _read_journal(work, store)
     if journal is not None:
         names = {move.name: move.kind for move in journal.moves}

@@ -325,8 +325,10 @@ def is_as_written(sdata: SpatialData, key: str) -> bool:
 def _folder(sdata: SpatialData, key: str) -> Path | None:
     """Folder of a map whose pixels are, chunk by chunk, read from the object's store; None for one in memory."""
     store = local_store(sdata)
-    folder = None if store is None else store / "images" / key
-    files = [] if folder is None else [Path(file).resolve() for file in get_dask_backing_files(sdata.images[key])]
+    if store is None:
+        return None
+    folder = store / "images" / key
+    files = [Path(file).resolve() for file in get_dask_backing_files(sdata.images[key])]
     return folder if files and all(file.is_relative_to(folder) for file in files) else None
 
 
