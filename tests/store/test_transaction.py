@@ -188,8 +188,19 @@ class Commits(RuleBasedStateMachine):
 
 @pytest.mark.filterwarnings("ignore:The table is annotating")
 def test_commits_of_any_runs(written):
-    options = settings(max_examples=8, stateful_step_count=6, deadline=None)
+    options = settings(max_examples=5, stateful_step_count=6, deadline=None)
     run_state_machine_as_test(lambda: Commits(written), settings=options)
+
+
+@pytest.mark.parametrize("n_steps", range(14, 37, 2))
+def test_a_kill_while_elements_are_moved(written, n_steps):
+    runs = Commits(written)
+    runs.a_run_writes({"spots", "mask"}, 1, overwrite=False, stale=False)
+    runs.a_run_is_killed({"mask"}, 2, n_steps)
+    runs.the_store_opens_with_old_or_new_elements()
+    runs.the_next_run_recovers(stale=True)
+    runs.the_store_opens_with_old_or_new_elements()
+    runs.teardown()
 
 
 def test_round_trip(slide):
