@@ -188,11 +188,11 @@ class Commits(RuleBasedStateMachine):
 
 @pytest.mark.filterwarnings("ignore:The table is annotating")
 def test_commits_of_any_runs(written):
-    options = settings(max_examples=5, stateful_step_count=6, deadline=None)
+    options = settings(max_examples=4, stateful_step_count=6, deadline=None)
     run_state_machine_as_test(lambda: Commits(written), settings=options)
 
 
-@pytest.mark.parametrize("n_steps", range(14, 37, 2))
+@pytest.mark.parametrize("n_steps", [11, 16, 17, 22, 23, 28, 31, 32])  # before and after what counts
 def test_a_kill_while_elements_are_moved(written, n_steps):
     runs = Commits(written)
     runs.a_run_writes({"spots", "mask"}, 1, overwrite=False, stale=False)

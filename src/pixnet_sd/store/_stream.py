@@ -22,16 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import spatialdata as sd
 import zarr
-from spatialdata.models import (
-    Image2DModel,
-    Image3DModel,
-    Labels2DModel,
-    Labels3DModel,
-    PointsModel,
-    ShapesModel,
-    TableModel,
-    get_model,
-)
+from spatialdata.models import get_model
 
 from pixnet_sd.errors import StoreError
 
@@ -46,15 +37,8 @@ if TYPE_CHECKING:
     from ._tables import RowInfo
 
 
-_TYPES: dict[Any, str] = {
-    Image2DModel: "images",
-    Image3DModel: "images",
-    Labels2DModel: "labels",
-    Labels3DModel: "labels",
-    PointsModel: "points",
-    ShapesModel: "shapes",
-    TableModel: "tables",
-}
+# by the first letters of the element's model, such as Image2DModel
+_TYPES = {"Image": "images", "Label": "labels", "Point": "points", "Shape": "shapes", "Table": "tables"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +52,7 @@ class Staged:
 
 def element_type(element: Any) -> str:
     """Tell the type of an element, or of a staged one: ``"images"``, ``"labels"``, ``"shapes"`` and so on."""
-    return element.kind if isinstance(element, Staged) else _TYPES[get_model(element)]
+    return element.kind if isinstance(element, Staged) else _TYPES[get_model(element).__name__[:5]]
 
 
 def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged, ...]:
