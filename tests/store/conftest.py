@@ -13,21 +13,15 @@ import pytest
 import spatialdata as sd
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Sequence
+from tests.store.putting import own_chunks
 
-ANGLE = np.deg2rad(30)
-ROTATED = Affine(
-    [
-        [0.5 * np.cos(ANGLE), -0.5 * np.sin(ANGLE), 100.0],
-        [0.5 * np.sin(ANGLE), 0.5 * np.cos(ANGLE), -40.0],
-        [0, 0, 1],
-    ],
-    input_axes=("x", "y"),
-    output_axes=("x", "y"),
-)
+COS, SIN = 0.5 * np.cos(np.deg2rad(30)), 0.5 * np.sin(np.deg2rad(30))
+ROTATED = Affine([[COS, -SIN, 100.0], [SIN, COS, -40.0], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
 TRANSFORMS = {"": ROTATED, "mirrored": Sequence([Scale([-2.0, 2.0], axes=("x", "y")), Identity()])}
 
 
-def make_slide() -> sd.SpatialData:
+@pytest.fixture
+def in_memory() -> sd.SpatialData:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (3, 300, 420), dtype=np.uint8)
     image = Image2DModel.parse(pixels, dims=("c", "y", "x"), scale_factors=[2], transformations=dict(TRANSFORMS))
@@ -39,21 +33,24 @@ def make_slide() -> sd.SpatialData:
     return sd.SpatialData(images={"_full_image": image}, shapes={"cells": cells}, tables={"table": table}, attrs=attrs)
 
 
-@pytest.fixture
-def in_memory() -> sd.SpatialData:
-    return make_slide()
-
-
 @pytest.fixture(scope="session")
-def _written(tmp_path_factory) -> Path:
-    store = tmp_path_factory.mktemp("written") / "slide.zarr"
-    make_slide().write(store)
-    return store
+def cached_store(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("written") / "slide.zarr"
 
 
 @pytest.fixture
-def slide(tmp_path: Path, _written: Path) -> sd.SpatialData:
-    shutil.copytree(_written, tmp_path / "slide.zarr")
+def written(cached_store, in_memory) -> Path:
+    """The slide on disk, written once, for tests that do not change it."""
+    if not cached_store.exists():
+        with own_chunks():
+            in_memory.write(cached_store)
+        in_memory.path = None
+    return cached_store
+
+
+@pytest.fixture
+def slide(tmp_path, written) -> sd.SpatialData:
+    shutil.copytree(written, tmp_path / "slide.zarr")
     return sd.read_zarr(tmp_path / "slide.zarr")
 
 
@@ -64,6 +61,8 @@ def user_files(store: Path) -> dict[str, str]:
     return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.fixture(name="user_files")
-def _user_files():
-    return user_files
+@pytest.fixture(autouse=True)
+def state(tmp_path, monkeypatch) -> Path:
+    """A folder for the user's secret."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import zarr
+from tests.store.putting import own_chunks
 
 from pixnet_sd.errors import StoreError
 from pixnet_sd.store import TableArrays
@@ -17,11 +19,12 @@ from pixnet_sd.store import TableArrays
 N_ROWS = 2**18 + 7  # more than one chunk of rows and of entries
 
 
-def write_one(folder: Path, counts: sp.csr_matrix, column: str, **more: np.ndarray) -> Path:
+def write_one(folder: Path, counts: Any, column: str, values: Any = (0,), **more: np.ndarray) -> Path:
     """Table of one row, as the reader gives it."""
-    obs = pd.DataFrame({column: [0], "region": pd.Categorical(["a"])}, index=["one"])
+    obs = pd.DataFrame({column: values, "region": pd.Categorical(["a"])}, index=["one"])
     one = ad.AnnData(counts, obs=obs, obsm=more)
-    ad.io.write_elem(zarr.open_group(folder, mode="w", zarr_format=3), "t", one)
+    with own_chunks():
+        ad.io.write_elem(zarr.open_group(folder, mode="w", zarr_format=3), "t", one)
     return folder / "t"
 
 
@@ -58,3 +61,16 @@ def test_columns_that_get_no_values_are_refused(tmp_path: Path) -> None:
     table.add_rows(np.array(["a", "b"], dtype=object), {})
     with pytest.raises(StoreError, match="unknown"):
         table.finish()
+
+
+def test_columns_in_the_encodings_of_anndata(tmp_path: Path) -> None:
+    folder = write_one(tmp_path, np.ones((1, 2), np.float32), "kind", pd.Categorical(["x"]))
+    with pytest.raises(StoreError, match="'kind'"):
+        TableArrays(folder, 5, 2)
+    table = TableArrays(write_one(tmp_path, np.ones((1, 2), np.float32), "kind", pd.array([7], dtype="Int64")), 5, 2)
+    table.add_rows(np.arange(5), {"kind": np.arange(5)})
+    table.add_values(np.ones((5, 2), np.float32), {})
+    table.finish()
+    kinds = ad.read_zarr(folder).obs["kind"]
+    assert kinds.tolist() == [0, 1, 2, 3, 4]
+    assert not kinds.isna().any()

@@ -5,18 +5,17 @@ from __future__ import annotations
 from ._disk import (
     DISK_MARGIN,
     available_memory,
-    check_plain,
     check_same_folder,
     delete_folder,
     explain_disk_errors,
     folder_id,
     hold_lock,
     local_store,
+    new_partial,
     plain_files,
     read_json,
     size_text,
     work_folder,
-    write_json,
 )
 from ._notes import WRITTEN, attach_written, element_stamp, image_stamp, record, recorded, written_by
 from ._regions import RegionWriter, estimate_table_bytes
@@ -51,7 +50,6 @@ __all__ = [
     "Transaction",
     "attach_written",
     "available_memory",
-    "check_plain",
     "check_same_folder",
     "circles_element",
     "consolidate",
@@ -64,6 +62,7 @@ __all__ = [
     "hold_lock",
     "image_stamp",
     "local_store",
+    "new_partial",
     "plain_files",
     "read_json",
     "record",
@@ -76,7 +75,6 @@ __all__ = [
     "stretch",
     "thumbnail",
     "work_folder",
-    "write_json",
     "write_scratch_store",
     "write_shapes",
     "written_by",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pixnet_sd._files import file_kind, replace_file, try_lock
+from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
 
 if TYPE_CHECKING:
@@ -31,15 +33,11 @@ ELEMENT_TYPES = ("images", "labels", "points", "shapes", "tables")
 DISK_MARGIN = 0.05
 """Fraction asked for on top of the bytes needed."""
 
-NO_FOLLOW = os.O_NOFOLLOW | os.O_NONBLOCK
-"""Flags that keep an open from following a link and from waiting for the other end of a pipe."""
-
 
 def local_store(sdata: SpatialData) -> Path | None:
     """Resolve the folder of the Zarr store behind ``sdata``; None when the object lives in memory.
 
-    A StoreError tells of anything but a local folder (an archive, a remote store), and of SpatialData's old Zarr v2
-    format, into which current elements cannot be written without breaking it.
+    A StoreError tells of an archive, a remote store, and SpatialData's old format, which current elements would break.
     """
     if sdata.path is None:
         return None
@@ -71,10 +69,7 @@ def _away(path: Path) -> str:
 
 
 def work_folder(store: Path) -> Path:
-    """Name the work folder beside ``store``; not created here.
-
-    A StoreError tells of a link or a file of that name, or a folder of another user, who could change what lies in it.
-    """
+    """Name the work folder beside ``store``; a StoreError tells of a link, a file or another user's folder there."""
     folder = store.parent / f".{store.name}.pixnet_sd"
     try:
         about = folder.lstat()
@@ -129,9 +124,25 @@ def delete_folder(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def plain_files(folder: Path, *, depth: int | None = None) -> Iterator[os.DirEntry[str]]:
+@contextlib.contextmanager
+def new_partial(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Make a folder of unfinished work in place of what is there; on failure nothing remains."""
+    if folder.exists():
+        logger.info("The unfinished work in %s was made with other settings and is deleted.", folder)
+    delete_folder(folder)
+    try:
+        folder.mkdir()
+        yield
+        write_json(folder / "partial.json", identity, scratch=folder)  # last: from here on it may be taken up
+    except BaseException:
+        with contextlib.suppress(OSError):
+            delete_folder(folder)
+        raise
+
+
+def plain_files(folder: Path, *, depth: int | None = None) -> list[os.DirEntry[str]]:
     """Find the files under ``folder``, ``depth`` levels or all; a StoreError tells of a link, pipe or the like."""
-    waiting = [(os.fspath(folder), 1)]
+    files, waiting = [], [(os.fspath(folder), 1)]
     while waiting:
         path, level = waiting.pop()
         try:
@@ -143,25 +154,19 @@ def plain_files(folder: Path, *, depth: int | None = None) -> Iterator[os.DirEnt
                 if depth is None or level < depth:
                     waiting.append((entry.path, level + 1))
             elif entry.is_file(follow_symlinks=False):
-                yield entry
+                files.append(entry)
             elif os.path.lexists(entry.path):  # else gone since
                 raise StoreError(
-                    f"{entry.path} is {file_kind(entry.stat(follow_symlinks=False).st_mode)}. pixnet_sd never makes "
-                    "one among its unfinished work, and does not follow it: nothing was done. Look at the folder that "
-                    "it is in, and delete that."
+                    f"{entry.path} is {file_kind(entry.stat(follow_symlinks=False).st_mode)}, which pixnet_sd neither "
+                    "makes nor follows: nothing was done. Look at the folder that it is in, and delete that."
                 )
-
-
-def check_plain(folder: Path, *, depth: int | None = None) -> None:
-    """Raise at a link, pipe or the like under ``folder``; see `plain_files`."""
-    for _ in plain_files(folder, depth=depth):
-        pass
+    return files
 
 
 def open_regular(path: Path, flags: int) -> int:
     """Open a file and return the handle; as `os.open`, but a StoreError tells of a link, pipe or the like."""
     try:
-        handle = os.open(path, flags | NO_FOLLOW, 0o666)
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # nor waits for a pipe's other end
     except OSError:
         if path.is_symlink():
             raise StoreError(f"{path} is a link, which pixnet_sd does not follow. Look at it, and delete it.") from None
@@ -194,10 +199,9 @@ def write_json(path: Path, value: dict[str, Any], *, scratch: Path) -> None:
 
 @contextlib.contextmanager
 def hold_lock(path: Path, *, wait_s: float, busy: str) -> Iterator[None]:
-    """Hold the lock file ``path``; the kernel frees it when the process dies, however it dies.
+    """Hold the lock file ``path``, made with its folder; the kernel frees it when the process dies, however it dies.
 
-    The file is made with its folder, not with folders above, and removed at the end. When another process holds it for
-    more than ``wait_s`` seconds, a StoreError says ``busy``.
+    When another process holds it for more than ``wait_s`` seconds, a StoreError says ``busy``.
     """
     handle = _acquire(path, time.monotonic() + wait_s, busy)
     try:
@@ -232,13 +236,11 @@ def _acquire(path: Path, deadline: float, busy: str) -> int:
 
 
 def existing_names(sdata: SpatialData) -> dict[str, str]:
-    """Map the names of all elements, in memory and in the store, to their types.
-
-    The store's folders are listed directly: consolidated metadata may not know an element yet.
-    """
+    """Map the names of all elements, in memory and in the store, to their types."""
     store = local_store(sdata)
     names: dict[str, str] = {}
     for kind in ELEMENT_TYPES:
+        # listed directly: consolidated metadata may not know an element yet
         if store is not None and (store / kind).is_dir():
             names.update({entry.name: kind for entry in (store / kind).iterdir() if entry.is_dir()})
     for kind in ELEMENT_TYPES:
@@ -255,62 +257,49 @@ def check_names(sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool
     taken = existing_names(sdata)
     spelled = {name.lower(): name for name in taken}
     for name, kind in names.items():
+        other = spelled.get(name.lower(), name)
         if not is_name(name):
             raise StoreError(
                 f"{name!r} cannot be the name of an element: use letters, digits, '_', '-' and '.' only, and do not "
                 "start with '__'."
             )
-        if name in taken and taken[name] != kind:
+        if name in taken and (taken[name] != kind or not overwrite):
+            remedy = "Pass `overwrite=True` to replace it, or choose" if taken[name] == kind else "Choose"
             raise StoreError(
-                f"There is already an element {name!r} under {taken[name]}, so it cannot be used for {kind} (names are "
-                "unique across element types). Choose another `key_added`."
+                f"{taken[name]}[{name!r}] exists already (names are unique across element types). {remedy} another "
+                "`key_added`."
             )
-        if name in taken and not overwrite:
+        if name not in taken and other != name:
             raise StoreError(
-                f"{kind}[{name!r}] exists already. Pass `overwrite=True` to replace it, or choose another `key_added`."
-            )
-        if name not in taken and name.lower() in spelled:
-            raise StoreError(
-                f"{name!r} differs from the existing element {spelled[name.lower()]!r} only in upper and lower case. "
-                "Choose another `key_added`."
+                f"{name!r} differs from the element {other!r} only in upper and lower case. Choose another `key_added`."
             )
         spelled[name.lower()] = name
 
 
 def is_name(name: str) -> bool:
     """Whether SpatialData allows an element to be called so."""
-    allowed = bool(name) and all(c.isalnum() or c in "_-." for c in name)
-    return allowed and name not in (".", "..") and not name.startswith("__")
+    return name not in (".", "..") and re.fullmatch(r"(?!__)[\w.-]+", name) is not None
 
 
 def check_writable(store: Path) -> None:
     """Raise a StoreError unless elements can be renamed into ``store`` from its work folder."""
     remedy = "Give yourself write access, or work on a copy: `sdata.write('/some/folder.zarr')`."
     inside = [store, *(store / kind for kind in ELEMENT_TYPES if (store / kind).is_dir())]
-    for folder in inside:
-        if folder.is_symlink():
+    for folder in (*inside, store.parent):
+        if folder in inside and folder.is_symlink():
             raise StoreError(f"{folder} is a link, through which pixnet_sd does not write. {remedy}")
-        _probe(folder, f"The store {store} is read-only ({folder} cannot be written). {remedy}")
-    _probe(
-        store.parent,
-        f"{store.parent} cannot be written, but pixnet_sd prepares its results there, beside {store.name}, before "
-        f"moving them in. {remedy}",
-    )
+        try:  # `os.access` is wrong for network mounts and for the superuser
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise StoreError(
+                f"{folder} cannot be written ({error.strerror or error}), but results are prepared beside {store} and "
+                f"moved in. {remedy}"
+            ) from error
     if len({os.stat(folder).st_dev for folder in (*inside, store.parent)}) > 1:
         raise StoreError(
             f"{store} and the folder that holds it lie on different file systems, so results cannot be moved in as a "
             "whole. Copy the store into a folder of one file system."
         )
-
-
-def _probe(folder: Path, message: str) -> None:
-    """Create an unnamed file: `os.access` alone is wrong for network mounts and for the superuser."""
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise StoreError(message)
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise StoreError(f"{message} ({error.strerror or error})") from error
 
 
 def available_memory() -> int:
@@ -328,24 +317,9 @@ def size_text(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
 
 
-def check_free_disk(path: Path, needed_bytes: int) -> None:
-    """Raise a StoreError when the disk that holds ``path`` has not ``needed_bytes`` plus 5 % free."""
-    free = shutil.disk_usage(path).free
-    wanted = needed_bytes * (1 + DISK_MARGIN)
-    if wanted > free:
-        raise StoreError(
-            f"The result may take up to {size_text(wanted)}, but only {size_text(free)} are free at {path}. Free "
-            "some space, write the object to a larger disk, or predict fewer genes (`genes=`), fewer regions (larger "
-            "ones, or farther apart) or a coarser map (`map_um=`)."
-        )
-
-
 @contextlib.contextmanager
 def explain_disk_errors(doing: str, folder: Path) -> Iterator[None]:
-    """Turn an OSError into a StoreError that says what was being done in ``folder``, and that nothing is lost.
-
-    ``doing`` begins the message, such as ``"Writing the predicted regions"``; ``folder`` is inside the work folder.
-    """
+    """Turn an OSError into a StoreError that says what, such as ``"Writing the table"``, failed in a work folder."""
     try:
         yield
     except OSError as error:
@@ -391,16 +365,12 @@ def known_secrets() -> Iterator[bytes]:
             yield _read_secret(folder / _SECRET)
 
 
-def _secret_folders() -> list[Path]:
+def _secret_folders() -> Iterator[Path]:
     """Name the user's folder for state, then, where a home cannot be written, the one for temporary files."""
-    folders = []
     chosen = os.environ.get("XDG_STATE_HOME", "")
-    if os.path.isabs(chosen):
-        folders.append(Path(chosen) / "pixnet_sd")
-    else:
-        with contextlib.suppress(RuntimeError):  # a user without a home
-            folders.append(Path.home() / ".local" / "state" / "pixnet_sd")
-    return [*folders, Path(tempfile.gettempdir()) / f"pixnet_sd-{os.geteuid()}"]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        yield (Path(chosen) if os.path.isabs(chosen) else Path.home() / ".local" / "state") / "pixnet_sd"
+    yield Path(tempfile.gettempdir()) / f"pixnet_sd-{os.geteuid()}"
 
 
 def _check_private(folder: Path) -> None:
@@ -420,17 +390,17 @@ def _read_secret(path: Path) -> bytes:
 
 def _make_secret(path: Path) -> None:
     """Write it whole or not at all; of two runs at once the first one's stays."""
-    draft = path.with_name(f"{_SECRET}.{secrets.token_hex(8)}")
+    handle, draft = tempfile.mkstemp(dir=path.parent)
     try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with open(handle, "wb") as file:
             file.write(secrets.token_bytes(_SECRET_BYTES))
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(handle)
         try:
             os.link(draft, path)
         except FileExistsError:
             pass
         except OSError:  # no hard links there
-            draft.replace(path)
+            os.replace(draft, path)
     finally:
-        draft.unlink(missing_ok=True)
+        Path(draft).unlink(missing_ok=True)

@@ -1,8 +1,7 @@
 """Notes about results, in ``sdata.attrs["pixnet_sd"]`` and the store's root, and what they say of elements on disk.
 
-Attributes of images are not saved by SpatialData; those of the object are, in the root ``zarr.json``. Only our own
-key is written there, by replacing that file in one step: `SpatialData.write_attrs` would also write every other
-attribute that the user has in memory, and fail on one that is not JSON.
+Only our own key of the root ``zarr.json`` is written, by replacing that file in one step: `SpatialData.write_attrs`
+would also write every other attribute that the user has in memory, and fail on one that is not JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import spatialdata as sd
 import zarr
 
@@ -27,7 +27,7 @@ from pixnet_sd._schemas import check_notes
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
 
-from ._disk import check_plain, hold_lock, local_store, read_json, size_text, work_folder, write_json
+from ._disk import hold_lock, local_store, plain_files, read_json, size_text, work_folder, write_json
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -38,20 +38,19 @@ WRITTEN = "written"
 
 
 def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None:
-    """Note ``info`` under ``sdata.attrs["pixnet_sd"][section][key]``, and in the store of a backed object.
+    """Note ``info`` in place of ``sdata.attrs["pixnet_sd"][section][key]``, and in the store of a backed object.
 
-    The section is ``"mpp"``, ``"maps"``, ``"tables"``, ``"model"`` …, the key an element's name, or None to note
-    ``info`` as the section itself (``"model"``: a path). What was noted there is replaced, not merged.
+    The section is ``"mpp"``, ``"maps"``, ``"model"`` …, the key an element's name, or None for the section itself.
     """
     notes = {section: info if key is None else {key: info}}
     store = local_store(sdata)
     if store is None:
-        note_in_memory(sdata, notes)
+        merge_notes(sdata.attrs, sdata, notes)
         return
     scratch = work_folder(store)
     with hold_lock(scratch / "lock", wait_s=60, busy=f"Another run is writing into {store}; try again later."):
         root = read_json(store / "zarr.json")
-        merge_notes(root, sdata, notes)
+        merge_notes(root.setdefault("attributes", {}), sdata, notes)
         try:
             write_json(store / "zarr.json", root, scratch=scratch)
         except OSError as error:
@@ -59,17 +58,17 @@ def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None
     sdata.attrs[ATTRS_KEY] = root["attributes"][ATTRS_KEY]
 
 
-def note_in_memory(sdata: SpatialData, new: Mapping[str, Any]) -> None:
-    """Merge notes into those of an object in memory."""
-    if notes := merged_notes({}, sdata.attrs.get(ATTRS_KEY), new):
-        sdata.attrs[ATTRS_KEY] = notes
-
-
-def merge_notes(root: dict[str, Any], sdata: SpatialData, new: Mapping[str, Any]) -> None:
-    """Merge notes into the metadata of a store's root, together with those that the object remembers."""
-    attributes = root.setdefault("attributes", {})
-    if notes := merged_notes(attributes.get(ATTRS_KEY), sdata.attrs.get(ATTRS_KEY), new):
-        attributes[ATTRS_KEY] = notes
+def merge_notes(attributes: dict[str, Any], sdata: SpatialData, new: Mapping[str, Any]) -> None:
+    """Merge notes into attributes: over those of the object, which may be old, theirs, over both the new ones."""
+    stored, remembered = check_notes(attributes.get(ATTRS_KEY)), check_notes(sdata.attrs.get(ATTRS_KEY))
+    merged = dict(remembered)
+    # micrometres per pixel are the user's to set in memory
+    for over in (stored, {"mpp": remembered["mpp"]} if "mpp" in remembered else {}, new):
+        for section, value in over.items():
+            both = isinstance(value, Mapping) and isinstance(merged.get(section), Mapping)
+            merged[section] = {**merged[section], **value} if both else value
+    if merged:
+        attributes[ATTRS_KEY] = json_safe(merged)
 
 
 def take_notes(sdata: SpatialData, store: Path) -> None:
@@ -81,20 +80,6 @@ def take_notes(sdata: SpatialData, store: Path) -> None:
 def recorded(sdata: SpatialData, section: str, key: str | None = None) -> Any:
     """Read what `record` noted in the object in memory, or None."""
     return note_of(sdata.attrs.get(ATTRS_KEY), section, key)
-
-
-def merged_notes(on_disk: Any, in_memory: Any, new: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge notes: over those in memory, which may be old, those of the store, over both the new ones.
-
-    Micrometres per pixel are the user's to set in memory, and go over those of the store.
-    """
-    stored, remembered = check_notes(on_disk), check_notes(in_memory)
-    merged = dict(remembered)
-    for over in (stored, {"mpp": remembered["mpp"]} if "mpp" in remembered else {}, new):
-        for section, value in over.items():
-            both = isinstance(value, Mapping) and isinstance(merged.get(section), Mapping)
-            merged[section] = {**merged[section], **value} if both else value
-    return dict(json_safe(merged))
 
 
 def json_safe(value: Any) -> Any:
@@ -119,29 +104,32 @@ MAX_READ_BYTES = 2**30
 
 _SHAPE_BYTES = 400  # of a square as an object in memory; a circle takes less
 
-_RASTERS = ("images", "labels")
-
 
 def read_back(sdata: SpatialData, store: Path, names: Mapping[str, str], *, scratch: Path) -> None:
     """Replace elements in memory, element name → type, by what is in the store now.
 
-    Images and labels come lazily, tables and shapes of up to 1 GiB as a whole. Larger ones are left on disk, and no
-    table, shapes or points of the user are read. ``scratch`` is a folder for a few links.
+    Images and labels come lazily, tables and shapes of up to 1 GiB as a whole; larger ones are left on disk. No table,
+    shapes or points of the user are read. ``scratch`` is a folder for a few links.
     """
-    rasters = {name: kind for name, kind in names.items() if kind in _RASTERS}
-    fresh = sd.read_zarr(store, selection=tuple(set(rasters.values()))) if rasters else None
-    for name, kind in rasters.items():
-        if name in getattr(fresh, kind):
-            getattr(sdata, kind)[name] = getattr(fresh, kind)[name]
+    rasters = {"images", "labels"} & set(names.values())
+    fresh = sd.read_zarr(store, selection=tuple(rasters)) if rasters else None
     # shapes before the tables that annotate them
     for name, kind in sorted(names.items(), key=lambda item: item[1]):
-        if kind not in _RASTERS and (store / kind / name).is_dir():
+        if kind in rasters:
+            if name in getattr(fresh, kind):
+                getattr(sdata, kind)[name] = getattr(fresh, kind)[name]
+        elif (store / kind / name).is_dir():
             _read_whole(sdata, store, kind, name, scratch)
 
 
 def _read_whole(sdata: SpatialData, store: Path, kind: str, name: str, scratch: Path) -> None:
     """Read a table or shapes, unless they are too large."""
-    size = _memory_bytes(store / kind / name, kind)
+    element, size = store / kind / name, 0
+    if kind == "tables":
+        x = zarr.open_group(str(element), mode="r")["X"]
+        size = int(x.nbytes) if isinstance(x, zarr.Array) else 0
+    elif kind == "shapes":
+        size = int(pq.read_metadata(element / "shapes.parquet").num_rows) * _SHAPE_BYTES
     elements: Any = getattr(sdata, kind)
     if size <= MAX_READ_BYTES:
         with warnings.catch_warnings():
@@ -150,7 +138,7 @@ def _read_whole(sdata: SpatialData, store: Path, kind: str, name: str, scratch: 
         return
     if name in elements:
         del elements[name]  # what it replaced
-    how = f"anndata.experimental.read_lazy({str(store / kind / name)!r})" if kind == "tables" else ""
+    how = f"anndata.experimental.read_lazy({str(element)!r})" if kind == "tables" else ""
     logger.info(
         "%s[%r] takes %s and was left on disk; spatialdata.read_zarr(%r) reads it%s.",
         *(kind, name, size_text(size), str(store), f" whole, {how} in parts" if how else ""),
@@ -174,21 +162,9 @@ def _alone(store: Path, kind: str, name: str, scratch: Path) -> Any:
             scratch.rmdir()  # only when nothing is left in it
 
 
-def _memory_bytes(element: Path, kind: str) -> int:
-    """Estimate what an element will take in memory."""
-    if kind == "tables":
-        x = zarr.open_group(str(element), mode="r")["X"]
-        return int(x.nbytes) if isinstance(x, zarr.Array) else 0
-    if kind == "shapes":
-        import pyarrow.parquet as pq
-
-        return int(pq.read_metadata(element / "shapes.parquet").num_rows) * _SHAPE_BYTES
-    return 0
-
-
 def element_stamp(element: Path) -> str:
     """Hash names, sizes and dates of all files of an element on disk: anything that is written there changes it."""
-    check_plain(element)
+    plain_files(element)  # raises at links
     return files_sha256(element)[0]
 
 
@@ -199,10 +175,7 @@ def image_stamp(image: Any) -> str:
 
 
 def written_by(sdata: SpatialData, section: str, key: str, identity: str, names: Mapping[str, str]) -> bool:
-    """Whether the store of an object holds the results of a call, name → type, untouched since.
-
-    The call notes its identity under ``[section][key]["identity"]``, such as ``"tables"`` and the name of the table.
-    """
+    """Whether the store holds the results, name → type, of the call that noted ``identity``, untouched since."""
     store = local_store(sdata)
     if store is None:
         return False
@@ -213,10 +186,7 @@ def written_by(sdata: SpatialData, section: str, key: str, identity: str, names:
 
 
 def attach_written(sdata: SpatialData, names: Mapping[str, str], *, again: bool = False) -> None:
-    """Read the elements, name → type, that this package wrote and the object lacks, as after Ctrl-C before it got them.
-
-    Images and labels come lazily; ``again`` also reads those that the object has.
-    """
+    """Read the elements, name → type, that this package wrote and the object lacks; ``again``: also those it has."""
     store = local_store(sdata)
     lacking = {name: kind for name, kind in names.items() if again or name not in getattr(sdata, kind)}
     if store is None or not lacking:
@@ -225,7 +195,9 @@ def attach_written(sdata: SpatialData, names: Mapping[str, str], *, again: bool 
     untouched = _untouched(store, notes, lacking)
     if untouched:
         read_back(sdata, store, untouched, scratch=work_folder(store))
-        sdata.attrs[ATTRS_KEY] = merged_notes(notes, sdata.attrs.get(ATTRS_KEY), {})
+        attributes = {ATTRS_KEY: notes}
+        merge_notes(attributes, sdata, {})
+        sdata.attrs.update(attributes)
 
 
 def _untouched(store: Path, notes: Any, names: Mapping[str, str]) -> dict[str, str]:

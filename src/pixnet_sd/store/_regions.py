@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError
@@ -26,33 +24,19 @@ if TYPE_CHECKING:
     from pixnet_sd.geometry import RegionShare, Window
 
 
+_Read = Callable[[int, int], tuple[Expressed, RowInfo]]
 _DESCRIBED_BYTES = 300  # of a region: id, name, centre, areas, outline
 _SHARED = 0.5  # shares of regions that lie in several windows, per region
 _BATCH_CHUNKS = 7  # in one call, so that zarr compresses several at once; small enough to be taken from memory in use
-
-T = TypeVar("T")
 
 
 class RegionWriter:
     """Takes the regions' shares from the windows of a slide, and makes their table and shapes of them.
 
     For a backed object the sums lie beside the store. What a killed run has put is taken up by the next one with the
-    same fingerprint. Use it as a context manager, and commit the results inside: leaving it without keeps the sums for
-    the next run.
-
-    Parameters
-    ----------
-    out
-        Transaction of the object that the table is for. One in memory keeps it there.
-    table_key, n_regions, genes
-        Name, rows at most and columns of the table to be.
-    n_columns
-        Columns of the sums; None: one for each gene.
-    n_layers
-        Layers of the table, beside its ``X``.
-    fingerprint
-        Text that is equal for two runs exactly when their values would be (model, slide, regions, settings, sizes of
-        the windows).
+    same fingerprint, which is equal for two runs exactly when their values would be. Use it as a context manager, and
+    commit the results inside: leaving it without keeps the sums for the next run. ``n_columns`` of the sums are one for
+    each gene where not given, ``n_layers`` those of the table beside its ``X``.
     """
 
     def __init__(
@@ -68,18 +52,13 @@ class RegionWriter:
     ) -> None:
         self._key, self._n_genes = table_key, len(genes)
         self._n_values = len(genes) * (1 + n_layers)
-        n_columns = len(genes) if n_columns is None else n_columns
+        self.n_columns = n_columns = len(genes) if n_columns is None else n_columns  # of the sums
         self.rows: FileSums | MemorySums
         if out.store is None:
             self.rows = MemorySums(n_regions, n_columns, self._n_values)
         else:
             made_for = {"fingerprint": fingerprint, "genes": list(genes)}
             self.rows = FileSums(out.folder(f"table-{table_key}"), n_regions, n_columns, made_for)
-
-    @property
-    def n_columns(self) -> int:
-        """Columns of the sums."""
-        return self.rows.n_columns
 
     @property
     def missing_bytes(self) -> int:
@@ -94,7 +73,7 @@ class RegionWriter:
         return f"{text}; some are there already" if begun else text
 
     def put(self, share: RegionShare) -> None:
-        """Take a window's share of the regions that it touches; see `RegionSums.put`."""
+        """Take a window's share of the regions that it touches."""
         self.rows.put(share)
 
     def is_done(self, window: Window) -> bool:
@@ -112,8 +91,7 @@ class RegionWriter:
     ) -> dict[str, Any]:
         """Make the elements for `Transaction.commit`, of a backed object on disk, once all windows are put.
 
-        Regions that hold no pixel of the slide are left out; a DataError tells that none does. Ids have to be different
-        from one another, which is not checked. When the disk is full, the same call goes on from the sums.
+        Regions that hold no pixel of the slide are left out; a DataError tells that none does. Ids have to differ.
         """
         keep = self.rows.keep()
         if not keep.any():
@@ -122,20 +100,28 @@ class RegionWriter:
             )
         if not keep.all():
             logger.warning("%d regions hold no pixel of the slide and are left out of the table", (~keep).sum())
-        rows = _KeptRows(self.rows, keep, describe, express)
+
+        def read(start: int, stop: int) -> tuple[Expressed, RowInfo]:
+            kept = keep[start:stop]
+            sums, weight = self.rows.rows(start, stop)
+            info = describe(start, stop, weight)
+            if not kept.all():
+                sums, weight, info = sums[kept], weight[kept], info.subset(kept)
+            return express(sums, weight), info
+
         if isinstance(self.rows, MemorySums):
             elements: dict[str, Any] = {}
             if shapes_key is not None and make_shapes is not None:
                 info = describe(0, len(keep), None).subset(keep)
                 elements[shapes_key] = make_shapes(info.centres_px, index=info.ids)
-            elements[self._key] = make_table(*rows.read(0, len(keep)))
+            elements[self._key] = make_table(*read(0, len(keep)))
             return elements
         staged = []
         for store in ("shapes.zarr", "table.zarr"):
             shutil.rmtree(self.rows.folder / store, ignore_errors=True)  # of a run that was killed while it wrote them
         if shapes_key is not None and make_shapes is not None:
             staged.append(write_shapes(self.rows.folder / "shapes.zarr", shapes_key, describe, keep, make_shapes))
-        staged.append(_write_table(self.rows.folder / "table.zarr", self._key, rows, make_table))
+        staged.append(_write_table(self.rows.folder / "table.zarr", self._key, read, keep, make_table))
         return {item.name: item for item in staged}
 
     def __enter__(self) -> Self:
@@ -151,38 +137,14 @@ class RegionWriter:
         self.rows.close()
 
 
-@dataclass(frozen=True)
-class _KeptRows:
-    """Expression and description of the regions that a table gets."""
-
-    sums: FileSums | MemorySums
-    keep: NDArray[np.bool_]
-    describe: Describe
-    express: Express
-
-    def read(self, start: int, stop: int) -> tuple[Expressed, RowInfo]:
-        """Read those of the regions ``start`` … ``stop − 1``."""
-        kept = self.keep[start:stop]
-        sums, weight = self.sums.rows(start, stop)
-        info = self.describe(start, stop, weight)
-        if not kept.all():
-            sums, weight, info = sums[kept], weight[kept], info.subset(kept)
-        return self.express(sums, weight), info
-
-    def batches(self, size: int) -> Iterator[tuple[Expressed, RowInfo]]:
-        """Read all, ``size`` regions at a time; while a batch is looked at, the next is read."""
-        starts = [start for start in range(0, len(self.keep), size) if self.keep[start : start + size].any()]
-        return _one_ahead(partial(self.read, start, min(start + size, len(self.keep))) for start in starts)
-
-
-def _write_table(path: Path, name: str, rows: _KeptRows, make: MakeTable) -> Staged:
+def _write_table(path: Path, name: str, read: _Read, keep: NDArray[np.bool_], make: MakeTable) -> Staged:
     """Write the table into a new scratch store, chunk by chunk."""
-    first = int(rows.keep.argmax())
+    first = int(keep.argmax())
     with explain_disk_errors("Writing the table", path.parent):
-        values, info = rows.read(first, first + 1)
+        values, info = read(first, first + 1)
         (staged,) = write_scratch_store(path, {name: make(values, info)})
-        table = TableArrays(path / "tables" / name, int(rows.keep.sum()), values.x.shape[1])
-        for values, info in rows.batches(table.chunk_rows * _BATCH_CHUNKS):
+        table = TableArrays(path / "tables" / name, int(keep.sum()), values.x.shape[1])
+        for values, info in _batches(read, keep, table.chunk_rows * _BATCH_CHUNKS):
             table.add_rows(info.ids, {**info.obs, **values.obs, INSTANCE_KEY: info.ids}, info.centres_px)
             table.add_values(values.x, values.layers)
         table.finish()
@@ -190,16 +152,18 @@ def _write_table(path: Path, name: str, rows: _KeptRows, make: MakeTable) -> Sta
     return staged
 
 
-def _one_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """Yield results in order; while one is looked at, the next is made."""
+def _batches(read: _Read, keep: NDArray[np.bool_], size: int) -> Iterator[tuple[Expressed, RowInfo]]:
+    """Read all regions, ``size`` at a time; while a batch is looked at, the next is read."""
     with ThreadPoolExecutor(1) as pool:
-        waiting: list[Future[T]] = []
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) > 1:
-                yield waiting.pop(0).result()
-        for last in waiting:
-            yield last.result()
+        following: Future[tuple[Expressed, RowInfo]] | None = None
+        for start in range(0, len(keep), size):
+            stop = min(start + size, len(keep))
+            if keep[start:stop].any():
+                current, following = following, pool.submit(read, start, stop)
+                if current is not None:
+                    yield current.result()
+        if following is not None:
+            yield following.result()
 
 
 def estimate_table_bytes(n_regions: int, n_values: int, n_columns: int) -> int:

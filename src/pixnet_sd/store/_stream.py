@@ -18,18 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import spatialdata as sd
 import zarr
-from spatialdata.models import (
-    Image2DModel,
-    Image3DModel,
-    Labels2DModel,
-    Labels3DModel,
-    PointsModel,
-    ShapesModel,
-    TableModel,
-    get_model,
-)
+from spatialdata.models import get_model
 
 from pixnet_sd.errors import StoreError
 
@@ -38,22 +31,14 @@ from ._tables import REGION_KEY, Describe, MakeShapes
 
 if TYPE_CHECKING:
     import geopandas as gpd
-    import pyarrow as pa
     from numpy.typing import NDArray
     from zarr.codecs import BloscCodec
 
     from ._tables import RowInfo
 
 
-_TYPES: dict[Any, str] = {
-    Image2DModel: "images",
-    Image3DModel: "images",
-    Labels2DModel: "labels",
-    Labels3DModel: "labels",
-    PointsModel: "points",
-    ShapesModel: "shapes",
-    TableModel: "tables",
-}
+# by the first letters of the element's model, such as Image2DModel
+_TYPES = {"Image": "images", "Label": "labels", "Point": "points", "Shape": "shapes", "Table": "tables"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +52,7 @@ class Staged:
 
 def element_type(element: Any) -> str:
     """Tell the type of an element, or of a staged one: ``"images"``, ``"labels"``, ``"shapes"`` and so on."""
-    return element.kind if isinstance(element, Staged) else _TYPES[get_model(element)]
+    return element.kind if isinstance(element, Staged) else _TYPES[get_model(element).__name__[:5]]
 
 
 def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged, ...]:
@@ -96,14 +81,9 @@ def consolidate(path: Path) -> None:
 
 
 def stretch(path: Path, shape: Sequence[int], chunks: Sequence[int], compressor: BloscCodec | None = None) -> Any:
-    """Change shape and chunks of the array in a folder, and empty it; returns the array, for writing.
+    """Change shape and chunks of the array in a folder, and empty it; ``compressor`` replaces the library's.
 
-    ``compressor`` takes the place of the library's.
-
-    Raises
-    ------
-    StoreError
-        When its chunks or its fill value are of a kind that is not known here.
+    Returns the array, for writing. A StoreError tells of chunks or a fill value of a kind that is not known here.
     """
     shutil.rmtree(path / "c", ignore_errors=True)
     metadata = read_json(path / "zarr.json")
@@ -112,9 +92,8 @@ def stretch(path: Path, shape: Sequence[int], chunks: Sequence[int], compressor:
             f"The installed version of zarr lays {path.name!r} out in a way that pixnet_sd does not know yet. Install "
             "an older one, or predict into an object in memory and write that."
         )
-    for codec in metadata["codecs"]:
-        if codec["name"] == "sharding_indexed":  # one file a chunk suits us
-            metadata["codecs"] = codec["configuration"]["codecs"]
+    if metadata["codecs"][0]["name"] == "sharding_indexed":  # one file a chunk suits us
+        metadata["codecs"] = metadata["codecs"][0]["configuration"]["codecs"]
     if compressor is not None:
         plain = [codec for codec in metadata["codecs"] if codec["name"] == "bytes"]
         metadata["codecs"] = [*plain, compressor.to_dict()]
@@ -135,7 +114,7 @@ _INT32_MAX = 2**31 - 1
 class TableArrays:
     """A table of one row, as anndata wrote it, emptied, to which the rows of the full one are appended.
 
-    ``n_entries`` is of a sparse ``X``, None of a dense one. A StoreError tells of a layout that is not known here.
+    ``n_entries`` is of a sparse ``X``. A StoreError tells of a layout that is not known here.
     """
 
     def __init__(self, folder: Path, n_rows: int, n_genes: int, n_entries: int | None = None) -> None:
@@ -214,17 +193,12 @@ class TableArrays:
         self._arrays["X/indptr"].add(np.zeros(1, np.int64))
 
 
-_PLAIN = ("array", "string-array")
-_NULLABLE = ("nullable-boolean", "nullable-integer", "nullable-string-array")
-
-
 def _stretch_column(path: Path, n: int) -> Any:
     """Stretch a column of ``obs``, however anndata encodes it; the array that takes its values."""
-    encoding = read_json(path / "zarr.json")["attributes"]["encoding-type"]
-    chunks = (min(n, ROW_CHUNK),)
-    if encoding in _PLAIN:
+    encoding, chunks = read_json(path / "zarr.json")["attributes"]["encoding-type"], (min(n, ROW_CHUNK),)
+    if encoding in ("array", "string-array"):
         return stretch(path, (n,), chunks)
-    if encoding in _NULLABLE:
+    if encoding in ("nullable-boolean", "nullable-integer", "nullable-string-array"):
         stretch(path / "mask", (n,), chunks)  # nothing is masked
         return stretch(path / "values", (n,), chunks)
     if encoding == "categorical" and path.name == REGION_KEY:
@@ -250,32 +224,26 @@ class _Filler:
         self._waiting.append(values)
         n, chunk = sum(map(len, self._waiting)), self.array.chunks[0]
         if n >= chunk:
-            joined = values if len(values) == n else np.concatenate(self._waiting)
-            whole = n // chunk * chunk
-            self._write(joined[:whole])
-            self._waiting = [joined[whole:].copy()] if whole < n else []
+            self._write(n // chunk * chunk)
 
     def finish(self) -> int:
         """Write what waits; how many values there are."""
-        if self._waiting:
-            self._write(np.concatenate(self._waiting))
-            self._waiting = []
+        self._write(sum(map(len, self._waiting)))
         return self._at
 
-    def _write(self, values: NDArray[Any]) -> None:
-        if len(values):
-            self.array[self._at : self._at + len(values)] = values.astype(self.array.dtype, copy=False)
-        self._at += len(values)
+    def _write(self, n: int) -> None:
+        """Write the first ``n`` values that wait."""
+        if n:
+            values = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
+            self.array[self._at : self._at + n] = values[:n].astype(self.array.dtype, copy=False)
+            self._at, self._waiting = self._at + n, [values[n:].copy()] if n < len(values) else []
 
 
 GROUP_ROWS = 2**16
 
-_GEO = b"geo"
-
 
 def write_shapes(path: Path, name: str, describe: Describe, keep: NDArray[np.bool_], make: MakeShapes) -> Staged:
     """Write the shapes, all of one size, of the regions in ``keep`` (n,), at least one, into a new scratch store."""
-    import pyarrow.parquet as pq
 
     def made(info: RowInfo) -> gpd.GeoDataFrame:
         return make(info.centres_px, index=info.ids)
@@ -285,16 +253,21 @@ def write_shapes(path: Path, name: str, describe: Describe, keep: NDArray[np.boo
         (staged,) = write_scratch_store(path, {name: made(describe(first, first + 1, None))})
         file = path / "shapes" / name / "shapes.parquet"
         schema = pq.read_schema(file)
-        geo = json.loads(schema.metadata[_GEO])
+        geo = json.loads(schema.metadata[b"geo"])
         column = geo["columns"][geo["primary_column"]]
         # of shapes of one size, those whose centres are furthest out make the box around all
-        outermost = [_outermost(info) for info in _described(describe, keep)]
-        bounds = np.array([made(info).total_bounds for info in outermost])
+        boxes = []
+        for info in _described(describe, keep):
+            xy = info.centres_px
+            boxes.append(made(info.subset(np.unique([*xy.argmin(axis=0), *xy.argmax(axis=0)]))).total_bounds)
+        bounds = np.array(boxes)
         column["bbox"] = [*bounds[:, :2].min(axis=0).tolist(), *bounds[:, 2:].max(axis=0).tolist()]
-        schema = schema.with_metadata({**schema.metadata, _GEO: json.dumps(geo).encode()})
+        schema = schema.with_metadata({**schema.metadata, b"geo": json.dumps(geo).encode()})
         with pq.ParquetWriter(file, schema) as writer:
             for info in _described(describe, keep):
-                writer.write_table(_arrow(made(info), schema, column["encoding"]))
+                encoding = "WKB" if column["encoding"] == "WKB" else "geoarrow"  # as spatialdata chose
+                arrow = made(info).to_arrow(index=True, geometry_encoding=encoding, interleaved=False)
+                writer.write_table(pa.table(arrow).rename_columns(schema.names).cast(schema))
     return staged
 
 
@@ -303,17 +276,3 @@ def _described(describe: Describe, keep: NDArray[np.bool_]) -> Iterator[RowInfo]
         kept = keep[start : start + GROUP_ROWS]
         if kept.any():
             yield describe(start, start + len(kept), None).subset(kept)
-
-
-def _outermost(info: RowInfo) -> RowInfo:
-    xy = info.centres_px
-    return info.subset(np.unique([*xy.argmin(axis=0), *xy.argmax(axis=0)]))
-
-
-def _arrow(frame: gpd.GeoDataFrame, schema: pa.Schema, encoding: str) -> pa.Table:
-    """Convert shapes to the encoding that spatialdata chose for the element."""
-    import pyarrow as pa
-
-    to = "WKB" if encoding == "WKB" else "geoarrow"
-    table = pa.table(frame.to_arrow(index=True, geometry_encoding=to, interleaved=False))
-    return table.rename_columns(schema.names).cast(schema)

@@ -6,6 +6,7 @@ precision: so the result is the same to the last bit, in whatever order, or in h
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError, StoreError
 from pixnet_sd.geometry import RegionShare, Window
 
@@ -25,14 +25,13 @@ from ._disk import (
     delete_folder,
     explain_disk_errors,
     folder_id,
+    new_partial,
     open_regular,
     read_json,
     size_text,
-    write_json,
 )
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -67,7 +66,7 @@ class RegionSums(ABC):
 
     @abstractmethod
     def is_done(self, window: Window) -> bool:
-        """Whether the window was put."""
+        """Whether the window was put, by this run or by the one that it takes up."""
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
@@ -79,9 +78,9 @@ class RegionSums(ABC):
 
 
 class MemorySums(RegionSums):
-    """Sums in memory, for objects that are not backed; ``n_values`` is how many a region has in the table to be made.
+    """Sums in memory, for objects that are not backed, and a table of ``n_values`` for each region.
 
-    A StoreError tells that sums and table would take more than half of the free memory.
+    A StoreError tells that the two would take more than half of the free memory.
     """
 
     def __init__(self, n_rows: int, n_columns: int, n_values: int) -> None:
@@ -102,16 +101,13 @@ class MemorySums(RegionSums):
         self._shared[share.window] = share.index[~whole], share.sums[~whole], share.weight[~whole]
 
     def is_done(self, window: Window) -> bool:
-        """Whether the window was put."""
         return window in self._shared
 
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Read a range of regions; views."""
         self._add_shared()
         return self._sums[start:stop], self._weight[start:stop]
 
     def keep(self) -> NDArray[np.bool_]:
-        """Tell which regions have any weight."""
         self._add_shared()
         return self._weight > 0
 
@@ -142,7 +138,6 @@ class FileSums(RegionSums):
     One file, to which each window's share is appended with a checksum. What a resumed run finds is believed up to the
     first window whose checksum is wrong: so nothing is ever forced to disk, and neither a kill nor a crash of the
     machine costs more than the windows that had not arrived there. Memory holds 8 bytes per share and per region.
-    Errors of the disk become a StoreError.
     """
 
     def __init__(self, folder: Path, n_rows: int, n_columns: int, identity: dict[str, Any]) -> None:
@@ -152,14 +147,15 @@ class FileSums(RegionSums):
         self.folder = folder
         # number of a window's regions, and where the file has their indices (8 bytes each), weights (8) and sums
         self._windows: dict[Window, tuple[int, int]] = {}
-        self._end = 0
+        self.stored_bytes = 0  # on disk by now
         self._order: NDArray[np.uint64] | None = None
         self._handle = -1
         made_for = {**identity, "n_rows": n_rows, "n_columns": n_columns}
         with self._explained("Writing"):
             self.resumed = self._is_for(made_for)
             if not self.resumed:
-                self._start(made_for)
+                with new_partial(folder, made_for):
+                    (folder / _FILE).touch()
             self._home = folder_id(folder)
             self._handle = open_regular(folder / _FILE, os.O_RDWR)
             self._find_windows()
@@ -169,32 +165,26 @@ class FileSums(RegionSums):
         """Windows that were put."""
         return len(self._windows)
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that the sums take on disk by now."""
-        return self._end
-
     def _add(self, share: RegionShare) -> None:
-        window, index, sums, weight, _ = share
-        head = _HEAD.pack(_MARK, *window, len(index))
-        arrays = [_bytes_of(np.asarray(*pair)) for pair in ((index, "<i8"), (weight, "<f8"), (sums, "<f4"))]
-        crc = zlib.crc32(head)
-        for array in arrays:
-            crc = zlib.crc32(array, crc)
+        head = _HEAD.pack(_MARK, *share.window, len(share.index))
+        arrays = ((share.index, "<i8"), (share.weight, "<f8"), (share.sums, "<f4"))
+        contents = [memoryview(head), *(_bytes_of(np.asarray(array, dtype)) for array, dtype in arrays)]
+        crc = 0
+        for content in contents:
+            crc = zlib.crc32(content, crc)
+        contents.insert(1, memoryview(crc.to_bytes(_CRC_BYTES, "little")))
         with self._explained("Writing"):
             check_same_folder(self.folder, self._home)
-            end = self._end
-            for content in (memoryview(head), memoryview(crc.to_bytes(_CRC_BYTES, "little")), *arrays):
+            end = self.stored_bytes
+            for content in contents:
                 end = _write_at(self._handle, content, end)
-        self._windows[window] = self._end + _HEAD.size + _CRC_BYTES, len(index)
-        self._end, self._order = end, None
+        self._windows[share.window] = self.stored_bytes + _HEAD.size + _CRC_BYTES, len(share.index)
+        self.stored_bytes, self._order = end, None
 
     def is_done(self, window: Window) -> bool:
-        """Whether the window was put, by this run or by the one that it takes up."""
         return window in self._windows
 
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Read a range of regions."""
         with self._explained("Reading"):
             order = self._sort_shares()
             first, last = np.searchsorted(order, np.array([start, stop], np.uint64) << np.uint64(32))
@@ -207,7 +197,6 @@ class FileSums(RegionSums):
         return sums, self._weight[start:stop]
 
     def keep(self) -> NDArray[np.bool_]:
-        """Tell which regions have any weight."""
         with self._explained("Reading"):
             check_same_folder(self.folder, self._home)
             self._sort_shares()
@@ -222,12 +211,10 @@ class FileSums(RegionSums):
     def discard(self) -> None:
         """Delete the sums."""
         self.close()
-        try:
+        with contextlib.suppress(OSError):
             delete_folder(self.folder)
-        except OSError as error:
-            logger.debug("%s stays: %s", self.folder, error)
 
-    def _explained(self, doing: str) -> AbstractContextManager[None]:
+    def _explained(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return explain_disk_errors(f"{doing} the predicted regions", self.folder)
 
     def _is_for(self, identity: dict[str, Any]) -> bool:
@@ -239,34 +226,20 @@ class FileSums(RegionSums):
         except (FileNotFoundError, ValueError):
             return False
 
-    def _start(self, identity: dict[str, Any]) -> None:
-        """Put an empty file in the place of what is there; on failure nothing remains."""
-        if self.folder.exists():
-            logger.info("The partial table in %s was made with other settings and is deleted.", self.folder)
-        delete_folder(self.folder)
-        try:
-            self.folder.mkdir()
-            (self.folder / _FILE).touch()
-            # last, because from here on the sums may be taken up
-            write_json(self.folder / "partial.json", identity, scratch=self.folder)
-        except BaseException:
-            self.discard()
-            raise
-
     def _find_windows(self) -> None:
         """Look up the windows of an earlier run, and cut off what follows the last whole one."""
         size = os.fstat(self._handle).st_size
-        while self._end + _HEAD.size + _CRC_BYTES <= size:
+        while self.stored_bytes + _HEAD.size + _CRC_BYTES <= size:
             head = np.empty(_HEAD.size + _CRC_BYTES, np.uint8)
-            _read_at(self._handle, head, self._end)
+            _read_at(self._handle, head, self.stored_bytes)
             mark, *window, n = _HEAD.unpack(head[: _HEAD.size].tobytes())
-            offset = self._end + len(head)
+            offset = self.stored_bytes + len(head)
             end = offset + n * (16 + 4 * self.n_columns)
             if mark != _MARK or not 0 <= n <= self.n_rows or end > size or not self._is_whole(head, offset, n, end):
                 break
             self._windows[Window(*window)] = offset, n
-            self._end = end
-        os.ftruncate(self._handle, self._end)
+            self.stored_bytes = end
+        os.ftruncate(self._handle, self.stored_bytes)
 
     def _is_whole(self, head: NDArray[np.uint8], offset: int, n: int, end: int) -> bool:
         """Whether a window's checksum is right, and its regions are possible ones."""
@@ -285,9 +258,8 @@ class FileSums(RegionSums):
     def _sort_shares(self) -> NDArray[np.uint64]:
         """Sort all shares as ``row << 32 | place`` and add up weights; places count shares in the windows' order."""
         if self._order is None:
-            self._blocks = np.array([self._windows[window] for window in sorted(self._windows)], np.int64).reshape(
-                -1, 2
-            )
+            windows = [self._windows[window] for window in sorted(self._windows)]
+            self._blocks = np.array(windows, np.int64).reshape(-1, 2)
             self._begin = np.cumsum(self._blocks[:, 1]) - self._blocks[:, 1]
             order = np.empty(self._blocks[:, 1].sum(), np.uint64)
             self._weight = np.zeros(self.n_rows)

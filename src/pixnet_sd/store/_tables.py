@@ -27,21 +27,11 @@ INSTANCE_KEY = "instance_id"
 
 @dataclass(frozen=True)
 class RowInfo:
-    """Identity and place of m regions: all that their table and shapes hold, apart from expression.
+    """Identity and place of m regions: all that their table and shapes hold, apart from expression."""
 
-    Attributes
-    ----------
-    ids
-        (m,) integers or text.
-    centres_px
-        (m, 2) x, y in image scale-0 pixels.
-    obs
-        Column name → (m,) numbers.
-    """
-
-    ids: Any
-    centres_px: NDArray[np.float64]
-    obs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    ids: Any  # (m,) integers or text
+    centres_px: NDArray[np.float64]  # (m, 2) x, y in image scale-0 pixels
+    obs: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # column name → (m,) numbers
 
     def subset(self, keep: NDArray[Any]) -> RowInfo:
         """Select regions by mask (m,) or by position."""
@@ -59,15 +49,10 @@ class Expressed(NamedTuple):
 
 Describe = Callable[[int, int, "NDArray[np.float64] | None"], RowInfo]
 """``describe(start, stop, weight)``: the regions ``start`` … ``stop − 1``; weights (m,) are None for shapes."""
-
 Express = Callable[["NDArray[np.float32]", "NDArray[np.float64]"], Expressed]
 """``express(sums, weight)``: expression from sums (m, columns) and weights (m,) above 0; may write over the sums."""
-
-MakeTable = Callable[[Expressed, RowInfo], AnnData]
-"""`region_table` with all given but ``values`` and ``info``."""
-
-MakeShapes = Callable[..., gpd.GeoDataFrame]
-"""`circles_element` or `squares_element` with everything given but the centres and ``index``."""
+MakeTable = Callable[[Expressed, RowInfo], AnnData]  # `region_table` with all given but the first two
+MakeShapes = Callable[..., gpd.GeoDataFrame]  # an element of shapes with all given but centres and ``index``
 
 
 def expression(
@@ -91,8 +76,7 @@ def region_table(
 ) -> AnnData:
     """Make the table of regions that annotates ``region``, a shapes or labels element.
 
-    The centres go into ``obsm["spatial"]``; ``var`` has columns by gene, matched by name; ``uns`` takes
-    `spatial_library`. A DataError tells of lengths that do not fit, and of an id or gene that is named twice.
+    ``var`` has columns by gene, matched by name. A DataError tells of misfits, and of an id or gene named twice.
     """
     ids, names = pd.Index(info.ids), pd.Index([str(gene) for gene in genes])
     if values.x.shape != (len(ids), len(names)) or np.shape(info.centres_px) != (len(ids), 2):
@@ -122,18 +106,11 @@ def region_table(
 def spatial_library(
     library_id: str, spot_diameter_px: float, picture: Thumbnail | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Make ``uns["spatial"]``, which squidpy and scanpy read: a picture, and the size of the regions drawn on it.
-
-    ``spot_diameter_px`` is in image scale-0 pixels: the diameter of a circle, the side of a square.
-    """
+    """Make ``uns["spatial"]``, which squidpy and scanpy read: a picture, and the diameter or side drawn on it."""
     key = library_id.replace("/", "_") or "pixnet"  # coordinate systems may be called "", and "/" would nest groups
-    scale = 1.0 if picture is None else float(picture.scale)
-    return {
-        key: {
-            "images": {} if picture is None else {"hires": picture.rgb},
-            "scalefactors": {"spot_diameter_fullres": float(spot_diameter_px), "tissue_hires_scalef": scale},
-        }
-    }
+    images, scale = ({}, 1.0) if picture is None else ({"hires": picture.rgb}, float(picture.scale))
+    factors = {"spot_diameter_fullres": float(spot_diameter_px), "tissue_hires_scalef": scale}
+    return {key: {"images": images, "scalefactors": factors}}
 
 
 def circles_element(
@@ -141,15 +118,12 @@ def circles_element(
     radius_px: float,
     transforms: Mapping[str, BaseTransformation],
     *,
-    index: Sequence[Any] | NDArray[Any] | None = None,
+    index: Any = None,
 ) -> gpd.GeoDataFrame:
-    """Make circles of one radius around centres (n, 2) x, y, all in image scale-0 pixels.
-
-    ``transforms`` are those of the image (`image_transforms`), ``index`` the instance ids (default 0 … n − 1).
-    """
+    """Make circles of one radius around centres (n, 2) x, y, all in image scale-0 pixels; ``index`` are ids (n,)."""
     points = np.asarray(shapely.points(np.asarray(centres_px, dtype=np.float64)))
-    frame = gpd.GeoDataFrame({"radius": np.full(len(centres_px), float(radius_px))}, geometry=points)
-    return _parsed(frame, transforms, index)
+    frame = gpd.GeoDataFrame({"radius": np.full(len(points), float(radius_px))}, geometry=points, index=_plain(index))
+    return ShapesModel.parse(frame, transformations=dict(transforms))
 
 
 def squares_element(
@@ -158,9 +132,9 @@ def squares_element(
     transforms: Mapping[str, BaseTransformation],
     *,
     angle_rad: float = 0.0,
-    index: Sequence[Any] | NDArray[Any] | None = None,
+    index: Any = None,
 ) -> gpd.GeoDataFrame:
-    """Make squares of one size; as `circles_element`, and turned by an angle from the image's x towards its y axis."""
+    """Make squares as `circles_element` does circles, turned by an angle from the image's x towards its y axis."""
     cos, sin = np.cos(angle_rad), np.sin(angle_rad)
     ring = side_px / 2 * np.array([[1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
     ring = ring @ np.array([[cos, sin], [-sin, cos]])
@@ -168,15 +142,12 @@ def squares_element(
     each = np.arange(len(points) // len(ring) + 1)
     # from flat arrays in a quarter of the time that `shapely.polygons` takes
     squares = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points, (each * len(ring), each))
-    return _parsed(gpd.GeoDataFrame(geometry=np.asarray(squares)), transforms, index)
-
-
-def _parsed(
-    frame: gpd.GeoDataFrame, transforms: Mapping[str, BaseTransformation], index: Sequence[Any] | NDArray[Any] | None
-) -> gpd.GeoDataFrame:
-    if index is not None:
-        frame.index = np.asarray(index)
+    frame = gpd.GeoDataFrame(geometry=np.asarray(squares), index=_plain(index))
     return ShapesModel.parse(frame, transformations=dict(transforms))
+
+
+def _plain(index: Any) -> Any:
+    return None if index is None else np.asarray(index)  # without a name, which the file would get
 
 
 class Thumbnail(NamedTuple):
@@ -192,15 +163,9 @@ OVERSAMPLE = 4
 def thumbnail(
     sdata: SpatialData, image_key: str, *, channels: Sequence[int] = (0, 1, 2), max_px: int = 2000
 ) -> Thumbnail:
-    """Reduce an RGB image until its longer side is at most ``max_px``.
+    """Reduce an image until its longer side is at most ``max_px``; a DataError tells that it is not RGB uint8.
 
-    It starts from the coarsest level that is not smaller than that, and skips pixels first where the level is far
-    larger, so that a slide without levels needs little memory.
-
-    Raises
-    ------
-    DataError
-        When the image has fewer than three channels or its pixels are not uint8.
+    Where the coarsest level that will do is far larger, pixels are skipped first, which needs little memory.
     """
     image: Any = sdata.images[image_key]
     levels = [node["image"].data for node in image.children.values()] if hasattr(image, "children") else [image.data]

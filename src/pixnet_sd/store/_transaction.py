@@ -5,8 +5,7 @@ lock and with a journal:
 
 1. elements that are about to be replaced are taken out of the consolidated metadata, so that no reader looks for them;
 2. an old element is renamed away and the new one renamed in; nobody else's files are touched;
-3. the root ``zarr.json`` is replaced by one that holds the new elements' consolidated metadata and their provenance:
-   one rename makes all of them visible together;
+3. the root ``zarr.json`` is replaced by one with the new elements' metadata and provenance: all become visible at once;
 4. the scratch is renamed away, the journal goes, then the old elements and the scratch.
 
 A run killed before the journal is there has changed nothing; one killed after it is finished by the next run. In every
@@ -22,23 +21,21 @@ import hashlib
 import hmac
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from pixnet_sd._files import clear_left_over
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
 
 from ._disk import (
-    ELEMENT_TYPES,
-    check_free_disk,
+    DISK_MARGIN,
     check_names,
-    check_plain,
     check_writable,
     existing_names,
     explain_disk_errors,
@@ -47,8 +44,10 @@ from ._disk import (
     is_ours,
     known_secrets,
     local_store,
+    plain_files,
     read_json,
     secret,
+    size_text,
     work_folder,
     write_json,
 )
@@ -58,7 +57,6 @@ from ._notes import (
     image_stamp,
     json_safe,
     merge_notes,
-    note_in_memory,
     read_back,
     take_notes,
 )
@@ -72,26 +70,18 @@ JOURNAL = "journal.json"
 COMMIT = "commit"  # folder, inside the work folder, of elements that are written when they are committed
 STREAM_WAIT_S, COMMIT_WAIT_S = 15.0, 600.0
 
-_PLACE = re.compile(r"(commit/new|map-[\w.-]+/map|table-[\w.-]+/(table|shapes))\.zarr")
-
 
 class Transaction:
     """The results of one call on their way into an object: a context manager.
 
     Entering it checks all that can be refused before any work is done, and finishes what a killed run left behind;
-    results that are streamed go into a `folder` that it locks; `commit` puts everything in at once.
-    ``names`` are the coming results, element name → element type; ``wait_s`` is how long to wait for another run that
-    streams a result of the same name. A StoreError tells what cannot be: a name that is taken or not allowed, a store
-    that is read-only, old, away or not local.
+    results that are streamed go into a `folder` that it locks; `commit` puts everything in at once. ``names`` are the
+    coming results, element name → element type; ``wait_s`` is how long to wait for another run that streams one of the
+    same name. A StoreError tells of a name that cannot be had, and a store that is read-only, old, away or not local.
     """
 
     def __init__(
-        self,
-        sdata: SpatialData,
-        names: Mapping[str, str],
-        *,
-        overwrite: bool = False,
-        wait_s: float = STREAM_WAIT_S,
+        self, sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool = False, wait_s: float = STREAM_WAIT_S
     ) -> None:
         self.sdata, self.store = sdata, local_store(sdata)
         self._names, self._overwrite, self._wait_s = dict(names), overwrite, wait_s
@@ -121,31 +111,34 @@ class Transaction:
         """Raise unless the disk has room for the bytes and files that are still to be written, at most."""
         if self.store is None:
             return
-        check_free_disk(self.store.parent, n_bytes)
-        disk = os.statvfs(self.store.parent)
-        if disk.f_files and n_files > disk.f_favail:  # file systems without a limit say 0
-            raise StoreError(
-                f"The result may take up to {n_files:,} files, but only {disk.f_favail:,} more can be made at "
-                f"{self.store.parent}. Delete some, write the object to another disk, or predict a coarser map "
-                "(`map_um=`)."
-            )
+        place = self.store.parent
+        disk, free, wanted = os.statvfs(place), shutil.disk_usage(place).free, n_bytes * (1 + DISK_MARGIN)
+        if wanted > free:
+            lack = f"{size_text(wanted)}, but only {size_text(free)} are free"
+        elif disk.f_files and n_files > disk.f_favail:  # file systems without a limit say 0
+            lack = f"{n_files:,} files, but only {disk.f_favail:,} more can be made"
+        else:
+            return
+        raise StoreError(
+            f"The result may take up to {lack} at {place}. Make room, write the object to a larger disk, or predict "
+            "fewer genes (`genes=`), fewer regions (larger ones, or farther apart) or a coarser map (`map_um=`)."
+        )
 
     def commit(self, elements: Mapping[str, Any], *, provenance: Mapping[str, Any] | None = None) -> None:
         """Add elements to the object, and to its store when it is backed, all at once.
 
         Rasters that were written are replaced in memory by what is read back lazily; tables and shapes stay as given,
-        and `Staged` ones are read as `read_back` says; the folder of their scratch store goes, with all that is in it.
-        ``provenance``, section → key → info, is noted (`record`) together with them. A KeyboardInterrupt that comes too
-        late to stop is raised when everything is in the store and in the object.
+        and `Staged` ones are read as `read_back` says; their scratch stores go. ``provenance``, section → key → info,
+        is noted together with them. A KeyboardInterrupt that comes too late to stop is raised when everything is in.
         """
-        names = {name: _type_of(element) for name, element in elements.items()}
+        names = {name: element_type(element) for name, element in elements.items()}
         notes = dict(provenance or {})
         if self.store is None:
             check_names(self.sdata, names, overwrite=self._overwrite)
             stamps = {name: image_stamp(elements[name]) for name, kind in names.items() if kind == "images"}
             notes |= {WRITTEN: stamps} if stamps else {}
             _set(self.sdata, elements)
-            note_in_memory(self.sdata, notes)
+            merge_notes(self.sdata.attrs, self.sdata, notes)
             return
         work = work_folder(self.store)
         with _commit_lock(self.store):
@@ -173,7 +166,9 @@ class Transaction:
                 if fresh:
                     staged += write_scratch_store(work / COMMIT / "new.zarr", fresh)
                 journal = _plan(self.store, work, staged, json_safe(notes))
-                _write_journal(work, self.store, journal)
+                value = journal.model_dump()  # once it is on disk, the next run finishes the commit
+                signed = {"journal": value, "signature": _signature(secret(), self.store, value)}
+                write_json(work / JOURNAL, signed, scratch=work)
                 self.is_late = True
             return journal
         except BaseException:
@@ -183,15 +178,15 @@ class Transaction:
 
 
 def recover(sdata: SpatialData) -> None:
-    """Finish a commit that was killed half-way and remove what it left; attach what it brought in.
+    """Finish a commit that was killed half-way, attach what it brought in, and remove what it left.
 
-    Raises a StoreError when what lies there was not left by a run of this user on this store.
+    A StoreError tells that what lies there was not left by a run of this user on this store.
     """
     store = local_store(sdata)
     if store is None or not work_folder(store).is_dir():
         return
     work = work_folder(store)
-    check_plain(work, depth=2)
+    plain_files(work, depth=2)
     before = existing_names(sdata)
     with _commit_lock(store):
         names = _settle(store, work, sdata)
@@ -201,13 +196,20 @@ def recover(sdata: SpatialData) -> None:
         take_notes(sdata, store)
 
 
-@dataclass(frozen=True)
-class Move:
+def _checked_name(name: str) -> str:
+    if not is_name(name):
+        raise ValueError("no name of an element")
+    return name
+
+
+class Move(BaseModel):
     """One element on its way from a scratch store, ``{folder}/{store}`` in the work folder, into the store."""
 
-    name: str
-    kind: str
-    place: str
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
+
+    name: Annotated[str, AfterValidator(_checked_name)]
+    kind: Literal["images", "labels", "points", "shapes", "tables"]
+    place: str = Field(pattern=r"^(commit/new|map-[\w.-]+/map|table-[\w.-]+/(table|shapes))\.zarr\Z")
     replaces: bool
 
     @property
@@ -216,20 +218,15 @@ class Move:
         return f"{self.kind}/{self.name}"
 
 
-@dataclass
-class Journal:
+class Journal(BaseModel):
     """All that is needed to finish a commit."""
 
-    moves: list[Move] = field(default_factory=list)
-    nodes: dict[str, Any] = field(default_factory=dict)  # consolidated metadata of the elements, key → node
-    groups: dict[str, Any] = field(default_factory=dict)  # element type → metadata of its group
-    notes: dict[str, Any] = field(default_factory=dict)  # section → key → info
+    model_config = ConfigDict(strict=True, extra="forbid")
 
-
-def _write_journal(work: Path, store: Path, journal: Journal) -> None:
-    """Write the journal; from here on the next run finishes the commit."""
-    value = asdict(journal)
-    write_json(work / JOURNAL, {"journal": value, "signature": _signature(secret(), store, value)}, scratch=work)
+    moves: list[Move]
+    nodes: dict[str, Any]  # consolidated metadata of the elements, key → node
+    groups: dict[str, Any]  # element type → metadata of its group
+    notes: dict[str, Any]  # section → key → info
 
 
 def _read_journal(work: Path, store: Path) -> Journal | None:
@@ -244,7 +241,11 @@ def _read_journal(work: Path, store: Path) -> Journal | None:
             hmac.compare_digest(_signature(key, store, value), content["signature"]) for key in known_secrets()
         )
         if signed and is_ours(owner, work):
-            return _parsed(value)
+            journal = Journal.model_validate(value)
+            paths, kinds = [move.path for move in journal.moves], {move.kind for move in journal.moves}
+            if journal.groups.keys() <= kinds and all(_is_under(key, *paths) for key in journal.nodes):
+                return journal
+            raise ValueError("groups or metadata that cannot be")
         why = "it is not signed by this user for this store"
     except (KeyError, TypeError, OSError, ValueError) as error:
         why = f"it cannot be read ({error})"
@@ -260,30 +261,6 @@ def _signature(key: bytes, store: Path, value: dict[str, Any]) -> str:
     return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
 
-def _parsed(value: dict[str, Any]) -> Journal:
-    """Check that each entry of a journal is what it should be."""
-    journal = Journal(**{**value, "moves": [Move(**move) for move in value["moves"]]})
-    sound = (
-        all(
-            move.kind in ELEMENT_TYPES
-            and is_name(move.name)
-            and _PLACE.fullmatch(move.place) is not None
-            and isinstance(move.replaces, bool)
-            for move in journal.moves
-        )
-        and all(isinstance(entry, dict) for entry in (journal.nodes, journal.groups, journal.notes))
-        and set(journal.groups) <= {move.kind for move in journal.moves}
-        and all(any(_is_under(key, move.path) for move in journal.moves) for key in journal.nodes)
-    )
-    if not sound:
-        raise ValueError("elements, groups or metadata that cannot be")
-    return journal
-
-
-def _type_of(element: Any) -> str:
-    return element.kind if isinstance(element, Staged) else element_type(element)
-
-
 def _commit_lock(store: Path) -> contextlib.AbstractContextManager[None]:
     """One commit into a store at a time."""
     busy = f"Another run is writing into {store}; try again later."
@@ -292,7 +269,7 @@ def _commit_lock(store: Path) -> contextlib.AbstractContextManager[None]:
 
 def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
     """Finish or forget an interrupted commit; name → type of what a finished one brought in."""
-    names = {}
+    names: dict[str, str] = {}
     journal = _read_journal(work, store)
     if journal is not None:
         names = {move.name: move.kind for move in journal.moves}
@@ -312,7 +289,7 @@ def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:
 
 def _plan(store: Path, work: Path, staged: list[Staged], notes: dict[str, Any]) -> Journal:
     """Collect what has to be moved and the metadata that the root will show."""
-    journal = Journal(notes=notes)
+    journal = Journal(moves=[], nodes={}, groups={}, notes=notes)
     stamps = journal.notes.setdefault(WRITTEN, {})
     for item in staged:
         path = f"{item.kind}/{item.name}"
@@ -321,7 +298,8 @@ def _plan(store: Path, work: Path, staged: list[Staged], notes: dict[str, Any]) 
         journal.nodes.update({key: node for key, node in metadata.items() if _is_under(key, path)})
         journal.groups.setdefault(item.kind, read_json(item.scratch_store / item.kind / "zarr.json"))
         place = item.scratch_store.relative_to(work).as_posix()
-        journal.moves.append(Move(item.name, item.kind, place, (store / path).exists()))
+        move = {"name": item.name, "kind": item.kind, "place": place, "replaces": (store / path).exists()}
+        journal.moves.append(Move.model_validate(move))
     return journal
 
 
@@ -367,26 +345,24 @@ def _check_folders(store: Path, work: Path, journal: Journal) -> None:
     for move in journal.moves:
         for end in (work / move.place / move.path, work / "old" / move.path):
             folders += [end, *(folder for folder in end.parents if folder.is_relative_to(work))]
-    for folder in folders:
-        if folder.is_symlink():
-            raise StoreError(
-                f"{folder} is a link, and nothing is moved through one. Look at it, and delete {work} if you miss no "
-                "results that are in it."
-            )
+    for link in filter(Path.is_symlink, folders):
+        raise StoreError(
+            f"{link} is a link, and nothing is moved through one. Look at it, and delete {work} if you miss no results "
+            "that are in it."
+        )
 
 
-def _is_under(key: str, path: str) -> bool:
-    return key == path or key.startswith(path + "/")
+def _is_under(key: str, *paths: str) -> bool:
+    return any(key == path or key.startswith(path + "/") for path in paths)
 
 
 def _hide(store: Path, work: Path, paths: list[str]) -> None:
     """Take elements out of the consolidated metadata: listed but absent, they would break every read."""
     root = read_json(store / "zarr.json")
     nodes = (root.get("consolidated_metadata") or {}).get("metadata", {})
-    hidden = [key for key in nodes if any(_is_under(key, path) for path in paths)]
-    for key in hidden:
-        del nodes[key]
-    if hidden:
+    if hidden := [key for key in nodes if _is_under(key, *paths)]:
+        for key in hidden:
+            del nodes[key]
         write_json(store / "zarr.json", root, scratch=work)
 
 
@@ -407,13 +383,10 @@ def _place(store: Path, work: Path, move: Move) -> bool:
 
 def _list_labels(store: Path, work: Path, names: list[str]) -> None:
     """OME-Zarr lists the label images in the attributes of their group."""
-    if not names:
-        return
     path = store / "labels" / "zarr.json"
-    group = read_json(path)
+    group = read_json(path) if names else {}
     listed = group.setdefault("attributes", {}).setdefault("ome", {}).setdefault("labels", [])
-    missing = [name for name in names if name not in listed]
-    if missing:
+    if missing := [name for name in names if name not in listed]:
         listed.extend(missing)
         write_json(path, group, scratch=work)
 
@@ -421,14 +394,14 @@ def _list_labels(store: Path, work: Path, names: list[str]) -> None:
 def _publish(store: Path, work: Path, journal: Journal, placed: list[str], sdata: SpatialData) -> None:
     """Replace the root ``zarr.json``: consolidated metadata, where the store has it, and provenance."""
     root = read_json(store / "zarr.json")
-    merge_notes(root, sdata, journal.notes)
+    merge_notes(root.setdefault("attributes", {}), sdata, journal.notes)
     consolidated = root.get("consolidated_metadata")
     if consolidated:
         nodes = consolidated["metadata"]
         for kind in journal.groups:
             inherited = {"consolidated_metadata": {**consolidated, "metadata": {}}}
             nodes[kind] = {**read_json(store / kind / "zarr.json"), **inherited}
-        nodes.update({k: n for k, n in journal.nodes.items() if any(_is_under(k, path) for path in placed)})
+        nodes.update({k: n for k, n in journal.nodes.items() if _is_under(k, *placed)})
         consolidated["metadata"] = dict(sorted(nodes.items(), key=lambda item: (item[0].count("/"), item[0])))
     write_json(store / "zarr.json", root, scratch=work)
 
@@ -436,4 +409,4 @@ def _publish(store: Path, work: Path, journal: Journal, placed: list[str], sdata
 def _set(sdata: SpatialData, elements: Mapping[str, Any]) -> None:
     """Set elements in memory."""
     for name, element in elements.items():
-        getattr(sdata, _type_of(element))[name] = element
+        getattr(sdata, element_type(element))[name] = element

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._element import (
     FactorHead,
     GeneMapReader,
+    MapLayout,
     check_not_rewritten,
     factor_names,
     factors_key,
@@ -13,12 +14,12 @@ from ._element import (
     image_transforms,
     is_as_written,
     map_key,
+    map_layout,
     map_transforms,
     open_map,
     read_head,
     tissue_labels,
 )
-from ._layout import MapLayout, map_layout
 from ._writer import GeneMapWriter
 
 __all__ = [

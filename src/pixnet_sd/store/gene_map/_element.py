@@ -1,5 +1,9 @@
 """Elements on the map grid: the gene map's image, its factors with the weights of every gene, the tissue mask.
 
+A map of H x W pixels is stored in levels that halve each time. It is written in square blocks. A block of b pixels is
+one file (a zarr shard) of b / 2^k pixels on level k, so no file is ever written twice, and a map of any shape has fewer
+than 20,000. Inside a shard a few genes lie together (a chunk), so that one gene is read without the others.
+
 A gene of a linear head is a weighted sum of the C channels of the feature map, ``D W + b``, with b where tissue is: the
 last channel of the factors is 1 there and 0 elsewhere, so that averages of pixels, and with them the coarser levels,
 need no exception. Densities are what a link makes of such sums, ``unit softplus(D W + b)``, pixel by pixel, times that
@@ -11,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +33,106 @@ from pixnet_sd._notes import note_of, stored_note, table_note, table_uns
 from pixnet_sd.errors import DataError, ElementError, StoreError
 from pixnet_sd.store import WRITTEN, element_stamp, image_stamp, local_store, read_json
 
-from ._layout import map_layout
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata import SpatialData
     from spatialdata.transformations import BaseTransformation
+
+
+Block = tuple[int, int, int, int]
+"""row0, row1, col0, col1 in map pixels."""
+
+MAX_FILES = 20_000
+MAX_BLOCK_BYTES = 64 * 2**20
+MAX_WHOLE_BYTES = 16 * 2**20  # of a block whose channels are read together
+BLOCK_PX = (32, 512)  # side of a block
+COARSEST_PX = 512
+CHUNK_BYTES = 4 * 2**20
+CHUNK_GENES = 8
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MapLayout:
+    """How a gene map lies on disk."""
+
+    n_genes: int
+    height: int  # map pixels that are predicted
+    width: int
+    block_px: int  # a power of two
+    n_levels: int  # the full one included, at least 2
+    whole_channels: bool = False  # a chunk holds all channels: of factors all are needed at once, of genes a few
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Height and width rounded up to a multiple of 2^(levels - 1): every level is exactly half of the one below."""
+        factor = 2 ** (self.n_levels - 1)
+        return -(-self.height // factor) * factor, -(-self.width // factor) * factor
+
+    def level_shape(self, level: int) -> tuple[int, int, int]:
+        """Channels, height, width of a level."""
+        height, width = self.padded
+        return self.n_genes, height >> level, width >> level
+
+    def level_chunks(self, level: int) -> tuple[int, int, int]:
+        """Chunk shape of a level: one block wide; more channels the coarser, to keep the number of chunks down."""
+        height, width = (min(self.block_px, side) for side in self.padded)
+        genes = self.n_genes
+        if not self.whole_channels:
+            fitting = max(1, CHUNK_BYTES // (height * width * FLOAT_BYTES))
+            genes = min(genes, min(fitting, CHUNK_GENES) << level)
+        return genes, height >> level, width >> level
+
+    def level_shards(self, level: int) -> tuple[int, int, int] | None:
+        """Shape of a level's files, all channels of a block; None where that is one chunk."""
+        genes, height, width = self.level_chunks(level)
+        return None if genes == self.n_genes else (-(-self.n_genes // genes) * genes, height, width)
+
+    def blocks(self) -> list[Block]:
+        """All blocks, row by row, clipped to the predicted pixels."""
+        step = self.block_px
+        return [
+            (row, min(row + step, self.height), col, min(col + step, self.width))
+            for row in range(0, self.height, step)
+            for col in range(0, self.width, step)
+        ]
+
+    @property
+    def n_files(self) -> int:
+        """Files of all blocks."""
+        return self.n_levels * prod(-(-side // self.block_px) for side in (self.height, self.width))
+
+    @property
+    def nbytes(self) -> int:
+        """Uncompressed bytes of all levels, as if all of it were tissue."""
+        return sum(FLOAT_BYTES * prod(self.level_shape(level)) for level in range(self.n_levels))
+
+
+def map_layout(
+    n_genes: int, shape: tuple[int, int], block_px: int | None = None, *, whole_channels: bool = False
+) -> MapLayout:
+    """Lay out a map of ``n_genes`` over ``shape`` (height, width) map pixels.
+
+    Levels are added until the longer side is at most 512 pixels, but no more than a block can be halved. Blocks are the
+    largest that stay under a limit of bytes, and larger where there would be too many files.
+    """
+    height, width = shape
+    if n_genes < 1 or height < 1 or width < 1:
+        raise StoreError(f"A gene map of {n_genes} genes over {height} x {width} pixels is empty.")
+    if block_px is not None and (block_px < 2 or block_px & (block_px - 1)):
+        raise StoreError(f"block_px is {block_px}; it has to be a power of two, at least 2.")
+    most, (least_px, block) = MAX_WHOLE_BYTES if whole_channels else MAX_BLOCK_BYTES, BLOCK_PX
+    while block > least_px and n_genes * block * block * FLOAT_BYTES > most:
+        block //= 2
+    block = block_px or block
+    while True:
+        halvings = 1
+        while -(-max(height, width) >> halvings) > COARSEST_PX and 2 << halvings <= block:
+            halvings += 1
+        layout = MapLayout(n_genes, height, width, block, halvings + 1, whole_channels)
+        if layout.n_files < MAX_FILES:
+            return layout
+        block *= 2
 
 
 TISSUE = "tissue"
@@ -83,19 +182,14 @@ def image_transforms(sdata: SpatialData, image_key: str) -> dict[str, BaseTransf
 def map_transforms(
     transforms: Mapping[str, BaseTransformation], pitch_image_px: float
 ) -> dict[str, BaseTransformation]:
-    """Transformations of a raster whose pixels are ``pitch_image_px`` image pixels wide.
-
-    Pixel i covers [i, i + 1) in both grids, so a scale alone is right: ``Sequence([Scale(pitch), source])``.
-    """
+    """Transformations of a raster whose pixels are ``pitch_image_px`` image pixels wide."""
+    # pixel i covers [i, i + 1) in both grids, so a scale alone is right
     scale = Scale([pitch_image_px, pitch_image_px], axes=("x", "y"))
     return {system: InTurn([scale, source]) for system, source in transforms.items()}
 
 
 def tissue_labels(mask: NDArray[np.bool_], pitch_image_px: float, transforms: Mapping[str, BaseTransformation]) -> Any:
-    """Make a multiscale labels element, 1 tissue, 0 glass, of a mask (height, width) on the map grid.
-
-    ``transforms`` are those of the source image, for every coordinate system.
-    """
+    """Make labels, 1 tissue, 0 glass, of a mask (height, width) on the map grid; ``transforms`` are the image's."""
     layout = map_layout(1, (mask.shape[0], mask.shape[1]), block_px=512)
     height, width = layout.padded
     padded = np.zeros((height, width), dtype=np.uint8)
@@ -209,10 +303,7 @@ def open_map(sdata: SpatialData, key: str) -> GeneMapReader:
 
 
 def check_not_rewritten(sdata: SpatialData, key: str) -> None:
-    """Refuse a map that another run has replaced in the store since the object was opened.
-
-    Its pixels would be read from the store, and named after the channels that the object remembers.
-    """
+    """Refuse a map that was replaced in the store since the object, which remembers its channels, was opened."""
     folder = _folder(sdata, key)
     if folder is None:
         return
@@ -234,14 +325,11 @@ def is_as_written(sdata: SpatialData, key: str) -> bool:
 def _folder(sdata: SpatialData, key: str) -> Path | None:
     """Folder of a map whose pixels are, chunk by chunk, read from the object's store; None for one in memory."""
     store = local_store(sdata)
-    files = () if store is None else get_dask_backing_files(sdata.images[key])
-    if (
-        store is None
-        or not files
-        or not all(Path(file).resolve().is_relative_to(store / "images" / key) for file in files)
-    ):
+    if store is None:
         return None
-    return store / "images" / key
+    folder = store / "images" / key
+    files = [Path(file).resolve() for file in get_dask_backing_files(sdata.images[key])]
+    return folder if files and all(file.is_relative_to(folder) for file in files) else None
 
 
 def _level0(folder: Path) -> Any:

@@ -22,21 +22,19 @@ from pixnet_sd.store import (
     Staged,
     Transaction,
     available_memory,
-    check_plain,
     check_same_folder,
     consolidate,
     delete_folder,
     explain_disk_errors,
     folder_id,
+    new_partial,
     plain_files,
     read_json,
     size_text,
-    write_json,
     write_scratch_store,
 )
 
-from ._element import image_pyramid, map_transforms
-from ._layout import FLOAT_BYTES, Block, MapLayout
+from ._element import FLOAT_BYTES, Block, MapLayout, image_pyramid, map_transforms
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,11 +51,10 @@ _DRAFT = re.compile(r"\.[0-9a-f]{32}\.partial")  # as zarr calls a file that it 
 class GeneMapWriter:
     """Streams a gene map, in blocks of any order, to where `Transaction.commit` takes it from.
 
-    What a killed run has written is taken up by the next one with the same fingerprint. A context manager: leaving it
-    without a commit keeps the partial map for that. `write` may be called from several threads.
-    A map for an object in memory stays in memory. ``transforms`` are those of the source image, all of whose coordinate
-    systems the map gets, ``pitch_image_px`` its scale-0 pixels per map pixel; ``fingerprint`` is equal for two runs
-    exactly when their values would be (model, slide, settings).
+    What a killed run has written is taken up by the next one with the same fingerprint, which is equal for two runs
+    exactly when their values would be. A context manager: leaving it without a commit keeps the partial map for that.
+    `write` may be called from several threads. ``transforms`` are those of the source image, ``pitch_image_px`` its
+    scale-0 pixels per map pixel.
     """
 
     def __init__(
@@ -72,8 +69,8 @@ class GeneMapWriter:
         fingerprint: str,
     ) -> None:
         if len(set(channels)) != len(channels):
-            twice = sorted({name for name in channels if list(channels).count(name) > 1})
-            raise DataError(f"Genes named twice: {', '.join(twice[:5])}. Channel names have to be unique.")
+            twice = next(name for name in channels if list(channels).count(name) > 1)
+            raise DataError(f"The gene {twice} is named twice; make the names of channels unique.")
         self.layout, self._key, self._channels = layout, key, list(channels)
         self._out, self._transforms = out, map_transforms(transforms, pitch_image_px)
         self._blocks = frozenset(layout.blocks())
@@ -168,15 +165,11 @@ def _check_memory(layout: MapLayout, *, in_memory: bool) -> None:
     available, block_bytes = available_memory(), FLOAT_BYTES * layout.n_genes * layout.block_px**2
     needed = layout.nbytes if in_memory else _UNDER_WAY * block_bytes
     if needed > available / 2:
-        remedy = (
-            "Write the object to disk first: `sdata.write('/some/folder.zarr')`; the map is then streamed into that "
-            "store."
-            if in_memory
-            else "Predict fewer genes (`genes=`), a coarser map (`map_um=`), or `write='factors'`."
-        )
+        streamed = "Write the object to disk first, `sdata.write('/some/folder.zarr')`: the map is streamed there."
+        smaller = "Predict fewer genes (`genes=`), a coarser map (`map_um=`), or `write='factors'`."
         raise StoreError(
             f"Writing the gene map takes {size_text(needed)} of memory, more than half of the {size_text(available)} "
-            f"that are free. {remedy}"
+            f"that are free. {streamed if in_memory else smaller}"
         )
 
 
@@ -210,7 +203,7 @@ class _DiskLevels:
         self._paths: list[Path] = []
         self._log: dict[tuple[int, int], int] = {}  # corner of a block → its bytes
         self.resumed = False
-        check_plain(folder)
+        plain_files(folder)  # raises at links
         with contextlib.suppress(OSError, ValueError, KeyError):
             if read_json(folder / "partial.json") == identity:
                 self._open()
@@ -219,17 +212,9 @@ class _DiskLevels:
 
     def start(self, channels: Sequence[str], transforms: Mapping[str, BaseTransformation]) -> None:
         """Make an empty map in place of what is there; on failure nothing remains."""
-        if self._folder.exists():
-            logger.info("The partial map in %s was made with other settings and is deleted.", self._folder)
-        with explain_disk_errors("Starting the gene map", self._folder):
-            delete_folder(self._folder)
-            try:
-                self._folder.mkdir()
-                self._create(channels, transforms)
-                self._open()
-            except BaseException:
-                self._discard()
-                raise
+        with explain_disk_errors("Starting the gene map", self._folder), new_partial(self._folder, self._identity):
+            self._create(channels, transforms)
+            self._open()
 
     def _create(self, channels: Sequence[str], transforms: Mapping[str, BaseTransformation]) -> None:
         """Let spatialdata write a tiny map of the same kind, then put arrays of the full shape in place of its own."""
@@ -256,8 +241,6 @@ class _DiskLevels:
                 overwrite=True,
             )
         consolidate(self._folder / "map.zarr")
-        # last, because a partial map may be taken up from here on
-        write_json(self._folder / "partial.json", self._identity, scratch=self._folder)
 
     def _open(self) -> None:
         """Open the levels, and read what is logged; a line that a kill cut short has no full stop and is skipped."""
@@ -308,11 +291,8 @@ class _DiskLevels:
         if self._log:
             logger.info("Blocks that are done are kept in %s; the same call goes on from there.", self._folder)
         else:
-            self._discard()
-
-    def _discard(self) -> None:
-        with contextlib.suppress(OSError):
-            delete_folder(self._folder)
+            with contextlib.suppress(OSError):
+                delete_folder(self._folder)
 
     def _level_paths(self) -> list[Path]:
         element = self._folder / "map.zarr" / "images" / self._key
