@@ -33,6 +33,7 @@ def test_the_second_run_is_refused(slide, fit, tmp_path: Path, monkeypatch, defa
     fit(slide, **where)
     folder = Path(slide.attrs["pixnet_sd"]["model"])
     assert folder.name in refused[0]
+    assert folder.parent == (tmp_path.resolve() / "pixnet_sd_models" if default else tmp_path)
     assert left(folder) == MODEL
 
 

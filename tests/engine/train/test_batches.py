@@ -102,13 +102,6 @@ def test_targets_on_disk_are_those_in_memory(slide, n_outputs: int) -> None:
         np.testing.assert_array_equal(stored.toarray() if sparse.issparse(stored) else stored, dense)
 
 
-def test_what_is_kept_is_not_read(slide_of) -> None:
-    tiling = training_tiles(slide_of(Circles([[20, 20]], [3])), 64)  # fails when read
-    batch = make_batch(BatchPlan(tiling, (0,), 3), kept=lambda slide, tile, k: [torch.full((1,), k)])
-    assert batch.image is None
-    assert batch.kept == [[torch.tensor([3])]]
-
-
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_plans_hold_every_tile_once_and_follow_the_seed(seed: int | None) -> None:
     found = [TrainingTiles(None, [Tile(0, k, 32, 32) for k in range(n)], 2) for n in (17, 1, 14)]

@@ -200,16 +200,11 @@ def test_laterals_get_the_scale_between_regions(make_network, features, learnabl
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_calibration_leaves_the_encoder_and_the_disk_as_they_are(make_network, make_run, fabric, learnable, frozen):
-    """What is kept is read by the training; with few tiles another seed gives the same constants."""
-    slide, scales = learnable(96, 100), []
-    for seed in (0, 1):
-        network, run = make_network(frozen=frozen), make_run(folder=str(seed))
-        before = state(network.encoder)
-        torch.manual_seed(seed)
-        calibrate(network, FeatureMaps(network, run, fabric), [training_tiles(slide, 64)], 100)
-        assert same(state(network.encoder), before)
-        assert (run.directory / "features").exists() == frozen
-        scales.append(network.decoder.laterals[0].scale)
-    torch.testing.assert_close(*scales, rtol=1e-4, atol=0)
-    assert not torch.allclose(scales[0], torch.ones(1))
+def test_calibration_leaves_the_encoder_as_it_is(make_network, make_run, fabric, learnable, frozen):
+    """What is kept is read by the training."""
+    network, run = make_network(frozen=frozen), make_run()
+    before = state(network.encoder)
+    calibrate(network, FeatureMaps(network, run, fabric), [training_tiles(learnable(96, 100), 64)], 100)
+    assert same(state(network.encoder), before)
+    assert (run.directory / "features").exists() == frozen
+    assert not torch.allclose(network.decoder.laterals[0].scale, torch.ones(1))

@@ -50,10 +50,6 @@ class BatchLoss:
         blocks = output_blocks(self.network.head.n_outputs, n_rows, self.block_size)
         held = [partial(block_of, self.targets[k], device=features.device) for k in used]
         varying = [self.objective.n_varying(map(targets, blocks)) for targets in held]
-        if len(blocks) == 1:
-            loss = self._block(blocks[0], used, inputs, varying)
-            fabric.backward(loss)
-            return loss.detach()
         # The gradient stops at what all blocks share, and is carried on from there once.
         leaves = [rows.detach().requires_grad_() for rows in inputs]
         total = features.new_zeros(())
