@@ -37,11 +37,9 @@ def drawn_pair() -> dict[str, sd.SpatialData]:
 @pytest.fixture
 def pair(drawn_pair) -> dict[str, sd.SpatialData]:
     """Objects of a test's own, over the same elements."""
-    return {name: sd.SpatialData.init_from_elements(dict(_elements(sdata))) for name, sdata in drawn_pair.items()}
-
-
-def _elements(sdata: sd.SpatialData):
-    return ((name, element) for _, name, element in sdata.gen_elements())
+    return {
+        name: sd.SpatialData.init_from_elements(dict(e[1:] for e in s.gen_elements())) for name, s in drawn_pair.items()
+    }
 
 
 def test_what_it_leaves(slide, fitted, checkpoint, user_files):
@@ -74,14 +72,6 @@ def test_genes_and_history(slide, model):
     assert not model.network.training
 
 
-def test_the_seed_decides(slide, fit, model, tmp_path):
-    again = fit(slide, checkpoint_dir=tmp_path / "model", validation=0.25).network.state_dict()
-    assert all(torch.equal(value, again[key]) for key, value in model.network.state_dict().items())
-    assert not torch.equal(
-        fit(slide, checkpoint_dir=tmp_path / "other", validation=0.25, seed=1).network.head.weight, again["head.weight"]
-    )
-
-
 def test_the_same_call_takes_the_finished_model(
     fitted, fit, predict, model, checkpoint, no_training, tmp_path, monkeypatch, caplog
 ):
@@ -98,7 +88,7 @@ def test_the_same_call_takes_the_finished_model(
     assert "anndata" not in caplog.text
 
 
-@pytest.mark.parametrize("other", [{"lr": 1e-3}, {"seed": 1}, {"aggregation": "sum"}, {"target_sum": 1e3}])
+@pytest.mark.parametrize("other", [{"lr": 1e-3}, {"aggregation": "sum"}])
 def test_other_settings_into_the_same_folder(slide, fit, checkpoint, other, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "model")
     before = (tmp_path / "model" / "config.json").read_bytes()
@@ -107,174 +97,125 @@ def test_other_settings_into_the_same_folder(slide, fit, checkpoint, other, tmp_
     assert (tmp_path / "model" / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("backed", [True, False])
-def test_the_folder_without_checkpoint_dir(slide, pair, fit, tmp_path, monkeypatch, backed):
+def test_the_folder_without_checkpoint_dir(pair, fit, tmp_path, monkeypatch):
+    """Of a slide in memory; of one in a store see the lock."""
     monkeypatch.chdir(tmp_path)
-    sdata = slide if backed else pair["a"]
-    fit(sdata, max_epochs=1)
-    folder = Path(sdata.attrs["pixnet_sd"]["model"])
+    fit(pair["a"], max_epochs=1)
+    folder = Path(pair["a"].attrs["pixnet_sd"]["model"])
     assert folder.parent == tmp_path.resolve() / "pixnet_sd_models"
     assert (folder / "model.safetensors").is_file()
 
 
 def test_two_slides(pair, fit, tmp_path):
-    model = fit(pair, checkpoint_dir=tmp_path / "model", validation=["b"])
+    """One held out; a gene that it lacks cannot be scored there."""
+    model = fit(pair, checkpoint_dir=tmp_path / "model", validation=["b"], max_epochs=1)
     assert "ACTB" not in model.genes
     slides = model.record.slides
-    assert slides["a"]["held_out_regions"] == {}
-    assert slides["b"]["training_regions"] == {}
+    assert slides["a"]["held_out_regions"] == slides["b"]["training_regions"] == {}
     assert set(slides["b"]["held_out_regions"]) == {"square_008um", "square_016um"}
-    for sdata in pair.values():
-        assert sdata.attrs["pixnet_sd"]["model"] == str(tmp_path / "model")
-
-
-def test_genes_come_from_training_slides(pair, fit, tmp_path):
-    """A gene that the held-out slide lacks cannot be scored there."""
+    assert {sdata.attrs["pixnet_sd"]["model"] for sdata in pair.values()} == {str(tmp_path / "model")}
     with pytest.raises(DataError, match="'b'.*'ACTB'"):
-        fit(pair, checkpoint_dir=tmp_path / "model", validation=["b"], genes=["ACTB", "CD68"])
+        fit(pair, checkpoint_dir=tmp_path / "named", validation=["b"], genes=["ACTB", "CD68"])
 
 
 def test_named_tables_and_genes_in_order_without_validation(pair, fit, tmp_path):
-    keys, genes = ["square_008um", "square_016um"], ["OTHER", "CD68"]
-    model = fit(pair["b"], checkpoint_dir=tmp_path / "m", table_key=keys, genes=genes, validation=None, max_epochs=1)
-    assert model.genes == genes
-    assert set(model.record.slides["slide"]["training_regions"]) == set(keys)
+    """Run twice, it ends with the same weights."""
+    options = {"table_key": ["square_008um", "square_016um"], "genes": ["OTHER", "CD68"], "validation": None}
+    model, again = (fit(pair["b"], checkpoint_dir=tmp_path / name, max_epochs=1, **options) for name in "ab")
+    assert model.genes == options["genes"]
+    assert list(model.record.slides["slide"]["training_regions"]) == options["table_key"]
     assert model.record.held_out_pcc == []
-    assert "held_out_pcc" not in model.record.var
     assert {"loss", "lr", "seconds"} == set(model.history.columns)
+    one, other = (each.network.state_dict() for each in (model, again))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def test_the_whole_transcriptome(slide, fit, tmp_path):
-    """All genes with 10 counts."""
-    counts = slide.tables[TABLE].to_df().sum()
-    model = fit(slide, checkpoint_dir=tmp_path / "model", genes="all", max_epochs=1)
-    assert set(model.genes) == set(counts.index[counts >= 10])
-
-
-class Seen(Exception):
-    """What was looked for."""
-
-
+@pytest.mark.filterwarnings("ignore:.*common divisor")
 def test_depth_of_slides_is_relative(pair, fit, tmp_path, monkeypatch):
     deep = pair["b"].tables[TABLE].copy()
     deep.X = deep.X * 3
     pair["b"].tables[TABLE] = deep
+    depths = []
 
     def look(trainer: Trainer) -> None:
-        raise Seen(*(slide.depth for slide in trainer.run.training))
+        depths.extend(slide.depth for slide in trainer.run.training)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "start", look)
-    with pytest.raises(Seen) as seen:
+    with pytest.raises(KeyboardInterrupt):
         fit(pair, checkpoint_dir=tmp_path / "model", objective="poisson", validation=None)
-    one, other = seen.value.args
-    assert one + other == pytest.approx(2)
-    assert other > 2 * one
+    assert sum(depths) == pytest.approx(2)
+    assert depths[1] > 2 * depths[0]
 
 
-def test_it_learns(slide, fit, tmp_path):
-    """A few epochs on counts without noise bring the loss well below that of the first."""
-    truth = ps.datasets.sample_truth_bins(8, size_um=200, mpp=1.0, library_size=False)
-    slide.tables[TABLE].X = sparse.csr_matrix(np.rint(100 * truth.to_numpy()).astype(np.float32))
-    model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=8, lr=5e-3, validation=None)
-    assert model.history["loss"].iloc[-1] < 0.8 * model.history["loss"].iloc[0]
-
-
-def test_the_papers_parameters(slide, predict, tmp_path):
+def test_the_papers_parameters(slide, tmp_path):
     network = ps.ModelParams.paper(encoder="test_resnet", encoder_weights=None, decoder_width=16, working_mpp=1.0)
-    training = ps.TrainParams.paper(tile_px=128)
-    options = {"model_params": network, "train_params": training, "genes": 6, "max_epochs": 1, "device": "cpu"}
-    record = ps.tl.fit(slide, checkpoint_dir=tmp_path / "model", **options, show_progress_bar=False).record
+    options = {"model_params": network, "train_params": ps.TrainParams.paper(tile_px=128), "device": "cpu"}
+    record = ps.tl.fit(slide, checkpoint_dir=tmp_path / "model", genes=6, max_epochs=1, **options).record
     said = [record.training[name] for name in ("optimizer", "anneal", "patience", "pcc_weight", "keep_best")]
     assert said == ["adam", False, None, 0.5, False]
     assert (record.aggregation, record.decoder.widths, record.decoder.hidden) == ("sum", None, (16, 16, 16))
-    predict(slide, bin_um=16, write=None)
-    assert np.isfinite(slide.tables["pixnet_bins_16um"].X).all()
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "sum"])
-def test_aggregation_starts_at_the_mean(slide, fit, predict, tmp_path, aggregation):
-    """With either, predictions are on the scale of the targets from the start."""
-    model = fit(slide, checkpoint_dir=tmp_path / "model", aggregation=aggregation, max_epochs=1, lr=1e-5)
-    assert model.record.aggregation == aggregation
-    predict(slide, shapes_key=BINS, write=None)
-    scores = ps.tl.evaluate(slide, table_key=TABLE, predicted_key=f"pixnet_{BINS}")
-    counts = slide.tables[TABLE].to_df()
-    target = np.log1p(1e4 * counts.div(counts.sum(axis=1), axis=0))[model.genes]
-    assert scores.attrs["MSE"] < 2 * target.var(ddof=0).mean()
-
-
-@pytest.mark.parametrize("objective", ["poisson", "nb"])
-def test_counts(slide, fit, tmp_path, objective):
-    """One output more than genes, densities that are never negative, and the mean of the slide at the start."""
-    model = fit(slide, checkpoint_dir=tmp_path / "model", objective=objective, max_epochs=1, lr=1e-5)
-    assert model.record.objective == objective
-    assert model.record.aggregation == "sum"
+def test_counts(slide, fit, tmp_path):
+    """All genes with 10 counts; one output more, positive densities, and the mean of the slide at the start."""
+    table = slide.tables[TABLE]
+    model = fit(slide, checkpoint_dir=tmp_path / "model", objective="nb", genes="all", max_epochs=1, lr=1e-5)
+    assert set(model.genes) == set(table.var_names[np.asarray(table.X.sum(axis=0)).ravel() >= 10])
+    assert (model.record.objective, model.record.aggregation) == ("nb", "sum")
     assert model.record.outputs == [*model.genes, "total_counts"]
     assert len(model.record.held_out_pcc) == len(model.genes)
     found = PixNet.load(tmp_path / "model").network
     with torch.inference_mode():
         density = found.gene_map(found(torch.full((1, 3, 64, 64), 180.0)))
-    assert density.shape[1] == 7
+    assert density.shape[1] == len(model.genes) + 1
     assert (density > 0).all()
-    counts = slide.tables[TABLE].X.sum() / (slide.tables[TABLE].n_obs * 8**2)
-    assert found.head.unit[-1] == pytest.approx(counts, rel=0.1)
+    assert found.head.unit[-1] == pytest.approx(table.X.sum() / (table.n_obs * 8**2), rel=0.1)
 
 
 def test_frozen_encoder(slide, fit, tmp_path):
-    torch.manual_seed(0)
-    encoder = build_encoder("test_resnet", None)
-    save_file(encoder.body.state_dict(), tmp_path / "encoder.safetensors")
-    model = fit(
-        slide,
-        checkpoint_dir=tmp_path / "model",
-        freeze_encoder=True,
-        encoder_weights=tmp_path / "encoder.safetensors",
-    )
-    for key, value in encoder.body.state_dict().items():
-        assert torch.equal(model.network.encoder.body.state_dict()[key], value), key
-    assert model.record.encoder_weights == "encoder.safetensors"
-    assert model.record.freeze_encoder
-    assert not (tmp_path / "model" / "training").exists() or not list((tmp_path / "model" / "training").iterdir())
+    weights = build_encoder("test_resnet", None).body.state_dict()
+    save_file(weights, tmp_path / "encoder.safetensors")
+    options = {"freeze_encoder": True, "encoder_weights": tmp_path / "encoder.safetensors", "max_epochs": 1}
+    model = fit(slide, checkpoint_dir=tmp_path / "model", **options)
+    kept = model.network.encoder.body.state_dict()
+    assert all(torch.equal(kept[key], value) for key, value in weights.items())
+    assert (model.record.encoder_weights, model.record.freeze_encoder) == ("encoder.safetensors", True)
+    assert not (tmp_path / "model" / "training").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"validation": ["b"]}, r"\['b'\].*slide"),
-        ({"validation": ["slide"]}, "slide"),
         ({"tile_px": 2**20}, "tile_px=1048576"),
         ({"batch_size": 2**16}, "batch_size=65536"),
         ({"decoder_width": 2**16}, "decoder_width=65536"),
         ({"working_mpp": 1e-6}, "working_mpp=1e-06"),
         ({"working_mpp": 50.0}, "working_mpp=50"),
-        ({"working_mpp": 1e-300}, "working_mpp=1e-300"),
         ({"encoder": "resnet19"}, "'resnet19'.*encoder="),
         ({"encoder_weights": "/no/such.pt"}, "'/no/such.pt'"),
         ({"genes": ["actb", "CD68"]}, "'actb'.*'ACTB'"),
         ({"table_key": "counts"}, "'counts'.*'square_008um'.*table_key="),
         ({"image_key": "he"}, "image_key="),
         ({"coordinate_system": "microns"}, "coordinate_system="),
-        ({"device": "cuda:7"}, "cuda"),
         ({"device": "gpu"}, "gpu"),
         ({"objective": "poisson", "aggregation": "mean"}, "objective='poisson'.*aggregation="),
     ],
 )
 def test_arguments_that_do_not_fit(slide, fit, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("pixnet_sd.tl._checks.available_memory", lambda: 2**32)
+    """Of what does not fit into memory, on a machine that has 4 GiB left."""
+    read = Path.read_text
+    memory = {"/proc/meminfo": "MemAvailable: 4194304 kB\n"}
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: memory.get(str(self)) or read(self, *a, **k))
     with pytest.raises(PixNetError, match=message):
         fit(slide, checkpoint_dir=tmp_path / "model", **arguments)
     assert not (tmp_path / "model").exists()
     assert "pixnet_sd" not in sd.read_zarr(slide.path).attrs
 
 
-def _few(table):
-    return table[:6].copy()
-
-
 def _empty_spots(table):
-    x = table.X.tolil()
-    x[:40] = 0
-    table.X = x.tocsr()
+    table.X = sparse.vstack([0 * table.X[:40], table.X[40:]], format="csr")
     return table
 
 
@@ -285,7 +226,11 @@ def _logged(table):
 
 @pytest.mark.parametrize(
     ("change", "message", "n_regions"),
-    [(_few, "Only 6 regions", 6), (_empty_spots, "40 of 408 regions", 368), (_logged, f"'{TABLE}'.*logarithms", 408)],
+    [
+        (lambda table: table[:6].copy(), "Only 6 regions", 6),
+        (_empty_spots, "40 of 408 regions", 368),
+        (_logged, f"'{TABLE}'.*logarithms", 408),
+    ],
 )
 def test_counts_that_are_warned_of_once(slide, fit, tmp_path, change, message, n_regions):
     slide.tables[TABLE] = change(slide.tables.pop(TABLE))
@@ -295,37 +240,21 @@ def test_counts_that_are_warned_of_once(slide, fit, tmp_path, change, message, n
     assert len([w for w in caught if issubclass(w.category, UserWarning)]) == 1
 
 
-def test_gene_without_counts(slide, fit, predict, tmp_path):
-    """Never chosen; one that is named is learnt as zero and has no correlation."""
-    names = slide.tables[TABLE].var_names
+def test_gene_without_counts(slide, fit, tmp_path):
+    """One that is named is learnt as zero and has no correlation."""
     x = slide.tables[TABLE].X.tolil()
-    x[:, names.get_loc("GENE004")] = 0
+    x[:, slide.tables[TABLE].var_names.get_loc("GENE004")] = 0
     slide.tables[TABLE].X = x.tocsr()
-    assert "GENE004" not in fit(slide, checkpoint_dir=tmp_path / "chosen", max_epochs=1).genes
     with pytest.warns(UserWarning, match="'GENE004'"):
         model = fit(slide, checkpoint_dir=tmp_path / "named", genes=["CD68", "GENE004"], max_epochs=1)
-    assert model.record.held_out_pcc[1] is None
-    predict(slide, shapes_key=BINS, write=None)
-    assert np.isfinite(slide.tables[f"pixnet_{BINS}"].X).all()
-    scores = ps.tl.evaluate(slide, table_key=TABLE, predicted_key=f"pixnet_{BINS}")
-    assert np.isnan(scores.loc["GENE004", "pcc"])
-    assert scores.attrs["PCC@M"] == scores.loc["CD68", "pcc"]
+    assert [pcc is None for pcc in model.record.held_out_pcc] == [False, True]
 
 
-@pytest.mark.parametrize("objective", ["poisson", "nb"])
-def test_a_likelihood_of_counts_refuses_other_values(slide, fit, tmp_path, objective):
+def test_a_likelihood_of_counts_refuses_other_values(slide, fit, tmp_path):
     slide.tables[TABLE].X = slide.tables[TABLE].X * 500.3
-    with pytest.raises(DataError, match=f"'{TABLE}'.*objective='{objective}'"):
-        fit(slide, checkpoint_dir=tmp_path / objective, objective=objective)
-    assert not (tmp_path / objective).exists()
-
-
-def test_antibodies_are_no_genes(slide, fit, model, tmp_path):
-    table, top = slide.tables[TABLE], model.genes[:3]
-    table.var["feature_types"] = np.where(table.var_names.isin(top), "Antibody Capture", "Gene Expression")
-    assert not set(fit(slide, checkpoint_dir=tmp_path / "genes", max_epochs=1).genes) & set(top)
-    with pytest.raises(DataError, match=top[0]):
-        fit(slide, checkpoint_dir=tmp_path / "named", genes=top[:1])
+    with pytest.raises(DataError, match=f"'{TABLE}'.*objective='nb'"):
+        fit(slide, checkpoint_dir=tmp_path / "model", objective="nb")
+    assert not (tmp_path / "model").exists()
 
 
 def test_store_that_cannot_be_written(slide, fit, tmp_path, monkeypatch, caplog):

@@ -33,15 +33,8 @@ def test_the_second_run_is_refused(slide, fit, tmp_path: Path, monkeypatch, defa
     fit(slide, **where)
     folder = Path(slide.attrs["pixnet_sd"]["model"])
     assert folder.name in refused[0]
+    assert folder.parent == (tmp_path.resolve() / "pixnet_sd_models" if default else tmp_path)
     assert left(folder) == MODEL
-
-
-def test_a_lock_that_a_kill_left(slide, fit, tmp_path: Path) -> None:
-    """The kernel has freed it."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / ".training.lock").touch()
-    fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1)
-    assert left(tmp_path / "model") == MODEL
 
 
 def test_a_finished_model_is_read_where_nothing_can_be_written(slide, fit, checkpoint, no_training, monkeypatch):

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -45,13 +45,14 @@ from pixnet_sd.store import hold_lock
 from pixnet_sd.store import record as note
 
 from ._checks import check_batch, check_decoder, pixels_of, quality_of, training_parts, values_per_px, why_poor
-from ._training_data import Source, TrainingData, data_parts, describe, held_out_names, open_sources, training_data
+from ._training_data import data_parts, describe, held_out_names, open_sources, training_data
 
 _DROPOUT = 0.5  # of channels of the decoder's laterals
 _MIN_WIDTH = 32  # fewest channels of a level, unless `decoder_width` itself is smaller
 _LEVELS = len(STRIDES)
 _BATCH_SIZE = {"cuda": 8, "mps": 4, "cpu": 2}
 _LOCK = ".training.lock"
+_Images: TypeAlias = Mapping[str, tuple[Slide, PixelContent]]
 _FIRST = 5  # differences that are named
 
 
@@ -88,24 +89,23 @@ def _alone_in(directory: Path) -> Iterator[None]:
                 pass
         yield
         return
+    busy = (
+        f"Another run is training in {str(directory)!r}. Give another checkpoint_dir, or wait: the same call takes "
+        "the model when that run has finished."
+    )
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(folder_for(directory))
             with tempfile.TemporaryFile(dir=directory):  # `os.access` is wrong for network mounts and the superuser
                 pass
-        except (OSError, ValueError) as error:  # the latter: a name that no folder can have
-            why = error.strerror if isinstance(error, OSError) else None
-            raise CheckpointError(
-                f"{str(directory)!r} cannot be written ({why or error}). Give checkpoint_dir= a folder that can be."
-            ) from error
-        busy = (
-            f"Another run is training in {str(directory)!r}. Give another checkpoint_dir, or wait: the same call takes "
-            "the model when that run has finished."
-        )
-        try:
             held.enter_context(hold_lock(directory / _LOCK, wait_s=0, busy=busy))
         except StoreError as error:
             raise CheckpointError(str(error)) from error
+        except (OSError, ValueError) as error:  # the latter: a name that no folder can have
+            why = getattr(error, "strerror", None) or error
+            raise CheckpointError(
+                f"{str(directory)!r} cannot be written ({why}). Give checkpoint_dir= a folder that can be."
+            ) from error
         yield
 
 
@@ -216,7 +216,8 @@ def fit(  # noqa: PLR0913
     settings: dict[str, Any] = {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed}
     settings |= {"objective": objective, "target_sum": params.target_sum}
     folder = None if checkpoint_dir is None else home_expanded(checkpoint_dir)
-    home = _models_folder(slides) if folder is None else folder.parent
+    stores = [Path(sdata.path).parent for sdata in slides.values() if sdata.path is not None]
+    home = [*stores, Path.cwd()][0] / "pixnet_sd_models" if folder is None else folder.parent
     with contextlib.ExitStack() as held:
         if folder is not None:  # a folder that was given is held before anything that takes long
             held.enter_context(_alone_in(folder))
@@ -233,7 +234,10 @@ def fit(  # noqa: PLR0913
             allow_any_mpp=train_params.allow_any_mpp,
             working_mpp=params.working_mpp,
         )
-        _check_tiles(sources, train_params.tile_px, batch_size, values_per_px(encoder.channels, shape), fabric.device)
+        tile_px = train_params.tile_px  # at most: a tile is no larger than the slide and the margins of its regions
+        most_px = [np.array(s.slide.working_shape) + 2 * (tile_px // MARGIN_SHARE) for s in sources.values()]
+        sides = np.minimum(tile_px, most_px).tolist()
+        check_batch(sides, batch_size, tile_px, values_per_px(encoder.channels, shape), fabric.device)
         data = training_data(
             sources,
             genes=genes,
@@ -247,8 +251,12 @@ def fit(  # noqa: PLR0913
         names, described = [str(gene) for gene in data.genes], describe(sources, data)
         del sources  # of millions of bins it holds what the training does not need
         network = Network(encoder, shape, len(outputs_of(names, objective)), aggregation, link_of(objective))
-        record = _record(network, params, objective, genes=names, slides=described, tile_px=train_params.tile_px)
-        identity = _identify(record, {**settings, **asdict(train_params)}, images, data)
+        record = _record(network, params, objective, genes=names, slides=described, tile_px=tile_px)
+        # What it is trained on and how, and the fingerprint of all that decides about it.
+        record.training = {k: v for k, v in {**settings, **asdict(train_params)}.items() if k != "allow_any_mpp"}
+        record.depends_on = as_json(training_parts(record, record.training, images, data_parts(data)))
+        record.training["fingerprint"] = identity = fingerprint(record.depends_on)
+        record.check()
         if folder is None:
             folder = home / identity[:12]
             held.enter_context(_alone_in(folder))
@@ -259,20 +267,6 @@ def fit(  # noqa: PLR0913
     if record_model:
         _note(slides, images, str(folder.resolve()))
     return model
-
-
-def _check_tiles(
-    sources: Mapping[str, Source], tile_px: int, batch_size: int, values: float, device: torch.device
-) -> None:
-    """Refuse batches that do not fit; a tile is no larger than the slide and the margins that regions keep."""
-    most_px = [np.array(source.slide.working_shape) + 2 * (tile_px // MARGIN_SHARE) for source in sources.values()]
-    check_batch(np.minimum(tile_px, most_px).tolist(), batch_size, tile_px, values, device)
-
-
-def _models_folder(slides: Mapping[str, SpatialData]) -> Path:
-    """Choose the folder of checkpoints: beside the first backed store, else in the working directory."""
-    stores = [Path(sdata.path).parent for sdata in slides.values() if sdata.path is not None]
-    return (stores[0] if stores else Path.cwd()) / "pixnet_sd_models"
 
 
 def _record(network: Network, params: ModelParams, objective: ObjectiveName, **known: Any) -> ModelRecord:
@@ -295,20 +289,6 @@ def _record(network: Network, params: ModelParams, objective: ObjectiveName, **k
     )
 
 
-def _identify(
-    record: ModelRecord,
-    training: dict[str, Any],
-    images: Mapping[str, tuple[Slide, PixelContent]],
-    data: TrainingData,
-) -> str:
-    """Write into a record how it is trained and on what, and return the fingerprint of all that decides about it."""
-    record.training = {name: value for name, value in training.items() if name != "allow_any_mpp"}
-    record.depends_on = as_json(training_parts(record, record.training, images, data_parts(data)))
-    record.training["fingerprint"] = identity = fingerprint(record.depends_on)
-    record.check()
-    return identity
-
-
 def _finished(folder: Path, record: ModelRecord) -> PixNet | None:
     """Load the model, if the same run has finished in the folder."""
     whole = (folder / CHECKSUMS).exists()  # the last that is written
@@ -329,14 +309,7 @@ def _finished(folder: Path, record: ModelRecord) -> PixNet | None:
     return model
 
 
-def _trained(
-    model: PixNet,
-    run: Run,
-    fabric: Fabric,
-    images: Mapping[str, tuple[Slide, PixelContent]],
-    *,
-    show_progress_bar: bool,
-) -> PixNet:
+def _trained(model: PixNet, run: Run, fabric: Fabric, images: _Images, *, show_progress_bar: bool) -> PixNet:
     """Train, and save into the folder that the run's is in."""
     with no_empty_folders_left(run.directory):
         result = train(model.network, run, fabric, show_progress_bar=show_progress_bar)
@@ -354,7 +327,7 @@ def _trained(
     return model
 
 
-def _note(slides: Mapping[str, SpatialData], images: Mapping[str, tuple[Slide, PixelContent]], folder: str) -> None:
+def _note(slides: Mapping[str, SpatialData], images: _Images, folder: str) -> None:
     """Record the model in each object, and in its store if that can be written, with what was hashed of the image."""
     for name, (slide, pixels) in images.items():
         try:

@@ -44,27 +44,12 @@ class TrainingData(NamedTuple):
 
 
 def open_sources(
-    slides: Mapping[str, SpatialData],
-    *,
-    image_key: str | None,
-    table_key: str | Sequence[str] | None,
-    coordinate_system: str | None,
-    mpp: float | Literal["coordinate_system"] | None,
-    allow_any_mpp: bool,
-    working_mpp: float,
+    slides: Mapping[str, SpatialData], *, table_key: str | Sequence[str] | None, **how: Any
 ) -> dict[str, Source]:
-    """Open every slide and its tables; arguments as of :func:`pixnet_sd.tl.fit`."""
+    """Open every slide (`how`: as `open_slide` takes it) and its tables."""
     sources = {}
     for name, sdata in slides.items():
-        slide = open_slide(
-            sdata,
-            image_key=image_key,
-            coordinate_system=coordinate_system,
-            mpp=mpp,
-            allow_any_mpp=allow_any_mpp,
-            working_mpp=working_mpp,
-            region_keys=measured_regions(sdata, table_key),
-        ).named(name)
+        slide = open_slide(sdata, region_keys=measured_regions(sdata, table_key), **how).named(name)
         check_working_size(slide)
         sources[name] = Source(slide, measured(sdata, slide, table_key=table_key))
     return sources
@@ -106,10 +91,8 @@ def training_data(
     slides = {}
     for name, targets in targets_of(tables, chosen, target_sum, cache, objective).items():
         slide, (height, width) = sources[name].slide, sources[name].slide.working_shape
-        groups = [
-            MeasuredRegions(table.table_key, t.regions, t.values)
-            for table, t in zip(tables[name], targets, strict=True)
-        ]
+        keys = [table.table_key for table in tables[name]]
+        groups = (MeasuredRegions(key, t.regions, t.values) for key, t in zip(keys, targets, strict=True))
         slides[name] = TrainingSlide(slide.name, slide.read, height, width, tuple(groups))
     if objective != "mse_pcc":  # counts per area, relative to the mean of all training slides
         density = {name: np.mean([_density(group) for group in slides[name].measured]) for name in seen}
@@ -124,8 +107,7 @@ def training_data(
 
 def _density(group: MeasuredRegions) -> float:
     """Compute the mean counts of all genes per px²."""
-    n = len(group.regions)
-    sample = np.unique(np.linspace(0, n - 1, min(n, _SAMPLE)).astype(np.int64))
+    sample = np.unique(np.linspace(0, len(group.regions) - 1, _SAMPLE).astype(np.int64))
     return float(group.values.mean(axis=0)[-1] / group.regions.subset(sample).area.mean())
 
 

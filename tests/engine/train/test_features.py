@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pixnet_sd.engine import N_SYMMETRIES, Tile, TrainingSlide, apply_symmetry, training_tiles, undo_symmetry
+from pixnet_sd.engine import Tile, TrainingSlide, apply_symmetry, training_tiles, undo_symmetry
 from pixnet_sd.engine.train import BatchPlan, FeatureMaps, PyramidCache, calibrate, make_batch
 from pixnet_sd.geometry import MAP_STRIDE, STRIDES
 from pixnet_sd.model import Encoder, Network
@@ -51,7 +51,7 @@ class TestKept:
     def make(self, cache: PyramidCache, slide: TrainingSlide, tile: Tile = TILE, k: int = 0) -> list[torch.Tensor]:
         return cache.make(slide, tile, k, self.pixels(slide, tile))
 
-    @pytest.mark.parametrize("k", range(N_SYMMETRIES))
+    @pytest.mark.parametrize("k", [0, 1, 6])
     def test_what_is_read_is_what_was_computed(self, cache, encoder, slide, k: int) -> None:
         cache.stain_jitter = 0.0
         assert cache.read(slide, TILE, k) is None
@@ -123,8 +123,7 @@ def features(make_run, fabric) -> Callable[..., FeatureMaps]:
     return lambda network, **options: FeatureMaps(network, make_run(**({"stain_jitter": 0.0} | options)), fabric)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("k", range(N_SYMMETRIES))
+@pytest.mark.parametrize(("frozen", "k"), [(False, 0), (False, 3), (True, 5), (True, 6)])
 def test_maps_are_turned_back(make_network, features, slide, frozen: bool, k: int) -> None:
     """Whether pixels are encoded, or pyramids made or read: undo(network(apply(image))); what is kept is read ahead."""
     network, tiling = make_network(frozen=frozen).eval(), training_tiles(slide, 96)
@@ -200,24 +199,12 @@ def test_laterals_get_the_scale_between_regions(make_network, features, learnabl
         torch.testing.assert_close(1 / lateral.scale, values.std(0) + 1e-3, rtol=1e-2, atol=1e-3)
 
 
-def test_a_network_without_laterals_stays(make_network, features) -> None:
-    network = make_network(frozen=True, laterals=False)
-    before = state(network)
-    calibrate(network, features(network), [], 4)
-    assert same(state(network), before)
-
-
 @pytest.mark.parametrize("frozen", [False, True])
-def test_calibration_leaves_the_encoder_and_the_disk_as_they_are(make_network, make_run, fabric, learnable, frozen):
-    """What is kept is read by the training; with few tiles another seed gives the same constants."""
-    slide, scales = learnable(96, 100), []
-    for seed in (0, 1):
-        network, run = make_network(frozen=frozen), make_run(folder=str(seed))
-        before = state(network.encoder)
-        torch.manual_seed(seed)
-        calibrate(network, FeatureMaps(network, run, fabric), [training_tiles(slide, 64)], 100)
-        assert same(state(network.encoder), before)
-        assert (run.directory / "features").exists() == frozen
-        scales.append(network.decoder.laterals[0].scale)
-    torch.testing.assert_close(*scales, rtol=1e-4, atol=0)
-    assert not torch.allclose(scales[0], torch.ones(1))
+def test_calibration_leaves_the_encoder_as_it_is(make_network, make_run, fabric, learnable, frozen):
+    """What is kept is read by the training."""
+    network, run = make_network(frozen=frozen), make_run()
+    before = state(network.encoder)
+    calibrate(network, FeatureMaps(network, run, fabric), [training_tiles(learnable(96, 100), 64)], 100)
+    assert same(state(network.encoder), before)
+    assert (run.directory / "features").exists() == frozen
+    assert not torch.allclose(network.decoder.laterals[0].scale, torch.ones(1))

@@ -30,7 +30,7 @@ def kept(slide: TrainingSlide, size: int = 0) -> np.ndarray:
     return measured.values[:, 0].astype(int)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(fraction=st.floats(0.02, 0.9), seed=st.integers(0, 1000))
 def test_blocks_hold_together(slide_of, fraction: float, seed: int) -> None:
     fine, coarse = lattice(10, 4), lattice(25, 20)
@@ -67,12 +67,6 @@ def test_only_regions_at_the_border_are_left_out_of_both(slide_of) -> None:
     nearest = np.abs(regions.centre_xy[lost][:, None] - regions.centre_xy[held_out]).max(axis=2).min(axis=1)
     assert 0 < len(lost) < 0.2 * len(regions)
     assert nearest.max() <= 10
-
-
-def test_deterministic_by_seed(slide_of) -> None:
-    slide = with_row_numbers(slide_of, lattice(20, 4))
-    once, again, other = (kept(hold_out_blocks(slide, 0.2, seed)[1]).tolist() for seed in (5, 5, 6))
-    assert once == again != other
 
 
 def test_a_size_without_held_out_regions_is_dropped_there(slide_of) -> None:

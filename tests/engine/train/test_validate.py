@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pixnet_sd.engine import MeasuredRegions, TrainingSlide
-from pixnet_sd.engine.train import Batch, FeatureMaps, Moments, score_regions
-from pixnet_sd.geometry import Circles
+from pixnet_sd.engine.train import FeatureMaps, Moments, score_regions
 from pixnet_sd.model import Head, Network, make_objective
 
 MSE = make_objective("mse_pcc", pcc_weight=0.5, target_sum=1e4, n_sizes=1, n_outputs=3)
@@ -24,7 +24,7 @@ POISSON = make_objective("poisson", pcc_weight=0.5, target_sum=1e4, n_sizes=1, n
 class Colours(FeatureMaps):
     """Its map is the colour of the slide over 128, as of a network that knows the answer."""
 
-    def of(self, batch: Batch) -> Tensor:
+    def of(self, batch: Any) -> Tensor:
         return torch.nn.functional.avg_pool2d(batch.image.float(), 4)
 
 
@@ -71,13 +71,6 @@ def test_constant_genes_take_no_part(score, learnable) -> None:
     assert scores.pcc > 0.9
 
 
-def test_nothing_varies(score, slide_of, reader, draw) -> None:
-    slide = slide_of(Circles([[20, 20], [40, 20]], 5), values=[np.ones((2, 3), np.float32)], read=reader(draw(64, 64)))
-    scores = score([slide], weight=KNOWS)
-    assert scores.pcc == float("-inf")
-    assert np.isfinite(scores.mse)
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 def test_no_chance_no_gradients_no_statistics(make_network, make_run, fabric, learnable, frozen: bool) -> None:
     network: Network = make_network(frozen=frozen, dropout=0.5).train()
@@ -89,6 +82,7 @@ def test_no_chance_no_gradients_no_statistics(make_network, make_run, fabric, le
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
+@settings(max_examples=30)
 @given(
     cuts=st.lists(st.integers(0, 40), max_size=4).map(sorted), seed=st.integers(0, 99), offset=st.sampled_from([0, 1e3])
 )

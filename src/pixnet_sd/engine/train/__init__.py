@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from ._batches import Batch, BatchPlan, make_batch, output_blocks, plan_batches
+from ._batches import BatchPlan, make_batch, output_blocks, plan_batches
 from ._features import FeatureMaps, PyramidCache, calibrate
-from ._loop import Trainer, TrainResult, train
+from ._loop import Trainer, train
 from ._run import BestEpoch, Run, RunState, seal, warn_of_versions
 from ._scores import BatchLoss, Moments, Scores, score_regions
 from ._split import hold_out_blocks
 
 __all__ = [
-    "Batch",
     "BatchLoss",
     "BatchPlan",
     "BestEpoch",
@@ -20,7 +19,6 @@ __all__ = [
     "Run",
     "RunState",
     "Scores",
-    "TrainResult",
     "Trainer",
     "calibrate",
     "hold_out_blocks",

@@ -15,22 +15,16 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from pixnet_sd.engine import N_SYMMETRIES, MeasuredRegions, Tile, TrainingSlide, TrainingTiles
+from pixnet_sd.engine import N_SYMMETRIES, Tile, TrainingSlide, TrainingTiles
 from pixnet_sd.geometry import MAP_STRIDE, Grid, Window
 from pixnet_sd.model import Move, Operator, TiledOperator, build_operator
 
-DENSE_OUTPUTS = 1024
-"""Most outputs that are held for all regions of a batch."""
-
+DENSE_OUTPUTS = 1024  # most that are held for all regions of a batch
 _BLOCK_BYTES = 2**27
 _FEWEST = 64  # outputs that are worth a look of their own
 
-Pyramid: TypeAlias = list[Tensor]
-"""F_1..F_L of a tile, each (1, C_l, h_l, w_l)."""
-
-
-Target: TypeAlias = "Tensor | sparse.csc_matrix"
-"""Targets (regions, M): dense, or on the host as compressed columns."""
+Pyramid: TypeAlias = list[Tensor]  # F_1..F_L of a tile, each (1, C_l, h_l, w_l)
+Target: TypeAlias = "Tensor | sparse.csc_matrix"  # (regions, M): dense, or on the host as compressed columns
 
 
 def block_of(target: Target, outputs: slice, device: torch.device) -> Tensor:
@@ -134,32 +128,24 @@ def make_batch(
     page-locked memory and operators into torch's form, differentiable or not, which a GPU copies while it computes.
     """
     members = [plan.tiling.members(tile) for tile in plan.tiles]
-    targets = [
-        _targets(measured, index, pin=pin)
-        for measured, index in zip(plan.slide.measured, zip(*members, strict=True), strict=True)
-    ]
+    targets: list[Target] = []
+    for measured, index in zip(plan.slide.measured, zip(*members, strict=True), strict=True):
+        values = measured.values
+        if isinstance(values, np.ndarray) or values.shape[1] <= DENSE_OUTPUTS:
+            targets.append(_joined([values[k] for k in index], pin=pin))
+        else:
+            targets.append(sparse.vstack([values.rows(k) for k in index], format="csc"))
     pyramids = [None if kept is None else kept(plan.slide, tile, plan.symmetry) for tile in plan.tiles]
-    read = [
-        plan.slide.read(t.row0, t.row0 + t.height, t.col0, t.col0 + t.width)[None]
-        for t, pyramid in zip(plan.tiles, pyramids, strict=True)
-        if pyramid is None
-    ]
-    image = _joined(read, pin=pin).permute(0, 3, 1, 2) if read else None
-    if image is not None and not pin:
-        image = image.contiguous()  # a GPU's layout is that of the pixels
+    image, to_read = None, [t for t, pyramid in zip(plan.tiles, pyramids, strict=True) if pyramid is None]
+    if to_read:
+        read = [plan.slide.read(t.row0, t.row0 + t.height, t.col0, t.col0 + t.width)[None] for t in to_read]
+        image = _joined(read, pin=pin).permute(0, 3, 1, 2)
+        image = image if pin else image.contiguous()  # a GPU's layout is that of the pixels
     operators = tile_operators(plan, members, MAP_STRIDE)
     if pin:
         operators = [operator.staged(gradient=gradient, pin=True) for operator in operators]
         pyramids = [pyramid and [level.pin_memory() for level in pyramid] for pyramid in pyramids]
     return Batch(plan, image, pyramids, operators, targets)
-
-
-def _targets(measured: MeasuredRegions, members: Sequence[NDArray[np.intp]], *, pin: bool) -> Target:
-    """Read targets of the tiles' regions, one tile's after the other's."""
-    values = measured.values
-    if isinstance(values, np.ndarray) or values.shape[1] <= DENSE_OUTPUTS:
-        return _joined([values[k] for k in members], pin=pin)
-    return sparse.vstack([values.rows(k) for k in members], format="csc")
 
 
 def _joined(pieces: list[NDArray[Any]], *, pin: bool) -> Tensor:

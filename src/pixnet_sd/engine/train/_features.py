@@ -6,6 +6,7 @@ read ahead of the network in the threads that make batches.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -57,13 +58,10 @@ class PyramidCache:
     def read(self, slide: TrainingSlide, tile: Tile, symmetry: int) -> Pyramid | None:
         """Read the kept pyramid of a turned tile, on the host; None where there is none that can be read."""
         path = self._path(slide, tile, symmetry)
-        if not path.is_file():
-            return None
-        try:
-            stored = load_file(path)
+        with contextlib.suppress(KeyError, OSError, SafetensorError):  # cut off when the machine was: it is made anew
+            stored = load_file(path) if path.is_file() else {}
             return [stored[str(k)] for k in range(len(STRIDES))]
-        except (KeyError, OSError, SafetensorError):  # cut off when the machine was: it is made anew
-            return None
+        return None
 
     @torch.no_grad()
     def make(self, slide: TrainingSlide, tile: Tile, symmetry: int, pixels: Tensor) -> Pyramid:
@@ -85,7 +83,7 @@ class PyramidCache:
         return self.directory / f"{_key(slide, tile, symmetry):08x}_{'_'.join(map(str, tile))}_{symmetry}.safetensors"
 
     def _keep(self, path: Path, pyramid: Pyramid) -> None:
-        needed = sum(level.numel() * 2 for level in pyramid)
+        needed = sum(level.nbytes for level in pyramid)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._full = needed > _FREE_SHARE * shutil.disk_usage(self.directory).free

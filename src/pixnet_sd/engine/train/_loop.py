@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixnet_sd._util import bar_class, logger, warn
-from pixnet_sd.engine import TrainingSlide, TrainingTiles, fixed_shapes, training_tiles
+from pixnet_sd.engine import TrainingSlide, fixed_shapes, training_tiles
 from pixnet_sd.errors import CheckpointError, DivergenceError, PixNetError
 from pixnet_sd.model import Network, count_pixels, make_objective
 
@@ -52,18 +52,16 @@ def _seed_epoch(seed: int, epoch: int) -> np.random.Generator:
 
 def _start_head(network: Network, slides: Sequence[TrainingSlide], means: list[list[NDArray[Any]]]) -> None:
     """Start the head at the mean target of the training regions, given for each slide and size."""
-    groups = [(slide, measured.regions) for slide in slides for measured in slide.measured]
-    every = [mean for of_slide in means for mean in of_slide]
-    n_px = []
-    for slide, regions in groups:
+    every, density, typical = [mean for of_slide in means for mean in of_slide], [], []
+    for (slide, regions), mean in zip([(s, m.regions) for s in slides for m in s.measured], every, strict=True):
         sample = np.unique(np.linspace(0, len(regions) - 1, _SAMPLE).astype(np.intp))
-        n_px.append(count_pixels(regions.subset(sample), slide.height, slide.width))
+        n_px = count_pixels(regions.subset(sample), slide.height, slide.width)
+        typical.append(np.median(n_px))
+        density.append(mean / (n_px.mean() * slide.depth))
     if network.head.is_linear:
-        typical = float(np.median([np.median(each) for each in n_px]))
-        network.start_from(torch.from_numpy(np.mean(every, axis=0)), typical)
-        return
-    density = [mean / (each.mean() * slide.depth) for mean, each, (slide, _) in zip(every, n_px, groups, strict=True)]
-    network.start_at(torch.from_numpy(np.mean(density, axis=0)))
+        network.start_from(torch.from_numpy(np.mean(every, axis=0)), float(np.median(typical)))
+    else:
+        network.start_at(torch.from_numpy(np.mean(density, axis=0)))
 
 
 def _trained(network: Network) -> dict[str, Tensor]:
@@ -124,25 +122,12 @@ class Trainer:
             ) from error
         logger.info("resuming after epoch %d", state.epoch)
 
-    def save(self, state: RunState) -> None:
-        """Write the state of the epoch that the network has just finished."""
-        state.network, state.extras = _trained(self.network), self.objective.state_dict()
-        state.optimizer = self.optimizer.state_dict()
-        state.save(self.run.directory)
-
-    def tiles(self, rng: np.random.Generator) -> list[TrainingTiles]:
-        """Cut an epoch's tiles: moved at random, unless kept features tie them to their places."""
-        if self.features.frozen:
-            return self.fixed_tiles
-        tile_px, slides = self.run.params.tile_px, self.run.training
-        shifts = [tuple(rng.random(2)) for _ in slides]
-        return [training_tiles(s, tile_px, shift=shift) for s, shift in zip(slides, shifts, strict=True)]
-
     def epoch(self, epoch: int, steps_before: int, bar: Any) -> tuple[float, int]:
         """Pass over all tiles once, or until the run has taken its steps; returns the mean loss and the steps taken."""
-        rng = _seed_epoch(self.run.seed, epoch)
-        plans = plan_batches(self.tiles(rng), self.run.batch_size, rng)
-        most = self.run.params.max_steps
+        rng, tilings, params = _seed_epoch(self.run.seed, epoch), self.fixed_tiles, self.run.params
+        if not self.features.frozen:  # tiles move at random, unless kept features tie them to their places
+            tilings = [training_tiles(s, params.tile_px, shift=tuple(rng.random(2))) for s in self.run.training]
+        plans, most = plan_batches(tilings, self.run.batch_size, rng), params.max_steps
         if most is not None:
             plans = plans[: most - steps_before]
         self.network.train()
@@ -172,10 +157,8 @@ class Trainer:
         """Read the loss as a number, and refuse one that no training comes back from."""
         value, slide, lr = loss.item(), batch.plan.slide.name, self.run.params.lr
         if not math.isfinite(value):
-            raise PixNetError(
-                f"The loss became {value} on slide {slide!r}. Lower lr (now {lr:g}), or look for extreme values in the "
-                "table."
-            )
+            what = f"The loss became {value} on slide {slide!r}."
+            raise PixNetError(f"{what} Lower lr (now {lr:g}), or look for extreme values in the table.")
         if self.first_loss is None:
             self.first_loss = value
         if value > _ABSURD * (1 + abs(self.first_loss)):
@@ -187,13 +170,13 @@ class Trainer:
 
     def checked_scores(self, scores: Scores, which: str) -> Scores:
         """Refuse scores that no training comes back from."""
-        if not scores.is_absurd:
-            return scores
-        what = f"the mean squared error on {which} regions became {scores.mse:.3g}, and of each gene's mean it is "
-        what += f"{scores.gene_mean_mse:.3g}"
-        if scores.counts_are_off:
-            what += f"; predicted counts are {scores.count_ratio:.3g} times those measured"
-        raise self.diverged(what)
+        if scores.is_absurd:
+            counts = f"; predicted counts are {scores.count_ratio:.3g} times those measured"
+            raise self.diverged(
+                f"the mean squared error on {which} regions became {scores.mse:.3g}, and of each gene's mean it is "
+                f"{scores.gene_mean_mse:.3g}{counts if scores.counts_are_off else ''}"
+            )
+        return scores
 
     def diverged(self, what: str) -> DivergenceError:
         """Make the error of a run that left any sane range."""
@@ -239,20 +222,15 @@ class Trainer:
     def finish(self, state: RunState) -> TrainResult:
         """Give the network the weights that are kept, and say what they are worth."""
         self.network.load_state_dict(state.best.weights, strict=False)
-        kept = state.best.epoch or state.epoch
+        kept, scored_on = state.best.epoch or state.epoch, "held_out" if self.run.held_out else "training"
         if self.run.held_out:
-            row = state.history[kept - 1]
-            quality = [row.get(f"val_{name}", np.nan) for name in _QUALITY]
+            worth = {name: state.history[kept - 1].get(f"val_{name}", np.nan) for name in _QUALITY}
         else:
             scores = self.last or self.score(self.run.training, state.steps)  # of a run that was killed when it ended
-            quality = [getattr(scores, name) for name in _QUALITY]
+            worth = {name: getattr(scores, name) for name in _QUALITY}
         self.network.eval()
         self.features.cache.clear()
-        worth = {
-            **dict(zip(_QUALITY, quality, strict=True)),
-            "scored_on": "held_out" if self.run.held_out else "training",
-        }
-        return TrainResult(state.history, kept, state.best.pcc_per_gene, worth)
+        return TrainResult(state.history, kept, state.best.pcc_per_gene, worth | {"scored_on": scored_on})
 
 
 def train(network: Network, run: Run, fabric: Fabric, *, show_progress_bar: bool = True) -> TrainResult:
@@ -281,15 +259,15 @@ def train(network: Network, run: Run, fabric: Fabric, *, show_progress_bar: bool
                 row = trainer.record(state, state.epoch + 1, loss, steps, started)
             except DivergenceError as error:
                 if not (run.params.keep_best and state.best.epoch):
-                    left = (
-                        f" Epoch {saved} is still in {str(run.directory)!r}: delete it, or give another checkpoint_dir."
-                    )
+                    left = f" Delete epoch {saved} in {str(run.directory)!r}, or give another checkpoint_dir."
                     raise DivergenceError(f"{error} No model was saved.{left if saved else ''}") from error
                 best = state.best.epoch
                 warn(f"{error} The training ends with epoch {state.epoch + 1}, and the model is that of {best}.")
                 break
             if trainer.has_ended(state) or time.monotonic() - saved_at >= run.save_every_s:
-                trainer.save(state)
+                state.network, state.extras = _trained(network), trainer.objective.state_dict()
+                state.optimizer = trainer.optimizer.state_dict()
+                state.save(run.directory)
                 saved, saved_at = state.epoch, time.monotonic()
             val = f", val PCC {row['val_pcc']:.3f}, val MSE {row['val_mse']:.4f}" if run.held_out else ""
             bar.set_description_str(f"loss {row['loss']:.4f}{val}", refresh=False)

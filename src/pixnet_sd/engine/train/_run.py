@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import mmap
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from pixnet_sd._schemas import StateSchema, what_is_wrong
 from pixnet_sd._util import logger
 from pixnet_sd.engine import TrainingSlide
 from pixnet_sd.errors import CheckpointError
+from pixnet_sd.model import library_versions
 from pixnet_sd.params import ObjectiveName, TrainParams
 
 _WARM_UP = 0.2
@@ -44,23 +43,21 @@ class Run:
 
     def learning_rate(self, progress: float) -> float:
         """Compute the rate at a share of the run, 0 to 1; of progress alone, so that a resumed run agrees."""
-        anneal = not self.held_out if self.params.anneal is None else self.params.anneal
-        if not anneal:
-            return self.params.lr
+        lr, anneal = self.params.lr, self.params.anneal
+        if anneal is False or (anneal is None and self.held_out):
+            return lr
         if progress < _WARM_UP:
-            return self.params.lr * (0.04 + 0.96 * progress / _WARM_UP)
-        return float(self.params.lr * 0.5 * (1 + np.cos(np.pi * (progress - _WARM_UP) / (1 - _WARM_UP))))
+            return lr * (0.04 + 0.96 * progress / _WARM_UP)
+        return lr * 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
 
 
-_SEAL = re.compile(rb"\nsha256 ([0-9a-f]{64}) of (\d{20}) bytes\n")
-_SEAL_BYTES = 103
+_SEAL_BYTES = 64
 
 
 def seal(file: BinaryIO) -> None:
-    """Hash the content of a file that is open for reading and writing, and write the hash behind it."""
+    """Hash the content of a file that is open for reading and writing, and write the SHA-256, as hex, behind it."""
     file.seek(0)
-    digest = file_hash(file)
-    file.write(f"\nsha256 {digest} of {file.tell():020d} bytes\n".encode())
+    file.write(file_hash(file).encode())
 
 
 @contextlib.contextmanager
@@ -68,13 +65,13 @@ def _open_sealed(path: Path, most_bytes: int | None) -> Iterator[mmap.mmap]:
     """Map the content of a sealed file, so that what is read is what was hashed; refuse one that was changed."""
     with open_regular(path, most_bytes=most_bytes) as file:
         n_bytes = file.seek(0, 2) - _SEAL_BYTES
-        file.seek(max(n_bytes, 0))
-        end = _SEAL.fullmatch(file.read())
-        if end is None or int(end[2]) != n_bytes or n_bytes == 0:
-            raise ValueError("it was cut off, or does not end as it was written")
+        if n_bytes <= 0:
+            raise ValueError("it was cut off")
+        file.seek(n_bytes)
+        digest = file.read().decode("ascii", "replace")
         with mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as content:
-            if hashlib.sha256(content).hexdigest().encode() != end[1]:
-                raise ValueError("it is not as it was written")
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise ValueError("it was cut off, or is not as it was written")
             yield content
 
 
@@ -82,17 +79,10 @@ _FILE = "training_state.pt"
 _DECIDING = ("pixnet_sd", "torch", "timm", "numpy")  # libraries that make a network's numbers
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _DECIDING:
-        with contextlib.suppress(PackageNotFoundError):  # a source tree that was never installed
-            versions[name] = version(name)
-    return versions
-
-
 def warn_of_versions(before: Mapping[str, str], what: str) -> None:
     """Log that a model or state was made with other versions of the libraries that make a network's numbers."""
-    changed = [f"{k} {before[k]} (now {now})" for k, now in _versions().items() if before.get(k, now) != now]
+    now = library_versions()
+    changed = [f"{k} {before[k]} (now {now[k]})" for k in _DECIDING if before.get(k, now[k]) != now[k]]
     if changed:
         logger.warning("%s was made with %s: numbers may differ in their last digits.", what, ", ".join(changed))
 
@@ -119,7 +109,7 @@ class RunState:
     extras: dict[str, Tensor] = field(default_factory=dict)  # what the objective learns: dispersions of counts
     history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch
     best: BestEpoch = field(default_factory=BestEpoch)
-    versions: dict[str, str] = field(default_factory=_versions)  # that it was made with
+    versions: dict[str, str] = field(default_factory=library_versions)  # that it was made with
 
     def save(self, directory: Path) -> None:
         """Write atomically: a kill, a full disk or a folder that cannot be written leave the state that was there."""
@@ -148,9 +138,8 @@ class RunState:
         except Exception as error:
             # torch raises half a dozen types for what it did not write; for a user they mean the same.
             why = what_is_wrong(error).rstrip(".") if isinstance(error, ValueError) else type(error).__name__
-            raise CheckpointError(
-                f"The training state {str(path)!r} cannot be read ({why}). Delete it to train anew."
-            ) from error
+            message = f"The training state {str(path)!r} cannot be read ({why}). Delete it to train anew."
+            raise CheckpointError(message) from error
         if state.fingerprint != fingerprint:
             raise CheckpointError(
                 f"{str(directory.parent)!r} holds an unfinished run with other data or settings. Give another "

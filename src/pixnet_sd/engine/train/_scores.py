@@ -19,8 +19,8 @@ from pixnet_sd.model import Densities, Network, Objective, Operator, Part
 from ._batches import DENSE_OUTPUTS, Target, block_of, output_blocks, plan_batches
 from ._features import FeatureMaps
 
+# What the mean of each gene predicts for regions of each size, by which a network is measured; "" for other sizes.
 GeneMeans = Mapping[str, NDArray[np.float64]]
-"""What the mean of each gene predicts for regions of each size, by which a network is measured; "" for other sizes."""
 
 _EPS = 1e-12
 _ABSURD, _ABSURD_ZERO = 100.0, 10.0  # times the error of the gene means, and of zeros
@@ -48,14 +48,8 @@ class BatchLoss:
         inputs = [self.network.region_inputs(features, self.operators[k]) for k in used]
         n_rows = max(max(len(rows), self.targets[k].shape[0]) for k, rows in zip(used, inputs, strict=True))
         blocks = output_blocks(self.network.head.n_outputs, n_rows, self.block_size)
-        varying = [
-            self.objective.n_varying(block_of(self.targets[k], block, features.device) for block in blocks)
-            for k in used
-        ]
-        if len(blocks) == 1:
-            loss = self._block(blocks[0], used, inputs, varying)
-            fabric.backward(loss)
-            return loss.detach()
+        held = [partial(block_of, self.targets[k], device=features.device) for k in used]
+        varying = [self.objective.n_varying(map(targets, blocks)) for targets in held]
         # The gradient stops at what all blocks share, and is carried on from there once.
         leaves = [rows.detach().requires_grad_() for rows in inputs]
         total = features.new_zeros(())
@@ -69,23 +63,20 @@ class BatchLoss:
 
     def _block(self, outputs: slice, used: list[int], inputs: list[Tensor], varying: list[Tensor | None]) -> Tensor:
         """Compute the share of the loss that a group of outputs has."""
-        losses = []
+        losses, head = [], self.network.head
         for k, rows, n_varying in zip(used, inputs, varying, strict=True):
-            predicted = self.network.region_values(rows, self.operators[k], outputs)
-            if self.depth != 1:
-                predicted = predicted * self.depth
-            densities = self._densities(k, outputs, rows) if self.objective.has_total else None
-            about = Part(outputs, self.network.head.n_outputs, n_varying, self.sizes[k], densities)
-            losses.append(self.objective.part(predicted, block_of(self.targets[k], outputs, rows.device), about))
+            operator, densities = self.operators[k], None
+            measured = partial(block_of, self.targets[k], device=rows.device)
+            predicted = self.network.region_values(rows, operator, outputs)
+            predicted = predicted if self.depth == 1 else predicted * self.depth
+            if self.objective.has_total:  # usual counts, and the sums over all genes
+                unit, last = self.depth * head.unit, slice(head.n_outputs - 1, head.n_outputs)
+                n_px = torch.as_tensor(operator.n_px, dtype=unit.dtype, device=unit.device)[:, None]
+                total = self.network.region_values(rows, operator, last) * self.depth
+                densities = Densities(n_px * unit[outputs], n_px * unit[last], total, measured(last))
+            about = Part(outputs, head.n_outputs, n_varying, self.sizes[k], densities)
+            losses.append(self.objective.part(predicted, measured(outputs), about))
         return torch.stack(losses).mean()
-
-    def _densities(self, k: int, outputs: slice, rows: Tensor) -> Densities:
-        """Compute usual counts, and the sums over all genes."""
-        operator, unit = self.operators[k], self.depth * self.network.head.unit
-        n_px = torch.as_tensor(operator.n_px, dtype=unit.dtype, device=unit.device)[:, None]
-        last = slice(len(unit) - 1, len(unit))
-        total = self.network.region_values(rows, operator, last) * self.depth
-        return Densities(n_px * unit[outputs], n_px * unit[last], total, block_of(self.targets[k], last, unit.device))
 
 
 class Scores(NamedTuple):
@@ -246,21 +237,17 @@ def score_regions(
             sizes[id(slide)] = [_SizeMoments(network, objective, m.size_name, slide.depth) for m in slide.measured]
         for size, operator, target in zip(sizes[id(slide)], batch.operators, batch.targets, strict=True):
             size.add(maps, operator, target)
-    return _scores([size for of_slide in sizes.values() for size in of_slide], means)
-
-
-def _scores(sizes: Sequence[_SizeMoments], means: GeneMeans) -> Scores:
-    sizes = [size for size in sizes if size.moments.n.any()] or sizes
-    moments = [size.moments for size in sizes]
-    per_gene = np.array([each.pcc for each in moments])
-    known = ~np.isnan(per_gene)
-    pcc_per_gene = np.nansum(per_gene, axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
-    of_means = [means.get(size.size_name, means[""]) for size in sizes]
+    every = [size for of_slide in sizes.values() for size in of_slide]
+    every = [size for size in every if size.moments.n.any()] or every
+    per_gene = np.array([size.moments.pcc for size in every])
+    n_known = (~np.isnan(per_gene)).sum(axis=0)
+    pcc_per_gene = np.nansum(per_gene, axis=0) / np.where(n_known, n_known, np.nan)
+    of_means = [size.moments.mse_of(means.get(size.size_name, means[""])) for size in every]
     return Scores(
-        pcc=float(np.nanmean(pcc_per_gene)) if known.any() else float("-inf"),
-        mse=float(np.mean([each.mse for each in moments])),
+        pcc=float(np.nanmean(pcc_per_gene)) if n_known.any() else float("-inf"),
+        mse=float(np.mean([size.moments.mse for size in every])),
         pcc_per_gene=pcc_per_gene.tolist(),
-        gene_mean_mse=float(np.mean([each.mse_of(mean) for each, mean in zip(moments, of_means, strict=True)])),
-        zero_mse=float(np.mean([each.mse_of(0.0) for each in moments])),
-        count_ratio=max((size.count_ratio for size in sizes), key=_far, default=1.0),
+        gene_mean_mse=float(np.mean(of_means)),
+        zero_mse=float(np.mean([size.moments.mse_of(0.0) for size in every])),
+        count_ratio=max((size.count_ratio for size in every), key=_far, default=1.0),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
-from numpy.typing import NDArray
 
 from pixnet_sd.engine import TrainingSlide
 from pixnet_sd.errors import PixNetError
@@ -19,8 +20,18 @@ def hold_out_blocks(slide: TrainingSlide, fraction: float, seed: int) -> tuple[T
     sizes share the blocks. A region goes where its centre is; training regions that touch a held-out block from
     outside, by up to their own size, are left out of both, so that no held-out tissue is trained on.
     """
-    low, side = _block_grid(slide)
-    blocks = [_block_of(m.regions, low, side) for m in slide.measured]
+
+    def pieces() -> Iterator[tuple[int, slice, Regions]]:
+        """Yield size, place and regions, some at a time: there may be millions."""
+        return ((k, place, piece) for k, m in enumerate(slide.measured) for place, piece in chunks(m.regions))
+
+    boxes = np.array([(xy.min(axis=0), xy.max(axis=0)) for xy in (piece.centre_xy for _, _, piece in pieces())])
+    low, high = boxes[:, 0].min(axis=0), boxes[:, 1].max(axis=0)
+    side = max(float((high - low).max()) / _BLOCKS_A_SIDE * (1 + 1e-9), 1e-9)
+    blocks = [np.empty(len(m.regions), np.uint8) for m in slide.measured]
+    for k, place, piece in pieces():
+        col, row = np.clip(np.floor((piece.centre_xy - low) / side), 0, _BLOCKS_A_SIDE - 1).astype(np.uint8).T
+        blocks[k][place] = row * _BLOCKS_A_SIDE + col
     occupied = np.unique(np.concatenate([np.unique(block) for block in blocks]))
     if len(occupied) < 2:
         raise PixNetError(
@@ -30,37 +41,11 @@ def hold_out_blocks(slide: TrainingSlide, fraction: float, seed: int) -> tuple[T
     n_held = min(max(round(fraction * len(occupied)), 1), len(occupied) - 1)
     held = np.random.default_rng(seed).choice(occupied, n_held, replace=False)
     outside = [~np.isin(block, held) for block in blocks]
-    training = [
-        np.nonzero(out & ~_touch(m.regions, held, low, side))[0] for out, m in zip(outside, slide.measured, strict=True)
-    ]
-    if not any(map(len, training)):
-        training = [np.nonzero(out)[0] for out in outside]
-    return slide.subset(tuple(training)), slide.subset(tuple(np.nonzero(~out)[0] for out in outside))
-
-
-def _block_grid(slide: TrainingSlide) -> tuple[NDArray[np.float64], float]:
-    """Lay the blocks over the centres of all regions: where they start (x, y), and their side."""
-    pieces = (piece.centre_xy for m in slide.measured for _, piece in chunks(m.regions))
-    boxes = np.array([(centres.min(axis=0), centres.max(axis=0)) for centres in pieces])
-    low, high = boxes[:, 0].min(axis=0), boxes[:, 1].max(axis=0)
-    return low, max(float((high - low).max()) / _BLOCKS_A_SIDE * (1 + 1e-9), 1e-9)
-
-
-def _block_of(regions: Regions, low: NDArray[np.float64], side: float) -> NDArray[np.uint8]:
-    """Find the block of each region's centre."""
-    block = np.empty(len(regions), np.uint8)
-    for place, piece in chunks(regions):
-        cell = np.clip(np.floor((piece.centre_xy - low) / side), 0, _BLOCKS_A_SIDE - 1).astype(np.uint8)
-        block[place] = cell[:, 1] * _BLOCKS_A_SIDE + cell[:, 0]
-    return block
-
-
-def _touch(regions: Regions, held: NDArray[np.uint8], low: NDArray[np.float64], side: float) -> NDArray[np.bool_]:
-    """Tell which regions' boxes reach into a held-out block."""
-    touching = np.zeros(len(regions), bool)
-    for place, piece in chunks(regions):
+    apart = [out.copy() for out in outside]  # of held-out blocks as well
+    for k, place, piece in pieces():
         x0, y0, x1, y1 = piece.bounds.T
-        for block in held.astype(np.int64):
-            left, top = low + side * np.array([block % _BLOCKS_A_SIDE, block // _BLOCKS_A_SIDE])
-            touching[place] |= (x1 > left) & (x0 < left + side) & (y1 > top) & (y0 < top + side)
-    return touching
+        for row, col in zip(*divmod(held.astype(np.int64), _BLOCKS_A_SIDE), strict=True):
+            left, top = low + side * np.array([col, row])
+            apart[k][place] &= (x1 <= left) | (x0 >= left + side) | (y1 <= top) | (y0 >= top + side)
+    training = [np.nonzero(each)[0] for each in (apart if any(map(np.any, apart)) else outside)]
+    return slide.subset(tuple(training)), slide.subset(tuple(np.nonzero(~out)[0] for out in outside))
