@@ -122,7 +122,7 @@ def test_counts_before_a_normalised_copy(visium_hd, circles, table, bins: bool, 
 
 def test_no_copy_has_counts(circles, table) -> None:
     tables = {key: scaled(table("spots", [0]), 0.3) for key in "ab"}
-    with pytest.raises(ElementError, match="'spots': 'a', 'b', none.*table_key="):
+    with pytest.raises(ElementError, match="'spots': 'a', 'b'.*table_key="):
         select_tables(SpatialData(shapes={"spots": circles([[1, 2]])}, tables=tables))
 
 
