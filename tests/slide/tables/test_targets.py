@@ -76,17 +76,10 @@ def test_empty_regions_are_left_out(tmp_path, memory) -> None:
 
 
 @in_memory_and_on_disk
-@pytest.mark.parametrize("value", [np.nan, -2])
-def test_bad_counts(value, tmp_path, memory) -> None:
-    x = X.copy()
-    x[2, 1] = value
+def test_bad_counts_and_logarithms_are_said_also_when_the_copy_is_there(tmp_path, memory) -> None:
     with pytest.raises(DataError, match="Table 't5'"):
-        only(of(x, "ABC"), ["A"], tmp_path, memory)
+        only(of(-X, "ABC"), ["A"], tmp_path, memory)
     assert not list(tmp_path.iterdir())
-
-
-@in_memory_and_on_disk
-def test_logarithms_are_said_also_when_the_copy_is_there(tmp_path, memory) -> None:
     for _ in range(2):
         with pytest.warns(UserWarning, match="Table 't5'.*logarithms"):
             only(of(np.log1p(X), "ABC"), ["A"], tmp_path, memory)
@@ -120,15 +113,11 @@ def test_genes_that_are_chosen(slides, arguments, genes) -> None:
     assert list(choose_genes(slides, **arguments)) == genes
 
 
-def test_all_genes_with_enough_counts() -> None:
+def test_all_genes_with_enough_counts_and_fewer_than_asked_for(caplog) -> None:
+    caplog.set_level("INFO", "pixnet_sd")
     slides = {"a": [of([[6, 9, 50], [0, 0, 50]], "ABC")], "b": [of([[4, 0, 0]], "ABC")]}
     assert set(choose_genes(slides, n_genes=None)) == {"A", "C"}  # B has 9 counts
-
-
-def test_fewer_genes_than_asked_for_are_said(caplog) -> None:
-    with caplog.at_level("INFO", "pixnet_sd"):
-        choose_genes({"s": [FINE, COARSE]}, n_genes=3)
-    assert "2 genes chosen" in caplog.text
+    choose_genes({"s": [FINE, COARSE]}, n_genes=3)
     assert "'s': 't5' 2, 's': 't50' 3" in caplog.text
 
 
@@ -136,11 +125,7 @@ def test_fewer_genes_than_asked_for_are_said(caplog) -> None:
     ("slides", "arguments", "names"),
     [
         ({"a": [of([[1]], "A")], "b": [of([[1]], "B")]}, {"n_genes": 1}, "'a'.*'b'"),
-        (
-            {"a": [of(X, ["ERBB2", "A", "B"])], "b": [of(X, ["Erbb2", "A", "B"])]},
-            {"genes": ["A", "ERBB2"]},
-            "'t5' of slide 'b': 'ERBB2'.*'Erbb2'",
-        ),
+        ({"a": [of(X, "ABC")], "b": [of(X, "aBC")]}, {"genes": ["B", "A"]}, "'t5' of slide 'b': 'A'.*'a'"),
         ({"": [of(X, "ABC")]}, {"genes": ["A", "B", "A"]}, "genes=.*'A'"),
         ({"": [of(X, "ABC")]}, {"genes": []}, "genes="),
         ({"": [of(X, "ABC")]}, {"held_out": {"test": [of(X, "BCD")]}, "genes": ["A"]}, "'t5' of slide 'test': 'A'"),
