@@ -5,7 +5,7 @@ Scores are made of moments, so that expression is read in blocks of regions and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -34,7 +34,11 @@ METRICS = ("MSE", "MAE", "PCC@F", "PCC@S", "PCC@M")
 _EPS = 1e-8  # as of `pearson_per_gene`
 _WIDE_VALUES = 2**22  # of expression in memory in 64 bits
 _BLOCK_VALUES = 2**25  # of predicted expression in memory: 128 MiB
-_PARTS = {"pixels": "the pixels of the image", "regions": "the outlines", "ids": "the ids of the regions"}
+_PARTS = {
+    "pixels": "the pixels of the image",
+    "regions": "the outlines of the regions",
+    "ids": "the ids of the regions",
+}
 
 
 @checked()
@@ -88,8 +92,8 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
 def moments(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: pd.Index) -> pd.DataFrame:
     """Compute what scores of regions are made of, from their expression, (regions, genes) each.
 
-    One row a gene: ``n`` regions, means, sums of squares and of products about the means, ``mse``, ``mae``. Of a
-    constant gene the mean is its value and the sum of squares 0, exactly, by which it is recognised.
+    One row a gene. Of a constant gene the mean is its value and the sum of squares 0, exactly, by which it is
+    recognised.
     """
     p, m = predicted.astype(np.float64), target.astype(np.float64)
     error = p - m
@@ -108,21 +112,19 @@ def moments(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: 
     return pd.DataFrame(columns, index=pd.Index(genes, name="gene"))
 
 
-def merged(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Merge `moments` of several sets of regions, which have the same genes (Chan, Golub and LeVeque, 1983)."""
-    frames = list(parts)
-    each = {str(name): np.stack([frame[name] for frame in frames]).astype(np.float64) for name in frames[0]}
-    n, total, apart = each["n"], each["n"].sum(axis=0), {}
-    whole: dict[str, NDArray[Any]] = {"n": total.astype(np.int64)}
-    for name in ("predicted", "measured"):
-        means, ss = each[f"{name}_mean"], each[f"{name}_ss"]
-        is_constant = (np.ptp(means, axis=0) == 0) & (ss == 0).all(axis=0)
-        mean = np.where(is_constant, means[0], (n * means).sum(axis=0) / total)
-        apart[name] = means - mean
-        whole |= {f"{name}_mean": mean, f"{name}_ss": (ss + n * apart[name] ** 2).sum(axis=0)}
-    whole["product"] = (each["product"] + n * apart["predicted"] * apart["measured"]).sum(axis=0)
-    whole |= {name: (n * each[name]).sum(axis=0) / total for name in ("mse", "mae")}
-    return pd.DataFrame(whole, index=frames[0].index)
+def merged(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Merge `moments` of the same genes in two sets of regions (Chan, Golub and LeVeque, 1983)."""
+    n = one["n"] + other["n"]
+    share = other["n"] / n
+    apart = {name: other[f"{name}_mean"] - one[f"{name}_mean"] for name in ("predicted", "measured")}
+    product = one["product"] + other["product"] + apart["predicted"] * apart["measured"] * one["n"] * share
+    whole = pd.DataFrame({"n": n, "product": product})
+    for name, off in apart.items():  # 0 of a constant gene, whose mean stays what it is
+        whole[f"{name}_mean"] = one[f"{name}_mean"] + off * share
+        whole[f"{name}_ss"] = one[f"{name}_ss"] + other[f"{name}_ss"] + off**2 * one["n"] * share
+    for name in ("mse", "mae"):
+        whole[name] = one[name] + (other[name] - one[name]) * share
+    return whole
 
 
 def scores_of(of_regions: pd.DataFrame) -> pd.DataFrame:
@@ -136,7 +138,7 @@ def scores_of(of_regions: pd.DataFrame) -> pd.DataFrame:
 def pooled(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Score the regions of several slides together, as if they were one, over the genes that all of them have."""
     shared = [gene for gene in parts[0].index if all(gene in part.index for part in parts)]
-    return scores_of(merged(part.loc[shared] for part in parts))
+    return scores_of(reduce(merged, (part.loc[shared] for part in parts)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +172,7 @@ class Matched:
             for predicted, measured in self.blocks()
             for start in range(0, len(predicted), step)
         )
-        return reduce(lambda one, other: merged([one, other]), parts)
+        return reduce(merged, parts)
 
 
 def _read_rows(matrix: Any, rows: NDArray[np.intp]) -> NDArray[np.float32]:
@@ -187,10 +189,7 @@ def _read_rows(matrix: Any, rows: NDArray[np.intp]) -> NDArray[np.float32]:
 def matched_values(
     sdata: SpatialData, *, table_key: str, predicted_key: str, genes: Sequence[str] | None = None
 ) -> Matched:
-    """Match a prediction with measured expression, of the genes named or of all that both tables have.
-
-    Arguments and errors are those of :func:`pixnet_sd.tl.evaluate`.
-    """
+    """Match a prediction with measured expression, as `evaluate`; of the genes named or of all that both have."""
     predicted = _table(sdata, predicted_key, "predicted_key")
     note = table_note(predicted)
     if note is None:

@@ -49,7 +49,7 @@ def write(folder: Path, x: np.ndarray, cuts=()) -> CountFile:
 
 
 @given(COUNTS, st.lists(st.integers(0, 20), max_size=4), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_rows_come_back(x: np.ndarray, cuts: list[int], data: st.DataObject) -> None:
     with TemporaryDirectory() as folder:
         written = write(Path(folder), x, cuts)
@@ -248,20 +248,12 @@ def test_pooled_as_read(bins, arguments) -> None:
     assert f"Table {COARSE!r} is the sum of the bins of {FINE!r}" in bins(**arguments)
 
 
-def first_count(table) -> None:
-    table.X[0, 0] += 1
-
-
-def shifted(table) -> None:
-    table.obs["array_row"] += 1
-
-
 @pytest.mark.filterwarnings("ignore:.*no counts at all")
 @pytest.mark.parametrize(
     "spoil",
     [
-        first_count,
-        shifted,
+        lambda table: table.X.__setitem__((0, 0), 500),
+        lambda table: table.obs.__setitem__("array_row", table.obs["array_row"] + 1),
         lambda table: table.obs.pop("array_row"),
         lambda table: setattr(table, "var_names", [*table.var_names[:-2], "other", "GENE4"]),
     ],

@@ -33,9 +33,9 @@ def shares(x):
     return x / x.sum(axis=1, keepdims=True)
 
 
-def size_factors(x):
+def by_size(x):
     total = x.sum(axis=1, keepdims=True)
-    return total / np.median(total) * np.exp(RNG.normal(0, 0.05, total.shape))
+    return x * np.median(total) / total / np.exp(RNG.normal(0, 0.05, total.shape))
 
 
 def stripes(n: int) -> np.ndarray:
@@ -49,12 +49,12 @@ NORMALISED = {
     "shares": shares,
     "per million": lambda x: 1e6 * shares(x),
     "to the median": lambda x: shares(x) * np.median(x.sum(axis=1)),
-    "size factors": lambda x: x / size_factors(x),
+    "size factors": by_size,
 }
 LOGGED = {
     "log": np.log1p,
     "log of 10,000": lambda x: np.log1p(1e4 * shares(x)),
-    "log2 of size factors": lambda x: np.log2(1 + x / size_factors(x)),
+    "log2 of size factors": lambda x: np.log2(1 + by_size(x)),
     "log10": lambda x: np.log10(1 + 1e4 * shares(x)),
     "log of destriped": lambda x: np.log1p(1e4 * shares(x * stripes(len(x)))),
 }

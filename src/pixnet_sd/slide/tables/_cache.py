@@ -1,10 +1,9 @@
 """Compact copies of tables' counts of the chosen genes, kept on disk beside the checkpoint as long as they fit.
 
-A folder holds plain little-endian arrays, as a CSR matrix has them: ``total`` (sum over all genes of each row,
-float64), ``indptr`` (int64), and of each stored value its ``gene`` (position among the chosen ones) and its ``count``,
-both in the smallest type that holds them exactly; ``meta.json`` says what they are, hashes them, and is hashed itself.
-Any rows are had by a few short reads, and nothing stays in memory. Coarse bins that are exact sums of fine ones are
-summed from the fine ones' copy, and not read.
+A folder holds plain little-endian arrays of a CSR matrix: ``total`` (sum over all genes of each row, float64),
+``indptr`` (int64), and of each stored value its ``gene`` (position among the chosen ones) and its ``count``, in the
+smallest types that hold them; ``meta.json`` says what they are and hashes them and itself. Coarse bins that are exact
+sums of fine ones are summed from the fine ones' copy, and not read.
 """
 
 from __future__ import annotations
@@ -146,8 +145,7 @@ def _widen(path: Path, narrow: np.dtype[Any], wide: np.dtype[Any]) -> None:
 def open_counts(folder: Path, key: str) -> CountFile | None:
     """Open counts that were written under a key; None if there are none, or they are of something else or damaged.
 
-    Arrays whose sizes and dates are those noted when they were hashed are taken as they are: they are as large as the
-    counts. Others, as in a folder that was copied, are hashed again.
+    Arrays of the sizes and dates noted when they were hashed are not hashed again, as those of a copied folder are.
     """
     try:
         meta = json.loads((folder / _META).read_text())
@@ -209,10 +207,7 @@ def own_counts(measured: Measured, genes: pd.Index, folder: Path) -> CountFile:
 
 
 def _cached(folder: Path, key: str, build: Callable[[Path], CountFile], what: str) -> CountFile:
-    """Open counts under a key in the folder of all copies, built if they are not there or damaged.
-
-    A copy appears whole or not at all: it is built aside and renamed. Two runs may build the same one; either will do.
-    """
+    """Open counts under a key in the folder of all copies, or build them aside and rename them."""
     home = folder / key[:16]
     if counts := open_counts(home, key):
         logger.info("%s: counts taken from the cache %s", what, home)

@@ -60,10 +60,12 @@ class Counts:
             raise DataError(f"{what} has no X. Put raw counts there.")
         if matrix.dtype.kind not in "biuf":
             raise DataError(f"{what} has an X of dtype {matrix.dtype}. Put raw counts there, whole numbers or floats.")
-        is_half = matrix.dtype == np.float16
-        layout, is_backed = getattr(matrix, "format", None), hasattr(matrix, "group")
-        if sparse.issparse(matrix):
-            matrix = _widened(matrix)
+        is_half, layout, is_backed = (
+            matrix.dtype == np.float16,
+            getattr(matrix, "format", None),
+            hasattr(matrix, "group"),
+        )
+        matrix = _widened(matrix) if sparse.issparse(matrix) else matrix
         if layout == "csc":
             matrix = _widened(matrix.to_memory()) if is_backed else matrix
             if matrix.nnz > _MANY_STORED:
@@ -157,20 +159,17 @@ def _wide(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _widened(matrix: Any) -> Any:
-    """Convert the values of a sparse matrix; SciPy's ``astype`` does not take all of them."""
     values = _wide(matrix.data)
-    if values is matrix.data or matrix.format not in ("csr", "csc"):
-        return matrix.astype(values.dtype, copy=False)
-    return type(matrix)((values, matrix.indices, matrix.indptr), shape=matrix.shape)
+    if values is matrix.data:
+        return matrix
+    if matrix.format in ("csr", "csc"):
+        return type(matrix)((values, matrix.indices, matrix.indptr), shape=matrix.shape)
+    return matrix.astype(values.dtype)
 
 
 def log_normalise(counts: Any, total: ArrayLike, target_sum: float = 1e4) -> NDArray[np.float32]:
-    """Compute ``log1p(target_sum * counts / total)``, natural logarithm, dense, shape (n, M); 0 where the total is.
-
-    ``total`` (n,) is the sum of a region over all genes of its table, not only these M.
-    """
-    dense: NDArray[np.float32] = target_rows(sparse.csr_matrix(counts), total, target_sum).toarray()
-    return dense
+    """Compute ``log1p(target_sum * counts / total)``, dense, (n, M); ``total`` (n,) is over all genes of the table."""
+    return np.asarray(target_rows(sparse.csr_matrix(counts), total, target_sum).toarray())
 
 
 def target_rows(counts: sparse.csr_matrix, total: ArrayLike, target_sum: float | None) -> sparse.csr_matrix:

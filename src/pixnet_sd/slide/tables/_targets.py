@@ -67,7 +67,7 @@ class StoredTargets:
     def mean(self, axis: int = 0) -> NDArray[np.float64]:
         """Average over regions, the only axis, shape (M,)."""
         if axis != 0:
-            raise IndexError(f"axis {axis}: means of stored targets are over regions, axis 0")
+            raise IndexError(f"axis={axis}: means of stored targets are over regions, axis 0")
         total = np.zeros(self.shape[1])
         for counts, sums in self.counts.blocks(self.index):
             total += np.asarray(target_rows(counts, sums, self.target_sum).sum(axis=0, dtype=np.float64))[0]
@@ -159,10 +159,7 @@ def _usable(table: Measured, total: NDArray[np.float64], target_sum: float | Non
 def check_genes(
     genes: Iterable[str], available: Iterable[str], what: str, others: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Refuse genes that are not there, naming them and what comes close, and features that are no genes.
-
-    ``others`` holds the type of each feature that is no gene.
-    """
+    """Refuse genes that are not there, naming what comes close, and features of other types than genes (``others``)."""
     known, wanted = pd.Index(list(available)), pd.Index(list(genes))
     no_gene = [f"{name!r} ({others[name]!r})" for name in wanted if name in others and name not in known]
     if no_gene:
