@@ -44,11 +44,11 @@ def test_what_tables_hold(counted, predict) -> None:
 
 
 def test_bins_and_map_add_up(counted, predict, forward_passes) -> None:
-    """The sixteen 2 µm bins of an 8 µm bin have its expected counts; the map has densities, and is reused."""
+    """The four 4 µm bins of an 8 µm bin have its expected counts; the map has densities, and is reused."""
     predict(counted, shapes_key=BINS, write=None)
     direct = counts(counted.tables.pop(f"pixnet_{BINS}"))
     counted.delete_element_from_disk(f"pixnet_{BINS}")
-    predict(counted, bin_um=2)
+    predict(counted, bin_um=4)
     del forward_passes[:]
     predict(counted, bin_um=8)
     predict(counted, bin_um=200)  # the whole slide
@@ -57,10 +57,10 @@ def test_bins_and_map_add_up(counted, predict, forward_passes) -> None:
     reused = counts(counted.tables[f"pixnet_{BINS}"])
     np.testing.assert_allclose(reused, direct, rtol=1e-4, atol=1e-5 * direct.max())
 
-    small, large, whole = (counted.tables[f"pixnet_bins_{size}um"] for size in (2, 8, 200))
+    small, large, whole = (counted.tables[f"pixnet_bins_{size}um"] for size in (4, 8, 200))
     parent, mine = ((np.floor(table.obsm["spatial"] / 8) @ [1, 1000]).astype(int) for table in (small, large))
     n_parts = np.bincount(parent, minlength=mine.max() + 1)
-    full = (n_parts[mine] == 16) & np.isclose(large.obs["tissue_area_um2"], 64)
+    full = (n_parts[mine] == 4) & np.isclose(large.obs["tissue_area_um2"], 64)
     assert full.sum() > 100
     sums = np.stack([np.bincount(parent, column, len(n_parts))[mine] for column in counts(small).T], axis=1)
     expected = counts(large)

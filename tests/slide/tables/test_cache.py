@@ -253,7 +253,7 @@ def test_pooled_as_read(bins, arguments) -> None:
     "spoil",
     [
         lambda table: table.X.__setitem__((0, 0), 500),
-        lambda table: table.obs.__setitem__("array_row", table.obs["array_row"] + 1),
+        lambda table: setattr(table, "obs", table.obs.assign(array_row=table.obs["array_row"] + 1)),
         lambda table: table.obs.pop("array_row"),
         lambda table: setattr(table, "var_names", [*table.var_names[:-2], "other", "GENE4"]),
     ],

@@ -129,7 +129,9 @@ def opened(visium_hd, frame, tmp_path):
 
 
 def typed(name="feature_types", values=TYPES, kind=None):
-    return lambda table: table.var.__setitem__(name, pd.Series(values, index=table.var_names, dtype=kind))
+    return lambda table: setattr(
+        table, "var", table.var.assign(**{name: pd.Series(values, index=table.var_names, dtype=kind)})
+    )
 
 
 def renamed(names):

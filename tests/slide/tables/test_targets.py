@@ -19,7 +19,7 @@ def only(table: Measured, genes, cache, memory: int, target_sum: float = 1e4, ob
     return targets_of({"": [table]}, genes, target_sum, cache, objective, memory_bytes=memory)[""][0]
 
 
-@pytest.mark.filterwarnings("ignore:.*no counts at all")
+@pytest.mark.filterwarnings("ignore:.*no counts at all", "ignore:.*rounded to 32 bits")
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("scale", [1, 300, 2**26 + 1, 0.37])
 @pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
