@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
@@ -117,8 +118,7 @@ def _dense(table: Measured, genes: pd.Index, target_sum: float | None, objective
         chosen = block[:, columns].astype(np.float32)  # as compact counts are
         total[place], values[place] = sums, target_rows(chosen, sums, target_sum).toarray()
     check_kind(look.kind, look.largest, table.what, objective)
-    usable = _usable(table, total, target_sum)
-    return Targets(table.regions, values) if usable is None else Targets(table.regions.subset(usable), values[usable])
+    return _with_counts(table, values, total, target_sum)
 
 
 def _stored(
@@ -136,24 +136,22 @@ def _stored(
             files[k] = own_counts(tables[k], genes, cache)
             own.append(k)
         check_kind(files[k].kind, files[k].largest, tables[k].what, objective)
-    targets = []
-    for k, table in enumerate(tables):
-        values, usable = StoredTargets(files[k], None, target_sum), _usable(table, files[k].totals(), target_sum)
-        if usable is not None:
-            values = values.subset(usable)
-        targets.append(Targets(table.regions if usable is None else table.regions.subset(usable), values))
-    return targets
+    values = [StoredTargets(files[k], None, target_sum) for k in range(len(tables))]
+    return [_with_counts(t, v, v.counts.totals(), target_sum) for t, v in zip(tables, values, strict=True)]
 
 
-def _usable(table: Measured, total: NDArray[np.float64], target_sum: float | None) -> NDArray[np.intp] | None:
-    """List the regions that can be learnt from; None for all."""
-    empty = int((total <= 0).sum())
-    if empty == len(total):
+def _with_counts(
+    table: Measured, values: NDArray[np.float32] | StoredTargets, total: NDArray[np.float64], target_sum: float | None
+) -> Targets:
+    """Leave out regions without counts, which have no log-normalised expression."""
+    usable = np.flatnonzero(total > 0)
+    if not len(usable):
         raise DataError(f"{table.what}: all {len(table)} regions on the image have no counts at all.")
-    if not empty or target_sum is None:
-        return None
-    warn(f"{table.what}: {empty} of {len(total)} regions have no counts at all and are left out.")
-    return np.flatnonzero(total > 0)
+    if len(usable) == len(total) or target_sum is None:
+        return Targets(table.regions, values)
+    warn(f"{table.what}: {len(total) - len(usable)} of {len(total)} regions have no counts at all and are left out.")
+    kept = values.subset(usable) if isinstance(values, StoredTargets) else values[usable]
+    return Targets(table.regions.subset(usable), kept)
 
 
 def check_genes(
@@ -195,11 +193,8 @@ def choose_genes(
     every = {**slides, **held_out}
     if genes is not None:
         return _named_genes(slides, every, pd.Index([genes] if isinstance(genes, str) else list(genes), dtype=object))
-    first, *others = (table for tables in every.values() for table in tables)
-    shared = pd.Index(
-        [name for name in first.var_names if all(name in other.var_names for other in others)], dtype=object
-    )
-    mean, counts = _expression(slides, shared, target_sum)
+    shared = reduce(pd.Index.intersection, (table.var_names for tables in every.values() for table in tables))
+    mean, counts = _expression(slides, pd.Index(shared, dtype=object), target_sum)
     if n_genes is None:
         mean = mean.where(counts >= _MIN_COUNTS, 0.0)
     ranked = mean[mean > 0].reset_index().sort_values(["mean", "gene"], ascending=[False, True])["gene"]
