@@ -32,12 +32,8 @@ def pixels_of(sdata: SpatialData, slide: Slide) -> PixelContent:
 
 def slide_parts(slide: Slide, pixels: PixelContent) -> dict[str, Any]:
     """Parts of a slide that the network reads: pixels, and the resolution at which they are read."""
-    return {
-        "pixels": pixels.sha256,
-        "size_px": [slide.height_px, slide.width_px],
-        "mpp": slide.mpp,
-        "working_mpp": slide.working_mpp,
-    }
+    size_px = [slide.height_px, slide.width_px]
+    return {"pixels": pixels.sha256, "size_px": size_px, "mpp": slide.mpp, "working_mpp": slide.working_mpp}
 
 
 def training_parts(
@@ -48,7 +44,7 @@ def training_parts(
 ) -> dict[str, Any]:
     """Parts of a training run: equal for two runs exactly when they would train the same network on the same data.
 
-    Slides come in the order of training, with the hashes of their regions and targets in ``data``.
+    ``slides`` are in the order of training; ``data`` has the hashes of their regions and targets.
     """
     described = ("objective", "aggregation", "target_sum", "freeze_encoder", "halo_px", "encoder", "encoder_sha256")
     return {
@@ -79,8 +75,7 @@ def map_parts(
     }
 
 
-_ABOVE, _FAR_ABOVE = 1.5, 10.0
-_NO_PCC = 0.1
+_ABOVE, _FAR_ABOVE, _NO_PCC = 1.5, 10.0, 0.1
 
 
 def quality_of(scores: dict[str, Any]) -> dict[str, Any]:
@@ -91,17 +86,14 @@ def quality_of(scores: dict[str, Any]) -> dict[str, Any]:
 def why_poor(record: ModelRecord) -> str:
     """Say why a model is worse than predicting each gene's mean over the training regions; nothing if it is not.
 
-    It is where its mean squared error is more than 1.5 times that of the means and its correlation shows nothing (at
-    most 0.1), or more than ten times it: a short or honest run on few regions ends within a third of it, either way.
+    It is where its mean squared error is more than 1.5 times that of the means and its correlation at most 0.1, or more
+    than ten times it: a short or honest run on few regions ends within a third of it, either way.
     """
-    training = record.training
-    mse, of_means, pcc = (training.get(name) for name in ("mse", "gene_mean_mse", "pcc"))
-    if not isinstance(mse, int | float) or not isinstance(of_means, int | float) or of_means <= 0:
+    known = {name: value for name, value in record.training.items() if isinstance(value, int | float)}
+    mse, of_means = known.get("mse", 0), known.get("gene_mean_mse", 0)
+    if of_means <= 0 or mse <= of_means * (_FAR_ABOVE if known.get("pcc", 0) > _NO_PCC else _ABOVE):
         return ""
-    limit = _FAR_ABOVE if isinstance(pcc, int | float) and pcc > _NO_PCC else _ABOVE
-    if mse <= limit * of_means:
-        return ""
-    which = "held-out" if training.get("scored_on") == "held_out" else "training"
+    which = "held-out" if record.training.get("scored_on") == "held_out" else "training"
     return f"on {which} regions its mean squared error is {mse:.3g}, and that of each gene's mean is {of_means:.3g}"
 
 
@@ -116,13 +108,12 @@ def check_working_size(slide: Slide) -> None:
     """Refuse a slide that at its working resolution is next to nothing, or more than memory holds a mask of."""
     rows, cols = (px * slide.mpp / slide.working_mpp for px in (slide.height_px, slide.width_px))
     needed, available = _MASKS * rows * cols / MAP_STRIDE**2, available_memory()
-    if max(rows, cols) >= STRIDES[-1] and needed <= available:
+    if needed > available:
+        why = f"{_size(needed)} of memory are needed for its masks alone, and {size_text(available)} are free"
+    elif max(rows, cols) < STRIDES[-1]:
+        why = f"the network needs {STRIDES[-1]}"
+    else:
         return
-    why = (
-        f"{_size(needed)} of memory are needed for its masks alone, and {size_text(available)} are free"
-        if needed > available
-        else f"the network needs {STRIDES[-1]}"
-    )
     raise ResolutionError(
         f"working_mpp={slide.working_mpp:g} with mpp={slide.mpp:g}: the slide of {slide.height_px} x "
         f"{slide.width_px} pixels would have {rows:.3g} x {cols:.3g} working pixels, and {why}. Correct one of the two."
@@ -130,8 +121,7 @@ def check_working_size(slide: Slide) -> None:
 
 
 def _size(n_bytes: float) -> str:
-    """Spell a size that may be beyond every unit."""
-    return size_text(int(n_bytes)) if n_bytes < 2**60 else f"{n_bytes:.2g} bytes"
+    return size_text(n_bytes) if n_bytes < 2**60 else f"{n_bytes:.2g} bytes"  # beyond every unit
 
 
 def check_decoder(channels: Sequence[int], config: DecoderConfig, decoder_width: int, device: torch.device) -> None:
@@ -177,14 +167,10 @@ def _memory(device: torch.device) -> int:
 
 
 def check_map_um(map_um: float, factor: int, slide: Slide, n_values: int) -> None:
-    """Refuse map pixels larger than the slide, or so large that memory does not hold what is averaged at once.
-
-    ``factor`` is the number of native map pixels along a side, ``n_values`` that of values of each.
-    """
+    """Refuse map pixels, of ``factor`` native ones along a side and ``n_values`` values, too large to be averaged."""
     native, (height, width) = MAP_STRIDE * slide.working_mpp, slide.map_shape
     available = available_memory()
-    side = _LEAST_BLOCK_PX * factor
-    needed = 4 * n_values * min(side, height) * min(side, width)
+    needed = 4 * n_values * min(_LEAST_BLOCK_PX * factor, height) * min(_LEAST_BLOCK_PX * factor, width)
     if factor > max(height, width):
         most, why = max(height, width), f"the slide is {height * native:.0f} x {width * native:.0f} µm"
     elif factor > 1 and needed > available:
@@ -197,8 +183,7 @@ def check_map_um(map_um: float, factor: int, slide: Slide, n_values: int) -> Non
 
 def check_regions(argument: str, pitch_um: float, slide: Slide, tissue: NDArray[np.bool_]) -> None:
     """Refuse a grid of more regions than can be counted or listed; ``argument`` says what decides about its pitch."""
-    height, width = slide.working_shape
-    squares = (height * slide.working_mpp / pitch_um) * (width * slide.working_mpp / pitch_um)
+    squares = math.prod(side * slide.working_mpp / pitch_um for side in slide.working_shape)
     n = squares * float(tissue.mean())
     needed, available = squares + _REGION_BYTES * n, available_memory()
     if n > _MOST_REGIONS or needed > available:

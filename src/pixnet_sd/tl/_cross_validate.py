@@ -5,10 +5,11 @@ Scores of a fold are kept beside its model, for calls that go on and for the cal
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -36,10 +37,8 @@ from ._fit import fit
 from ._predict import predict_regions
 from ._regions import region_parts
 
-FoldScores: TypeAlias = dict[tuple[str, str], pd.DataFrame]
-"""`moments` by slide and table."""
+FoldScores: TypeAlias = dict[tuple[str, str], pd.DataFrame]  # `moments` by slide and table
 
-_SET_HERE = ("sdata", "checkpoint_dir", "record_model", "show_progress_bar")  # arguments of `fit`
 _FOLDER_NAME = re.compile(r"[\w.-]+")
 _MOST_ROWS = 500_000
 _FILE, _MOST_BYTES = "scores.json", 1 << 29
@@ -130,16 +129,23 @@ def cross_validate(  # noqa: PLR0913
     ElementError, ResolutionError, DataError, StoreError
         As :func:`fit` and :func:`predict`.
     """
-    slides, options = _several(sdatas), dict(fit_params or {})
+    if isinstance(sdatas, SpatialData) or len(sdatas) == 1:
+        raise PixNetError(
+            "cross_validate leaves whole slides out, and sdatas= has one. Give it two or more, {name: sdata, ...}; "
+            "with one slide, fit(sdata, validation=0.2) holds out blocks of it and reports their PCC."
+        )
+    slides, options = dict(sdatas), dict(fit_params or {})
     members = _folds(slides, groups)
-    chosen = _chosen(folds, members)
+    chosen = list(members) if folds is None else [folds] if isinstance(folds, str) else list(dict.fromkeys(folds))
+    if any(fold not in members for fold in chosen):
+        raise PixNetError(f"folds={chosen}: folds are called after what they leave out, {list(members)}.")
     params = PredictParams(n_symmetries=n_symmetries, tile_px=predict_tile_px)
     where, table_key, device = _shared_with_fit(**options)
     key, is_named = (table_key, False) if score_table_key is None else (score_table_key, True)
     tables = [key] if isinstance(key, str) else key if key is None else list(key)
     scoring = _Scoring(where, tables, is_named, params, device, show_progress_bar)
     scoring.check(slides)
-    directory = _directory(checkpoint_dir, slides, members, options)
+    directory = _directory(slides, members, options) if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
     scores = {}
     for k, fold in enumerate(chosen, start=1):
         training = {name: sdata for name, sdata in slides.items() if name not in members[fold]}
@@ -150,7 +156,10 @@ def cross_validate(  # noqa: PLR0913
         scores[fold] = _fold_scores(model, left_out, scoring, directory / fold)
     result = _result(scores, {fold: directory / fold for fold in chosen})
     if set(chosen) == set(members):
-        _write(result, directory)
+        for name in ("per_gene", "per_slide", "summary"):
+            with _written(directory / f"{name}.csv") as aside:
+                getattr(result, name).to_csv(aside, index=False)
+        logger.info("scores of %d folds in %s", len(result.folders), directory)
     return result
 
 
@@ -167,7 +176,7 @@ def _shared_with_fit(
     **others: Any,
 ) -> tuple[dict[str, Any], str | Sequence[str] | None, str | torch.device | None]:
     """Pick the arguments of `fit` by which left-out slides are opened and predicted, and refuse those set here."""
-    refused = [name for name in _SET_HERE if name in others]
+    refused = [name for name in ("sdata", "checkpoint_dir", "record_model", "show_progress_bar") if name in others]
     if refused:
         raise PixNetError(f"fit_params={refused}: cross_validate sets these for each fold. Leave them out.")
     if not (validation is None or isinstance(validation, int | float)):
@@ -175,15 +184,6 @@ def _shared_with_fit(
     allow_any_mpp = TrainParams.read(train_params).allow_any_mpp
     where = {"image_key": image_key, "coordinate_system": coordinate_system, "mpp": mpp, "allow_any_mpp": allow_any_mpp}
     return where, table_key, device
-
-
-def _several(sdatas: Mapping[str, SpatialData] | SpatialData) -> dict[str, SpatialData]:
-    if isinstance(sdatas, SpatialData) or len(sdatas) == 1:
-        raise PixNetError(
-            "cross_validate leaves whole slides out, and sdatas= has one. Give it two or more, {name: sdata, ...}; "
-            "with one slide, fit(sdata, validation=0.2) holds out blocks of it and reports their PCC."
-        )
-    return dict(sdatas)
 
 
 def _folds(slides: Mapping[str, SpatialData], groups: Mapping[str, str] | None) -> dict[str, list[str]]:
@@ -209,21 +209,7 @@ def _folds(slides: Mapping[str, SpatialData], groups: Mapping[str, str] | None) 
     return members
 
 
-def _chosen(folds: Sequence[str] | None, members: Mapping[str, list[str]]) -> list[str]:
-    wanted = list(members) if folds is None else [folds] if isinstance(folds, str) else list(dict.fromkeys(folds))
-    if any(fold not in members for fold in wanted):
-        raise PixNetError(f"folds={wanted}: folds are called after what they leave out, {list(members)}.")
-    return wanted
-
-
-def _directory(
-    chosen: str | Path | None,
-    slides: Mapping[str, SpatialData],
-    members: Mapping[str, list[str]],
-    options: Mapping[str, Any],
-) -> Path:
-    if chosen is not None:
-        return Path(chosen).expanduser()
+def _directory(slides: Mapping[str, SpatialData], members: Any, options: Mapping[str, Any]) -> Path:
     stores = [Path(sdata.path).parent for sdata in slides.values() if sdata.path is not None]
     text = json.dumps([members, {name: options[name] for name in sorted(options)}], default=str)
     name = f"cross_validation_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -267,25 +253,18 @@ class _Scoring:
 
     def moments(self, model: PixNet, slide: Slide, table: Measured) -> pd.DataFrame:
         """Predict the regions of a table, and compute what their scores are made of; a poor model's scores say it."""
-        options: dict[str, Any] = {"device": self.device, "show_progress_bar": self.show_progress_bar}
-        predicted = predict_regions(model, slide, table.regions, params=self.params, **options)
+        options: Any = {"params": self.params, "device": self.device, "show_progress_bar": self.show_progress_bar}
+        predicted = predict_regions(model, slide, table.regions, **options)
         total = checked_totals(table.counts, table.var_names, table.what)
         genes = pd.Index(model.genes)
         shared = genes[genes.isin(table.var_names)]
         keep = (total > 0) & ~np.isnan(predicted).all(axis=1)  # NaN: no pixel of the slide
         if not len(shared) or not keep.any():
             raise DataError(f"{table.what} has {int(keep.sum())} regions with counts and {len(shared)} genes to score.")
-        matched = Matched(
-            genes=shared,
-            predicted=predicted,
-            rows=np.flatnonzero(keep),
-            columns=genes.get_indexer(shared),
-            counts=table.counts.take(keep),
-            positions=table.var_names.get_indexer(shared),
-            total=total[keep],
-            target_sum=model.record.target_sum,
-        )
-        return matched.moments()
+        rows, counts = np.flatnonzero(keep), table.counts.take(keep)
+        columns, positions = genes.get_indexer(shared), table.var_names.get_indexer(shared)
+        target_sum = model.record.target_sum
+        return Matched(shared, predicted, rows, columns, counts, positions, total[keep], target_sum).moments()
 
 
 def _fold_scores(model: PixNet, left_out: Mapping[str, SpatialData], scoring: _Scoring, folder: Path) -> FoldScores:
@@ -311,23 +290,26 @@ def _fold_scores(model: PixNet, left_out: Mapping[str, SpatialData], scoring: _S
 
 
 def write_scores(folder: Path, identity: Mapping[str, Any], scores: FoldScores) -> None:
-    """Write the scores of a fold, whole or not at all, with what they depend on.
-
-    Raises
-    ------
-    CheckpointError
-        The folder cannot be written.
-    """
+    """Write the scores of a fold, whole or not at all, with what they depend on."""
     tables = [
         {"slide": slide, "table": table, "genes": list(frame.index), "moments": frame.to_dict(orient="list")}
         for (slide, table), frame in scores.items()
     ]
     content = {"identity": identity, "scores": tables}
+    with _written(folder / _FILE) as aside:
+        aside.write_text(json.dumps(content | {"sha256": _hash(content)}), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[Path]:
     try:
-        with replace_file(folder / _FILE) as aside:
-            aside.write_text(json.dumps(content | {"sha256": _hash(content)}), encoding="utf-8")
+        with replace_file(path) as aside:
+            yield aside
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise CheckpointError(
+            f"Scores cannot be written to {str(path.parent)!r} ({error.strerror or error}). Free some disk and make "
+            "the same call again: what was trained and scored is there."
+        ) from error
 
 
 def read_scores(folder: Path, identity: Mapping[str, Any]) -> FoldScores | None:
@@ -355,36 +337,23 @@ def _hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _cannot_write(folder: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"Scores cannot be written to {str(folder)!r} ({error.strerror or error}). Free some disk and make the same "
-        "call again: what was trained and scored is there."
-    )
-
-
 def _result(scores: Mapping[str, FoldScores], folders: dict[str, Path]) -> CrossValidation:
-    group_of = _scored_together([key for of_fold in scores.values() for key in of_fold])
+    keys = [key for of_fold in scores.values() for key in of_fold]
+    names = dict.fromkeys(table for _, table in keys)
+    one_each = len(keys) == len({slide for slide, _ in keys})  # then all are scored together, else those of one name
     genes, slides = [], []
     parts: dict[str, list[tuple[pd.DataFrame, dict[str, Any]]]] = {}
     for fold, of_fold in scores.items():
         for (slide, table), of_regions in of_fold.items():
-            of_genes, names = pooled([of_regions]), {"fold": fold, "slide": slide, "table": table}
-            genes.append(of_genes.reset_index().assign(**names, n_regions=of_regions["n"].to_numpy()))
+            of_genes, place = pooled([of_regions]), {"fold": fold, "slide": slide, "table": table}
+            genes.append(of_genes.reset_index().assign(**place, n_regions=of_regions["n"].to_numpy()))
             n = {"n_regions": int(of_regions["n"].max()), "n_genes": len(of_regions)}
-            slides.append(names | summary(of_genes) | n)
-            parts.setdefault(group_of[slide, table], []).append((of_regions, slides[-1]))
+            slides.append(place | summary(of_genes) | n)
+            parts.setdefault(", ".join(names) if one_each else table, []).append((of_regions, slides[-1]))
     rows = [row for group, of_group in parts.items() for row in _summary_rows(group, of_group)]
     columns = ["fold", "slide", "table", "gene", "n_regions", "pcc", "mse", "mae"]
     per_gene = pd.concat(genes, ignore_index=True)[columns]
     return CrossValidation(per_gene, pd.DataFrame(slides), pd.DataFrame(rows), folders)
-
-
-def _scored_together(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Group tables of different slides: those of one name; all, where each slide has one."""
-    tables = dict.fromkeys(table for _, table in keys)
-    if len(tables) > 1 and len(keys) == len({slide for slide, _ in keys}):
-        return {key: ", ".join(tables) for key in keys}
-    return {key: key[1] for key in keys}
 
 
 def _summary_rows(group: str, parts: Sequence[tuple[pd.DataFrame, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -397,13 +366,3 @@ def _summary_rows(group: str, parts: Sequence[tuple[pd.DataFrame, dict[str, Any]
         {"table": group, "how": "mean per slide", **mean, **n, "n_genes": float(each["n_genes"].mean())},
         {"table": group, "how": "pooled", **summary(together), **n, "n_genes": float(len(together))},
     ]
-
-
-def _write(result: CrossValidation, directory: Path) -> None:
-    try:
-        for name in ("per_gene", "per_slide", "summary"):
-            with replace_file(directory / f"{name}.csv") as aside:
-                getattr(result, name).to_csv(aside, index=False)
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
-    logger.info("scores of %d folds in %s", len(result.folders), directory)

@@ -5,8 +5,9 @@ Scores are made of moments, so that expression is read in blocks of regions and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pixnet_sd._notes import table_note
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError, ElementError
 from pixnet_sd.slide import slide_at
-from pixnet_sd.slide.elements import Table, TableLink, check_instances, obs_column, table_link, tables_of
+from pixnet_sd.slide.elements import Table, check_instances, obs_column, table_link, tables_of
 from pixnet_sd.slide.tables import Counts, check_genes, checked_totals, counts_of, genes_of, log_normalise
 
 from ._checks import pixels_of
@@ -31,7 +32,7 @@ from ._regions import placed_regions, region_parts
 METRICS = ("MSE", "MAE", "PCC@F", "PCC@S", "PCC@M")
 
 _EPS = 1e-8  # as of `pearson_per_gene`
-_BLOCK_GENES = 64  # that are in memory in 64 bits
+_WIDE_VALUES = 2**22  # of expression in memory in 64 bits
 _BLOCK_VALUES = 2**25  # of predicted expression in memory: 128 MiB
 _PARTS = {
     "pixels": "the pixels of the image",
@@ -91,66 +92,53 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
 def moments(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: pd.Index) -> pd.DataFrame:
     """Compute what scores of regions are made of, from their expression, (regions, genes) each.
 
-    One row a gene: ``n`` regions, means, sums of squares and of products about the means, ``mse``, ``mae``. Of a
-    constant gene the mean is its value and the sum of squares 0, exactly, by which it is recognised.
+    One row a gene. Of a constant gene the mean is its value and the sum of squares 0, exactly, by which it is
+    recognised.
     """
-    frames = []
-    for start in range(0, len(genes), _BLOCK_GENES):
-        columns = slice(start, start + _BLOCK_GENES)
-        p, m = (x[:, columns].astype(np.float64) for x in (predicted, target))
-        error = p - m
-        p_mean, m_mean = (np.where(np.ptp(x, axis=0) == 0, x[0], x.mean(axis=0)) for x in (p, m))
-        p, m = p - p_mean, m - m_mean
-        frames.append(
-            pd.DataFrame(
-                {
-                    "n": len(error),
-                    "predicted_mean": p_mean,
-                    "predicted_ss": (p**2).sum(axis=0),
-                    "measured_mean": m_mean,
-                    "measured_ss": (m**2).sum(axis=0),
-                    "product": (p * m).sum(axis=0),
-                    "mse": (error**2).mean(axis=0),
-                    "mae": np.abs(error).mean(axis=0),
-                },
-                index=pd.Index(genes[columns], name="gene"),
-            )
-        )
-    return pd.concat(frames)
+    p, m = predicted.astype(np.float64), target.astype(np.float64)
+    error = p - m
+    p_mean, m_mean = (np.where(np.ptp(x, axis=0) == 0, x[0], x.mean(axis=0)) for x in (p, m))
+    p, m = p - p_mean, m - m_mean
+    columns = {
+        "n": len(error),
+        "predicted_mean": p_mean,
+        "predicted_ss": (p**2).sum(axis=0),
+        "measured_mean": m_mean,
+        "measured_ss": (m**2).sum(axis=0),
+        "product": (p * m).sum(axis=0),
+        "mse": (error**2).mean(axis=0),
+        "mae": np.abs(error).mean(axis=0),
+    }
+    return pd.DataFrame(columns, index=pd.Index(genes, name="gene"))
 
 
-def merged(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Merge `moments` of several sets of regions, which have the same genes (Chan, Golub and LeVeque, 1983)."""
-    frames = list(parts)
-    each = {str(name): np.stack([frame[name] for frame in frames]).astype(np.float64) for name in frames[0]}
-    n = each["n"]
-    total = n.sum(axis=0)
-    whole: dict[str, NDArray[Any]] = {"n": total.astype(np.int64)}
-    apart = {}
-    for name in ("predicted", "measured"):
-        means, ss = each[f"{name}_mean"], each[f"{name}_ss"]
-        is_constant = (np.ptp(means, axis=0) == 0) & (ss == 0).all(axis=0)
-        mean = np.where(is_constant, means[0], (n * means).sum(axis=0) / total)
-        apart[name] = means - mean
-        whole |= {f"{name}_mean": mean, f"{name}_ss": (ss + n * apart[name] ** 2).sum(axis=0)}
-    whole["product"] = (each["product"] + n * apart["predicted"] * apart["measured"]).sum(axis=0)
-    whole |= {name: (n * each[name]).sum(axis=0) / total for name in ("mse", "mae")}
-    return pd.DataFrame(whole, index=frames[0].index)
+def merged(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Merge `moments` of the same genes in two sets of regions (Chan, Golub and LeVeque, 1983)."""
+    n = one["n"] + other["n"]
+    share = other["n"] / n
+    apart = {name: other[f"{name}_mean"] - one[f"{name}_mean"] for name in ("predicted", "measured")}
+    product = one["product"] + other["product"] + apart["predicted"] * apart["measured"] * one["n"] * share
+    whole = pd.DataFrame({"n": n, "product": product})
+    for name, off in apart.items():  # 0 of a constant gene, whose mean stays what it is
+        whole[f"{name}_mean"] = one[f"{name}_mean"] + off * share
+        whole[f"{name}_ss"] = one[f"{name}_ss"] + other[f"{name}_ss"] + off**2 * one["n"] * share
+    for name in ("mse", "mae"):
+        whole[name] = one[name] + (other[name] - one[name]) * share
+    return whole
 
 
 def scores_of(of_regions: pd.DataFrame) -> pd.DataFrame:
     """Score each gene by its `moments`: ``pcc`` (NaN where the measured gene is constant), ``mse``, ``mae``."""
     predicted, measured = of_regions["predicted_ss"], of_regions["measured_ss"]
     pcc = of_regions["product"] / (np.sqrt(predicted * measured) + _EPS)
-    return of_regions[["mse", "mae"]].assign(pcc=pcc.mask(predicted == 0, 0.0).mask(measured == 0))[
-        ["pcc", "mse", "mae"]
-    ]
+    pcc = pcc.mask(predicted == 0, 0.0).mask(measured == 0)
+    return pd.DataFrame({"pcc": pcc, "mse": of_regions["mse"], "mae": of_regions["mae"]})
 
 
 def pooled(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Score the regions of several slides together, as if they were one, over the genes that all of them have."""
     shared = [gene for gene in parts[0].index if all(gene in part.index for part in parts)]
-    return scores_of(merged(part.loc[shared] for part in parts))
+    return scores_of(reduce(merged, (part.loc[shared] for part in parts)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,38 +166,52 @@ class Matched:
 
     def moments(self) -> pd.DataFrame:
         """Compute what scores are made of."""
-        return merged(moments(predicted, measured, self.genes) for predicted, measured in self.blocks())
+        step = max(1, _WIDE_VALUES // len(self.genes))
+        parts = (
+            moments(predicted[start : start + step], measured[start : start + step], self.genes)
+            for predicted, measured in self.blocks()
+            for start in range(0, len(predicted), step)
+        )
+        return reduce(merged, parts)
 
 
 def _read_rows(matrix: Any, rows: NDArray[np.intp]) -> NDArray[np.float32]:
     """Read rows of a matrix in memory or on disk, dense, all columns."""
-    order = np.argsort(rows, kind="stable")  # storage is read in order
-    ascending = rows[order]
+    ascending, place = np.unique(rows, return_inverse=True)  # storage is read in order
     first, last = int(ascending[0]), int(ascending[-1])
     if last - first < 2 * len(rows):
-        read = _dense(matrix[first : last + 1])[ascending - first]
+        read, place = matrix[first : last + 1], ascending[place] - first
     else:
-        read = _dense(matrix.oindex[ascending] if isinstance(matrix, zarr.Array) else matrix[ascending])
-    return read[np.argsort(order, kind="stable")]
-
-
-def _dense(x: Any) -> NDArray[np.float32]:
-    return np.asarray(x.toarray() if sparse.issparse(x) else x, dtype=np.float32)
+        read = matrix.oindex[ascending] if isinstance(matrix, zarr.Array) else matrix[ascending]
+    return np.asarray(read.toarray() if sparse.issparse(read) else read, dtype=np.float32)[place]
 
 
 def matched_values(
     sdata: SpatialData, *, table_key: str, predicted_key: str, genes: Sequence[str] | None = None
 ) -> Matched:
-    """Match a prediction with measured expression, of the genes named or of all that both tables have.
-
-    Arguments and errors are those of :func:`pixnet_sd.tl.evaluate`.
-    """
+    """Match a prediction with measured expression, as `evaluate`; of the genes named or of all that both have."""
     predicted = _table(sdata, predicted_key, "predicted_key")
-    if table_note(predicted) is None:
+    note = table_note(predicted)
+    if note is None:
         raise ElementError(
             f"Table {predicted_key!r} was not written by pixnet_sd's predict. Did you swap the two keys?"
         )
-    measured, link = _measured(sdata, table_key, predicted_key, predicted)
+    measured = _table(sdata, table_key, "table_key")
+    if table_note(measured) is not None:
+        raise ElementError(f"Table {table_key!r} holds predictions: give table_key= of a table with raw counts.")
+    element, system = predicted.uns["spatialdata_attrs"]["region"], note.get("coordinate_system")
+    element = element if isinstance(element, str) else list(element)
+    link = table_link(
+        sdata,
+        table_key=table_key,
+        coordinate_system=system if system in sdata.coordinate_systems else None,  # it may have been renamed since
+        element_key=element if isinstance(element, str) else None,
+    )
+    if element not in (link.element_key, [link.element_key]):
+        raise ElementError(
+            f"Table {table_key!r} measures the regions of {link.element_key!r}, and {predicted_key!r} predicts those "
+            f"of {element!r}. Predict with shapes_key={link.element_key!r}."
+        )
     ids = pd.Index(obs_column(predicted, predicted.uns["spatialdata_attrs"]["instance_key"]))
     check_instances(ids, predicted_key)
     rows = ids.get_indexer(link.instances)
@@ -240,7 +242,7 @@ def matched_values(
         counts=counts.take(keep),
         positions=measured_genes.names.get_indexer(shared),
         total=total[keep],
-        target_sum=float(table_note(predicted)["target_sum"]),
+        target_sum=float(note["target_sum"]),
     )
 
 
@@ -252,24 +254,6 @@ def _table(sdata: SpatialData, key: str, argument: str) -> Table:
     return tables[key]
 
 
-def _measured(sdata: SpatialData, table_key: str, predicted_key: str, predicted: Table) -> tuple[Table, TableLink]:
-    """Find the measured table, and its rows that annotate the predicted table's element."""
-    measured = _table(sdata, table_key, "table_key")
-    if table_note(measured) is not None:
-        raise ElementError(f"Table {table_key!r} holds predictions: give table_key= of a table with raw counts.")
-    element = predicted.uns["spatialdata_attrs"]["region"]
-    system = table_note(predicted).get("coordinate_system")
-    system = system if system in sdata.coordinate_systems else None  # it may have been renamed since
-    wanted = element if isinstance(element, str) else None
-    link = table_link(sdata, table_key=table_key, coordinate_system=system, element_key=wanted)
-    if [link.element_key] != ([element] if isinstance(element, str) else list(element)):
-        raise ElementError(
-            f"Table {table_key!r} measures the regions of {link.element_key!r}, and {predicted_key!r} predicts those "
-            f"of {element!r}. Predict with shapes_key={link.element_key!r}."
-        )
-    return measured, link
-
-
 def _check_current(sdata: SpatialData, key: str, predicted: Table) -> None:
     """Refuse a predicted table when the image was corrected, or its regions were drawn anew, since."""
     about: dict[str, Any] = table_note(predicted)
@@ -278,13 +262,8 @@ def _check_current(sdata: SpatialData, key: str, predicted: Table) -> None:
         missing = f"image {about['image']!r} is not in the object" if before else "it does not say what it depends on"
         logger.warning("whether table %r still fits the slide cannot be checked: %s", key, missing)
         return
-    slide = slide_at(
-        sdata,
-        image_key=about["image"],
-        coordinate_system=about["coordinate_system"],
-        mpp=float(about["mpp"]),
-        working_mpp=float(about["working_mpp"]),
-    )
+    place: Any = {"image_key": about["image"], "coordinate_system": about["coordinate_system"]}
+    slide = slide_at(sdata, mpp=float(about["mpp"]), working_mpp=float(about["working_mpp"]), **place)
     now: dict[str, Any] = {"pixels": pixels_of(sdata, slide).sha256}
     if "regions" in before:
         now |= region_parts(*placed_regions(sdata, slide, predicted.uns["spatialdata_attrs"]["region"]))

@@ -73,24 +73,17 @@ def test_any_real_type_gives_the_same_totals(make, kind) -> None:
     np.testing.assert_array_equal(totals(make(x.astype(kind))), x.sum(axis=1, dtype=np.int64))
 
 
-@pytest.mark.parametrize("kind", [np.int8, bool, np.float16])
-def test_values_stored_twice_do_not_overflow(kind) -> None:
-    x = sparse.csr_matrix((np.full(2, 1 if kind is bool else 100, kind), [1, 1], [0, 2]), shape=(1, 3))
-    assert totals(x)[0] == (2 if kind is bool else 200)
-
-
-def test_totals_do_not_lose_digits() -> None:
+def test_sums_do_not_overflow_or_lose_digits() -> None:
+    for kind in (np.int8, bool, np.float16):
+        x = sparse.csr_matrix((np.full(2, 1 if kind is bool else 100, kind), [1, 1], [0, 2]), shape=(1, 3))
+        assert totals(x)[0] == (2 if kind is bool else 200)  # stored twice
     assert totals(np.array([[2**24, 1, 2**24]], dtype=np.float32))[0] == 2**25 + 1
 
 
-@pytest.mark.parametrize(
-    "matrix",
-    [None, *(np.ones((2, 2), kind) for kind in (complex, object, "m8[s]", "U1")), sparse.csr_matrix([[1j]])],
-    ids=lambda matrix: str(getattr(matrix, "dtype", None)),
-)
-def test_no_real_numbers(matrix) -> None:
+@pytest.mark.parametrize("kind", [None, complex, object, "m8[s]", "U1"])
+def test_no_real_numbers(kind) -> None:
     with pytest.raises(DataError, match="Table 't'"):
-        Counts.of(matrix, [0], "Table 't'")
+        Counts.of(None if kind is None else np.ones((2, 2), kind), [0], "Table 't'")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1, 3e38, 2.0**32])

@@ -5,14 +5,12 @@ from __future__ import annotations
 from ._cache import CountFile, find_pooling, open_counts, write_counts
 from ._checks import Look, checked_blocks, checked_totals
 from ._counts import Counts, log_normalise
-from ._measured import Genes, Measured, counts_of, genes_of, measured
-from ._select import measured_regions, measured_tables, select_tables
+from ._measured import Measured, counts_of, genes_of, measured, measured_regions, measured_tables, select_tables
 from ._targets import StoredTargets, Targets, check_genes, choose_genes, targets_of
 
 __all__ = [
     "CountFile",
     "Counts",
-    "Genes",
     "Look",
     "Measured",
     "StoredTargets",

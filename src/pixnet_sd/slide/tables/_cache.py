@@ -1,10 +1,9 @@
 """Compact copies of tables' counts of the chosen genes, kept on disk beside the checkpoint as long as they fit.
 
-A folder holds plain little-endian arrays, as a CSR matrix has them: ``total`` (sum over all genes of each row,
-float64), ``indptr`` (int64), and of each stored value its ``gene`` (position among the chosen ones) and its ``count``,
-both in the smallest type that holds them exactly; ``meta.json`` says what they are, hashes them, and is hashed itself.
-Any rows are had by a few short reads, and nothing stays in memory. Coarse bins that are exact sums of fine ones are
-summed from the fine ones' copy, and not read.
+A folder holds plain little-endian arrays of a CSR matrix: ``total`` (sum over all genes of each row, float64),
+``indptr`` (int64), and of each stored value its ``gene`` (position among the chosen ones) and its ``count``, in the
+smallest types that hold them; ``meta.json`` says what they are and hashes them and itself. Coarse bins that are exact
+sums of fine ones are summed from the fine ones' copy, and not read.
 """
 
 from __future__ import annotations
@@ -36,15 +35,16 @@ from pixnet_sd.geometry import Lattice
 from ._checks import Kind, Look, checked_blocks
 from ._measured import Measured
 
+# counts of the chosen genes in some rows, shape (n, M), and the sum over all genes of each row, shape (n,)
 CountRows: TypeAlias = tuple[sparse.csr_matrix, NDArray[np.float64]]
-"""Counts of the chosen genes in some rows, shape (n, M), and the sum over all genes of each row, shape (n,)."""
 
 _FORMAT, _META = "pixnet_sd counts/3", "meta.json"
 _ARRAYS = ("total.bin", "indptr.bin", "gene.bin", "count.bin")
 _COUNT_TYPES = tuple(np.dtype(f"<{code}") for code in ("u1", "u2", "u4", "f4"))
-_BLOCK_ROWS, _BLOCK_BINS = 2**16, 2**17
-_COPY_BYTES = 2**24
+_BLOCK_ROWS, _BLOCK_BINS, _COPY_BYTES = 2**16, 2**17, 2**24
 _ABANDONED_S = 24 * 3600
+_CENTRES = 0.1  # of a fine bin: how far a coarse bin may lie from where its fine bins say
+_BANDS = 4  # rows of coarse bins of which all counts are compared, besides the first and the last
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class CountFile:
 
     def blocks(self, index: NDArray[np.integer] | None = None, n_rows: int = _BLOCK_ROWS) -> Iterator[CountRows]:
         """Read all rows, or those of an index, some at a time."""
-        for start in range(0, self.n if index is None else len(index), n_rows):
-            stop = start + n_rows
-            yield self.rows(np.arange(start, min(stop, self.n)) if index is None else index[start:stop])
+        every: Any = range(self.n) if index is None else index
+        for start in range(0, len(every), n_rows):
+            yield self.rows(np.asarray(every[start : start + n_rows]))
 
     def totals(self) -> NDArray[np.float64]:
         """Read the sum over all genes of every row."""
@@ -96,68 +96,56 @@ class CountFile:
                 while left:
                     n = file.readinto(rest[:left])
                     if not n:
-                        raise StoreError(
-                            f"The counts in {str(self.folder)!r} were cut short while in use. Make the same call again."
-                        )
+                        raise StoreError(f"Counts in {str(self.folder)!r} were cut short. Make the same call again.")
                     rest, left = rest[n:], left - n
         return out
-
-
-class _Narrow:
-    """An array that grows on disk in the smallest type that holds all of it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self.dtype, self._file = path, _COUNT_TYPES[0], path.open("wb")
-
-    def append(self, values: NDArray[Any]) -> None:
-        largest = values.max(initial=0) if (values == np.rint(values)).all() else np.inf
-        fits = (dtype for dtype in _COUNT_TYPES[:-1] if largest <= np.iinfo(dtype).max)
-        dtype = max(self.dtype, next(fits, _COUNT_TYPES[-1]), key=_COUNT_TYPES.index)
-        if dtype != self.dtype:
-            self._widen(dtype)
-        self._file.write(values.astype(dtype).data)
-
-    def _widen(self, dtype: np.dtype[Any]) -> None:
-        self.close()
-        narrow = self._path.replace(self._path.with_suffix(".narrow"))
-        self._file = self._path.open("wb")
-        with narrow.open("rb") as file:
-            while piece := file.read(_COPY_BYTES):
-                self._file.write(np.frombuffer(piece, self.dtype).astype(dtype).data)
-        narrow.unlink()
-        self.dtype = dtype
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def write_counts(
     folder: Path, blocks: Iterable[CountRows], n_genes: int, key: str, seen: Look | CountFile
 ) -> CountFile:
     """Write consecutive rows into an empty folder, under a key; ``seen`` says at the end what all values are."""
-    gene_type = np.min_scalar_type(max(n_genes - 1, 0)).newbyteorder("<")
-    n, stored = 0, 0
+    gene_type, count_type = np.min_scalar_type(max(n_genes - 1, 0)).newbyteorder("<"), _COUNT_TYPES[0]
+    n = stored = 0
     with contextlib.ExitStack() as files:
-        total, indptr, gene = (files.enter_context((folder / name).open("wb")) for name in _ARRAYS[:3])
-        count = files.enter_context(contextlib.closing(_Narrow(folder / _ARRAYS[3])))
+        total, indptr, gene, count = (files.enter_context((folder / name).open("wb")) for name in _ARRAYS)
         indptr.write(np.zeros(1, "<i8").data)
         for block, sums in blocks:
             total.write(sums.astype("<f8").data)
             indptr.write((block.indptr[1:].astype("<i8") + stored).data)
             gene.write(block.indices.astype(gene_type).data)
-            count.append(block.data)
+            narrow, count_type = count_type, max(count_type, _count_type(block.data), key=_COUNT_TYPES.index)
+            if count_type != narrow:
+                count.close()
+                _widen(folder / _ARRAYS[3], narrow, count_type)
+                count = files.enter_context((folder / _ARRAYS[3]).open("ab"))
+            count.write(block.data.astype(count_type).data)
             n, stored = n + block.shape[0], stored + block.nnz
-    meta = {"format": _FORMAT, "key": key, "n": n, "n_genes": n_genes, "gene": gene_type.str, "count": count.dtype.str}
+    meta = {"format": _FORMAT, "key": key, "n": n, "n_genes": n_genes, "gene": gene_type.str, "count": count_type.str}
     meta |= {"kind": seen.kind, "largest": seen.largest, "sha256": _hash(folder), "dates": _dates(folder)}
     (folder / _META).write_text(_with_hash(meta))
-    return _from_meta(folder, meta)
+    return _opened(folder, meta)
+
+
+def _count_type(values: NDArray[Any]) -> np.dtype[Any]:
+    """Find the smallest type that holds values exactly, or 32-bit floats."""
+    largest = values.max(initial=0) if (values == np.rint(values)).all() else np.inf
+    return next((dtype for dtype in _COUNT_TYPES[:-1] if largest <= np.iinfo(dtype).max), _COUNT_TYPES[-1])
+
+
+def _widen(path: Path, narrow: np.dtype[Any], wide: np.dtype[Any]) -> None:
+    """Rewrite an array on disk in a wider type."""
+    aside = path.replace(path.with_suffix(".narrow"))
+    with aside.open("rb") as old, path.open("wb") as new:
+        while piece := old.read(_COPY_BYTES):
+            new.write(np.frombuffer(piece, narrow).astype(wide).data)
+    aside.unlink()
 
 
 def open_counts(folder: Path, key: str) -> CountFile | None:
     """Open counts that were written under a key; None if there are none, or they are of something else or damaged.
 
-    Arrays whose sizes and dates are those noted when they were hashed are taken as they are: they are as large as the
-    counts. Others, as in a folder that was copied, are hashed again.
+    Arrays of the sizes and dates noted when they were hashed are not hashed again, as those of a copied folder are.
     """
     try:
         meta = json.loads((folder / _META).read_text())
@@ -169,14 +157,14 @@ def open_counts(folder: Path, key: str) -> CountFile | None:
                 return None
             with contextlib.suppress(OSError), replace_file(folder / _META, durable=False) as aside:
                 aside.write_text(_with_hash(meta | {"dates": dates}))
-        return _from_meta(folder, meta)
+        return _opened(folder, meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _from_meta(folder: Path, meta: dict[str, Any]) -> CountFile:
-    types = np.dtype(meta["gene"]), np.dtype(meta["count"])
-    return CountFile(folder, meta["n"], meta["n_genes"], *types, meta["kind"], meta["largest"], meta["sha256"])
+def _opened(folder: Path, meta: dict[str, Any]) -> CountFile:
+    gene, count = np.dtype(meta["gene"]), np.dtype(meta["count"])
+    return CountFile(folder, meta["n"], meta["n_genes"], gene, count, meta["kind"], meta["largest"], meta["sha256"])
 
 
 def _with_hash(meta: dict[str, Any]) -> str:
@@ -185,12 +173,11 @@ def _with_hash(meta: dict[str, Any]) -> str:
 
 def _dates(folder: Path) -> list[list[int]]:
     """Sizes and dates of the arrays, from opened files, of which network file systems ask the server anew."""
-    dates = []
+    about = []
     for name in _ARRAYS:
         with (folder / name).open("rb", buffering=0) as file:
-            about = os.fstat(file.fileno())
-        dates.append([about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino])
-    return dates
+            about.append(os.fstat(file.fileno()))
+    return [[of_file.st_size, of_file.st_mtime_ns, of_file.st_ctime_ns, of_file.st_ino] for of_file in about]
 
 
 def _hash(folder: Path) -> str:
@@ -220,10 +207,7 @@ def own_counts(measured: Measured, genes: pd.Index, folder: Path) -> CountFile:
 
 
 def _cached(folder: Path, key: str, build: Callable[[Path], CountFile], what: str) -> CountFile:
-    """Open counts under a key in the folder of all copies, built if they are not there or damaged.
-
-    A copy appears whole or not at all: it is built aside and renamed. Two runs may build the same one; either will do.
-    """
+    """Open counts under a key in the folder of all copies, or build them aside and rename them."""
     home = folder / key[:16]
     if counts := open_counts(home, key):
         logger.info("%s: counts taken from the cache %s", what, home)
@@ -244,8 +228,7 @@ def _cached(folder: Path, key: str, build: Callable[[Path], CountFile], what: st
             free = f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free" if folder.exists() else "it is not there"
             raise StoreError(
                 f"{what}: a compact copy of the counts cannot be written to {str(folder)!r} ({error.strerror or error};"
-                f" {free}). Free space, or give checkpoint_dir= on a disk with room: the copy goes beside it. Nothing "
-                "was left behind."
+                f" {free}), and nothing was left behind. Free space, or give checkpoint_dir= on another disk."
             ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -254,10 +237,6 @@ def _cached(folder: Path, key: str, build: Callable[[Path], CountFile], what: st
         raise StoreError(f"{what}: the counts in {str(home)!r} were changed while they were written. Try again.")
     logger.info("%s: counts of %d genes in %d regions cached in %s", what, counts.n_genes, counts.n, home)
     return counts
-
-
-_CENTRES = 0.1  # of a fine bin: how far a coarse bin may lie from where its fine bins say
-_BANDS = 4  # rows of coarse bins of which all counts are compared, besides the first and the last
 
 
 @dataclass(frozen=True)
@@ -272,14 +251,11 @@ class Pooling:
         """Tell the coarse bins of some rows, the fine bins in them, and the 0-1 matrix that sums these."""
         coarse = slice(*np.searchsorted(self.coarse.row, (first_row, end_row)).tolist())
         fine = slice(*np.searchsorted(self.fine.row, (first_row * self.factor, end_row * self.factor)).tolist())
-        low = min(int(self.coarse.col.min()), int(self.fine.col.min()) // self.factor)
-        width = max(int(self.coarse.col.max()), int(self.fine.col.max()) // self.factor) + 1 - low
-        cells = (self.coarse.row[coarse].astype(np.int64) - first_row) * width + (self.coarse.col[coarse] - low)
-        row, col = self.fine.row[fine] // self.factor, self.fine.col[fine] // self.factor
-        parents = (row.astype(np.int64) - first_row) * width + (col - low)
-        place = np.minimum(np.searchsorted(cells, parents), max(len(cells) - 1, 0))
-        has_parent = cells[place] == parents if len(cells) else np.zeros(len(parents), bool)
-        ones = (np.ones(int(has_parent.sum()), np.float64), (place[has_parent], np.flatnonzero(has_parent)))
+        cells = self.coarse.row[coarse].astype(np.int64) * 2**32 + self.coarse.col[coarse]
+        parents = self.fine.row[fine].astype(np.int64) // self.factor * 2**32 + self.fine.col[fine] // self.factor
+        place = pd.Index(cells).get_indexer(parents)
+        has_parent = place >= 0
+        ones = (np.ones(int(has_parent.sum())), (place[has_parent], np.flatnonzero(has_parent)))
         return coarse, fine, sparse.csr_matrix(ones, shape=(len(cells), len(parents)))
 
     def sums(self, counts: CountFile, n_bins: int = _BLOCK_BINS) -> Iterator[CountRows]:
@@ -296,8 +272,8 @@ class Pooling:
 def find_pooling(fine: Measured, coarse: Measured) -> Pooling | None:
     """Tell whether a table is the sum of another one's bins, and how.
 
-    It is when all bins of both are there, their lattices have axes and origin in common, and all counts of some rows of
-    coarse bins, the first and the last among them, are the sums of the fine ones, bins at the border included.
+    All bins of both must be there, on lattices of the same axes and origin, and all counts of some rows of coarse bins,
+    the first and the last among them, must be the sums of the fine ones', bins at the border included.
     """
     pooling, why_not = None, ""
     if not (isinstance(fine.regions, Lattice) and isinstance(coarse.regions, Lattice)):
@@ -309,11 +285,9 @@ def find_pooling(fine: Measured, coarse: Measured) -> Pooling | None:
     elif not (factor := _factor(fine.regions, coarse.regions)):
         why_not = "their lattices do not share axes and origin"
     elif not _are_sums(fine, coarse, pooling := Pooling(fine.regions, coarse.regions, factor)):
-        why_not = "their counts are not sums"
-    if why_not:
-        logger.info("%s is not pooled from %r: %s.", coarse.what, fine.table_key, why_not)
-        return None
-    logger.info("%s is the sum of the bins of %r, and pooled from them.", coarse.what, fine.table_key)
+        pooling, why_not = None, "their counts are not sums"
+    how = f"not pooled from {fine.table_key!r}: {why_not}" if why_not else f"the sum of the bins of {fine.table_key!r}"
+    logger.info("%s is %s.", coarse.what, how)
     return pooling
 
 

@@ -22,18 +22,15 @@ from pixnet_sd.errors import DataError
 
 from ._counts import Counts, Place
 
+# whole numbers; whole numbers with a common divisor; counts about the size they had, not whole any more; scaled counts
+# whose totals are gone; logarithms or square roots of any of these; anything else
 Kind = Literal["counts", "multiples", "corrected", "normalised", "logged", "rooted", "other"]
-"""Whole numbers; whole numbers with a common divisor; counts about the size they had, not whole any more; scaled counts
-whose totals are gone; logarithms or square roots of any of these; anything else."""
-
-Row = NDArray[np.float64]
-"""Values of one row that are not zero."""
+Row = NDArray[np.float64]  # values of one row that are not zero
 
 _ROWS_A_BLOCK, _ROWS, _VALUES = 256, 1024, 2**20  # that are looked into, where values are not whole
 _MANY = 200  # values whose common divisor says something
 _MOSTLY = 0.9
-_CONSTANT = 1e-3  # relative spread of sums that were made equal
-_PER_UNIT = 1e-3  # how far from whole multiples rounding leaves what was whole
+_CONSTANT, _PER_UNIT = 1e-3, 1e-3  # relative spread of sums made equal; how far from whole rounding leaves multiples
 _FINEST = 200  # of the smallest value of a row, what its unit may be
 _WIDEST = 100  # times it, what values take part in finding the unit
 _HIGHEST = 1e4  # multiples of the unit in which whole numbers can be told
@@ -68,32 +65,31 @@ class Look:
         values = block.data
         self.largest = max(self.largest, float(values.max(initial=0)))
         self.n_values += int(np.count_nonzero(values))
-        broken = values != np.rint(values)
-        if broken.any():
-            self.whole = False
-            self._sample(block, broken)
-        elif self.whole and self.divisor != 1:
-            self.divisor = int(np.gcd(self.divisor, np.gcd.reduce(values.astype(np.int64), initial=0)))
-
-    def _sample(self, block: sparse.csr_matrix, broken: NDArray[np.bool_]) -> None:
-        if len(self.rows) >= _ROWS or sum(map(len, self.rows)) >= _VALUES:
+        broken = np.flatnonzero(values != np.rint(values))
+        if not len(broken):
+            if self.whole and self.divisor != 1:
+                self.divisor = int(np.gcd(self.divisor, np.gcd.reduce(values.astype(np.int64), initial=0)))
             return
-        rows = np.unique(np.searchsorted(block.indptr, np.flatnonzero(broken), side="right") - 1)
-        for row in rows[np.linspace(0, len(rows) - 1, min(_ROWS_A_BLOCK, len(rows))).astype(np.intp)]:
-            values = np.asarray(block.data[block.indptr[row] : block.indptr[row + 1]], np.float64)
-            self.rows.append(values[values > 0])
+        self.whole = False
+        if len(self.rows) < _ROWS and sum(map(len, self.rows)) < _VALUES:
+            rows = np.unique(np.searchsorted(block.indptr, broken, side="right") - 1)
+            for row in rows[np.linspace(0, len(rows) - 1, min(_ROWS_A_BLOCK, len(rows))).astype(np.intp)]:
+                of_row = np.asarray(values[block.indptr[row] : block.indptr[row + 1]], np.float64)
+                self.rows.append(of_row[of_row > 0])
 
     @property
     def kind(self) -> Kind:
         """Kind of the values."""
         if self.whole:
             return "multiples" if self.divisor > 1 and self.n_values > _MANY else "counts"
-        if _in_units(self.rows):
-            return "normalised" if _sums_are_equal(self.rows) else _kind_by_factors(self.rows)
+        units = _units(self.rows)
+        if _are_known(units):
+            unit, total = units[~np.isnan(units[:, 0])].T
+            return "corrected" if _keep_totals(unit, total) and not _sums_are_equal(self.rows) else "normalised"
         for kind, undo in _UNDONE:
             if self.largest < _LARGEST_LOG or kind == "rooted":
                 before = [undo(row) for row in self.rows]
-                if _sums_are_equal(before) or _in_units(before) or _are_whole(before):
+                if _sums_are_equal(before) or _are_known(_units(before)) or _are_whole(before):
                     return kind
         if _sums_are_equal(self.rows):
             return "normalised"
@@ -111,15 +107,15 @@ def _are_whole(rows: list[Row]) -> bool:
     return len(rows) >= _FEW and bool(((off < _PER_UNIT) & (values > _LEAST) & (values < _HIGHEST)).all())
 
 
-def _varied(rows: list[Row]) -> list[Row]:
-    """Pick the rows that have more than one value."""
-    return [row for row in rows if row.max() > row.min() * (1 + _PER_UNIT)]
+def _units(rows: list[Row]) -> NDArray[np.float64]:
+    """List the unit, or NaN, and the total in units of each row that has more than one value, shape (n, 2)."""
+    varied = [row for row in rows if row.max() > row.min() * (1 + _PER_UNIT)]
+    return np.array([(unit := _unit(row), row.sum() / unit) for row in varied]).reshape(-1, 2)
 
 
-def _in_units(rows: list[Row]) -> bool:
-    """Tell whether each row's values are whole multiples of one number."""
-    units = [_unit(row) for row in _varied(rows)]
-    return len(units) >= _FEW and float(np.mean(~np.isnan(units))) >= _MOSTLY
+def _are_known(units: NDArray[np.float64]) -> bool:
+    """Tell whether most rows' values are whole multiples of one number."""
+    return len(units) >= _FEW and float(np.mean(~np.isnan(units[:, 0]))) >= _MOSTLY
 
 
 def _unit(row: Row) -> float:
@@ -138,12 +134,6 @@ def _unit(row: Row) -> float:
     multiples = row[row < _HIGHEST * unit] / unit
     near = np.abs(multiples - np.rint(multiples)) < 10 * _PER_UNIT
     return unit if near.mean() >= _MOSTLY else np.nan
-
-
-def _kind_by_factors(rows: list[Row]) -> Kind:
-    """Tell by the factors of rows whether they are those of a correction."""
-    known = [(unit, row.sum() / unit) for row in _varied(rows) if not np.isnan(unit := _unit(row))]
-    return "corrected" if _keep_totals(*np.array(known).T) else "normalised"
 
 
 def _keep_totals(factor: NDArray[Any], total: NDArray[Any]) -> bool:
@@ -169,15 +159,12 @@ def _are_corrected(rows: list[Row]) -> bool:
 
 _EXACT, _EXACT_HALF = 2**24, 2**11  # whole numbers up to which 32 bits, and 16, hold each
 _LOG_MAX = 20.0  # log1p of anything countable stays below
+_HALF = "16 bits do not hold counts above 2,048 exactly: read the table again with X in 32 bits"
 _FAULTS: tuple[tuple[Callable[[NDArray[Any]], NDArray[np.bool_]], str, str], ...] = (
     (lambda x: ~np.isfinite(x), "NaN or infinite", "Remove or recompute them"),
     (lambda x: x < 0, "negative", "Scaled values will not do: give raw counts"),
     (lambda x: x > 2**31, "absurdly large", "No region has more than 2³¹ counts of a gene: remove or recompute them"),
-)
-_FAULT_OF_HALF = (
-    lambda x: x > _EXACT_HALF,
-    "inexact",
-    "16 bits do not hold counts above 2,048 exactly: read the table again with X in 32 bits",
+    (lambda x: x > _EXACT_HALF, "inexact", _HALF),  # of 16 bits alone
 )
 _RAW = "Put raw counts there, for instance table.X = table.layers['counts'] or table.raw.X."
 _NAMES: dict[Kind, str] = {
@@ -193,7 +180,7 @@ def checked_blocks(
 ) -> Iterator[tuple[Place, sparse.csr_matrix, NDArray[np.float64]]]:
     """Read blocks of rows and check every value; yield place, counts, and each row's sum over all genes."""
     for place, block in counts.blocks():
-        for is_bad, fault, remedy in (*_FAULTS, _FAULT_OF_HALF) if counts.is_half else _FAULTS:
+        for is_bad, fault, remedy in _FAULTS if counts.is_half else _FAULTS[:-1]:
             bad = np.flatnonzero(is_bad(block.data))
             if len(bad):
                 row = counts.rows[place][np.searchsorted(block.indptr, bad[0], side="right") - 1]
@@ -209,7 +196,7 @@ def checked_blocks(
 
 
 def checked_totals(counts: Counts, var_names: pd.Index, what: str) -> NDArray[np.float64]:
-    """Sum each region over all genes, shape (n,), as `checked_blocks`; warn of values that are logarithms already."""
+    """Sum each region over all genes, shape (n,), and check the counts."""
     look, total = Look(), np.zeros(len(counts))
     for place, _, sums in checked_blocks(counts, var_names, what, look):
         total[place] = sums
@@ -218,10 +205,7 @@ def checked_totals(counts: Counts, var_names: pd.Index, what: str) -> NDArray[np
 
 
 def check_kind(kind: Kind, largest: float, what: str, objective: str = "mse_pcc") -> None:
-    """Refuse, or warn of, a table whose values are not what is learnt from.
-
-    Log-normalised expression (``"mse_pcc"``) is the same whatever factor a region has; a likelihood of counts is not.
-    """
+    """Refuse, or warn of, values that are not learnt from; a factor of each region does no harm to ``"mse_pcc"``."""
     if largest > _EXACT:
         warn(f"{what}: X has values up to {largest:.0f}; above {_EXACT} they are rounded to 32 bits.")
     if objective == "mse_pcc":

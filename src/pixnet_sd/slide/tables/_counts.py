@@ -19,8 +19,7 @@ from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError
 from pixnet_sd.slide.image import GuardedArray
 
-Place: TypeAlias = slice | NDArray[np.integer]
-"""Where the rows of a block are among all rows."""
+Place: TypeAlias = slice | NDArray[np.integer]  # where the rows of a block are among all rows
 
 _BLOCK_VALUES = 2**25  # of a block made dense: 128 MiB in 32 bits
 _STORED_SHARE = 8  # so many times fewer stored values in a sparse block: they have columns, and copies while worked on
@@ -55,29 +54,24 @@ class Counts:
     is_half: bool = False  # values were stored in 16 bits, which do not hold larger counts
 
     @classmethod
-    def of(
-        cls,
-        matrix: Any,
-        rows: ArrayLike,
-        what: str,
-        files: Path | None = None,
-        genes: NDArray[np.integer] | None = None,
-    ) -> Counts:
+    def of(cls, matrix: Any, rows: ArrayLike, what: str, files: Path | None = None, genes: Any = None) -> Counts:
         """Wrap the X of a table; compressed columns, of which rows cannot be read, are turned once."""
         if matrix is None:
             raise DataError(f"{what} has no X. Put raw counts there.")
         if matrix.dtype.kind not in "biuf":
             raise DataError(f"{what} has an X of dtype {matrix.dtype}. Put raw counts there, whole numbers or floats.")
-        is_half = matrix.dtype == np.float16
-        layout, is_backed = getattr(matrix, "format", None), hasattr(matrix, "group")
-        if sparse.issparse(matrix):
-            matrix = _widened(matrix)
+        is_half, layout, is_backed = (
+            matrix.dtype == np.float16,
+            getattr(matrix, "format", None),
+            hasattr(matrix, "group"),
+        )
+        matrix = _widened(matrix) if sparse.issparse(matrix) else matrix
         if layout == "csc":
             matrix = _widened(matrix.to_memory()) if is_backed else matrix
             if matrix.nnz > _MANY_STORED:
                 logger.warning(
-                    "%s: X is stored by columns (CSC), so all of its %.0f million values are loaded and turned to rows."
-                    " Store it by rows, table.X = table.X.tocsr(), to have it read in blocks.",
+                    "%s: X is stored by columns (CSC), so its %.0f million values are loaded and turned to rows. Store "
+                    "it by rows, table.X = table.X.tocsr(), to have it read in blocks.",
                     *(what, matrix.nnz / 1e6),
                 )
             matrix = matrix.tocsr()
@@ -173,15 +167,9 @@ def _widened(matrix: Any) -> Any:
     return matrix.astype(values.dtype)
 
 
-def log_normalise(
-    counts: sparse.spmatrix | sparse.sparray | NDArray[np.generic], total: ArrayLike, target_sum: float = 1e4
-) -> NDArray[np.float32]:
-    """Compute ``log1p(target_sum * counts / total)``, natural logarithm, dense, shape (n, M); 0 where the total is.
-
-    ``total`` (n,) is the sum of a region over all genes of its table, not only these M.
-    """
-    dense: NDArray[np.float32] = target_rows(sparse.csr_matrix(counts), total, target_sum).toarray()
-    return dense
+def log_normalise(counts: Any, total: ArrayLike, target_sum: float = 1e4) -> NDArray[np.float32]:
+    """Compute ``log1p(target_sum * counts / total)``, dense, (n, M); ``total`` (n,) is over all genes of the table."""
+    return np.asarray(target_rows(sparse.csr_matrix(counts), total, target_sum).toarray())
 
 
 def target_rows(counts: sparse.csr_matrix, total: ArrayLike, target_sum: float | None) -> sparse.csr_matrix:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
@@ -26,8 +27,7 @@ from ._checks import Look, check_kind, checked_blocks
 from ._counts import log_values, target_rows
 from ._measured import Measured
 
-Slides: TypeAlias = Mapping[str, Sequence[Measured]]
-"""Tables with measured expression by slide."""
+Slides: TypeAlias = Mapping[str, Sequence[Measured]]  # tables with measured expression by slide
 
 _FIRST = 10  # names that a message lists
 _AREAS = 1001  # regions of which the median area is taken
@@ -53,8 +53,7 @@ class StoredTargets:
 
     def __getitem__(self, index: NDArray[np.integer]) -> NDArray[np.float32]:
         """Read targets of regions, shape (len(index), M); quickest in the order of the regions."""
-        dense: NDArray[np.float32] = self.rows(index).toarray()
-        return dense
+        return np.asarray(self.rows(index).toarray())
 
     def rows(self, index: NDArray[np.integer]) -> sparse.csr_matrix:
         """Read targets of regions as a sparse matrix."""
@@ -69,7 +68,7 @@ class StoredTargets:
     def mean(self, axis: int = 0) -> NDArray[np.float64]:
         """Average over regions, the only axis, shape (M,)."""
         if axis != 0:
-            raise IndexError(f"axis {axis}: means of stored targets are over regions, axis 0")
+            raise IndexError(f"axis={axis}: means of stored targets are over regions, axis 0")
         total = np.zeros(self.shape[1])
         for counts, sums in self.counts.blocks(self.index):
             total += np.asarray(target_rows(counts, sums, self.target_sum).sum(axis=0, dtype=np.float64))[0]
@@ -97,9 +96,9 @@ def targets_of(
 ) -> dict[str, list[Targets]]:
     """Make the targets of each slide's tables: log-normalised expression with ``"mse_pcc"``, else raw counts.
 
-    Regions without a single count have no log-normalised expression, and are left out with a warning; as counts they
-    are zeros like others. What takes more than ``memory_bytes`` stays on disk, as compact counts in the folder
-    ``cache``; a table that is the exact sum of a finer one's bins is then summed from these, and not read.
+    Regions without a single count are left out of log-normalised expression, with a warning. What takes more than
+    ``memory_bytes`` stays on disk, as compact counts in the folder ``cache``; a table that is the exact sum of a finer
+    one's bins is then summed from these, and not read.
     """
     wanted = pd.Index(genes)
     tables = [table for of_slide in slides.values() for table in of_slide]
@@ -119,8 +118,7 @@ def _dense(table: Measured, genes: pd.Index, target_sum: float | None, objective
         chosen = block[:, columns].astype(np.float32)  # as compact counts are
         total[place], values[place] = sums, target_rows(chosen, sums, target_sum).toarray()
     check_kind(look.kind, look.largest, table.what, objective)
-    usable = _usable(table, total, target_sum)
-    return Targets(table.regions, values) if usable is None else Targets(table.regions.subset(usable), values[usable])
+    return _with_counts(table, values, total, target_sum)
 
 
 def _stored(
@@ -130,45 +128,36 @@ def _stored(
     files: dict[int, CountFile] = {}
     own: list[int] = []
     for k in sorted(range(len(tables)), key=lambda k: _median_area(tables[k].regions)):
-        table = tables[k]
-        sums = ((files[fine], pooling) for fine in own if (pooling := find_pooling(tables[fine], table)) is not None)
-        if fitting := next(sums, None):
-            files[k] = pooled_counts(*fitting, cache, table.what)
+        poolings = ((files[fine], find_pooling(tables[fine], tables[k])) for fine in own)
+        finer, pooling = next((each for each in poolings if each[1] is not None), (None, None))
+        if finer is not None and pooling is not None:
+            files[k] = pooled_counts(finer, pooling, cache, tables[k].what)
         else:
-            files[k] = own_counts(table, genes, cache)
+            files[k] = own_counts(tables[k], genes, cache)
             own.append(k)
-        check_kind(files[k].kind, files[k].largest, table.what, objective)
-    targets = []
-    for k, table in enumerate(tables):
-        values = StoredTargets(files[k], None, target_sum)
-        usable = _usable(table, files[k].totals(), target_sum)
-        regions = table.regions if usable is None else table.regions.subset(usable)
-        targets.append(Targets(regions, values if usable is None else values.subset(usable)))
-    return targets
+        check_kind(files[k].kind, files[k].largest, tables[k].what, objective)
+    values = [StoredTargets(files[k], None, target_sum) for k in range(len(tables))]
+    return [_with_counts(t, v, v.counts.totals(), target_sum) for t, v in zip(tables, values, strict=True)]
 
 
-def _usable(table: Measured, total: NDArray[np.float64], target_sum: float | None) -> NDArray[np.intp] | None:
-    """List the regions that can be learnt from; None for all."""
-    empty = int((total <= 0).sum())
-    if empty == len(total):
-        raise DataError(_no_counts(table))
-    if not empty or target_sum is None:
-        return None
-    warn(f"{table.what}: {empty} of {len(total)} regions have no counts at all and are left out.")
-    return np.flatnonzero(total > 0)
-
-
-def _no_counts(table: Measured) -> str:
-    return f"{table.what}: all {len(table)} regions on the image have no counts at all."
+def _with_counts(
+    table: Measured, values: NDArray[np.float32] | StoredTargets, total: NDArray[np.float64], target_sum: float | None
+) -> Targets:
+    """Leave out regions without counts, which have no log-normalised expression."""
+    usable = np.flatnonzero(total > 0)
+    if not len(usable):
+        raise DataError(f"{table.what}: all {len(table)} regions on the image have no counts at all.")
+    if len(usable) == len(total) or target_sum is None:
+        return Targets(table.regions, values)
+    warn(f"{table.what}: {len(total) - len(usable)} of {len(total)} regions have no counts at all and are left out.")
+    kept = values.subset(usable) if isinstance(values, StoredTargets) else values[usable]
+    return Targets(table.regions.subset(usable), kept)
 
 
 def check_genes(
     genes: Iterable[str], available: Iterable[str], what: str, others: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Refuse genes that are not there, naming them and what comes close, and features that are no genes.
-
-    ``others`` holds the type of each feature that is no gene.
-    """
+    """Refuse genes that are not there, naming what comes close, and features of other types than genes (``others``)."""
     known, wanted = pd.Index(list(available)), pd.Index(list(genes))
     no_gene = [f"{name!r} ({others[name]!r})" for name in wanted if name in others and name not in known]
     if no_gene:
@@ -177,16 +166,14 @@ def check_genes(
             f"{', '.join(no_gene[:_FIRST])}. Only gene expression is learnt and scored: leave them out of genes=."
         )
     missing = wanted[~wanted.isin(known)]
-    if len(missing):
+    listed = []
+    for gene in missing[:_FIRST]:
+        same = known[known.str.lower() == str(gene).lower()]
+        close = list(same[:1]) or difflib.get_close_matches(str(gene), list(known), n=1)
+        listed.append(f"{gene!r} (there is {close[0]!r})" if close else repr(gene))
+    if listed:
         more = f" and {len(missing) - _FIRST} more" if len(missing) > _FIRST else ""
-        listed = ", ".join(_with_close_match(gene, known) for gene in missing[:_FIRST])
-        raise DataError(f"{len(missing)} of {len(wanted)} genes are not in {what}: {listed}{more}.")
-
-
-def _with_close_match(gene: str, known: pd.Index) -> str:
-    same = known[known.str.lower() == str(gene).lower()]
-    close = list(same[:1]) or difflib.get_close_matches(str(gene), list(known), n=1)
-    return f"{gene!r} (there is {close[0]!r})" if close else repr(gene)
+        raise DataError(f"{len(missing)} of {len(wanted)} genes are not in {what}: {', '.join(listed)}{more}.")
 
 
 def choose_genes(
@@ -199,24 +186,19 @@ def choose_genes(
 ) -> pd.Index:
     """Choose genes to learn: those named, else those of every table with the highest mean expression.
 
-    The mean is over log-normalised expression, of each training slide's coarsest regions, then over slides with equal
-    weight. Ties go by name. A gene without any count is never chosen; without ``n_genes`` all are with at least 10
+    The mean is over log-normalised expression of each training slide's coarsest regions, then over slides with equal
+    weight; ties go by name. A gene without any count is never chosen; without ``n_genes`` all are with at least 10
     counts in these regions. Held-out slides must have the genes, and say nothing about their means.
     """
     every = {**slides, **held_out}
     if genes is not None:
         return _named_genes(slides, every, pd.Index([genes] if isinstance(genes, str) else list(genes), dtype=object))
-    first, *others = (table for tables in every.values() for table in tables)
-    shared = pd.Index(first.var_names, dtype=object)
-    for table in others:
-        shared = shared[shared.isin(table.var_names)]
-    mean, counts = _expression(slides, shared, target_sum)
+    shared = reduce(pd.Index.intersection, (table.var_names for tables in every.values() for table in tables))
+    mean, counts = _expression(slides, pd.Index(shared, dtype=object), target_sum)
     if n_genes is None:
         mean = mean.where(counts >= _MIN_COUNTS, 0.0)
     ranked = mean[mean > 0].reset_index().sort_values(["mean", "gene"], ascending=[False, True])["gene"]
-    listed = ", ".join(
-        f"{name!r}: {t.table_key!r} {len(t.var_names)}" for name, tables in every.items() for t in tables
-    )
+    listed = ", ".join(f"{name!r}: {t.table_key!r} {len(t.var_names)}" for name in every for t in every[name])
     if ranked.empty:
         raise DataError(f"No gene is measured, with counts, in all slides: genes by slide and table: {listed}.")
     chosen = pd.Index(ranked.to_numpy()[:n_genes], dtype=object)
@@ -249,11 +231,11 @@ def _expression(slides: Slides, genes: pd.Index, target_sum: float) -> tuple[pd.
         table = max(tables, key=lambda table: _median_area(table.regions))
         n, total = 0, np.zeros((2, table.counts.n_genes))
         for _, block, sums in checked_blocks(table.counts, table.var_names, table.what):
-            for row, values in zip(total, (log_values(block, sums, target_sum), block.data), strict=True):
-                row += np.bincount(block.indices, values, len(row))  # log1p(0) = 0
+            total[0] += np.bincount(block.indices, log_values(block, sums, target_sum), len(total[0]))  # log1p(0) = 0
+            total[1] += np.bincount(block.indices, block.data, len(total[1]))
             n += int((sums > 0).sum())
         if not n:
-            raise DataError(_no_counts(table))
+            raise DataError(f"{table.what}: all {len(table)} regions on the image have no counts at all.")
         mean, count = total[:, table.var_names.get_indexer(genes)]
         means.append(mean / n)
         counts += count
