@@ -21,7 +21,6 @@ from pixnet_sd.slide.elements import (
     StoredShapes,
     StoredTable,
     obs_column,
-    obs_names,
     open_store,
     regions_of,
     shapes_of,
@@ -99,7 +98,7 @@ def test_stored_table(visium_hd, written, make) -> None:
     assert isinstance(stored, StoredTable)
     assert (stored.n_obs, stored.n_vars) == stored.shape == table.shape
     assert list(stored.var_names) == list(table.var_names)
-    assert obs_names(stored) == obs_names(table)
+    assert set(stored.obs.columns) == set(table.obs.columns)
     assert var_columns_of(stored) == var_columns_of(table)
     assert dict(stored.uns["spatialdata_attrs"]) == table.uns["spatialdata_attrs"]
     assert "pixnet_sd" not in stored.uns

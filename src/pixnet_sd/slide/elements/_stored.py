@@ -1,9 +1,8 @@
 """Shapes and tables of an object, those in memory and those that only the store behind it has.
 
-`open_store` leaves on disk what is big, and ``spatialdata.read_zarr(..., selection=...)`` what was not asked for. So
-everybody asks `shapes_of` and `tables_of`, never the object itself: what is in memory comes as it is, the rest as
-`StoredShapes` and `StoredTable`, which read what is asked for. What counts as left on disk is decided in
-`_left_on_disk` alone, and looked up in the store at every call, because results and other processes add to it.
+`open_store` leaves on disk what is big, ``spatialdata.read_zarr(..., selection=...)`` what was not asked for. So
+everybody asks `shapes_of` and `tables_of`, never the object itself. `_left_on_disk` alone decides what counts as left
+on disk, and looks in the store at every call, because results and other processes add to it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 _LEFT = "_pixnet_sd_left"  # attribute of an object: names by group of what `open_store` left on disk; copies keep it
 _SMALL_BYTES = 2**25  # of an element that `open_store` loads
 _BYTES_A_SHAPE, _BYTES_A_ROW = 500, 200  # in memory: a quadrangle; a name and some columns
-_SAMPLE = 5000
+
 _STRETCH = 2**14  # shapes in the order of the file that are looked at for neighbours
 _SAMPLED_GROUPS = 16  # groups of rows of a file that a sample is taken from; each is read whole
 _MANY_SHAPES = 2**17
@@ -158,12 +157,8 @@ def _skeleton(store: Path, scratch: Path) -> zarr.Group:
     return root
 
 
-def sample_positions(n: int) -> NDArray[np.int64]:
-    """Positions, at most 5,000, spread evenly over n, ascending."""
-    return _spread(n, _SAMPLE)
-
-
-def _spread(n: int, at_most: int) -> NDArray[np.int64]:
+def sample_positions(n: int, at_most: int = 5000) -> NDArray[np.int64]:
+    """Positions, spread evenly over n, ascending."""
     return np.unique(np.linspace(0, n - 1, min(n, at_most)).astype(np.int64))
 
 
@@ -211,7 +206,6 @@ class StoredShapes:
 
 
 Shapes: TypeAlias = "GeoDataFrame | StoredShapes"
-"""Shapes in memory, or shapes that are not."""
 
 
 @lru_cache(maxsize=16)
@@ -220,7 +214,7 @@ def _read_some(shapes: StoredShapes, version: tuple[int, ...], *, in_sequence: b
     metadata = shapes._file.metadata
     n_rows = np.array([metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)])
     filled = np.flatnonzero(n_rows)
-    groups = filled[_spread(len(filled), _SAMPLED_GROUPS)]
+    groups = filled[sample_positions(len(filled), _SAMPLED_GROUPS)]
     if in_sequence:
         groups = groups[[len(groups) // 2]]
         first = max(0, (n_rows[groups[0]] - _STRETCH) // 2)
@@ -300,22 +294,15 @@ class StoredTable:
     def _group(self) -> Any:
         return zarr.open_group(self.path, mode="r")
 
-    @property
-    def n_obs(self) -> int:
-        """Number of rows."""
-        return self.shape[0]
-
-    @property
-    def n_vars(self) -> int:
-        """Number of genes."""
-        return self.shape[1]
-
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and genes."""
         x = self._group["X"]
         n_obs, n_vars = x.shape if isinstance(x, zarr.Array) else x.attrs["shape"]
         return int(n_obs), int(n_vars)
+
+    n_obs = property(lambda self: self.shape[0])
+    n_vars = property(lambda self: self.shape[1])
 
     @property
     def X(self) -> Any:
@@ -328,20 +315,9 @@ class StoredTable:
         """Genes."""
         return pd.Index(self.var[self._group["var"].attrs["_index"]])
 
-    @property
-    def var(self) -> _Elements:
-        """Columns that describe genes."""
-        return _Elements(self._group["var"])
-
-    @property
-    def obs(self) -> _Elements:
-        """Columns that describe rows."""
-        return _Elements(self._group["obs"])
-
-    @property
-    def uns(self) -> Mapping[str, Any]:
-        """Unstructured annotation."""
-        return _Elements(self._group["uns"]) if "uns" in self._group else {}
+    var = property(lambda self: _Elements(self._group["var"]))
+    obs = property(lambda self: _Elements(self._group["obs"]))
+    uns = property(lambda self: _Elements(self._group["uns"]) if "uns" in self._group else {})
 
     @property
     def n_bytes(self) -> int:
@@ -352,16 +328,10 @@ class StoredTable:
 
 
 Table: TypeAlias = "AnnData | StoredTable"
-"""A table in memory, or one that is not."""
-
-
-def obs_names(table: Table) -> set[str]:
-    """Names of the columns that describe rows."""
-    return set(table.obs.columns)
 
 
 def obs_column(table: Table, name: str) -> Any:
-    """One of these columns: a NumPy or pandas array."""
+    """A column that describes rows: a NumPy or pandas array."""
     return _as_array(table.obs[name])
 
 
@@ -371,7 +341,7 @@ def var_columns_of(table: Table) -> list[str]:
 
 
 def var_column(table: Table, name: str) -> Any:
-    """One of these columns: a NumPy or pandas array."""
+    """A column that describes genes: a NumPy or pandas array."""
     return _as_array(table.var[name])
 
 
