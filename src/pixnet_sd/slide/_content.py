@@ -67,10 +67,7 @@ class PixelContent:
 
 
 def pixel_content(slide: Slide, known: Mapping[str, Any] | None = None) -> PixelContent:
-    """Hash the pixels that a slide is read from at its working resolution.
-
-    What earlier runs hashed, in `known` by `PixelContent.note`, is not read again while its files have the same dates.
-    """
+    """Hash the pixels that a slide is read from; `known` notes tell the hash while files have the same dates."""
     level = slide.pyramid.level_for(slide.working_scale)
     name = f"{level.shape[0]} x {level.shape[1]}"
     files, is_settled = _files(level)
@@ -165,11 +162,7 @@ def regions_sha256(regions: Regions) -> str:
 
 
 def check_on_disk(sdata: SpatialData, *keys: str | None) -> None:
-    """Refuse images, labels and shapes of a backed object that its store lacks or has otherwise.
-
-    Results there would not fit them: they lie elsewhere, or have other pixels, ids or outlines. An object that is not
-    backed by a local store is not looked at; a key that is None is passed over.
-    """
+    """Refuse images, labels and shapes of an object backed by a local store that its store lacks or has otherwise."""
     if not isinstance(sdata.path, Path) or not sdata.path.is_dir():
         return
     for key in keys:

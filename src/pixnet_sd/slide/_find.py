@@ -321,10 +321,7 @@ class KnownSize:
 def _known_sizes(
     sdata: SpatialData, coordinate_system: str, image_key: str, region_keys: Collection[str]
 ) -> list[KnownSize]:
-    """Sizes that elements in a coordinate system tell: all lattices of bins, coarsest first, else Visium spots.
-
-    Where regions that are meant tell, no other is asked; elements that miss the image do not count, unless all do.
-    """
+    """Sizes that bins tell, coarsest first, else Visium spots: of the regions that are meant, else of others there."""
     for candidates, measure in ((named_as_bins(sdata), _from_bins), (sorted(shapes_of(sdata)), _from_spots)):
         keys = [key for key in candidates if coordinate_system in coordinate_systems(region_element(sdata, key))]
         keys = on_image(sdata, keys, image_key=image_key, coordinate_system=coordinate_system)
@@ -390,9 +387,8 @@ def _visium_pitch(shapes: Shapes) -> float | None:
         return None
     distance = cKDTree(xy).query(xy[sample_positions(len(xy))], k=_HEX_NEIGHBOURS + 1)[0][:, 1:]
     nearest, *_, last = np.median(distance, axis=0)
-    ratio = nearest / (2 * float(np.median(shapes["radius"])))
-    widths = (abs(ratio * width / _SPOT_PITCH_UM - 1) < _SPOT_RATIO_TOLERANCE for width in _SPOT_DIAMETERS_UM)
-    if not any(widths) or last >= 1.2 * nearest:
+    pitches = np.array(_SPOT_DIAMETERS_UM) * nearest / (2 * float(np.median(shapes["radius"])))
+    if (np.abs(pitches / _SPOT_PITCH_UM - 1) >= _SPOT_RATIO_TOLERANCE).all() or last >= 1.2 * nearest:
         return None
     return float(distance[distance < 1.2 * nearest].mean())  # the nearest alone are too near where centres are rounded
 
@@ -417,11 +413,12 @@ def find_mpp(
     known = _known_sizes(sdata, coordinate_system, image_key, region_keys)
     sizes = [replace(size, value=size.value * scale) for size in known]
     if mpp is not None:
-        if isinstance(mpp, str) and mpp != "coordinate_system":
+        if not isinstance(mpp, str):
+            value, rule = float(mpp), "argument mpp="
+        elif mpp == "coordinate_system":
+            value, rule = scale, f"coordinate system {coordinate_system!r}, in µm as mpp='coordinate_system' says"
+        else:
             raise ResolutionError(f"mpp = {mpp!r}: give a number of µm per pixel, or 'coordinate_system'.")
-        value, rule = float(mpp) if not isinstance(mpp, str) else scale, "argument mpp="
-        if isinstance(mpp, str):
-            rule = f"coordinate system {coordinate_system!r}, in µm as mpp='coordinate_system' says"
         if sizes and value > 0 and not any(size.agrees(value) for size in sizes):
             warn(
                 f"mpp = {value:.4g} µm/px ({rule}) disagrees with {sizes[0].value:.4g} µm/px, the {sizes[0].how}. "

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import spatialdata as sd
 import zarr
+from anndata.io import sparse_dataset, write_elem
 from dask import delayed
 from scipy import sparse
 from spatialdata.models import Image2DModel, Labels2DModel
 
 from pixnet_sd.errors import StoreError
-from pixnet_sd.slide import open_slide
 from pixnet_sd.slide.elements import LazyLabels
 from pixnet_sd.slide.image import GuardedArray, ImageLevel, ImagePyramid, loaded_px, stored_array
 from pixnet_sd.slide.tables import Counts
@@ -76,13 +76,11 @@ MISHAPS = {
 
 
 @pytest.mark.parametrize("mishap", MISHAPS.values(), ids=MISHAPS)
-@pytest.mark.parametrize("lazy", ["stored", "cropped", "computed"])
+@pytest.mark.parametrize("lazy", ["stored", "computed"])
 def test_files_that_went_away(store: Path, mishap, lazy: str) -> None:
     image = sd.read_zarr(store).images["he"]["scale0"]["image"]
-    if lazy == "cropped":
-        image = image.isel(y=slice(5, None))
-    elif lazy == "computed":
-        image = image.copy(data=255 - image.data)
+    if lazy == "computed":
+        image = image.isel(y=slice(5, None)).copy(data=255 - image.data[:, 5:])
     opened = pickle.loads(pickle.dumps(ImagePyramid.of(image, "he").levels[0]))
     assert opened.is_backed == (lazy == "stored")
     assert opened.read(100, 200, 100, 200).any()
@@ -95,7 +93,7 @@ def test_files_that_are_away_when_the_image_is_opened(store: Path) -> None:
     sdata = sd.read_zarr(store)
     store.rename(store.with_name("moved.zarr"))
     with pytest.raises(StoreError, match=r"slide\.zarr"):
-        open_slide(sdata, image_key="he", mpp=0.5)
+        ImagePyramid.of(sdata["he"], "he")
 
 
 def test_files_that_are_away_only_while_they_are_read(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +109,7 @@ def test_files_that_are_away_only_while_they_are_read(store: Path, monkeypatch: 
     assert not away
 
 
-@pytest.mark.parametrize("lost", [["s0/c/0/2/2"], ["s0/c/0/0/3"], ["s1/c/0/1/1"], ["s0/c", "s1/c"]], ids=str)
+@pytest.mark.parametrize("lost", [["s0/c/0/2/2"], ["s1/c/0/1/1"], ["s0/c", "s1/c"]], ids=str)
 def test_a_copy_in_part(store: Path, lost: list[str]) -> None:
     """Another level shows that pixels of a missing chunk are not black."""
     for path in (store / "images/he" / name for name in lost):
@@ -125,12 +123,11 @@ def test_a_copy_in_part(store: Path, lost: list[str]) -> None:
     [
         {"shards": (3, 128, 128)},
         {"chunk_key_encoding": {"name": "default", "separator": "."}},
-        {"chunk_key_encoding": {"name": "v2", "separator": "."}},
         {"chunk_key_encoding": {"name": "v2", "separator": "/"}},
         {"zarr_format": 2},
         {"fill_value": 255},
     ],
-    ids=["shards", "dots", "as v2", "as v2, nested", "v2", "white"],
+    ids=["shards", "dots", "as v2, nested", "v2", "white"],
 )
 def test_layouts(tmp_path: Path, layout: dict) -> None:
     pixels = drawn()
@@ -146,34 +143,27 @@ def test_layouts(tmp_path: Path, layout: dict) -> None:
         opened.read(0, SIDE, 0, SIDE)
 
 
-@pytest.mark.parametrize("computed", [False, True])
-def test_labels(store: Path, computed: bool) -> None:
+def test_labels(store: Path) -> None:
     data = sd.read_zarr(store).labels["cells"].data
-    labels = LazyLabels(data + 0 if computed else data)
-    assert (labels[200:210, 200:] == 15).all()
-    assert (labels[:9] == np.repeat(np.arange(4), CHUNK)).all()  # the background has no file
+    both = LazyLabels(data), LazyLabels(data + 0)
+    for labels in both:
+        assert (labels[200:210, 200:] == 15).all()
+        assert (labels[:9] == np.repeat(np.arange(4), CHUNK)).all()  # the background has no file
     shutil.rmtree(store / "labels/cells/s0/c/3")
-    with pytest.raises(StoreError, match="cells"):
-        labels[200:210, 200:]
+    for labels in both:
+        with pytest.raises(StoreError, match="cells"):
+            labels[200:210, 200:]
 
 
-@pytest.mark.parametrize("kind", ["sparse", "dense"])
-@pytest.mark.parametrize("lost", ["file", "folder"])
+@pytest.mark.parametrize(("make", "lost"), [(sparse.csr_matrix, "X/data/c"), (np.asarray, "X/c"), (np.asarray, "X")])
 @pytest.mark.filterwarnings("ignore:zarr v3 autosharding")  # of anndata
-def test_counts(tmp_path: Path, kind: str, lost: str) -> None:
-    from anndata.io import sparse_dataset, write_elem
-
-    matrix = sparse.random(400, 30, 0.3, format="csr", random_state=0, dtype=np.float32)
-    group = zarr.open_group(tmp_path / "t.zarr", mode="w")
-    write_elem(group, "X", matrix if kind == "sparse" else matrix.toarray())
-    x = group["X"]
-    counts = Counts.of(sparse_dataset(x) if kind == "sparse" else x, np.arange(400), "t")
-    assert sum(block.sum() for _, block in counts.blocks()) == pytest.approx(matrix.sum(), rel=1e-5)
-    folder = tmp_path / "t.zarr" / "X"
-    if lost == "folder":
-        folder.rename(tmp_path / "away")
-    else:
-        next(path for path in (folder / ("data/c" if kind == "sparse" else "c")).rglob("*") if path.is_file()).unlink()
+def test_counts(tmp_path: Path, make, lost: str) -> None:
+    dense = sparse.random(400, 30, 0.3, random_state=0, dtype=np.float32).toarray()
+    write_elem(zarr.open_group(tmp_path / "t.zarr", mode="w"), "X", make(dense))
+    x = zarr.open_group(tmp_path / "t.zarr", mode="r")["X"]
+    counts = Counts.of(x if isinstance(x, zarr.Array) else sparse_dataset(x), np.arange(400), "t")
+    assert sum(block.sum() for _, block in counts.blocks()) == pytest.approx(dense.sum(), rel=1e-5)
+    (tmp_path / "t.zarr" / lost).rename(tmp_path / "away")
     with pytest.raises(StoreError):
         list(counts.blocks())
 

@@ -119,10 +119,7 @@ class Bins:
 def bins_of_table(
     sdata: SpatialData, link: TableLink, *, coordinate_system: str, from_system: ArrayLike
 ) -> Bins | None:
-    """Bins that rows of a table annotate, in the pixels to which ``from_system`` maps the coordinate system.
-
-    None if the table has no indices, or they do not explain where a sample of the bins lies.
-    """
+    """Bins that rows of a table annotate; None if it has no indices that explain where a sample of the bins lies."""
     indices = _indices(sdata, link)
     to_centre = None if indices is None else _fitted(sdata, link, *indices)
     if indices is None or to_centre is None:
@@ -197,10 +194,7 @@ def _fitted(
 
 
 def fit_lattice(col_row: ArrayLike, xy: ArrayLike) -> NDArray[np.float64] | None:
-    """Map of (column, row, 1) to the centres of a lattice's points, both (n, 2), by least squares.
-
-    None if the indices do not span the plane or leave a centre more than a tenth of the pitch off.
-    """
+    """Map of (column, row, 1) to centres, (n, 2), by least squares; None if one is a tenth of the pitch off it."""
     points, centres = np.asarray(col_row, np.float64), np.asarray(xy, np.float64)
     design = np.column_stack([points, np.ones(len(points))])
     solution, _, rank, _ = np.linalg.lstsq(design, centres, rcond=None)
@@ -234,10 +228,7 @@ class BinLattice:
 
 
 def bin_lattice(sdata: SpatialData, key: str, *, exact: bool = False) -> BinLattice | None:
-    """The lattice of an element that is named as Visium HD bins are (``_008um``), if it is one of touching squares.
-
-    ``exact`` where the pitch is wanted to more than a thousandth, which takes all indices of a table.
-    """
+    """Lattice of an element named as bins are, if it is one; ``exact`` to more than a thousandth, by all indices."""
     size = bin_size_um(key)
     if size is None:
         return None

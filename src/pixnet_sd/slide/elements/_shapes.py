@@ -114,10 +114,7 @@ def lazy_labels(element: Any) -> LazyLabels:
 
 
 def label_ids(sdata: SpatialData, key: str) -> pd.Index:
-    """Values of a labels element above the background's 0, ascending; negative ones are background too.
-
-    `DataError` if there is none, or they are not whole numbers.
-    """
+    """Values of a labels element above 0, ascending; `DataError` if there is none, or they are not whole numbers."""
     labels = lazy_labels(sdata.labels[key])
     if labels.dtype.kind not in "biu":
         raise DataError(

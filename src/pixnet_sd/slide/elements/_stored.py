@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 _LEFT = "_pixnet_sd_left"  # attribute of an object: names by group of what `open_store` left on disk; copies keep it
 _SMALL_BYTES = 2**25  # of an element that `open_store` loads
 _BYTES_A_SHAPE, _BYTES_A_ROW = 500, 200  # in memory: a quadrangle; a name and some columns
-
 _STRETCH = 2**14  # shapes in the order of the file that are looked at for neighbours
 _SAMPLED_GROUPS = 16  # groups of rows of a file that a sample is taken from; each is read whole
 _MANY_SHAPES = 2**17
@@ -48,8 +47,8 @@ _FILE = "shapes.parquet"
 def _left_on_disk(sdata: SpatialData, group: str, file: str) -> dict[str, Path]:
     """Folders of the shapes or tables, told by a file in them, that the store has and the object was opened without.
 
-    These are what `open_store` left. An object that was opened otherwise and holds elements of the type was opened with
-    them, and what it lacks was taken out of it. Results of this package do not count for that, and are always there.
+    These are what `open_store` left. An object opened otherwise that holds elements of the type, results apart, was
+    opened with all, and what it lacks was taken out of it. Results of this package are always there.
     """
     if not isinstance(sdata.path, Path):
         return {}
@@ -185,11 +184,6 @@ class StoredShapes:
         """At most 5,000 of the shapes, spread over all, with the element's transformations."""
         return _read_some(self, self._version(), in_sequence=False)
 
-    @property
-    def stretch(self) -> GeoDataFrame:
-        """Shapes that follow one another in the file, from its middle: of bins, some rows of their lattice."""
-        return _read_some(self, self._version(), in_sequence=True)
-
     def _version(self) -> tuple[int, ...]:
         """Dates and size of the file: one that changed is read again."""
         about = (self.path / _FILE).stat()
@@ -221,29 +215,22 @@ def _read_some(shapes: StoredShapes, version: tuple[int, ...], *, in_sequence: b
         positions = np.arange(first, min(first + _STRETCH, n_rows[groups[0]]))
     else:
         positions = sample_positions(n_rows[groups].sum())
-    rows = _read_rows(shapes, groups.tolist(), positions)
-    if isinstance(rows.index, pd.RangeIndex):  # of names that are counted and not written
-        before = np.cumsum(n_rows[groups]) - n_rows[groups]
-        group = np.searchsorted(before, positions, side="right") - 1
-        rows.index = shapes.index[positions - before[group] + (np.cumsum(n_rows) - n_rows)[groups][group]]
-    return rows
-
-
-def _read_rows(shapes: StoredShapes, groups: list[int], positions: NDArray[np.int64]) -> GeoDataFrame:
-    """Shapes at ascending positions, counted over groups of rows."""
     store, key = shapes.path.parents[1], shapes.path.name
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, pq.ParquetFile(shapes.path / _FILE) as file:
         scratch = Path(folder) / "sample.zarr"
         group = _skeleton(store, scratch).create_group(f"shapes/{key}")
         group.attrs.update(zarr.open_group(shapes.path, mode="r").attrs.asdict())
-        with pq.ParquetFile(shapes.path / _FILE) as file:
-            batches, start = [], 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
-                low, high = np.searchsorted(positions, (start, start + len(batch)))
-                batches.append(batch.take(pa.array(positions[low:high] - start)))
-                start += len(batch)
-            pq.write_table(pa.Table.from_batches(batches, file.schema_arrow), scratch / "shapes" / key / _FILE)
+        batches, start = [], 0
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups.tolist()):
+            low, high = np.searchsorted(positions, (start, start + len(batch)))
+            batches.append(batch.take(pa.array(positions[low:high] - start)))
+            start += len(batch)
+        pq.write_table(pa.Table.from_batches(batches, file.schema_arrow), scratch / "shapes" / key / _FILE)
         rows: Any = read_zarr(scratch).shapes[key]
+    if isinstance(rows.index, pd.RangeIndex):  # of names that are counted and not written
+        before = np.cumsum(n_rows[groups]) - n_rows[groups]
+        which = np.searchsorted(before, positions, side="right") - 1
+        rows.index = shapes.index[positions - before[which] + (np.cumsum(n_rows) - n_rows)[groups][which]]
     return rows
 
 
@@ -255,7 +242,7 @@ def sample_shapes(shapes: Shapes) -> GeoDataFrame:
 def neighbouring_shapes(shapes: Shapes) -> GeoDataFrame:
     """All shapes of an element, or, of very many, some that follow one another, which of bins are neighbours."""
     if isinstance(shapes, StoredShapes):
-        return shapes.stretch
+        return _read_some(shapes, shapes._version(), in_sequence=True)
     first = (len(shapes) - _STRETCH) // 2
     return shapes if len(shapes) <= _MANY_SHAPES else shapes.iloc[first : first + _STRETCH]
 

@@ -118,16 +118,14 @@ def stored_array(data: Any) -> zarr.Array[Any] | None:
 
 
 def loaded_px(data: Any) -> float:
-    """How many pixels (height x width) have to be loaded to get one of (c, y, x) data, about; 0 for those in memory.
-
-    Small chunks may be cut from one big block further down (as by the reader of Visium HD): every layer is looked at.
-    """
+    """How many pixels (height x width) have to be loaded to get one of (c, y, x) data, about; 0 for those in memory."""
     if isinstance(data, np.ndarray):
         return 0.0
     stored = data if isinstance(data, zarr.Array) else stored_array(data)
     if stored is not None:
         return float(np.prod(stored.chunks[1:]))
-    # layers of arrays, in memory or on disk, can be sliced without loading them whole
+    # Small chunks may be cut from one big block further down, as by the reader of Visium HD, so every layer counts,
+    # but those of arrays, in memory or on disk, which can be sliced without loading them whole.
     n_blocks = [
         len(layer)
         for layer in _stored_in(data)[1].values()

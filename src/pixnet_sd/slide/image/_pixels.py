@@ -74,11 +74,7 @@ def pixel_sample(element: DataArray | DataTree) -> NDArray[Any]:
 
 
 def is_bright_field(sample: NDArray[Any]) -> bool | None:
-    """Whether pixels, (channels, n), are those of stained tissue on a bright ground; the first three channels count.
-
-    False for a dark ground, as of fluorescence; None if it is neither, or black all over. What is not ``uint8`` is
-    scaled by its 99.9th percentile.
-    """
+    """Whether pixels, (channels, n), are those of tissue on a bright ground (True), a dark one (False), or neither."""
     pixels = sample[:3, :: max(1, sample.shape[1] // _ENOUGH)].astype(np.float32)
     if sample.dtype != np.uint8:
         pixels = np.nan_to_num(pixels, nan=0.0, posinf=np.inf, neginf=0.0)
