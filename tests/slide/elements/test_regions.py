@@ -1,4 +1,4 @@
-"""Shapes and labels as regions, their ids, and whether they lie on the image."""
+"""Maps between elements and systems, shapes and labels as regions, their ids, whether they lie on the image."""
 
 from __future__ import annotations
 
@@ -14,17 +14,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spatialdata import SpatialData, read_zarr
 from spatialdata.models import Labels2DModel, ShapesModel
-from spatialdata.transformations import Affine, Identity, Scale, get_transformation, set_transformation
+from spatialdata.transformations import (
+    Affine,
+    Identity,
+    Scale,
+    Sequence,
+    Translation,
+    get_transformation,
+    set_transformation,
+)
 
 from pixnet_sd.errors import DataError, ElementError, ResolutionError
 from pixnet_sd.geometry import Circles, LabelGrid, Polygons
-from pixnet_sd.slide.elements import LazyLabels, check_regions_on_image, regions_from_shapes, regions_of
+from pixnet_sd.slide.elements import (
+    LazyLabels,
+    affine_matrix,
+    check_regions_on_image,
+    regions_from_shapes,
+    regions_of,
+    similarity_scale,
+)
 
 XY = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
 SAMPLE = {"coordinate_system": "sample", "from_system": np.eye(3)}
 SQUARE = shapely.box(2, 3, 8, 9)
 RING = shapely.Polygon(shapely.box(0, 0, 10, 10).exterior, [shapely.box(2, 2, 5, 6).exterior])
 ISLANDS = shapely.MultiPolygon([shapely.box(20, 20, 24, 24), shapely.Polygon(shapely.affinity.translate(RING, 30, 0))])
+
+
+def similarity(scale: float, angle: float, flip: bool, shift: tuple[float, float]) -> np.ndarray:
+    cos, sin, sign = scale * np.cos(angle), scale * np.sin(angle), -1.0 if flip else 1.0
+    return np.array([[cos, -sin * sign, shift[0]], [sin, cos * sign, shift[1]], [0, 0, 1]])
 
 
 def frame(geometry: list[Any], **columns: Any) -> gpd.GeoDataFrame:
@@ -97,14 +117,9 @@ def test_circles_are_finite_and_have_a_size() -> None:
             regions_from_shapes(frame(geometry), "Shapes 'cells'")
 
 
-def turned(scale: float, angle: float, flip: bool) -> np.ndarray:
-    cos, sin, sign = scale * np.cos(angle), scale * np.sin(angle), -1 if flip else 1
-    return np.array([[cos, -sin * sign, 3.0], [sin, cos * sign, -5.0], [0, 0, 1]])
-
-
 @given(st.floats(0.05, 20), st.floats(-np.pi, np.pi), st.booleans(), st.floats(0.05, 20), st.floats(-np.pi, np.pi))
 def test_circles_through_two_maps(scale: float, angle: float, flip: bool, scale2: float, angle2: float) -> None:
-    to_system, from_system = turned(scale, angle, flip), turned(scale2, angle2, False)
+    to_system, from_system = similarity(scale, angle, flip, (3, -5)), similarity(scale2, angle2, False, (3, -5))
     spots = gpd.GeoDataFrame({"radius": [2.0, 5.0]}, geometry=shapely.points([[10, 20], [30, 5]]), index=["b", "a"])
     sdata = SpatialData(shapes={"spots": ShapesModel.parse(spots, transformations={"s": Affine(to_system, **XY)})})
     regions, ids = regions_of(sdata, "spots", coordinate_system="s", from_system=from_system)
@@ -146,7 +161,7 @@ def test_labels_of_nothing_and_of_no_whole_numbers(values: np.ndarray) -> None:
         regions_of(SpatialData(labels={"cells": labels_of(values)}), "cells", **SAMPLE)
 
 
-@pytest.mark.parametrize("matrix", [None, turned(2.0, 1.0, True)])
+@pytest.mark.parametrize("matrix", [None, similarity(2.0, 1.0, True, (3, -5))])
 def test_labels_of_bins_lie_on_the_bins(visium_hd, matrix) -> None:
     sdata = visium_hd(labels=True, matrix=matrix)
     table = sdata.tables["square_016um"]
@@ -250,3 +265,34 @@ def test_regions_inside_across_the_edge_and_outside() -> None:
     ):
         with pytest.raises(ResolutionError, match=f"'cells'.*{found}"):
             check_regions_on_image(boxes(xy), **IMAGE)
+
+
+far = st.floats(-1e5, 1e5)
+similarities = st.builds(similarity, st.floats(1e-3, 1e3), st.floats(-np.pi, np.pi), st.booleans(), st.tuples(far, far))
+
+
+@given(similarities, similarities)
+def test_scales_of_similarities_multiply_and_invert(first: np.ndarray, second: np.ndarray) -> None:
+    scale = similarity_scale(first, "x")
+    assert scale == pytest.approx(np.hypot(first[0, 0], first[1, 0]), rel=1e-9)
+    assert similarity_scale(first @ second, "x") == pytest.approx(scale * similarity_scale(second, "x"), rel=1e-6)
+    assert similarity_scale(np.linalg.inv(first), "x") == pytest.approx(1 / scale, rel=1e-6)
+
+
+def test_other_maps_are_refused() -> None:
+    assert similarity_scale(np.diag([1.0, 1.0009, 1.0]), "x") == pytest.approx(np.sqrt(1.0009))
+    sheared = np.array([[1, 0.2, 0], [0, 1, 0], [0, 0, 1.0]])
+    for matrix in (np.diag([1.0, 1.01, 1.0]), sheared, np.diag([1.0, 0.0, 1.0]), np.diag([np.nan, 1.0, 1.0])):
+        with pytest.raises(ResolutionError, match="image 'he'"):
+            similarity_scale(matrix, "image 'he'")
+
+
+def test_matrix_of_a_sequence(image) -> None:
+    turn = Affine(similarity(2.0, np.pi / 2, False, (3, 4)), input_axes=("x", "y"), output_axes=("x", "y"))
+    element = image(transformations={"": Sequence([Scale([2.0], axes=("x",)), turn, Translation([1.0], axes=("y",))])})
+    # (1, 0) -> (2, 0) -> 2 * (0, 2) + (3, 4) -> + (0, 1)
+    np.testing.assert_allclose(affine_matrix(element, "") @ [1, 0, 1], [3, 9, 1], atol=1e-12)
+    element = image(scale_factors=(2, 2), transformations={"a": Scale([3.0, 3.0], axes=("x", "y"))})
+    np.testing.assert_allclose(affine_matrix(element, "a"), np.diag([3, 3, 1.0]))  # of scale 0
+    with pytest.raises(ElementError, match="'nowhere'.*'a'"):
+        affine_matrix(element, "nowhere")

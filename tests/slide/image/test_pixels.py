@@ -57,7 +57,7 @@ def converted(pixels: np.ndarray, scale_factors: list[int] | None = None) -> Spa
 
 
 @pytest.mark.parametrize(("kind", "scale_factors"), [(kind, ([2, 2], None)[k % 2]) for k, kind in enumerate(KINDS)])
-@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow", "ignore:image 'he' is dark")
 def test_proposed_lines_give_a_picture(kind: str, scale_factors: list[int] | None) -> None:
     """Neither black nor clipped, and the same picture."""
     sdata = converted(KINDS[kind], scale_factors)
