@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import dask.array as da
 import geopandas as gpd
 import numpy as np
 import pandas as pd
@@ -161,6 +162,18 @@ def test_labels_of_nothing_and_of_no_whole_numbers(values: np.ndarray) -> None:
         regions_of(SpatialData(labels={"cells": labels_of(values)}), "cells", **SAMPLE)
 
 
+def test_lazy_labels_read_only_what_is_asked_for() -> None:
+    seen = []
+
+    def block(zeros: np.ndarray) -> np.ndarray:
+        seen.append(1)
+        return zeros + 1
+
+    lazy = LazyLabels(da.map_blocks(block, da.zeros((100, 100), "u1", chunks=10), meta=np.empty((0, 0), "u1")))
+    assert lazy[15:18, 15:25].shape == (3, 10)
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("matrix", [None, similarity(2.0, 1.0, True, (3, -5))])
 def test_labels_of_bins_lie_on_the_bins(visium_hd, matrix) -> None:
     sdata = visium_hd(labels=True, matrix=matrix)
@@ -259,10 +272,7 @@ def test_regions_inside_across_the_edge_and_outside() -> None:
         touches = check_regions_on_image(boxes([(10, 10), (500, 50), (300, 50)]), **IMAGE)
     np.testing.assert_array_equal(touches, [True, False, True])
     swapped = [(y, x) for x in range(110, 400, 20) for y in range(5, 100, 20)]
-    for xy, found in (
-        (swapped, "100% would.*swapped.*x 3 to"),
-        ([(1000, 10), (2000, 10)], "none of 2.*x 998 to"),
-    ):
+    for xy, found in ((swapped, "100% would.*swapped.*x 3 to"), ([(1000, 10), (2000, 10)], "none of 2.*x 998 to")):
         with pytest.raises(ResolutionError, match=f"'cells'.*{found}"):
             check_regions_on_image(boxes(xy), **IMAGE)
 

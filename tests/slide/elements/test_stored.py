@@ -115,10 +115,7 @@ def test_stored_table(visium_hd, written, make) -> None:
 
 @pytest.mark.parametrize(
     "index",
-    [
-        pd.RangeIndex(5, 18005, 3),
-        pd.Index([f"cell {k}" for k in range(6000)], name="id"),
-    ],
+    [pd.RangeIndex(5, 18005, 3), pd.Index([f"cell {k}" for k in range(6000)], name="id")],
     ids=["counted by 3", "text"],
 )
 def test_sample_of_shapes(written, index: pd.Index) -> None:
