@@ -10,8 +10,8 @@ from spatialdata import SpatialData
 from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Identity, Scale, Translation, set_transformation
 
-from pixnet_sd.errors import ElementError, ResolutionError
-from pixnet_sd.slide import find_mpp, open_slide
+from pixnet_sd.errors import ResolutionError
+from pixnet_sd.slide import find_mpp
 from pixnet_sd.slide.tables import select_tables
 
 FULL = {"image_key": "sample_full_image", "coordinate_system": "sample"}
@@ -27,44 +27,41 @@ def without_tables(sdata: SpatialData) -> SpatialData:
     return SpatialData(images=dict(sdata.images), shapes=dict(sdata.shapes), labels=dict(sdata.labels))
 
 
-def test_caller_then_record_then_bins(visium_hd) -> None:
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_caller_then_record_then_bins(visium_hd, image) -> None:
     sdata = visium_hd()
     sdata.attrs["pixnet_sd"] = {"mpp": {"other": 0.2}}
     assert find_mpp(sdata, **FULL)[0] == pytest.approx(0.5)
     sdata.attrs["pixnet_sd"]["mpp"]["sample_full_image"] = 0.499
     assert find_mpp(sdata, **FULL)[0] == 0.499
-    assert find_mpp(sdata, **FULL, mpp=0.501) == (0.501, "argument mpp=")
-
-
-def test_coordinate_system_in_um(image) -> None:
+    assert find_mpp(sdata, **FULL, mpp=0.503) == (0.503, "argument mpp=")  # a small disagreement is not warned about
     he = image(transformations={"sample": Scale([0.25, 0.25], axes=("x", "y"))})
     value, rule = find_mpp(SpatialData(images={"he": he}), **HE, mpp="coordinate_system")
     assert value == pytest.approx(0.25)
     assert "'sample'" in rule
 
 
-@pytest.mark.parametrize("matrix", [None, turned(1, 1.0), turned(3, -2.0), turned(0.2, 0.4, flip=True)])
+@pytest.mark.parametrize("matrix", [None, turned(3, -2.0), turned(0.2, 0.4, flip=True)])
 @pytest.mark.parametrize("drawn", [{}, {"circles": True}, {"labels": True}, {"dataset_id": ""}], ids=str)
 def test_bins_under_any_similarity(visium_hd, matrix, drawn: dict[str, Any]) -> None:
-    sdata, system = visium_hd(mpp=0.4, matrix=matrix, **drawn), drawn.get("dataset_id", "sample")
+    """By a table, by what is drawn, which may have holes, and by labels."""
+    sdata = visium_hd(mpp=0.4, matrix=matrix, angle=0.3, keep=lambda row, col: (row * col) % 5 != 1, **drawn)
+    system = drawn.get("dataset_id", "sample")
     place = {"image_key": f"{system}_full_image", "coordinate_system": system}
     if "labels" not in drawn:  # which the tables annotate then
         value, rule = find_mpp(sdata, **place)
         assert value == pytest.approx(0.4, rel=1e-9)
         assert rule == f"lattice pitch of the 16 µm bins '{system}_square_016um'"
-        sdata = without_tables(sdata)
+    sdata = without_tables(sdata)
     value, rule = find_mpp(sdata, **place)
     assert value == pytest.approx(0.4, rel=1e-6)
     assert rule == f"neighbour distance of the 16 µm bins '{system}_square_016um'"
-
-
-def test_labels_of_bins(visium_hd) -> None:
-    sdata = visium_hd(mpp=0.4, labels=True)
-    for key in list(sdata.shapes):
-        del sdata.shapes[key]
-    value, rule = find_mpp(sdata, **FULL)
-    assert value == pytest.approx(0.4, rel=1e-6)
-    assert "label pixels of 'sample_square_016um_labels'" in rule
+    if "labels" in drawn:
+        for key in list(sdata.shapes):
+            del sdata.shapes[key]
+        value, rule = find_mpp(sdata, **place)
+        assert value == pytest.approx(0.4, rel=1e-6)
+        assert "label pixels of 'sample_square_016um_labels'" in rule
 
 
 def test_image_and_bins_with_different_transforms(visium_hd) -> None:
@@ -74,6 +71,9 @@ def test_image_and_bins_with_different_transforms(visium_hd) -> None:
         assert value == pytest.approx(0.5 / 0.25)
     with pytest.raises(ResolutionError, match="lowres"):  # a downscaled copy is named as the cause
         find_mpp(sdata, image_key="sample_lowres_image", coordinate_system="sample")
+    set_transformation(sdata["sample_full_image"], Scale([1.0, 1.1], axes=("x", "y")), "sample")
+    with pytest.raises(ResolutionError, match="image 'sample_full_image'"):
+        find_mpp(sdata, **FULL, mpp=0.5)
 
 
 def test_sparse_bins_do_not_mislead(visium_hd) -> None:
@@ -83,35 +83,19 @@ def test_sparse_bins_do_not_mislead(visium_hd) -> None:
         find_mpp(without_tables(sdata), **FULL)
 
 
-@pytest.mark.parametrize("angle", [0.0, 0.3, 0.785])
-def test_lattice_without_a_table_may_be_turned_and_have_holes(visium_hd, angle: float) -> None:
-    sdata = visium_hd(mpp=0.4, bins=(8,), angle=angle, keep=lambda row, col: (row * col) % 5 != 1)
-    assert find_mpp(without_tables(sdata), **FULL)[0] == pytest.approx(0.4, rel=1e-6)
-
-
-def test_bins_elsewhere_and_stretched_bins_are_passed_over(visium_hd, caplog) -> None:
-    caplog.set_level("INFO", "pixnet_sd")
+def test_bins_elsewhere_and_stretched_bins_are_passed_over(visium_hd) -> None:
     sdata = visium_hd()
+    for key in list(sdata.tables):
+        sdata.tables[key].uns["pixnet_sd"] = {}  # bins that pixnet annotated still tell their size
     assert "016um" in find_mpp(sdata, **FULL)[1]
-    stretch = {"sample": Scale([1.0, 2.0], axes=("x", "y"))}
-    for place in (stretch, {"other": Identity()}):
+    for place in ({"sample": Scale([1.0, 2.0], axes=("x", "y"))}, {"other": Identity()}):
         set_transformation(sdata.shapes["sample_square_016um"], place, set_all=True)
         value, rule = find_mpp(sdata, **FULL)
         assert value == pytest.approx(0.5, rel=1e-9)
         assert "008um" in rule
-    assert "singular values" in caplog.text
 
 
-def test_bins_that_pixnet_annotated_still_tell_their_size(visium_hd) -> None:
-    sdata = visium_hd()
-    for key in list(sdata.tables):
-        predicted = sdata.tables.pop(key)
-        predicted.uns["pixnet_sd"] = {}
-        sdata.tables[f"pixnet_{key}"] = predicted
-    assert "016um" in find_mpp(sdata, **FULL)[1]
-
-
-@pytest.mark.parametrize("diameter_um", [55.0, 65.0, 30.0, 50.0, 80.0, 100.0])
+@pytest.mark.parametrize("diameter_um", [55.0, 65.0, 50.0, 80.0])
 def test_visium_spots(visium, diameter_um: float) -> None:
     place = {"image_key": "tissue_full_image", "coordinate_system": "global"}
     sdata = visium(mpp=0.7, diameter_um=diameter_um)
@@ -158,14 +142,6 @@ def test_names_of_bins_decide_nothing(visium_hd, image, circles, table, key: str
         find_mpp(SpatialData(images={"he": image()}, shapes={key: sdata[key]}), **HE)
 
 
-def test_indices_of_three_circles_are_no_lattice(image, circles, table) -> None:
-    shapes = {"roi_100um": circles([[50, 50], [150, 50], [50, 150]], 50.0)}
-    indices = {"array_row": [0, 0, 1], "array_col": [0, 1, 0]}
-    tables = {"t": table("roi_100um", range(3), obs=indices)}
-    with pytest.raises(ResolutionError, match="unknown"):
-        find_mpp(SpatialData(images={"he": image()}, shapes=shapes, tables=tables), **HE)
-
-
 def test_labels_of_cells_are_no_bins(visium_hd) -> None:
     sdata = visium_hd(mpp=0.4)
     cells = np.kron(np.arange(1, 26).reshape(5, 5), np.ones((8, 8), int))
@@ -188,7 +164,7 @@ def test_lattices_that_disagree(visium_hd) -> None:
     assert find_mpp(sdata, **FULL)[0] == pytest.approx(0.5)  # what lies beside the image is not asked
 
 
-@pytest.mark.parametrize("recorded", [0.25, 0.45, 0.51])
+@pytest.mark.parametrize("recorded", [0.25, 0.51])
 def test_record_that_the_lattice_contradicts(visium_hd, recorded: float) -> None:
     sdata = visium_hd()
     sdata.attrs["pixnet_sd"] = {"mpp": {"sample_full_image": recorded}}
@@ -196,11 +172,6 @@ def test_record_that_the_lattice_contradicts(visium_hd, recorded: float) -> None
         find_mpp(sdata, **FULL)
     with pytest.warns(UserWarning, match=rf"{recorded} µm/px.*0\.5 µm/px.*sample_square_016um"):
         assert find_mpp(sdata, **FULL, mpp=recorded)[0] == recorded
-
-
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_small_disagreement_is_not_warned_about(visium_hd) -> None:
-    assert find_mpp(visium_hd(), **FULL, mpp=0.503)[0] == 0.503
 
 
 def test_bins_of_a_slide_tell_nothing_of_another_in_the_same_system(visium_hd, image) -> None:
@@ -213,30 +184,19 @@ def test_bins_of_a_slide_tell_nothing_of_another_in_the_same_system(visium_hd, i
         assert find_mpp(sdata, **where, region_keys=["sample_square_008um"])[0] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("mpp", [2.5, 0.0005])
-def test_absurd_value_of_the_caller(image, mpp: float) -> None:
-    sdata = SpatialData(images={"he": image()})
-    with pytest.raises(ResolutionError, match="image_key=.*mpp="):
-        find_mpp(sdata, **HE, mpp=mpp)
-    assert find_mpp(sdata, **HE, mpp=mpp, allow_any_mpp=True)[0] == mpp
-    for end in (0.1, 2.0):  # of the range
-        assert find_mpp(sdata, **HE, mpp=end)[0] == end
-
-
-@pytest.mark.parametrize("mpp", [0.0, -0.5, np.nan, np.inf, "auto"])
+@pytest.mark.parametrize("mpp", [2.5, 0.0005, 0.0, -0.5, np.nan, np.inf, "auto"])
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_no_number_of_micrometres(image, visium_hd, mpp: float) -> None:
+def test_absurd_value_of_the_caller(image, visium_hd, mpp: Any) -> None:
+    sdata = SpatialData(images={"he": image()})
     with pytest.raises(ResolutionError, match="mpp"):
-        find_mpp(SpatialData(images={"he": image()}), **HE, mpp=mpp, allow_any_mpp=True)
+        find_mpp(sdata, **HE, mpp=mpp)
+    if mpp in (2.5, 0.0005):
+        assert find_mpp(sdata, **HE, mpp=mpp, allow_any_mpp=True)[0] == mpp
+        for end in (0.1, 2.0):  # of the range
+            assert find_mpp(sdata, **HE, mpp=end)[0] == end
+        return
+    with pytest.raises(ResolutionError, match="mpp"):
+        find_mpp(sdata, **HE, mpp=mpp, allow_any_mpp=True)
     if mpp in (0.0, -0.5):  # no disagreement with bins is told
         with pytest.raises(ResolutionError, match="mpp"):
-            open_slide(visium_hd(), mpp=mpp)
-
-
-def test_stretched_image(image) -> None:
-    he = image(transformations={"sample": Scale([1.0, 1.1], axes=("x", "y")), "other": Identity()})
-    sdata = SpatialData(images={"he": he})
-    with pytest.raises(ResolutionError, match="image 'he'"):
-        find_mpp(sdata, **HE, mpp=0.5)
-    with pytest.raises(ElementError, match="nowhere"):
-        find_mpp(sdata, image_key="he", coordinate_system="nowhere", mpp=0.5)
+            find_mpp(visium_hd(), **FULL, mpp=mpp)

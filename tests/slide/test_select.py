@@ -34,39 +34,18 @@ def opened(sdata: SpatialData, **arguments: Any) -> Slide:
     return open_slide(sdata, mpp=0.5, **arguments)
 
 
-@pytest.mark.parametrize("dataset_id", ["sample", ""])
-def test_image_and_system_of_a_reader(visium_hd, dataset_id: str, caplog) -> None:
-    caplog.set_level("INFO", "pixnet_sd")
-    sdata, key = visium_hd(dataset_id=dataset_id), f"{dataset_id}_full_image"
-    assert select_image(sdata) == key
-    assert f"{dataset_id}_hires_image" in caplog.text
-    assert select_image(sdata, image_key=f"{dataset_id}_hires_image") == f"{dataset_id}_hires_image"
-    assert select_coordinate_system(sdata, image_key=key) == dataset_id
-    bins = f"{dataset_id}_square_008um"
-    assert select_coordinate_system(sdata, image_key=key, element_key=bins) == dataset_id
-
-
 @pytest.mark.parametrize("channels", [tuple("ABCDEF"), ("DAPI",), ("DAPI", "CD45", "18S", "aSMA")])
 def test_other_images_are_no_candidates(image, channels) -> None:
     volume = Image3DModel.parse(np.zeros((3, 2, 8, 8), np.uint8), dims=("c", "z", "y", "x"))
     others = {"other": image(channels=channels), "stack": volume, "pixnet_map": image()}
-    assert select_image(SpatialData(images={"he": image(), **others}, attrs=MAPS)) == "he"
-    unnamed = {"he": image(channels=("0", "1", "2", "3"))}
-    assert select_image(SpatialData(images={**unnamed, **others}, attrs=MAPS)) == "he"
-
-
-def test_the_only_image_is_taken_whatever_it_is(image) -> None:
-    assert select_image(SpatialData(images={"grey": image(channels=("0",))})) == "grey"
-    volume = Image3DModel.parse(np.zeros((3, 2, 8, 8), np.uint8), dims=("c", "z", "y", "x"))
-    with pytest.raises(DataError, match="'stack'"):
+    for he in (image(), image(channels=("0", "1", "2", "3"))):
+        assert select_image(SpatialData(images={"he": he, **others}, attrs=MAPS)) == "he"
+    assert select_image(SpatialData(images={"grey": image(channels=("0",))})) == "grey"  # the only one, whatever it is
+    with pytest.raises(DataError, match=r"'stack'.*\('c', 'z', 'y', 'x'\)"):
         opened(SpatialData(images={"stack": volume}))
-
-
-def test_no_image(image) -> None:
-    with pytest.raises(ElementError):
-        select_image(SpatialData())
-    with pytest.raises(ElementError, match="'pixnet_map'"):
-        select_image(SpatialData(images={"pixnet_map": image()}, attrs=MAPS))
+    for images, name in (({}, None), ({"pixnet_map": image()}, "'pixnet_map'")):
+        with pytest.raises(ElementError, match=name):
+            select_image(SpatialData(images=images, attrs=MAPS))
 
 
 def test_several_images_are_listed(image) -> None:
@@ -83,35 +62,30 @@ def test_several_images_are_listed(image) -> None:
 
 def test_image_that_is_not_there(visium_hd) -> None:
     sdata = visium_hd()
-    wrong = {"he": "sample_full_image", "sample_square_008um": "another kind of element"}
-    for key, said in wrong.items():
-        with pytest.raises(ElementError, match=f"'{key}'.*{said}"):
+    for key in ("he", "sample_square_008um"):
+        with pytest.raises(ElementError, match=f"'{key}'"):
             select_image(sdata, image_key=key)
     for image_key in ("sample_full_image", None):
         with pytest.raises(ElementError, match="'x'.*'sample'"):
             select_image(sdata, image_key=image_key, coordinate_system="x")
 
 
-@pytest.mark.parametrize("beside", [("r", "g", "b"), ("0", "1", "2"), ODD, *STAINS])
+@pytest.mark.parametrize("beside", [("r", "g", "b"), ("0", "1", "2"), ODD, STAINS[0]])
 @pytest.mark.parametrize("own", [("r", "g", "b"), ODD])
 @pytest.mark.filterwarnings("ignore:image 'he'")
 def test_bright_field_before_fluorescence_whatever_its_channels_are_called(image, own, beside) -> None:
     sdata = SpatialData(images={"overview": fluorescence(beside, 400, 500), "he": image(channels=own)})
     assert opened(sdata).image_key == "he"
-
-
-def test_bright_overview_beside_odd_channels_is_ambiguous(image) -> None:
-    images = {"he": image(channels=ODD), "overview": image(40, 90)}
-    with pytest.raises(ElementError, match=r"'he'.*first, second, third.*'overview'.*r, g, b.*image_key="):
-        opened(SpatialData(images=images))
+    bright = SpatialData(images={"he": sdata["he"], "overview": image(40, 90)})
+    with pytest.raises(ElementError, match=rf"'he'.*{', '.join(own)}.*'overview'.*r, g, b.*image_key="):
+        opened(bright)
 
 
 @pytest.mark.parametrize("channels", STAINS)
-@pytest.mark.parametrize("image_key", [None, "he"])
-def test_stains_are_no_colours_even_if_bright(image, channels, image_key) -> None:
+def test_stains_are_no_colours_even_if_bright(image, channels) -> None:
     for element in (image(channels=channels), fluorescence(channels)):
         with pytest.raises(DataError, match=f"'he'.*{', '.join(channels)}.*c_coords="):
-            opened(SpatialData(images={"he": element}), image_key=image_key)
+            opened(SpatialData(images={"he": element}))
 
 
 @pytest.mark.parametrize("image_key", [None, "he"])
@@ -120,14 +94,11 @@ def test_other_names_are_colours_only_on_a_bright_ground(image, image_key) -> No
         assert opened(SpatialData(images={"he": image(channels=ODD)}), image_key=image_key).channels == ODD
     with pytest.raises(DataError, match="'he'.*first, second, third"):
         opened(SpatialData(images={"he": fluorescence(ODD)}), image_key=image_key)
-
-
-def test_dark_image_named_rgb_is_warned_about() -> None:
     with pytest.warns(UserWarning, match="'he' is dark"):
-        assert opened(SpatialData(images={"he": fluorescence(("r", "g", "b"))})).image_key == "he"
+        opened(SpatialData(images={"he": fluorescence(("r", "g", "b"))}), image_key=image_key)
 
 
-@pytest.mark.parametrize("channels", ["bgr", "BGR", "gRb", ("Blue", "green", "RED"), ("b", "g", "r", "a"), "012"])
+@pytest.mark.parametrize("channels", ["bgr", ("Blue", "green", "RED"), ("b", "g", "r", "a"), "012"])
 def test_colours_are_put_in_order_by_exact_names(image, channels) -> None:
     element = image(channels=tuple(channels))
     slide = opened(SpatialData(images={"he": element}))
@@ -138,6 +109,8 @@ def test_colours_are_put_in_order_by_exact_names(image, channels) -> None:
 
 def test_copies_are_told_by_place_and_pixels_and_not_by_name(visium_hd) -> None:
     sdata = visium_hd()
+    assert select_image(sdata) == "sample_full_image"
+    assert select_coordinate_system(sdata, image_key="sample_full_image") == "sample"
     for name, key in (("x", "sample_hires_image"), ("y_full_image", "sample_lowres_image"), ("z", "sample_full_image")):
         sdata[name] = sdata[key]
         del sdata[key]

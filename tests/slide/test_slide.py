@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,7 +64,7 @@ def centroid_xy(tile: np.ndarray) -> np.ndarray:
     return np.array([(cols * darkness).sum(), (rows * darkness).sum()]) / darkness.sum()
 
 
-@pytest.mark.parametrize("working_mpp", [0.17, 0.25, 0.37, 0.5, 0.9, 1.0, 2.0])
+@pytest.mark.parametrize("working_mpp", [0.17, 0.25, 0.37, 0.5, 2.0])
 def test_a_mark_is_where_it_was_drawn(in_memory: SpatialData, backed: SpatialData, working_mpp: float) -> None:
     slide = open_slide(backed, mpp=MPP, working_mpp=working_mpp)
     pixels, expected = whole(slide), np.array(MARK_XY) * MPP / working_mpp
@@ -89,7 +87,7 @@ def test_at_the_image_resolution_the_pixels_are_the_image(backed: SpatialData) -
     np.testing.assert_array_equal(whole(slide), picture().transpose(1, 2, 0))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data(), mpp=st.sampled_from([0.25, 0.2738, 0.5, 0.7]))
 def test_a_box_is_cut_from_the_same_picture_and_white_around_it(data: st.DataObject, mpp: float) -> None:
     pixels = np.random.default_rng(5).integers(0, 256, (3, 61, 87), dtype=np.uint8)
@@ -123,16 +121,17 @@ def test_a_picture_is_read_box_by_box() -> None:
     np.testing.assert_array_equal(read_picture(slide, 2, height, 7, width), whole(slide)[2:, 7:])
 
 
-@pytest.mark.parametrize(
-    ("working_mpp", "working_shape", "map_shape"),
-    [(0.25, (613, 790), (154, 198)), (0.5, (307, 395), (77, 99)), (1.0, (154, 198), (39, 50))],
-)
-def test_shapes_round_up(
-    backed: SpatialData, working_mpp: float, working_shape: tuple[int, int], map_shape: tuple[int, int]
-) -> None:
-    slide = open_slide(backed, mpp=MPP).at(working_mpp)
-    assert slide.working_shape == working_shape
-    assert slide.map_shape == map_shape
+def test_what_was_chosen_is_in_the_slide_and_shapes_round_up(backed: SpatialData) -> None:
+    slide = open_slide(backed, mpp=MPP).named("first")
+    assert (slide.name, slide.image_key, slide.coordinate_system) == ("first", "he", "here")
+    assert (slide.mpp, slide.height_px, slide.width_px, slide.channels) == (MPP, HEIGHT, WIDTH, ("r", "g", "b"))
+    assert all(word in slide.taken() for word in ("'he'", "'here'", "0.25", slide.mpp_rule))
+    np.testing.assert_allclose(slide.to_system, SYSTEM)
+    shapes = {0.25: ((613, 790), (154, 198)), 0.5: ((307, 395), (77, 99)), 1.0: ((154, 198), (39, 50))}
+    assert {mpp: (slide.at(mpp).working_shape, slide.at(mpp).map_shape) for mpp in shapes} == shapes
+    for no_length in (0.0, -0.5, float("nan"), float("inf")):
+        with pytest.raises(ResolutionError, match="working_mpp"):
+            slide.at(no_length)
 
 
 def test_an_image_coarser_than_working_is_enlarged_and_said_so_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -156,23 +155,3 @@ def test_huge_blocks_are_warned_of_and_not_loaded(caplog: pytest.LogCaptureFixtu
             else:
                 open_slide(SpatialData(images={"he": image}), mpp=0.5)
         assert ("write the object first" in caplog.text) == (side == 9_000)
-
-
-@pytest.mark.parametrize("working_mpp", [0.0, -0.5, float("nan"), float("inf")])
-def test_a_working_mpp_that_is_no_length_is_refused(working_mpp: float) -> None:
-    with pytest.raises(ResolutionError, match="working_mpp"):
-        open_slide(objects(None), mpp=0.5, working_mpp=working_mpp)
-
-
-def test_what_was_chosen_is_in_the_slide(backed: SpatialData) -> None:
-    slide = open_slide(backed, mpp=0.3).named("first")
-    assert (slide.name, slide.image_key, slide.coordinate_system) == ("first", "he", "here")
-    assert (slide.mpp, slide.height_px, slide.width_px, slide.channels) == (0.3, HEIGHT, WIDTH, ("r", "g", "b"))
-    assert all(word in slide.taken() for word in ("'he'", "'here'", "0.3", slide.mpp_rule))
-    np.testing.assert_allclose(slide.to_system, SYSTEM)
-
-
-def test_the_room_opens_without_torch_and_squidpy() -> None:
-    code = "import sys, pixnet_sd.slide; print(sorted({'torch', 'timm', 'squidpy', 'scanpy'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"

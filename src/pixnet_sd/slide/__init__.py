@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ._content import PixelContent, check_on_disk, check_same_pixels, ids_sha256, pixel_content, regions_sha256
-from ._images import other_slides, select_image
-from ._scale import find_mpp, select_coordinate_system, size_of_bins
+from ._find import find_mpp, other_slides, select_coordinate_system, select_image, size_of_bins
 from ._slide import Slide, open_slide, read_picture, slide_at, tissue_mask
 
 __all__ = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from .elements import (
     names,
     read_elements,
     sample_shapes,
+    shared_systems,
 )
 from .image import ImageLevel, computed, levels_of, stored_array
 
@@ -66,10 +67,7 @@ class PixelContent:
 
 
 def pixel_content(slide: Slide, known: Mapping[str, Any] | None = None) -> PixelContent:
-    """Hash the pixels that a slide is read from at its working resolution.
-
-    What earlier runs hashed, in `known` by `PixelContent.note`, is not read again while its files have the same dates.
-    """
+    """Hash the pixels that a slide is read from; `known` notes tell the hash while files have the same dates."""
     level = slide.pyramid.level_for(slide.working_scale)
     name = f"{level.shape[0]} x {level.shape[1]}"
     files, is_settled = _files(level)
@@ -148,31 +146,23 @@ def ids_sha256(ids: pd.Index) -> str:
 
 def regions_sha256(regions: Regions) -> str:
     """Hash where regions are in px, outlines included, in their order; label images are read in strips."""
-    return content_sha256(type(regions).__name__, *_pieces(regions))
-
-
-def _pieces(regions: Regions) -> Iterator[str | NDArray[Any]]:
+    pieces: tuple[Any, ...]
     if isinstance(regions, Lattice):
-        yield f"{regions.radius}"
-        yield from (regions.to_grid, regions.row, regions.col)
+        pieces = (f"{regions.radius}", regions.to_grid, regions.row, regions.col)
     elif isinstance(regions, Circles):
-        yield from (regions.centre_xy, regions.radius)
+        pieces = regions.centre_xy, regions.radius
     elif isinstance(regions, Polygons):
-        yield from (regions.vertices, regions.ring_offsets, regions.ring_region)
-        yield f"{regions.n_regions}"
+        pieces = regions.vertices, regions.ring_offsets, regions.ring_region, f"{regions.n_regions}"
     elif isinstance(regions, LabelGrid):
         labels = regions.labels if isinstance(regions.labels, LazyLabels) else LazyLabels(regions.labels)
-        yield from (np.asarray(regions.ids, np.int64), regions.to_grid, labels.sha256)
+        pieces = np.asarray(regions.ids, np.int64), regions.to_grid, labels.sha256
     else:
         raise TypeError(f"{type(regions).__name__} are regions of which no content is known")
+    return content_sha256(type(regions).__name__, *pieces)
 
 
 def check_on_disk(sdata: SpatialData, *keys: str | None) -> None:
-    """Refuse images, labels and shapes of a backed object that its store lacks or has otherwise.
-
-    Results there would not fit them: they lie elsewhere, or have other pixels, ids or outlines. An object that is not
-    backed by a local store is not looked at; a key that is None is passed over.
-    """
+    """Refuse images, labels and shapes of an object backed by a local store that its store lacks or has otherwise."""
     if not isinstance(sdata.path, Path) or not sdata.path.is_dir():
         return
     for key in keys:
@@ -193,7 +183,11 @@ def _check_element(element: Any, store: Path, group: str, key: str) -> None:
     else:
         on_disk = read_elements(store, {group: [key]})[key]
     systems = sorted({*coordinate_systems(element), *coordinate_systems(on_disk)})
-    differ = [system for system in systems if not _same_place(element, on_disk, system)]
+    shared = shared_systems(element, on_disk)
+    same = [
+        s for s in shared if np.allclose(affine_matrix(element, s), affine_matrix(on_disk, s), rtol=1e-9, atol=1e-9)
+    ]
+    differ = [system for system in systems if system not in same]
     if differ:
         raise StoreError(
             f"{group} element {key!r} has another transformation in memory than in the store {store}, to coordinate "
@@ -207,12 +201,6 @@ def _check_element(element: Any, store: Path, group: str, key: str) -> None:
             "would not fit. Write it under a name of its own, sdata['new'] = ... and sdata.write_element('new'), or "
             "read the object again."
         )
-
-
-def _same_place(element: Any, on_disk: Any, system: str) -> bool:
-    if system not in coordinate_systems(element) or system not in coordinate_systems(on_disk):
-        return False
-    return bool(np.allclose(affine_matrix(element, system), affine_matrix(on_disk, system), rtol=1e-9, atol=1e-9))
 
 
 def _changed_pixels(element: Any, on_disk: Any, store: Path) -> str:

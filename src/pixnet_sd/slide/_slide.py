@@ -18,8 +18,7 @@ from pixnet_sd._util import logger
 from pixnet_sd.errors import ResolutionError
 from pixnet_sd.geometry import MAP_STRIDE
 
-from ._images import select_image
-from ._scale import find_mpp, named_as_bins, select_coordinate_system
+from ._find import find_mpp, named_as_bins, select_coordinate_system, select_image
 from .elements import affine_matrix, bin_lattice, coordinate_systems
 from .image import HUGE_BLOCK_PX, ImagePyramid, loaded_px, make_taps, resample
 
@@ -129,10 +128,8 @@ def open_slide(
 ) -> Slide:
     """Find the slide image of an object and make it readable at the working resolution.
 
-    The arguments are those of `select_image`, `select_coordinate_system` and `find_mpp`: `element_key` are shapes or
-    labels that the coordinate system has to reach, `region_keys` such as are meant, those of the tables to learn from
-    for instance. `ElementError`: no image, several and none named, or no coordinate system in common;
-    `ResolutionError`: micrometres per pixel unknown or absurd; `DataError`: the image is not RGB uint8.
+    The arguments and errors are those of `select_image`, `select_coordinate_system` and `find_mpp`: the coordinate
+    system has to reach `element_key`; `region_keys` are meant. `DataError`: the image is not RGB uint8.
     """
     image_key = select_image(sdata, image_key=image_key, coordinate_system=coordinate_system)
     aligned = list(region_keys)
@@ -140,53 +137,25 @@ def open_slide(
         # bins will tell µm per pixel, so that these too have to lie on the image in one way only
         aligned = [key for key in named_as_bins(sdata) if bin_lattice(sdata, key) is not None]
     coordinate_system = select_coordinate_system(
-        sdata,
-        image_key=image_key,
-        element_key=element_key,
-        region_keys=aligned,
-        coordinate_system=coordinate_system,
+        sdata, image_key=image_key, element_key=element_key, region_keys=aligned, coordinate_system=coordinate_system
     )
-    mpp, rule = find_mpp(
-        sdata,
-        image_key=image_key,
-        coordinate_system=coordinate_system,
-        mpp=mpp,
-        allow_any_mpp=allow_any_mpp,
-        region_keys=[*region_keys, *([element_key] if element_key is not None else [])],
-    )
-    slide = slide_at(
-        sdata,
-        image_key=image_key,
-        coordinate_system=coordinate_system,
-        mpp=mpp,
-        mpp_rule=rule,
-        working_mpp=working_mpp,
-    )
+    place = {"image_key": image_key, "coordinate_system": coordinate_system}
+    meant = [*region_keys, *([element_key] if element_key is not None else [])]
+    mpp, rule = find_mpp(sdata, **place, mpp=mpp, allow_any_mpp=allow_any_mpp, region_keys=meant)
+    slide = slide_at(sdata, **place, mpp=mpp, mpp_rule=rule, working_mpp=working_mpp)
     logger.info("%s", slide.taken())
     _warn_if_poor(slide)
     return slide
 
 
 def slide_at(
-    sdata: SpatialData,
-    *,
-    image_key: str,
-    coordinate_system: str,
-    mpp: float,
-    working_mpp: float,
-    mpp_rule: str = "",
+    sdata: SpatialData, *, image_key: str, coordinate_system: str, mpp: float, working_mpp: float, mpp_rule: str = ""
 ) -> Slide:
     """Make an image readable of which all is known; parameters and errors as of `open_slide`."""
     element = sdata.images[image_key]
     pyramid = ImagePyramid.of(element, image_key)
     return Slide(
-        image_key=image_key,
-        coordinate_system=coordinate_system,
-        mpp=mpp,
-        mpp_rule=mpp_rule,
-        working_mpp=_checked(working_mpp),
-        height_px=pyramid.shape[0],
-        width_px=pyramid.shape[1],
+        *(image_key, coordinate_system, mpp, mpp_rule, _checked(working_mpp), *pyramid.shape),
         to_system=affine_matrix(element, coordinate_system),
         pyramid=pyramid,
         channels=pyramid.channels,
@@ -246,10 +215,10 @@ _MIN_CONTRAST = 12.0  # grey levels; two classes closer than this are one class 
 def tissue_mask(slide: Slide) -> np.ndarray:
     """Tissue of a slide on the map grid, bool: all False for a blank slide, all True for one without glass.
 
-    Otsu's threshold on an overview of about 8 µm/px, then two questions that a threshold cannot answer, since it always
-    finds two classes: are they different at all, and is the brighter one glass? The outline is drawn generously, so
-    that pale tissue is not lost: gaps below 0.15 mm are closed and holes below 0.16 mm² filled; pieces below 0.01 mm²
-    are left out. Black pixels count as glass: they are parts that were not scanned.
+    Otsu's threshold on an overview of about 8 µm/px, then two questions that it cannot answer, since it always finds
+    two classes: are they different at all, and is the brighter one glass? The outline is generous, so that pale tissue
+    is not lost: gaps below 0.15 mm are closed, holes below 0.16 mm² filled, pieces below 0.01 mm² left out. Black
+    pixels, which were not scanned, count as glass.
     """
     sides_um = (slide.height_px * slide.mpp, slide.width_px * slide.mpp)
     finest = math.sqrt(sides_um[0] * sides_um[1] / _OVERVIEW_MAX_PX)
@@ -273,16 +242,14 @@ def _overview_tissue(picture: np.ndarray, mpp: float) -> np.ndarray:
     darker = grey <= threshold_otsu(grey)  # type: ignore[no-untyped-call]
     dark = _without_small(darker, min(_MAX_PIECE * grey.size, (_GRAIN_UM / mpp) ** 2)) & ~not_scanned
     glass = ~dark & ~not_scanned
-    if _is_one_class(picture, dark, glass):
+    is_one_class = not dark.any() or not glass.any()
+    if not is_one_class:
+        contrast = np.median(picture[glass], axis=0) - np.median(picture[dark], axis=0)
+        is_one_class = np.abs(contrast).max() < _MIN_CONTRAST
+    if is_one_class:
         is_blank = not_scanned.all() or _is_glass(picture[~not_scanned])
         return np.zeros_like(dark) if is_blank else ~not_scanned
     return _outline(dark, mpp) & ~not_scanned if _is_glass(picture[glass]) else ~not_scanned
-
-
-def _is_one_class(picture: np.ndarray, dark: np.ndarray, bright: np.ndarray) -> bool:
-    if not dark.any() or not bright.any():
-        return True
-    return bool(np.abs(np.median(picture[bright], axis=0) - np.median(picture[dark], axis=0)).max() < _MIN_CONTRAST)
 
 
 def _is_glass(pixels: np.ndarray) -> bool:
@@ -292,18 +259,13 @@ def _is_glass(pixels: np.ndarray) -> bool:
 
 
 def _outline(dark: np.ndarray, mpp: float) -> np.ndarray:
-    """Close gaps, fill holes, drop specks."""
-    tissue = _closed(dark, min(_BRIDGE_UM / mpp, _MAX_BRIDGE * min(dark.shape)))
+    """Close gaps by a disk, through distances, of which the cost does not grow with it; fill holes, drop specks."""
+    radius = min(_BRIDGE_UM / mpp, _MAX_BRIDGE * min(dark.shape))
+    margin = int(radius) + 1
+    grown = distance_transform_edt(~np.pad(dark, margin)) <= radius
+    tissue = dark | (distance_transform_edt(grown) > radius)[margin:-margin, margin:-margin]
     hole, speck = (min(_MAX_PIECE * dark.size, (side / mpp) ** 2) for side in (_HOLE_UM, _SPECK_UM))
     return _without_small(~_without_small(~tissue, hole), speck)
-
-
-def _closed(mask: np.ndarray, radius: float) -> np.ndarray:
-    """Morphological closing by a disk, through distances: its cost does not grow with the radius."""
-    margin = int(radius) + 1
-    grown = distance_transform_edt(~np.pad(mask, margin)) <= radius
-    closed = distance_transform_edt(grown) > radius
-    return mask | closed[margin:-margin, margin:-margin]
 
 
 def _without_small(mask: np.ndarray, n_px: float) -> np.ndarray:

@@ -28,24 +28,27 @@ def test_fit_with_any_gaps(pitch: float, angle: float, points: list[tuple[int, i
     assert (matrix is not None) == spans
     if spans:
         np.testing.assert_allclose(matrix[:2, :2], turn * pitch, atol=1e-6 * pitch)
-
-
-def test_lattice_that_does_not_explain_the_centres() -> None:
-    col_row = np.random.default_rng(0).integers(0, 30, (40, 2)).astype(float)
-    assert fit_lattice(col_row, np.random.default_rng(1).uniform(0, 300, (40, 2))) is None
+    rng = np.random.default_rng(0)  # indices that do not explain the centres
+    assert fit_lattice(rng.integers(0, 30, (40, 2)).astype(float), rng.uniform(0, 300, (40, 2))) is None
 
 
 def bins(sdata):
     return bins_of_table(sdata, table_link(sdata, table_key=TABLE), **PLACE)
 
 
-@pytest.mark.parametrize("angle", [0.0, -0.4, 1.6, 3.0])
-@pytest.mark.parametrize("circles", [False, True])
+@pytest.mark.parametrize(("angle", "circles"), [(0.0, False), (-0.4, True), (1.6, False), (3.0, True)])
 @pytest.mark.parametrize("keep", [None, lambda row, col: (row + 2 * col) % 5 > 1], ids=["all", "gaps"])
 def test_bins_lie_on_their_centres_and_are_turned(visium_hd, circles: bool, angle: float, keep) -> None:
     sdata = visium_hd(angle=angle, circles=circles, keep=keep, bins=(8,))
+    order = np.random.default_rng(0).permutation(sdata.tables[TABLE].n_obs)  # of the table's rows
+    sdata.tables[TABLE] = sdata.tables[TABLE][order].copy()
     found = bins(sdata)
+    obs = sdata.tables[TABLE].obs.iloc[found.rows]
     assert len(found.lattice) == len(sdata.shapes[SHAPES])
+    np.testing.assert_array_equal(found.lattice.row, obs["array_row"])
+    np.testing.assert_array_equal(found.lattice.col, obs["array_col"])
+    np.testing.assert_array_equal(found.instances, obs["location_id"])
+    assert (np.diff(found.lattice.row.astype(int) * 1000 + found.lattice.col) > 0).all()
     drawn = sdata.shapes[SHAPES].geometry.loc[found.instances].to_numpy()
     np.testing.assert_allclose(found.lattice.centre_xy, 2 * shapely.get_coordinates(shapely.centroid(drawn)), atol=1e-6)
     np.testing.assert_allclose(found.lattice.area, (2 * 8 / 0.5) ** 2)
@@ -64,28 +67,8 @@ def test_labels_give_the_same_lattice_as_shapes(visium_hd) -> None:
     np.testing.assert_allclose(labels.lattice.area, shapes.lattice.area)
 
 
-def test_rows_of_the_table_in_any_order(visium_hd) -> None:
-    sdata = visium_hd()
-    order = np.random.default_rng(0).permutation(sdata.tables[TABLE].n_obs)
-    sdata.tables[TABLE] = sdata.tables[TABLE][order].copy()
-    found = bins(sdata)
-    obs = sdata.tables[TABLE].obs.iloc[found.rows]
-    np.testing.assert_array_equal(found.lattice.row, obs["array_row"])
-    np.testing.assert_array_equal(found.lattice.col, obs["array_col"])
-    np.testing.assert_array_equal(found.instances, obs["location_id"])
-    assert (np.diff(found.lattice.row.astype(int) * 1000 + found.lattice.col) > 0).all()
-
-
 def swapped(obs) -> None:
     obs[["array_row", "array_col"]] = obs[["array_col", "array_row"]].sample(frac=1, random_state=0).to_numpy()
-
-
-def twice(obs) -> None:
-    obs.loc[obs.index[1], ["array_row", "array_col"]] = obs.loc[obs.index[0], ["array_row", "array_col"]]
-
-
-def missing(obs) -> None:
-    obs.loc[obs.index[3], "array_col"] = np.nan
 
 
 SPOILT = {
@@ -93,26 +76,22 @@ SPOILT = {
     "halved": lambda obs: obs.update({"array_row": obs["array_row"] // 2}),
     "fraction": lambda obs: obs.isetitem(obs.columns.get_loc("array_row"), obs["array_row"] + 0.5),
     "text": lambda obs: obs.isetitem(obs.columns.get_loc("array_row"), obs["array_row"].astype(str)),
-    "twice": twice,
-    "missing": missing,
+    "twice": lambda obs: obs.update(obs[["array_row", "array_col"]].iloc[:1].set_index(obs.index[1:2])),
+    "missing": lambda obs: obs.isetitem(obs.columns.get_loc("array_col"), obs["array_col"].where(obs["array_col"] > 0)),
 }
 
 
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
-@pytest.mark.parametrize("circles", [False, True])
-def test_wrong_indices_fall_back_to_what_is_drawn(visium_hd, spoil, circles: bool) -> None:
-    sdata = visium_hd(circles=circles, bins=(8,))
-    spoil(sdata.tables[TABLE].obs)
-    assert bins(sdata) is None
-    regions, ids = regions_of(sdata, SHAPES, **PLACE)
-    assert isinstance(regions, Circles if circles else Polygons)
-    assert list(ids) == list(sdata.shapes[SHAPES].index)
-
-
-def test_wrong_indices_of_labels(visium_hd) -> None:
-    sdata = visium_hd(labels=True)
-    swapped(sdata.tables[TABLE].obs)
-    assert isinstance(regions_of(sdata, f"{SHAPES}_labels", **PLACE)[0], LabelGrid)
+def test_wrong_indices_fall_back_to_what_is_drawn(visium_hd, spoil) -> None:
+    for drawn, kind in (({}, Polygons), ({"circles": True}, Circles), ({"labels": True}, LabelGrid)):
+        sdata = visium_hd(bins=(8,), **drawn)
+        spoil(sdata.tables[TABLE].obs)
+        assert bins(sdata) is None
+        regions, ids = regions_of(sdata, f"{SHAPES}_labels" if kind is LabelGrid else SHAPES, **PLACE)
+        assert isinstance(regions, kind)
+        assert len(ids) == len(sdata.shapes[SHAPES])
+    sdata.tables[TABLE] = visium_hd(bins=(8,)).tables[TABLE][5:].copy()  # of some bins
+    assert isinstance(regions_of(sdata, SHAPES, **PLACE)[0], Polygons)
 
 
 def test_lattices_that_are_none_of_touching_squares(visium_hd, visium) -> None:
@@ -124,11 +103,3 @@ def test_lattices_that_are_none_of_touching_squares(visium_hd, visium) -> None:
     spots.tables["table"].obs["array_row"], spots.tables["table"].obs["array_col"] = row, 2 * col + row % 2
     link = table_link(spots, table_key="table")
     assert bins_of_table(spots, link, coordinate_system="global", from_system=np.eye(3)) is None
-
-
-def test_a_table_of_some_bins_does_not_stand_for_all(visium_hd) -> None:
-    sdata = visium_hd()
-    sdata.tables[TABLE] = sdata.tables[TABLE][5:].copy()
-    regions, ids = regions_of(sdata, SHAPES, **PLACE)
-    assert isinstance(regions, Polygons)
-    assert len(ids) == len(sdata.shapes[SHAPES])

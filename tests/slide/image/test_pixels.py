@@ -31,20 +31,15 @@ def with_values(pixels: np.ndarray, *values: float) -> np.ndarray:
 
 KINDS: dict[str, np.ndarray] = {
     "uint16": (he() * 65535).clip(0, 65535).astype(np.uint16),
-    "12 of 16 bits": (he() * 4095).clip(0, 4095).astype(np.uint16),
     "12 of 16 bits, hot pixels": with_values((he() * 4095).clip(0, 4095), 65535.0).astype(np.uint16),
     "8 of 16 bits": (he() * 255).clip(0, 255).astype(np.uint16),
-    "just above 8 bits": (he() * 300).clip(0, 330).astype(np.uint16),
     "int16, offset": (he() * 60000 - 30000).astype(np.int16),
-    "int16, a few negative": with_values(he() * 4000, -30.0).astype(np.int16),
     "int32": (he() * 1e6).astype(np.int32),
     "float": he().astype(np.float32),
     "float, infinite and missing": with_values(he(), np.inf, -np.inf, np.nan).astype(np.float32),
-    "float to 255": (he() * 255).astype(np.float64),
     "float from -1": (he() * 2 - 1).astype(np.float32),
     "float, hot pixels": with_values(he(), 1e6).astype(np.float32),
     "float16 to 65504": (he() * 65000).astype(np.float16),
-    "float, large": (he() * 3e7).astype(np.float32),
 }
 
 
@@ -62,7 +57,7 @@ def converted(pixels: np.ndarray, scale_factors: list[int] | None = None) -> Spa
 
 
 @pytest.mark.parametrize(("kind", "scale_factors"), [(kind, ([2, 2], None)[k % 2]) for k, kind in enumerate(KINDS)])
-@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow", "ignore:image 'he' is dark")
 def test_proposed_lines_give_a_picture(kind: str, scale_factors: list[int] | None) -> None:
     """Neither black nor clipped, and the same picture."""
     sdata = converted(KINDS[kind], scale_factors)

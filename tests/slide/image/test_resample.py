@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from pixnet_sd.slide.image import make_taps, resample
 
@@ -64,36 +62,12 @@ def test_follows_the_definition(height: int, width: int, scale: float) -> None:
     assert np.abs(whole(source, scale) - reference(source, scale)).max() < 0.8  # 0.5 is the rounding to uint8
 
 
-@pytest.mark.parametrize("scale", [0.75, 1.37, 2.0, 3.3])
-def test_agrees_with_pillow(scale: float) -> None:
-    size = 120
-    source = picture(size, size)
-    n = int(size / scale)
-    expected = Image.fromarray(source).resize((n, n), Image.Resampling.BILINEAR, box=(0, 0, n * scale, n * scale))
-    inner = slice(0, n - 3)  # Pillow stops at the box, which may end before the picture
-    np.testing.assert_allclose(
-        whole(source, scale)[inner, inner].astype(int), np.asarray(expected)[inner, inner], atol=1
-    )
-
-
-def test_factor_one_is_a_copy() -> None:
-    source = picture(40, 30)
-    np.testing.assert_array_equal(whole(source, 1.0), source)
-    np.testing.assert_array_equal(box(source, 1.0, 5, 17, 3, 30), source[5:17, 3:30])
-
-
 def test_reducing_by_two_weighs_one_three_three_one() -> None:
     source = np.zeros((1, 12, 3), np.uint8)
     source[0, 4:8] = np.array([8, 16, 24, 32], np.uint8)[:, None]
     out = box(source, 2.0, 0, 1, 0, 6)
     assert out[0, 2, 0] == (16 * 3 + 8 * 3 + 24) // 8
     assert out[0, 3, 0] == (32 * 3 + 24 * 3 + 16) // 8
-
-
-@pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
-@pytest.mark.parametrize("scale", [0.6, 1.7, 5.3])
-def test_a_flat_picture_stays_flat(value: int, scale: float) -> None:
-    assert (whole(np.full((33, 41, 3), value, np.uint8), scale) == value).all()
 
 
 @settings(deadline=None, max_examples=60)

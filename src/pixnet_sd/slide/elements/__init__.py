@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from ._elements import (
+    TableLink,
     affine_matrix,
+    check_instances,
     coordinate_systems,
     image_extent,
     moved_px,
     names,
     on_image,
+    placed_regions,
     region_element,
+    regions_of_table,
+    same_ids,
     scale0,
     shared_systems,
     similarity_scale,
-    written_by_pixnet,
-)
-from ._links import (
-    TableLink,
-    check_instances,
-    placed_regions,
-    regions_of_table,
-    same_ids,
     table_link,
     where_regions_are,
+    written_by_pixnet,
 )
 from ._regions import BinLattice, bin_lattice, bin_size_um, bins_of_table, fit_lattice, regions_of
 from ._shapes import LazyLabels, check_regions_on_image, regions_from_shapes
@@ -32,7 +30,6 @@ from ._stored import (
     StoredTable,
     Table,
     obs_column,
-    obs_names,
     open_store,
     read_elements,
     sample_positions,
@@ -63,7 +60,6 @@ __all__ = [
     "moved_px",
     "names",
     "obs_column",
-    "obs_names",
     "on_image",
     "open_store",
     "placed_regions",

@@ -1,4 +1,4 @@
-"""Elements by name, their maps to coordinate systems, and where they lie relative to an image.
+"""Elements by name and place, ids of regions, and the rows of tables that annotate them.
 
 Maps are 3 x 3 matrices of (x, y, 1); coordinates of a raster element are pixels of its scale 0.
 """
@@ -6,26 +6,39 @@ Maps are 3 x 3 matrices of (x, y, 1); coordinates of a raster element are pixels
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import shapely
 from numpy.typing import ArrayLike, NDArray
 from spatialdata.transformations import get_transformation
 from xarray import DataTree
 
 from pixnet_sd._notes import memory_note, table_note
-from pixnet_sd.errors import ElementError, ResolutionError
+from pixnet_sd.errors import DataError, ElementError, ResolutionError
 
-from ._stored import StoredShapes, sample_shapes, shapes_of, tables_of
+from ._stored import StoredShapes, obs_column, sample_shapes, shapes_of, tables_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray
 
+    from ._stored import Table
+
 _ANISOTROPY_TOLERANCE = 1e-3
 _GRID, _ENOUGH = 9, 500  # points along each side of labels, and of shapes in all
 _XY = ("x", "y")
+_CHUNK = 2**20
+_KINDS = {  # what `pandas.api.types.infer_dtype` calls ids; others are said as they are called
+    "floating": "numbers with a fraction, or missing",
+    "mixed-integer": "numbers and text mixed, or missing",
+    "mixed-integer-float": "numbers with and without a fraction",
+    "mixed": "of several kinds, or missing",
+    "boolean": "True and False",
+}
 
 
 def scale0(element: Any) -> DataArray:
@@ -65,10 +78,7 @@ def region_element(sdata: SpatialData, key: str) -> Any:
 
 
 def written_by_pixnet(sdata: SpatialData) -> set[str]:
-    """Names of the images and shapes that this package made; elements of the user that it annotated are not among them.
-
-    Shapes that `tl.predict` makes are called after the table that comes with them, ``{table}_shapes``.
-    """
+    """Names of the images and shapes that this package made: maps, and ``{table}_shapes`` of its tables."""
     maps = memory_note(sdata, "maps") or {}
     return {*maps, *(f"{key}_shapes" for key, table in tables_of(sdata).items() if table_note(table) is not None)}
 
@@ -84,11 +94,7 @@ def affine_matrix(element: Any, coordinate_system: str) -> NDArray[np.float64]:
 
 
 def similarity_scale(matrix: ArrayLike, what: str) -> float:
-    """Length scale of a similarity (rotation, reflection, uniform scale, translation), sqrt(abs(det A)).
-
-    `ResolutionError`, which names ``what``, if the singular values of the linear part differ by more than 0.1 %, vanish
-    or are not finite.
-    """
+    """Length scale of a similarity, sqrt(abs(det A)); `ResolutionError`, which names ``what``, if it is none."""
     linear = np.asarray(matrix, dtype=np.float64)[:2, :2]
     if not np.isfinite(linear).all():
         raise ResolutionError(f"The transformation of {what} holds values that are not finite: {linear.tolist()}.")
@@ -118,19 +124,6 @@ def image_extent(element: Any, coordinate_system: str) -> NDArray[np.float64]:
     return moved(_corners_px(element), affine_matrix(element, coordinate_system))
 
 
-def _points_of(sdata: SpatialData, key: str) -> NDArray[np.float64]:
-    """Points of shapes (centres of some) or labels (a grid) in their own coordinates, (n, 2)."""
-    element = region_element(sdata, key)
-    if key in sdata.labels:
-        width, height = _corners_px(element)[2]
-        x, y = np.meshgrid(np.linspace(0, width, _GRID), np.linspace(0, height, _GRID))
-        return np.stack([x.ravel(), y.ravel()], axis=1)
-    geometry = sample_shapes(element).geometry.to_numpy()
-    geometry = geometry[:: max(1, len(geometry) // _ENOUGH)]
-    known = geometry[~(shapely.is_missing(geometry) | shapely.is_empty(geometry))]
-    return np.asarray(shapely.get_coordinates(shapely.centroid(known)))
-
-
 def on_image(sdata: SpatialData, keys: Iterable[str], *, image_key: str, coordinate_system: str) -> list[str]:
     """Those elements of which some regions lie on an image; all of them if none does, for that is another error."""
     keys = list(keys)
@@ -139,22 +132,187 @@ def on_image(sdata: SpatialData, keys: Iterable[str], *, image_key: str, coordin
     to_system = affine_matrix(image, coordinate_system)
     if abs(np.linalg.det(to_system)) == 0 or not np.isfinite(to_system).all():
         return keys
-    to_image = np.linalg.inv(to_system)
     touching = []
     for key in keys:
-        matrix = to_image @ affine_matrix(region_element(sdata, key), coordinate_system)
-        x, y = moved(_points_of(sdata, key), matrix).T
+        element = region_element(sdata, key)
+        if key in sdata.labels:  # a grid of points
+            size = _corners_px(element)[2]
+            points = np.stack(np.meshgrid(*np.linspace(0, size, _GRID).T), axis=-1).reshape(-1, 2)
+        else:  # centres of some
+            geometry = sample_shapes(element).geometry.to_numpy()
+            geometry = geometry[:: max(1, len(geometry) // _ENOUGH)]
+            known = geometry[~(shapely.is_missing(geometry) | shapely.is_empty(geometry))]
+            points = shapely.get_coordinates(shapely.centroid(known))
+        x, y = moved(points, np.linalg.inv(to_system) @ affine_matrix(element, coordinate_system)).T
         if ((x >= 0) & (x <= width) & (y >= 0) & (y <= height)).any():
             touching.append(key)
     return touching or keys
 
 
 def moved_px(image: Any, element: Any, systems: Sequence[str]) -> dict[str, float]:
-    """How far an element lies from where it lies in the first coordinate system, in px of an image that is in them too.
-
-    By coordinate system the farthest that a place on the image is off; 0 for the first.
-    """
+    """By system, how many px of an image an element lies from where the first system puts it, where this is most."""
     corners = _corners_px(image)
     maps = {system: np.linalg.pinv(affine_matrix(image, system)) @ affine_matrix(element, system) for system in systems}
     places = moved(corners, np.asarray(np.linalg.pinv(maps[systems[0]]), np.float64))
     return {system: float(np.hypot(*(moved(places, matrix) - corners).T).max()) for system, matrix in maps.items()}
+
+
+def plain_ids(ids: pd.Index, what: str, element_key: str) -> pd.Index:
+    """Ids of an element as a table can hold them: whole numbers or text, each once; else `DataError` with a remedy."""
+    if isinstance(ids, pd.CategoricalIndex):
+        ids = ids.astype(ids.categories.dtype)
+    inferred = "a MultiIndex" if isinstance(ids, pd.MultiIndex) else pd.api.types.infer_dtype(ids, skipna=False)
+    if inferred == "integer" and ids.hasnans:
+        inferred = "numbers, some of them missing"
+    can_be_held = inferred in ("integer", "string", "empty")
+    try:  # text of Python can hold halves of characters, which no file can
+        for start in range(0, len(ids) if inferred == "string" else 0, _CHUNK):
+            pa.array(ids[start : start + _CHUNK].to_numpy(), type=pa.string())
+    except (pa.ArrowException, UnicodeEncodeError):
+        can_be_held = False
+    if not can_be_held:
+        raise DataError(
+            f"{what} {element_key!r}: a table names regions by whole numbers or by text, and the ids of these are "
+            f"{_KINDS.get(inferred, inferred)} (first: {ids[:1].tolist()[0]!r}). Give each its own: "
+            f"{_remedy(ids, inferred, f'sdata[{element_key!r}]')}, and the ids in its tables alike."
+        )
+    if inferred == "integer":
+        ids = ids.astype(np.uint64 if ids.max() > np.iinfo(np.int64).max else np.int64)
+    check_unique(ids, f"{what} {element_key!r}")
+    return pd.Index(ids.array, name=None)
+
+
+def _remedy(ids: pd.Index, inferred: str, element: str) -> str:
+    if inferred == "floating" and np.isfinite(values := ids.to_numpy(np.float64)).all() and (values % 1 == 0).all():
+        return f"{element}.index = {element}.index.astype(int)"
+    if inferred == "string":
+        return f"{element}.index = [name.encode(errors='replace').decode() for name in {element}.index]"
+    return f"{element}.index = {element}.index.map(str)"
+
+
+def _are_ascending(ids: pd.Index) -> bool:
+    """Whether these are ascending integers: so bins are numbered, and looking for doublets costs more than they do."""
+    values = ids.to_numpy()
+    return bool(np.issubdtype(values.dtype, np.integer) and (values[1:] > values[:-1]).all())
+
+
+def check_unique(ids: pd.Index, what: str) -> None:
+    """Refuse ids of which one occurs twice; pandas keeps the answer, so asking again costs nothing."""
+    try:
+        if _are_ascending(ids) or ids.is_unique:
+            return
+    except TypeError as error:
+        raise DataError(f"{what}: ids such as {ids[0]!r} are neither numbers nor text.") from error
+    twice = ids.duplicated()
+    raise DataError(
+        f"{what}: {int(twice.sum())} of {len(ids)} ids occurred before (first {ids[twice].tolist()[0]!r}), so regions "
+        "and rows of a table cannot be matched. Make them unique."
+    )
+
+
+def check_instances(instances: pd.Index, table_key: str) -> None:
+    """Refuse instance ids of a table that are missing, no ids, or not unique."""
+    if _are_ascending(instances):
+        return
+    missing = int(np.count_nonzero(instances.isna()))
+    if missing:
+        raise DataError(f"Table {table_key!r} has {missing} rows without an instance id.")
+    if pd.api.types.infer_dtype(instances, skipna=False) in ("mixed", "bytes", "complex"):
+        raise DataError(f"Table {table_key!r} has instance ids that are neither numbers nor text.")
+    check_unique(instances, f"Table {table_key!r}")
+
+
+def same_ids(one: pd.Index, other: pd.Index) -> bool:
+    """Whether two lists without doublets name the same regions, in any order."""
+    if len(one) != len(other):
+        return False
+    return bool(np.array_equal(one.to_numpy(), other.to_numpy()) or one.isin(other).all())
+
+
+@dataclass(frozen=True)
+class TableLink:
+    """Rows of a table that annotate one shapes or labels element."""
+
+    table_key: str
+    element_key: str
+    rows: NDArray[np.int32]  # ascending
+    instances: pd.Index  # id of each
+
+
+def regions_of_table(table: Table) -> list[str]:
+    """Elements that a table says it annotates."""
+    region = table.uns.get("spatialdata_attrs", {}).get("region")
+    return [region] if isinstance(region, str) else [str(name) for name in (region if region is not None else [])]
+
+
+def placed_regions(sdata: SpatialData, regions: Iterable[str], coordinate_system: str | None) -> list[str]:
+    """Those regions that are in the object and, if one is given, in the coordinate system."""
+    elements = {**sdata.labels, **shapes_of(sdata)}
+    return [
+        name
+        for name in regions
+        if name in elements and (coordinate_system is None or coordinate_system in coordinate_systems(elements[name]))
+    ]
+
+
+def where_regions_are(sdata: SpatialData, regions: Iterable[str]) -> str:
+    """Elements with the coordinate systems that each is in, for a message."""
+    present = placed_regions(sdata, regions, None)
+    return ", ".join(f"{key!r} is in {names(coordinate_systems(region_element(sdata, key)))}" for key in present)
+
+
+def table_link(
+    sdata: SpatialData, *, table_key: str, coordinate_system: str | None = None, element_key: str | None = None
+) -> TableLink:
+    """Find the element that a table annotates, and the rows that do.
+
+    Of several elements, `element_key` is taken, or the one in the coordinate system. `ElementError`: no region, or
+    none or several there; `DataError`: no rows for it, or an id is missing or occurs twice.
+    """
+    table = tables_of(sdata)[table_key]
+    if table.n_obs == 0 or table.n_vars == 0:
+        raise DataError(f"Table {table_key!r} is empty: {table.n_obs} rows x {table.n_vars} genes.")
+    regions = regions_of_table(table)
+    if element_key is None or element_key not in placed_regions(sdata, regions, None):
+        element_key = _region_of(sdata, table_key, regions, coordinate_system)
+    attrs = table.uns["spatialdata_attrs"]
+    region = obs_column(table, attrs["region_key"])
+    if isinstance(region, pd.Categorical):  # millions of names would not fit
+        code = region.categories.astype(str).get_indexer(pd.Index([element_key]))[0]
+        annotates = (region.codes == code) & (code >= 0)
+    else:
+        annotates = np.asarray(pd.Series(region).astype(str) == element_key)
+    rows = np.flatnonzero(annotates).astype(np.int32)
+    if not len(rows):
+        raise DataError(f"Table {table_key!r} has no row for its region {element_key!r}.")
+    instances = obs_column(table, attrs["instance_key"])
+    instances = pd.Index(instances if len(rows) == table.n_obs else instances[rows])
+    check_instances(instances, table_key)
+    if element_key in sdata.shapes:  # of what only the store has no id is read for this
+        check_unique(sdata.shapes[element_key].index, f"Shapes {element_key!r}")
+    return TableLink(table_key, element_key, rows, instances)
+
+
+def _region_of(sdata: SpatialData, table_key: str, regions: list[str], coordinate_system: str | None) -> str:
+    if not regions:
+        raise ElementError(
+            f"Table {table_key!r} annotates no region (no region in uns['spatialdata_attrs']). Link it with "
+            "TableModel.parse(table, region=, region_key=, instance_key=)."
+        )
+    placed = placed_regions(sdata, regions, coordinate_system)
+    if len(placed) == 1:
+        return placed[0]
+    if placed:
+        raise ElementError(
+            f"Table {table_key!r} annotates several elements on this slide: {names(placed)}. Split it by region, or "
+            "give each its own coordinate system, and choose with coordinate_system=."
+        )
+    if not placed_regions(sdata, regions, None):
+        raise ElementError(
+            f"Table {table_key!r} annotates {names(regions)}, not in this SpatialData object. Shapes: "
+            f"{names(shapes_of(sdata))}. Labels: {names(sdata.labels)}."
+        )
+    raise ElementError(
+        f"Table {table_key!r} annotates {names(regions)}, but nothing in the slide's coordinate system "
+        f"{coordinate_system!r}. Choose another with coordinate_system=: {where_regions_are(sdata, regions)}."
+    )

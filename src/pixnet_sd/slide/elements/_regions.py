@@ -1,10 +1,8 @@
 """Regions of any element in the pixels of a slide; Visium HD bins as points of a lattice, without a polygon of each.
 
-A table of bins says in ``array_row`` and ``array_col`` where on a square lattice each bin lies. Some thousand centres
-are enough to find where the lattice lies, and to see that the indices explain them. Physical bins are the squares of
-that lattice, turned as it is, and so are the regions here; readers draw them with sides along the axes, as circles, or
-as label pixels, all about the same centres. The name of an element (``_008um``) tells no more than the side in µm:
-whether it holds bins, its geometry tells.
+``array_row`` and ``array_col`` of a table say where on a square lattice each bin lies; some thousand centres tell where
+the lattice lies, and that the indices explain them. Bins are its squares, turned as it is, although readers draw them
+along the axes, as circles or as label pixels. A name (``_008um``) tells the side in µm; geometry, whether it is a bin.
 """
 
 from __future__ import annotations
@@ -24,8 +22,16 @@ from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError, ElementError
 from pixnet_sd.geometry import Circles, LabelGrid, Lattice, Polygons
 
-from ._elements import affine_matrix, region_element, similarity_scale
-from ._links import TableLink, check_unique, plain_ids, same_ids, table_link
+from ._elements import (
+    TableLink,
+    affine_matrix,
+    check_unique,
+    plain_ids,
+    region_element,
+    same_ids,
+    similarity_scale,
+    table_link,
+)
 from ._shapes import (
     HALF_PIXEL_BACK,
     edge_length,
@@ -39,7 +45,6 @@ from ._stored import (
     StoredShapes,
     neighbouring_shapes,
     obs_column,
-    obs_names,
     sample_positions,
     sample_shapes,
     shapes_of,
@@ -50,7 +55,6 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-    from ._stored import Table
 
 _MANY_SHAPES = 1_000_000
 _BIN_NAME = re.compile(r"_(\d{3})um(?:_labels)?$")
@@ -75,9 +79,8 @@ def regions_of(
     """Regions of a shapes or labels element, and their ids in the same order: the index of shapes, values of labels.
 
     They are in the pixels to which ``from_system``, (3, 3), maps the coordinate system. Bins of which a table tells the
-    lattice are its turned squares in row-major order, however they are drawn; everything else is taken as drawn, in its
-    own order. Bins that only the store has are not loaded. `ElementError`: no such element, or not in the coordinate
-    system; `ResolutionError`: it gets there by no similarity; `DataError`: empty, or geometries or ids cannot be used.
+    lattice are its squares in row-major order; the rest is taken as drawn, in its own order. `ElementError`: no such
+    element there; `ResolutionError`: no similarity; `DataError`: empty, or geometries or ids cannot be used.
     """
     element = region_element(sdata, element_key)
     to_system = affine_matrix(element, coordinate_system)
@@ -116,10 +119,7 @@ class Bins:
 def bins_of_table(
     sdata: SpatialData, link: TableLink, *, coordinate_system: str, from_system: ArrayLike
 ) -> Bins | None:
-    """Bins that rows of a table annotate, in the pixels to which ``from_system`` maps the coordinate system.
-
-    None if the table has no indices, or they do not explain where a sample of the bins lies.
-    """
+    """Bins that rows of a table annotate; None if it has no indices that explain where a sample of the bins lies."""
     indices = _indices(sdata, link)
     to_centre = None if indices is None else _fitted(sdata, link, *indices)
     if indices is None or to_centre is None:
@@ -143,7 +143,7 @@ def bins_of_table(
 def _links(sdata: SpatialData, element_key: str, coordinate_system: str | None) -> Iterator[TableLink]:
     """Tables with lattice indices that annotate an element."""
     for key, table in tables_of(sdata).items():
-        if not set(_INDICES) <= obs_names(table):
+        if not set(_INDICES) <= set(table.obs.columns):
             continue
         try:
             link = table_link(sdata, table_key=key, coordinate_system=coordinate_system, element_key=element_key)
@@ -156,30 +156,24 @@ def _links(sdata: SpatialData, element_key: str, coordinate_system: str | None) 
 def _indices(sdata: SpatialData, link: TableLink) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
     """Lattice row and column of each row of a link; None where they are not there or no whole numbers."""
     table = tables_of(sdata)[link.table_key]
-    if not set(_INDICES) <= obs_names(table):
+    if not set(_INDICES) <= set(table.obs.columns):
         return None
-    row, col = (_index_column(table, name, link.rows) for name in _INDICES)
-    return None if row is None or col is None else (row, col)
-
-
-def _index_column(table: Table, name: str, rows: NDArray[np.int32]) -> NDArray[np.int32] | None:
-    column = pd.Series(obs_column(table, name))
-    if not pd.api.types.is_numeric_dtype(column) or column.isna().any():
-        return None
-    values = column.to_numpy()
-    index = values.astype(np.int32)
-    if not np.array_equal(index, values):
-        return None
-    return index if len(rows) == len(index) else index[rows]
+    indices = []
+    for name in _INDICES:
+        column = pd.Series(obs_column(table, name))
+        if not pd.api.types.is_numeric_dtype(column) or column.isna().any():
+            return None
+        index = column.to_numpy().astype(np.int32)
+        if not np.array_equal(index, column.to_numpy()):
+            return None
+        indices.append(index if len(link.rows) == len(index) else index[link.rows])
+    return indices[0], indices[1]
 
 
 def _fitted(
     sdata: SpatialData, link: TableLink, row: NDArray[np.int32], col: NDArray[np.int32]
 ) -> NDArray[np.float64] | None:
-    """Map of (column, row, 1) to centres in the element's coordinates; None unless they are of touching squares.
-
-    The spots of Visium do not touch. Of the regions a sample is enough.
-    """
+    """Map of (column, row, 1) to centres in the element's coordinates; None unless of touching squares, as no spots."""
     if link.element_key in sdata.labels:
         labels, xy = sample_labels(sdata.labels[link.element_key])
         ids, side = pd.Index(labels), 1.0
@@ -200,10 +194,7 @@ def _fitted(
 
 
 def fit_lattice(col_row: ArrayLike, xy: ArrayLike) -> NDArray[np.float64] | None:
-    """Map of (column, row, 1) to the centres of a lattice's points, both (n, 2), by least squares.
-
-    None if the indices do not span the plane or leave a centre more than a tenth of the pitch off.
-    """
+    """Map of (column, row, 1) to centres, (n, 2), by least squares; None if one is a tenth of the pitch off it."""
     points, centres = np.asarray(col_row, np.float64), np.asarray(xy, np.float64)
     design = np.column_stack([points, np.ones(len(points))])
     solution, _, rank, _ = np.linalg.lstsq(design, centres, rcond=None)
@@ -237,11 +228,7 @@ class BinLattice:
 
 
 def bin_lattice(sdata: SpatialData, key: str, *, exact: bool = False) -> BinLattice | None:
-    """The lattice of an element that is named as Visium HD bins are (``_008um``), if it is one of touching squares.
-
-    None for circles of interest, cells, fields of view and whatever else may be named so. ``exact`` where the pitch is
-    wanted to more than a thousandth, which takes all indices of a table.
-    """
+    """Lattice of an element named as bins are, if it is one; ``exact`` to more than a thousandth, by all indices."""
     size = bin_size_um(key)
     if size is None:
         return None
@@ -273,30 +260,23 @@ def _indexed_pitch(sdata: SpatialData, element_key: str) -> float | None:
 
 def _drawn_pitch(shapes: GeoDataFrame) -> float | None:
     """Pitch of shapes that are squares, or circles as wide, of one size and touching on a square lattice."""
-    geometry = shapes.geometry.to_numpy()
-    if len(geometry) < _FEWEST_BINS or not _are_equal_squares(shapes):
+    if len(shapes) < _FEWEST_BINS:
         return None
-    return _grid_pitch(shapely.get_coordinates(shapely.centroid(geometry)), edge_length(shapes))
-
-
-def _are_equal_squares(shapes: GeoDataFrame) -> bool:
     sample = shapes.iloc[sample_positions(len(shapes))]
     if "radius" in sample:
         side = 2 * sample["radius"].to_numpy(np.float64)
     else:
-        geometry = sample.geometry.to_numpy()
-        area = shapely.area(geometry)
-        if not (area > 0).all() or np.abs(shapely.length(geometry) ** 2 / area / _SQUARE_BINS - 1).max() > _TOLERANCE:
-            return False
+        area, length = (measure(sample.geometry.to_numpy()) for measure in (shapely.area, shapely.length))
+        if not (area > 0).all() or np.abs(length**2 / area / _SQUARE_BINS - 1).max() > _TOLERANCE:
+            return None
         side = np.sqrt(area)
-    return bool(side.min() > 0 and side.max() / side.min() - 1 < _TOLERANCE)
+    if not (side.min() > 0 and side.max() / side.min() - 1 < _TOLERANCE):
+        return None
+    return _grid_pitch(shapely.get_coordinates(shapely.centroid(shapes.geometry.to_numpy())), edge_length(shapes))
 
 
 def _grid_pitch(xy: NDArray[np.float64], side: float) -> float | None:
-    """Distance of neighbours, if points (n, 2) lie on a square lattice whose pitch is the side of what is drawn there.
-
-    Gaps do not matter as long as half of the points have a neighbour.
-    """
+    """Pitch of points (n, 2) on a square lattice if it is the side of what is drawn; half may lack neighbours."""
     if not np.isfinite(xy).all():
         return None
     centres = xy[sample_positions(len(xy))]

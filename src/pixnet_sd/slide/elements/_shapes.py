@@ -36,11 +36,7 @@ _CHUNK = 2**17  # regions whose boxes are looked at in one go
 
 
 def regions_from_shapes(shapes: GeoDataFrame, what: str) -> Circles | Polygons:
-    """Circles (points with a radius) or polygons, one a row.
-
-    `DataError`, which names ``what``, if there are none, kinds are mixed, or geometries are missing, empty, invalid or
-    not finite.
-    """
+    """Circles (points with a radius) or polygons, one a row; `DataError`, which names ``what``, of unusable ones."""
 
     def refuse(bad: NDArray[np.bool_], fault: str, remedy: str) -> None:
         if bad.any():
@@ -75,10 +71,7 @@ def regions_from_shapes(shapes: GeoDataFrame, what: str) -> Circles | Polygons:
 def _polygons(geometry: NDArray[Any]) -> Polygons:
     """Valid (multi)polygons with their holes: outer rings wound one way, holes the other, none repeating a vertex."""
     if (shapely.get_type_id(geometry) == _POLYGON).all() and not shapely.get_num_interior_rings(geometry).any():
-        rings, region = (
-            shapely.get_exterior_ring(geometry),
-            np.arange(len(geometry)),
-        )  # of millions of bins half the time
+        rings, region = shapely.get_exterior_ring(geometry), np.arange(len(geometry))  # of bins half the time
     else:
         parts, owner = shapely.get_parts(shapely.orient_polygons(geometry), return_index=True)
         rings, part = shapely.get_rings(parts, return_index=True)
@@ -121,18 +114,16 @@ def lazy_labels(element: Any) -> LazyLabels:
 
 
 def label_ids(sdata: SpatialData, key: str) -> pd.Index:
-    """Values of a labels element above the background's 0, ascending; negative ones are background too.
-
-    `DataError` if there is none, or they are not whole numbers.
-    """
+    """Values of a labels element above 0, ascending; `DataError` if there is none, or they are not whole numbers."""
     labels = lazy_labels(sdata.labels[key])
     if labels.dtype.kind not in "biu":
         raise DataError(
             f"Labels {key!r} are of dtype {labels.dtype}, and regions are told by whole numbers. Make them such, for "
             "instance with element.astype('int32') where NaN and background are 0."
         )
-    strips = (np.unique(strip).astype(np.int64) for strip in labels.strips())
-    values = np.unique(np.concatenate([np.empty(0, np.int64), *strips]))
+    values = np.unique(
+        np.concatenate([np.unique(strip).astype(np.int64) for strip in labels.strips()] or [np.zeros(1, np.int64)])
+    )
     if (values < 0).any():
         logger.info("Labels %r: negative values, such as %d, are taken as background.", key, values[0])
     if not (values > 0).any():
@@ -143,27 +134,21 @@ def label_ids(sdata: SpatialData, key: str) -> pd.Index:
 def label_matrix(sdata: SpatialData, key: str, coordinate_system: str) -> NDArray[np.float64]:
     """Map from the pixels of a labels element, pixel i covering [i, i + 1), to a coordinate system.
 
-    The element's own transformation, but for labels that `spatialdata.rasterize_bins` made: as of version 0.8 it takes
-    pixel (i, j), not (i + 0.5, j + 0.5), to the centre of a bin, so that the labels lie half a bin off the bins that
-    they were made from. The bins, where they are still there, tell.
+    The element's own, but for labels that `spatialdata.rasterize_bins` made: as of version 0.8 it takes pixel (i, j),
+    not (i + 0.5, j + 0.5), to the centre of a bin. Bins that are a label pixel wide and centred on whole ones tell.
     """
     to_system = affine_matrix(sdata.labels[key], coordinate_system)
-    if not _maps_index_to_centre(sdata, key, coordinate_system, to_system):
+    shapes = shapes_of(sdata).get(key.removesuffix("_labels")) if key.endswith("_labels") else None
+    if shapes is None or coordinate_system not in coordinate_systems(shapes):
+        return to_system
+    sample = sample_shapes(shapes)
+    to_labels = np.linalg.inv(to_system) @ affine_matrix(shapes, coordinate_system)
+    xy = moved(shapely.get_coordinates(shapely.centroid(sample.geometry.to_numpy())), to_labels)
+    side_px = edge_length(sample) * np.sqrt(abs(np.linalg.det(to_labels[:2, :2])))
+    if abs(side_px - 1) >= _TOLERANCE or np.abs(xy - np.rint(xy)).max() >= _TOLERANCE:
         return to_system
     logger.info("Labels %r: moved by half a label pixel, as rasterized bins need it.", key)
     return np.asarray(to_system @ HALF_PIXEL_BACK)
-
-
-def _maps_index_to_centre(sdata: SpatialData, key: str, system: str, to_system: NDArray[np.float64]) -> bool:
-    """Whether bins of which these are the labels are a pixel wide and centred on whole label coordinates."""
-    shapes = shapes_of(sdata).get(key.removesuffix("_labels"))
-    if shapes is None or not key.endswith("_labels") or system not in coordinate_systems(shapes):
-        return False
-    sample = sample_shapes(shapes)
-    to_labels = np.linalg.inv(to_system) @ affine_matrix(shapes, system)
-    xy = moved(shapely.get_coordinates(shapely.centroid(sample.geometry.to_numpy())), to_labels)
-    side_px = edge_length(sample) * np.sqrt(abs(np.linalg.det(to_labels[:2, :2])))
-    return bool(abs(side_px - 1) < _TOLERANCE and np.abs(xy - np.rint(xy)).max() < _TOLERANCE)
 
 
 def sample_labels(element: Any) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -184,7 +169,6 @@ def check_regions_on_image(
     """Whether the box of each region, or each of boxes (n, 4) in px, touches the image; warn of those that do not.
 
     `ResolutionError`, which names ``what``, if none does, or most lie outside and would lie inside with swapped axes.
-    Boxes of millions of regions are made some at a time.
     """
     n = len(regions)
     touches = np.zeros(n, bool)

@@ -1,9 +1,8 @@
 """Shapes and tables of an object, those in memory and those that only the store behind it has.
 
-`open_store` leaves on disk what is big, and ``spatialdata.read_zarr(..., selection=...)`` what was not asked for. So
-everybody asks `shapes_of` and `tables_of`, never the object itself: what is in memory comes as it is, the rest as
-`StoredShapes` and `StoredTable`, which read what is asked for. What counts as left on disk is decided in
-`_left_on_disk` alone, and looked up in the store at every call, because results and other processes add to it.
+`open_store` leaves on disk what is big, ``spatialdata.read_zarr(..., selection=...)`` what was not asked for. So
+everybody asks `shapes_of` and `tables_of`, never the object itself. `_left_on_disk` alone decides what counts as left
+on disk, and looks in the store at every call, because results and other processes add to it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 _LEFT = "_pixnet_sd_left"  # attribute of an object: names by group of what `open_store` left on disk; copies keep it
 _SMALL_BYTES = 2**25  # of an element that `open_store` loads
 _BYTES_A_SHAPE, _BYTES_A_ROW = 500, 200  # in memory: a quadrangle; a name and some columns
-_SAMPLE = 5000
 _STRETCH = 2**14  # shapes in the order of the file that are looked at for neighbours
 _SAMPLED_GROUPS = 16  # groups of rows of a file that a sample is taken from; each is read whole
 _MANY_SHAPES = 2**17
@@ -49,8 +47,8 @@ _FILE = "shapes.parquet"
 def _left_on_disk(sdata: SpatialData, group: str, file: str) -> dict[str, Path]:
     """Folders of the shapes or tables, told by a file in them, that the store has and the object was opened without.
 
-    These are what `open_store` left. An object that was opened otherwise and holds elements of the type was opened with
-    them, and what it lacks was taken out of it. Results of this package do not count for that, and are always there.
+    These are what `open_store` left. An object opened otherwise that holds elements of the type, results apart, was
+    opened with all, and what it lacks was taken out of it. Results of this package are always there.
     """
     if not isinstance(sdata.path, Path):
         return {}
@@ -158,12 +156,8 @@ def _skeleton(store: Path, scratch: Path) -> zarr.Group:
     return root
 
 
-def sample_positions(n: int) -> NDArray[np.int64]:
-    """Positions, at most 5,000, spread evenly over n, ascending."""
-    return _spread(n, _SAMPLE)
-
-
-def _spread(n: int, at_most: int) -> NDArray[np.int64]:
+def sample_positions(n: int, at_most: int = 5000) -> NDArray[np.int64]:
+    """Positions, spread evenly over n, ascending."""
     return np.unique(np.linspace(0, n - 1, min(n, at_most)).astype(np.int64))
 
 
@@ -190,11 +184,6 @@ class StoredShapes:
         """At most 5,000 of the shapes, spread over all, with the element's transformations."""
         return _read_some(self, self._version(), in_sequence=False)
 
-    @property
-    def stretch(self) -> GeoDataFrame:
-        """Shapes that follow one another in the file, from its middle: of bins, some rows of their lattice."""
-        return _read_some(self, self._version(), in_sequence=True)
-
     def _version(self) -> tuple[int, ...]:
         """Dates and size of the file: one that changed is read again."""
         about = (self.path / _FILE).stat()
@@ -211,7 +200,6 @@ class StoredShapes:
 
 
 Shapes: TypeAlias = "GeoDataFrame | StoredShapes"
-"""Shapes in memory, or shapes that are not."""
 
 
 @lru_cache(maxsize=16)
@@ -220,36 +208,29 @@ def _read_some(shapes: StoredShapes, version: tuple[int, ...], *, in_sequence: b
     metadata = shapes._file.metadata
     n_rows = np.array([metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)])
     filled = np.flatnonzero(n_rows)
-    groups = filled[_spread(len(filled), _SAMPLED_GROUPS)]
+    groups = filled[sample_positions(len(filled), _SAMPLED_GROUPS)]
     if in_sequence:
         groups = groups[[len(groups) // 2]]
         first = max(0, (n_rows[groups[0]] - _STRETCH) // 2)
         positions = np.arange(first, min(first + _STRETCH, n_rows[groups[0]]))
     else:
         positions = sample_positions(n_rows[groups].sum())
-    rows = _read_rows(shapes, groups.tolist(), positions)
-    if isinstance(rows.index, pd.RangeIndex):  # of names that are counted and not written
-        before = np.cumsum(n_rows[groups]) - n_rows[groups]
-        group = np.searchsorted(before, positions, side="right") - 1
-        rows.index = shapes.index[positions - before[group] + (np.cumsum(n_rows) - n_rows)[groups][group]]
-    return rows
-
-
-def _read_rows(shapes: StoredShapes, groups: list[int], positions: NDArray[np.int64]) -> GeoDataFrame:
-    """Shapes at ascending positions, counted over groups of rows."""
     store, key = shapes.path.parents[1], shapes.path.name
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, pq.ParquetFile(shapes.path / _FILE) as file:
         scratch = Path(folder) / "sample.zarr"
         group = _skeleton(store, scratch).create_group(f"shapes/{key}")
         group.attrs.update(zarr.open_group(shapes.path, mode="r").attrs.asdict())
-        with pq.ParquetFile(shapes.path / _FILE) as file:
-            batches, start = [], 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
-                low, high = np.searchsorted(positions, (start, start + len(batch)))
-                batches.append(batch.take(pa.array(positions[low:high] - start)))
-                start += len(batch)
-            pq.write_table(pa.Table.from_batches(batches, file.schema_arrow), scratch / "shapes" / key / _FILE)
+        batches, start = [], 0
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups.tolist()):
+            low, high = np.searchsorted(positions, (start, start + len(batch)))
+            batches.append(batch.take(pa.array(positions[low:high] - start)))
+            start += len(batch)
+        pq.write_table(pa.Table.from_batches(batches, file.schema_arrow), scratch / "shapes" / key / _FILE)
         rows: Any = read_zarr(scratch).shapes[key]
+    if isinstance(rows.index, pd.RangeIndex):  # of names that are counted and not written
+        before = np.cumsum(n_rows[groups]) - n_rows[groups]
+        which = np.searchsorted(before, positions, side="right") - 1
+        rows.index = shapes.index[positions - before[which] + (np.cumsum(n_rows) - n_rows)[groups][which]]
     return rows
 
 
@@ -261,7 +242,7 @@ def sample_shapes(shapes: Shapes) -> GeoDataFrame:
 def neighbouring_shapes(shapes: Shapes) -> GeoDataFrame:
     """All shapes of an element, or, of very many, some that follow one another, which of bins are neighbours."""
     if isinstance(shapes, StoredShapes):
-        return shapes.stretch
+        return _read_some(shapes, shapes._version(), in_sequence=True)
     first = (len(shapes) - _STRETCH) // 2
     return shapes if len(shapes) <= _MANY_SHAPES else shapes.iloc[first : first + _STRETCH]
 
@@ -300,22 +281,15 @@ class StoredTable:
     def _group(self) -> Any:
         return zarr.open_group(self.path, mode="r")
 
-    @property
-    def n_obs(self) -> int:
-        """Number of rows."""
-        return self.shape[0]
-
-    @property
-    def n_vars(self) -> int:
-        """Number of genes."""
-        return self.shape[1]
-
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and genes."""
         x = self._group["X"]
         n_obs, n_vars = x.shape if isinstance(x, zarr.Array) else x.attrs["shape"]
         return int(n_obs), int(n_vars)
+
+    n_obs = property(lambda self: self.shape[0])
+    n_vars = property(lambda self: self.shape[1])
 
     @property
     def X(self) -> Any:
@@ -328,20 +302,9 @@ class StoredTable:
         """Genes."""
         return pd.Index(self.var[self._group["var"].attrs["_index"]])
 
-    @property
-    def var(self) -> _Elements:
-        """Columns that describe genes."""
-        return _Elements(self._group["var"])
-
-    @property
-    def obs(self) -> _Elements:
-        """Columns that describe rows."""
-        return _Elements(self._group["obs"])
-
-    @property
-    def uns(self) -> Mapping[str, Any]:
-        """Unstructured annotation."""
-        return _Elements(self._group["uns"]) if "uns" in self._group else {}
+    var = property(lambda self: _Elements(self._group["var"]))
+    obs = property(lambda self: _Elements(self._group["obs"]))
+    uns = property(lambda self: _Elements(self._group["uns"]) if "uns" in self._group else {})
 
     @property
     def n_bytes(self) -> int:
@@ -352,16 +315,10 @@ class StoredTable:
 
 
 Table: TypeAlias = "AnnData | StoredTable"
-"""A table in memory, or one that is not."""
-
-
-def obs_names(table: Table) -> set[str]:
-    """Names of the columns that describe rows."""
-    return set(table.obs.columns)
 
 
 def obs_column(table: Table, name: str) -> Any:
-    """One of these columns: a NumPy or pandas array."""
+    """A column that describes rows: a NumPy or pandas array."""
     return _as_array(table.obs[name])
 
 
@@ -371,7 +328,7 @@ def var_columns_of(table: Table) -> list[str]:
 
 
 def var_column(table: Table, name: str) -> Any:
-    """One of these columns: a NumPy or pandas array."""
+    """A column that describes genes: a NumPy or pandas array."""
     return _as_array(table.var[name])
 
 

@@ -46,23 +46,13 @@ class ChunkGuard:
         if root is None or not array.ndim:
             return None
         folder = Path(root, *array.path.split("/"))
-        identity = _identity(folder)
         start = len(os.fspath(folder)) + 1
+        identity = _identity(folder)  # before its files are listed
         names = {f"{path}/{name}"[start:] for path, _, files in os.walk(folder) for name in files}
         chunk = array.shards or array.chunks
         grid = tuple(-(-size // side) for size, side in zip(array.shape, chunk, strict=True))
         held = [array.metadata.encode_chunk_key(index) in names for index in np.ndindex(grid)]
         return cls(folder, identity, np.array(held, bool).reshape(grid), chunk, array.metadata)
-
-    @property
-    def fill(self) -> Any:
-        """Value of chunks that have no file."""
-        return self.metadata.fill_value
-
-    @property
-    def n_files(self) -> int:
-        """Chunks that have a file."""
-        return int(np.count_nonzero(self.has_file))
 
     def read(self, array: Any, box: Box) -> NDArray[Any]:
         """Read ``array[box]``; `StoreError` where the folder, or a file that was there, is away."""
@@ -95,14 +85,12 @@ class ChunkGuard:
 
     def _has_suspects(self, values: NDArray[Any], box: Box) -> bool:
         """Whether a chunk that has a file, and so should differ from the fill value, does not."""
+        fill = self.metadata.fill_value
         for index in self._held(box):
-            inside = tuple(
-                slice(max(k * side - s.start, 0), (k + 1) * side - s.start)
-                for k, side, s in zip(index, self.chunk, box, strict=True)
-            )
-            chunk = values[inside]
+            corners = zip(index, self.chunk, box, strict=True)
+            chunk = values[tuple(slice(max(k * side - s.start, 0), (k + 1) * side - s.start) for k, side, s in corners)]
             probe = chunk[(slice(None, None, _PROBE),) * chunk.ndim]  # nearly always enough
-            if (probe == self.fill).all() and (chunk == self.fill).all():
+            if (probe == fill).all() and (chunk == fill).all():
                 return True
         return False
 
@@ -120,8 +108,7 @@ def _stored_in(data: Any) -> tuple[list[zarr.Array[Any]], dict[str, Any]]:
 def stored_array(data: Any) -> zarr.Array[Any] | None:
     """The zarr array that a lazy array is an unchanged view of; None for anything but one plain read of it.
 
-    The answer comes from the array's own graph and not from the element's name and the object's path, so an element
-    that was replaced, sliced or computed upon is never mistaken for the one on disk.
+    Its own graph tells, not names and paths: an element that was replaced or computed upon is never taken for it.
     """
     stored, layers = _stored_in(data)
     # dask.array.from_zarr makes two layers: the array itself, and a getter per block
@@ -131,17 +118,14 @@ def stored_array(data: Any) -> zarr.Array[Any] | None:
 
 
 def loaded_px(data: Any) -> float:
-    """How many pixels (height x width) have to be loaded to get one of (c, y, x) data, about; 0 for those in memory.
-
-    A lazy image may show small chunks that are cut from one big one further down (so does the reader of Visium HD,
-    whose full image is one block), hence the look at every layer of the graph.
-    """
+    """How many pixels (height x width) have to be loaded to get one of (c, y, x) data, about; 0 for those in memory."""
     if isinstance(data, np.ndarray):
         return 0.0
     stored = data if isinstance(data, zarr.Array) else stored_array(data)
     if stored is not None:
         return float(np.prod(stored.chunks[1:]))
-    # layers of arrays, in memory or on disk, can be sliced without loading them whole
+    # Small chunks may be cut from one big block further down, as by the reader of Visium HD, so every layer counts,
+    # but those of arrays, in memory or on disk, which can be sliced without loading them whole.
     n_blocks = [
         len(layer)
         for layer in _stored_in(data)[1].values()
@@ -167,23 +151,10 @@ class GuardedArray:
     def __init__(self, data: Any) -> None:
         stored = data if isinstance(data, zarr.Array) else stored_array(data)
         self.data: Any = data if stored is None else stored
-        guards = map(ChunkGuard.of, _stored_in(data)[0])
-        self.guards = tuple(guard for guard in guards if guard is not None)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
-        return tuple(map(int, self.data.shape))
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of its values."""
-        return np.dtype(self.data.dtype)
-
-    @property
-    def is_stored(self) -> bool:
-        """Whether reads go straight to zarr."""
-        return isinstance(self.data, zarr.Array)
+        self.shape: tuple[int, ...] = tuple(map(int, data.shape))
+        self.dtype: np.dtype[Any] = np.dtype(data.dtype)
+        self.is_stored = isinstance(self.data, zarr.Array)  # so that reads go straight to zarr
+        self.guards = tuple(filter(None, map(ChunkGuard.of, _stored_in(data)[0])))
 
     def __getitem__(self, key: slice | tuple[slice, ...]) -> NDArray[Any]:
         slices = key if isinstance(key, tuple) else (key,)
@@ -194,7 +165,7 @@ class GuardedArray:
             return self.guards[0].read(self.data, box)
         values = computed(self.data[box], self.scheduler)
         for guard in self.guards:  # of what the values were just computed from
-            guard.check(None if guard.n_files <= _FEW_CHUNKS else (slice(0, 0),) * guard.has_file.ndim)
+            guard.check(None if guard.has_file.sum() <= _FEW_CHUNKS else (slice(0, 0),) * guard.has_file.ndim)
         return values
 
 

@@ -69,9 +69,7 @@ class ImagePyramid:
     def of(cls, element: DataArray | DataTree, image_key: str) -> ImagePyramid:
         """Check the pixels of a (c, y, x) image element and find where each level is to be read.
 
-        Of uint8 pixels a few of the coarsest level are looked at, if that is cheap, and those around files that are
-        missing and may have to be there. `DataError`: not flat, not RGB or RGBA, or not uint8; `StoreError`: files are
-        away.
+        `DataError`: not flat, not RGB or RGBA, or not uint8; `StoreError`: files are away.
         """
         arrays = levels_of(element)
         finest = arrays[0]
@@ -92,11 +90,8 @@ class ImagePyramid:
         check_uint8(finest.dtype, sample, image_key, is_multiscale=isinstance(element, DataTree))
         levels = []
         for array in arrays:
-            (row_scale, row_origin), (col_scale, col_origin) = (
-                _placed(finest.sizes[axis], array.sizes[axis]) for axis in ("y", "x")
-            )
-            scale, origin = (row_scale, col_scale), (row_origin, col_origin)
-            levels.append(ImageLevel(GuardedArray(array.data), scale, origin, channels))
+            y, x = (_placed(finest.sizes[axis], array.sizes[axis]) for axis in ("y", "x"))
+            levels.append(ImageLevel(GuardedArray(array.data), (y[0], x[0]), (y[1], x[1]), channels))
         _check_holes(levels, image_key)
         return cls(tuple(levels), tuple(str(names[position]) for position in channels))
 
@@ -119,9 +114,8 @@ class ImagePyramid:
 def _placed(size: int, level_size: int) -> tuple[float, float]:
     """Scale of one axis of a level, and the scale-0 pixel at which it begins.
 
-    Image2DModel.parse (multiscale-spatial-image: coarsen, trim, side="right") averages blocks of a whole number of
-    pixels and drops what is left over from the **start** of the axis, yet records the ratio of the shapes, which puts
-    the level's start up to one of its pixels off. So a whole number is taken where one fits.
+    Image2DModel.parse averages blocks of a whole number of pixels and drops what is left over from the **start** of
+    the axis, yet records the ratio of the shapes, up to a px of the level off: a whole number is taken where one fits.
     """
     whole = max(1, round(size / level_size))
     if abs(size / whole - level_size) >= 1:
@@ -143,9 +137,9 @@ def _check_holes(levels: Sequence[ImageLevel], image_key: str) -> None:
         if not level.is_backed or not level.pixels.guards or level.pixels.guards[0].has_file.all():
             continue
         guard = level.pixels.guards[0]
-        if not guard.n_files or (witness is not level and _contradicts(level, guard, witness)):
+        if not guard.has_file.any() or (witness is not level and _contradicts(level, guard, witness)):
             raise StoreError(
-                f"Image {image_key!r} is not whole: in {guard.folder} {guard.has_file.size - guard.n_files} of "
+                f"Image {image_key!r} is not whole: in {guard.folder} {(~guard.has_file).sum()} of "
                 f"{guard.has_file.size} chunks have no file, which would be read as black. Was the store copied in "
                 "part? Copy it again."
             )
@@ -160,7 +154,7 @@ def _contradicts(level: ImageLevel, guard: ChunkGuard, witness: ImageLevel) -> b
         rows, cols = _on_witness(level, witness, 0, rows), _on_witness(level, witness, 1, cols)
         if rows.start < rows.stop and cols.start < cols.stop:
             values = witness.pixels[channels, rows, cols].astype(np.float64)
-            if np.abs(values - float(guard.fill)).mean() > _DIFFERENT:
+            if np.abs(values - float(guard.metadata.fill_value)).mean() > _DIFFERENT:
                 return True
     return False
 

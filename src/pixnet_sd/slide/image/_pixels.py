@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from dask.array import Array as DaskArray
@@ -56,32 +56,31 @@ def pixel_sample(element: DataArray | DataTree) -> NDArray[Any]:
     A level that is computed from a finer one takes all of that, so those of the last few images are kept.
     """
     level = coarsest(element).transpose("c", "y", "x")
-    if not isinstance(level.data, DaskArray) or level.data.name.startswith(("from-zarr", "array")):
-        return _sample(level)
-    name = level.data.name
-    if name not in _kept:
-        while len(_kept) >= _MOST_KEPT:
-            _kept.pop(next(iter(_kept)))
-        _kept[name] = _sample(level)
-    return _kept[name]
-
-
-def _sample(level: DataArray) -> NDArray[Any]:
+    name = level.data.name if isinstance(level.data, DaskArray) else "array"
+    if name in _kept:
+        return _kept[name]
     n_channels, *size = level.shape
     if size[0] * size[1] <= _WHOLE_PX:
-        return computed(level.data).reshape(n_channels, -1)
-    tops, lefts = (np.unique(np.linspace(0, max(0, n - _WINDOW_PX), _WINDOWS).astype(int)).tolist() for n in size)
-    windows = [level.data[:, top : top + _WINDOW_PX, left : left + _WINDOW_PX] for top in tops for left in lefts]
-    return np.concatenate([computed(window).reshape(n_channels, -1) for window in windows], axis=1)
+        sample = computed(level.data).reshape(n_channels, -1)
+    else:
+        tops, lefts = (np.unique(np.linspace(0, max(0, n - _WINDOW_PX), _WINDOWS).astype(int)).tolist() for n in size)
+        windows = [level.data[:, top : top + _WINDOW_PX, left : left + _WINDOW_PX] for top in tops for left in lefts]
+        sample = np.concatenate([computed(window).reshape(n_channels, -1) for window in windows], axis=1)
+    if not name.startswith(("from-zarr", "array")):
+        while len(_kept) >= _MOST_KEPT:
+            _kept.pop(next(iter(_kept)))
+        _kept[name] = sample
+    return sample
 
 
 def is_bright_field(sample: NDArray[Any]) -> bool | None:
-    """Whether pixels, (channels, n), are those of stained tissue on a bright ground; the first three channels count.
-
-    False for a dark ground, as of fluorescence; None if it is neither, or black all over. What is not ``uint8`` is
-    scaled by its 99.9th percentile.
-    """
-    pixels = _as_8_bits(sample[:3, :: max(1, sample.shape[1] // _ENOUGH)])
+    """Whether pixels, (channels, n), are those of tissue on a bright ground (True), a dark one (False), or neither."""
+    pixels = sample[:3, :: max(1, sample.shape[1] // _ENOUGH)].astype(np.float32)
+    if sample.dtype != np.uint8:
+        pixels = np.nan_to_num(pixels, nan=0.0, posinf=np.inf, neginf=0.0)
+        finite = pixels[np.isfinite(pixels)]
+        top = float(np.percentile(finite, 99.9)) if finite.size else 0.0
+        pixels = np.clip(pixels * (255 / top), 0, 255) if top > 0 else np.zeros_like(pixels)
     seen = pixels[:, pixels.max(axis=0) > 0]  # black is what was not scanned
     if not seen.shape[1] or seen.shape[1] < _SEEN * pixels.shape[1]:
         return None
@@ -89,15 +88,6 @@ def is_bright_field(sample: NDArray[Any]) -> bool | None:
         return False
     is_bright = np.median(seen.mean(axis=0)) >= _BRIGHT and np.percentile(seen.min(axis=0), 95) >= _WHITE
     return True if is_bright else None
-
-
-def _as_8_bits(sample: NDArray[Any]) -> NDArray[np.float32]:
-    if sample.dtype == np.uint8:
-        return sample.astype(np.float32)
-    values = np.nan_to_num(sample.astype(np.float32), nan=0.0, posinf=np.inf, neginf=0.0)
-    finite = values[np.isfinite(values)]
-    top = float(np.percentile(finite, 99.9)) if finite.size else 0.0
-    return np.clip(values * (255 / top), 0, 255) if top > 0 else np.zeros_like(values)
 
 
 Naming = Literal["rgb", "numbered", "stains", "unknown", "other"]
@@ -136,9 +126,8 @@ def rgb_channels(
 ) -> tuple[int, int, int]:
     """Positions of red, green and blue among an image's channels, given by their names in stored order.
 
-    Channels that are named red, green and blue are put in that order; numbered ones are taken as stored. Three of other
-    names are taken as stored, with a warning, where ``look(at_any_cost)`` says that the image is bright-field, and
-    refused otherwise. Alpha is dropped without compositing: scanners write it fully opaque.
+    Colours are put in order, numbered channels taken as stored. So are three of other names, with a warning, where
+    ``look(at_any_cost)`` says bright-field; else they are refused. Alpha is dropped: scanners write it fully opaque.
     """
     naming = naming_of(channels)
     shown = ", ".join(map(str, channels[:6])) + (", ..." if len(channels) > 6 else "")
@@ -174,7 +163,7 @@ def rgb_channels(
     return place[0], place[1], place[2]
 
 
-_WHITE_POINTS = (255, 1023, 4095, 16383, 65535)
+_WHITE_POINTS = (1, 255, 1023, 4095, 16383, 65535)  # the first not of whole numbers
 _LOW, _HIGH = 0.1, 99.9  # percentiles: what lies beyond is hot pixels
 _FEW = 0.02  # of the range: so little below 0 is noise around black
 _ROOM = 0.05  # above what was seen, for what was not
@@ -185,59 +174,37 @@ def check_uint8(dtype: np.dtype, sample: Callable[[], NDArray[Any]], image_key: 
     """Refuse pixels that are not ``uint8``, with lines that convert the range found in ``sample()``."""
     if dtype == np.uint8:
         return
-    span = _Span.of(sample())
+    values = sample()
+    is_finite = np.isfinite(values)
+    finite = values[is_finite].astype(np.float64) if is_finite.any() else np.zeros(1)
+    black, white = _black_and_white(finite, is_whole=bool(np.issubdtype(dtype, np.integer)))
     image = f"sdata[{image_key!r}]" + ("['scale0'].image" if is_multiscale else "")
+    new_key = repr(f"{image_key}_uint8")
+    missing = "" if is_finite.all() else f".fillna({white:.9g})"  # not scanned: white, as glass is
+    pixels = f"image.astype('float32'){missing}.data"
+    if black:
+        pixels = f"({pixels} + {-black:.9g})"
     raise DataError(
-        f"image {image_key!r} has {dtype} pixels ({span.lowest:g} to {span.highest:g} in a sample), 0-255 uint8 are "
-        f"needed. Convert it with these lines and give image_key={image_key + '_uint8'!r}:\n"
-        + span.conversion(image_key, image)
+        f"image {image_key!r} has {dtype} pixels ({finite.min():g} to {finite.max():g} in a sample), 0-255 uint8 are "
+        f"needed. Convert it with these lines and give image_key={new_key}:\n"
+        "import spatialdata as sd\n"
+        f"image = {image}\n"
+        f"sdata[{new_key}] = sd.models.Image2DModel.parse(\n"
+        f"    ({pixels}.clip(0, {white - black:.9g}) * {255 / (white - black)!r}).round().astype('uint8'),\n"
+        "    c_coords=image.c.values, scale_factors=[2, 2, 2],\n"
+        f"    transformations=sd.transformations.get_transformation(sdata[{image_key!r}], get_all=True))\n"
+        f"# if the object is backed: sdata.write_element({new_key})"
     )
 
 
-class _Span(NamedTuple):
-    """Range of an image's finite values, the values that become 0 and 255, and whether all are finite."""
-
-    lowest: float = 0.0
-    highest: float = 0.0
-    black: float = 0.0
-    white: float = 1.0
-    is_finite: bool = False
-
-    @classmethod
-    def of(cls, sample: NDArray[Any]) -> _Span:
-        values = sample.astype(np.float64).ravel()
-        finite = values[np.isfinite(values)]
-        if not finite.size:
-            return cls()
-        low, high = np.percentile(finite, (_LOW, _HIGH))
-        high = finite.max() if finite.max() <= high * _HOT else high
-        black = 0.0 if low >= -_FEW * (high - low) else max(finite.min(), low - (_HOT - 1) * (high - low))
-        whole = bool(np.issubdtype(sample.dtype, np.integer))
-        white = high + _ROOM * (high - black) if black < 0 else _white_point(high, whole)
-        white = white if white > black else black + 1
-        is_finite = len(finite) == len(values)
-        return cls(float(finite.min()), float(finite.max()), float(black), float(white), is_finite)
-
-    def conversion(self, image_key: str, image: str) -> str:
-        """Lines of Python, ready to run where ``sdata`` is the user's object."""
-        width = self.white - self.black
-        missing = "" if self.is_finite else f".fillna({self.white:.9g})"  # not scanned: white, as glass is
-        pixels = f"image.astype('float32'){missing}.data"
-        if self.black:
-            pixels = f"({pixels} + {-self.black:.9g})"
-        return (
-            "import spatialdata as sd\n"
-            f"image = {image}\n"
-            f"sdata[{image_key + '_uint8'!r}] = sd.models.Image2DModel.parse(\n"
-            f"    ({pixels}.clip(0, {width:.9g}) * {255 / width!r}).round().astype('uint8'),\n"
-            "    c_coords=image.c.values, scale_factors=[2, 2, 2],\n"
-            f"    transformations=sd.transformations.get_transformation(sdata[{image_key!r}], get_all=True))\n"
-            f"# if the object is backed: sdata.write_element({image_key + '_uint8'!r})"
-        )
-
-
-def _white_point(high: float, is_whole: bool) -> float:
-    """The number that stands for white: that of a bit depth where values come near it, else the highest of them."""
-    points = _WHITE_POINTS if is_whole else (1, *_WHITE_POINTS)
-    point = next((point for point in points if high <= point), np.inf)
-    return float(point) if high > point / 2 else high * (1 + _ROOM)
+def _black_and_white(values: NDArray[np.float64], *, is_whole: bool) -> tuple[float, float]:
+    """Values that become 0 and 255: of a bit depth where values come near its white, else of what was seen."""
+    low, high = np.percentile(values, (_LOW, _HIGH))
+    high = values.max() if values.max() <= high * _HOT else high
+    black = 0.0 if low >= -_FEW * (high - low) else max(values.min(), low - (_HOT - 1) * (high - low))
+    if black < 0:
+        white = high + _ROOM * (high - black)
+    else:
+        point = next((point for point in _WHITE_POINTS[is_whole:] if high <= point), np.inf)
+        white = point if high > point / 2 else high * (1 + _ROOM)
+    return float(black), float(white if white > black else black + 1)

@@ -45,45 +45,31 @@ def make_taps(dst0: int, dst1: int, scale: float, src_size: int, origin: float =
     centre = np.clip((np.arange(dst0, dst1) + 0.5) * scale - origin, 0, src_size)
     first = np.clip(np.floor(centre - support + 0.5).astype(np.int64), 0, src_size - n_taps)
     distance = np.abs(first[:, None] + np.arange(n_taps) + 0.5 - centre[:, None])
-    weights = _whole_weights(np.maximum(0.0, 1 - distance / support))
+    running = np.cumsum(np.maximum(0.0, 1 - distance / support), axis=1)
+    whole = np.rint(running * (_WEIGHT_ONE / running[:, -1:]))  # so that rows of their differences sum to 4096 exactly
+    weights = np.diff(whole, axis=1, prepend=0.0).astype(np.float32)
     return Taps(int(first[0]), int(first[-1]) + n_taps, first, weights)
-
-
-def _whole_weights(weights: np.ndarray) -> np.ndarray:
-    """Scale rows to sum 4096 exactly, in whole numbers: differences of the rounded running sum."""
-    running = np.cumsum(weights, axis=1)
-    steps = np.rint(running * (_WEIGHT_ONE / running[:, -1:]))
-    return np.diff(steps, axis=1, prepend=0.0).astype(np.float32)
 
 
 def resample(source: np.ndarray, rows: Taps, cols: Taps) -> np.ndarray:
     """Resample (h, w, 3) uint8, the source pixels that ``rows`` and ``cols`` need, to (n rows, n cols, 3) uint8."""
     if rows.is_copy and cols.is_copy:
         return np.ascontiguousarray(source)
-    between = _combine_rows(np.moveaxis(source, -1, 0), rows)
-    return np.ascontiguousarray(np.moveaxis(_combine_cols(between, cols), 0, -1))
-
-
-def _combine_rows(planes: np.ndarray, rows: Taps) -> np.ndarray:
-    """(c, h, w) uint8 -> (c, rows, w) float32 in units of 1/16 grey level."""
-    out = np.empty((planes.shape[0], len(rows.first), planes.shape[2]), np.float32)
+    planes = np.moveaxis(source, -1, 0)
+    between = np.empty((3, len(rows.first), source.shape[1]), np.float32)  # in units of 1/16 grey level
     for lo, hi, start, stop, band in _bands(rows):
-        np.matmul(band, planes[:, start:stop].astype(np.float32), out=out[:, lo:hi])
-    out += _WEIGHT_ONE / _BETWEEN / 2
-    out *= _BETWEEN / _WEIGHT_ONE
-    return np.floor(out, out=out)
-
-
-def _combine_cols(planes: np.ndarray, cols: Taps) -> np.ndarray:
-    """(c, h, w) float32 in 1/16 grey level -> (c, h, cols) uint8."""
-    out = np.empty((*planes.shape[:2], len(cols.first)), np.uint8)
+        np.matmul(band, planes[:, start:stop].astype(np.float32), out=between[:, lo:hi])
+    between += _WEIGHT_ONE / _BETWEEN / 2
+    between *= _BETWEEN / _WEIGHT_ONE
+    np.floor(between, out=between)
+    out = np.empty((*between.shape[:2], len(cols.first)), np.uint8)
     unit = np.float32(1 / (_BETWEEN * _WEIGHT_ONE))
     for lo, hi, start, stop, band in _bands(cols):
-        summed = planes[..., start:stop] @ band.T
+        summed = between[..., start:stop] @ band.T
         summed += _BETWEEN * _WEIGHT_ONE / 2
         summed *= unit
         out[..., lo:hi] = summed
-    return out
+    return np.ascontiguousarray(np.moveaxis(out, 0, -1))
 
 
 def _bands(taps: Taps) -> list[tuple[int, int, int, int, np.ndarray]]:
