@@ -29,13 +29,9 @@ PROJECT = tomllib.loads(read("pyproject.toml"))["project"]
 TESTS = read_yaml(".github/workflows/test.yml")["jobs"]
 
 
-def test_citation_is_of_this_version():
-    citation = read_yaml("CITATION.cff")
+def test_citation_and_entry_of_the_registry_are_of_this_version():
+    citation, entry = read_yaml("CITATION.cff"), read_yaml(".github/ecosystem/meta.yaml")
     assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
-
-
-def test_entry_for_the_registry():
-    entry = read_yaml(".github/ecosystem/meta.yaml")
     required = {"name", "description", "project_home", "documentation_home", "install", "license", "tags", "contact"}
     assert required <= set(entry)
     assert (entry["name"], entry["license"]) == (PROJECT["name"], PROJECT["license"])

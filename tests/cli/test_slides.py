@@ -43,9 +43,9 @@ def test_names(tmp_path, monkeypatch, refused):
 
 
 @pytest.mark.parametrize("command", ["fit", "predict", "info"])
-def test_neither(command, tmp_path, refused):
+def test_neither(command, outs, tmp_path, refused):
     also = ", or the folder of a model" if command == "info" else ""
-    for path in (tmp_path, tmp_path / "nowhere"):
+    for path in (tmp_path, tmp_path / "nowhere", outs / "binned_outputs" / "square_008um"):
         assert f"Space Ranger's outs{also}" in refused(command, path)
 
 
@@ -97,10 +97,6 @@ def test_no_image(outs, tmp_path, refused, capsys):
     assert "pixnet-sd convert" in refused("fit", folder)
     assert main(["info", str(folder)]) == 0
     assert "cannot be converted as it is" in capsys.readouterr().out
-
-
-def test_bins_of_visium_hd_are_not_taken_for_visium(outs, refused):
-    assert "neither a SpatialData store" in refused("fit", outs / "binned_outputs" / "square_008um")
 
 
 def test_says_what_it_reads_before_it_imports(drawn, caplog):

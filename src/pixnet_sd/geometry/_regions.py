@@ -351,12 +351,12 @@ class LabelGrid(Regions):
         xy = np.floor(xy + SNAP_PX).astype(np.int64)
         height, width = self.labels.shape
         inside = np.all((xy >= 0) & (xy < (width, height)), axis=1)
-        region = np.full(len(xy), -1)
+        flat = np.full(len(xy), -1)
         if inside.any():
             (left, top), (right, bottom) = xy[inside].min(axis=0), xy[inside].max(axis=0) + 1
             block = np.asarray(self.labels[top:bottom, left:right])
-            region[inside] = self._region_of(block[xy[inside, 1] - top, xy[inside, 0] - left])
-        region = region.reshape(row1 - row0, col1 - col0)
+            flat[inside] = self._region_of(block[xy[inside, 1] - top, xy[inside, 0] - left])
+        region = flat.reshape(row1 - row0, col1 - col0)
         edge = np.ones((region.shape[0], region.shape[1] + 1), bool)  # a run ends where the region changes
         edge[:, 1:-1] = region[:, 1:] != region[:, :-1]
         row, col = np.nonzero(edge[:, :-1])
