@@ -196,18 +196,18 @@ def test_strides_are_those_of_the_geometry():
         ps.TrainParams(tile_px=3 * STRIDES[-1] // 2)
 
 
-def test_an_argument_without_a_rule_is_noticed_at_once():
-    with pytest.raises(TypeError, match="brand_new"):
+def test_what_is_unknown_is_said_by_name():
+    """A parameter without a rule, at once; an argument that is missing or that there is not, by Python itself."""
 
-        @checked()
-        def verb(*, brand_new: int = 0) -> None: ...
+    def verb(*, brand_new: int = 0) -> None: ...
 
-
-def test_python_itself_says_what_is_missing_or_unknown():
-    with pytest.raises(TypeError, match="table_key"):
-        ps.tl.evaluate(None)
-    with pytest.raises(TypeError, match="sed"):
-        ps.datasets.sample(sed=1)
+    for word, call in (
+        ("brand_new", lambda: checked()(verb)),
+        ("table_key", lambda: ps.tl.evaluate(None)),
+        ("sed", lambda: ps.datasets.sample(sed=1)),
+    ):
+        with pytest.raises(TypeError, match=word):
+            call()
 
 
 @checked()

@@ -54,12 +54,9 @@ def test_errors(error, said, fit_does, capsys):
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_a_bug_is_not_hidden(fit_does):
+def test_a_bug_is_not_hidden_and_a_wrong_value_is_found_before_a_slide_is_read(fit_does, capsys):
     with pytest.raises(ZeroDivisionError):
         fit_does(raising(ZeroDivisionError()))
-
-
-def test_a_wrong_value_of_a_group_is_refused_before_a_slide_is_read(capsys):
     assert main(["fit", "nowhere.zarr", "--lr=-1"]) == 1
     assert capsys.readouterr().err.startswith("pixnet-sd fit: error: --lr: lr=-1.0: give ")
 
