@@ -126,21 +126,9 @@ WRONG = {name: values for values, names in WRONG_VALUES for name in names.split(
 """Values that each argument refuses, by its name, or by verb and name where a verb has its own meaning of it."""
 
 
-def wrong_values(verb: str, parameter: inspect.Parameter) -> list[Any]:
-    name = verb.partition(".")[2]
-    values = WRONG.get(f"{name}.{parameter.name}", WRONG.get(parameter.name))
-    assert values is not None, f"{verb}: no wrong values are known of the new argument {parameter.name!r}"
-    takes_none = parameter.default is None or "None" in str(parameter.annotation) or parameter.name == "validation"
-    others = [value for value in values if value is not None]
-    return others if takes_none else [*others, None]
-
-
-def own_parameters(verb: Callable[..., Any]) -> list[inspect.Parameter]:
-    every = inspect.signature(verb).parameters.values()
+def own_parameters(verb: str) -> list[inspect.Parameter]:
+    every = inspect.signature(VERBS[verb]).parameters.values()
     return [p for p in every if p.name not in ("self", "cls") and p.kind is not p.VAR_KEYWORD]
-
-
-ARGUMENTS = [(verb, p.name) for verb, function in VERBS.items() for p in own_parameters(function)]
 
 
 @pytest.fixture(scope="module")
@@ -183,31 +171,22 @@ def refused(verb: Callable[..., Any], name: str, value: Any, arguments: dict[str
     return caught.value.argument == name and name in str(caught.value) and len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize(("verb", "name"), ARGUMENTS)
-def test_wrong_values_are_refused_by_name(verb, name, required, tmp_path):
-    parameter = inspect.signature(VERBS[verb]).parameters[name]
+@pytest.mark.parametrize("verb", VERBS)
+def test_wrong_values_are_refused_by_name(verb, required, tmp_path):
     arguments, before = required(verb), sorted(tmp_path.rglob("*"))
-    values = wrong_values(verb, parameter)
-    assert len(values) >= 8
-    for value in values:
-        assert refused(VERBS[verb], name, value, arguments), value
+    for parameter in own_parameters(verb):
+        name = parameter.name
+        values = WRONG.get(f"{verb.partition('.')[2]}.{name}", WRONG.get(name))
+        assert values is not None, f"{verb}: no wrong values are known of the new argument {name!r}"
+        takes_none = parameter.default is None or "None" in str(parameter.annotation) or name == "validation"
+        for value in [*(value for value in values if value is not None), *([] if takes_none else [None])]:
+            assert refused(VERBS[verb], name, value, arguments), (name, value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(("name", "value"), [("private", "yes"), ("create_pr", 1), ("branch", ""), ("token", 5)])
 def test_options_of_the_hub(name, value, required):
     assert refused(ps.PixNet.push_to_hub, name, value, required("PixNet.push_to_hub"))
-
-
-def test_none_is_taken_where_the_signature_says_so():
-    @checked()
-    def verb(*, seed: int | None = 0, patience: int = 1) -> Any:
-        return seed, patience
-
-    assert verb(seed=None, patience=np.int64(3)) == (None, 3)
-    with pytest.raises(PixNetError) as caught:
-        verb(patience=None)
-    assert caught.value.argument == "patience"
 
 
 def test_strides_are_those_of_the_geometry():
@@ -217,25 +196,25 @@ def test_strides_are_those_of_the_geometry():
         ps.TrainParams(tile_px=3 * STRIDES[-1] // 2)
 
 
-def test_an_argument_without_a_rule_is_noticed_at_once():
-    with pytest.raises(TypeError, match="brand_new"):
+def test_what_is_unknown_is_said_by_name():
+    """A parameter without a rule, at once; an argument that is missing or that there is not, by Python itself."""
 
-        @checked()
-        def verb(*, brand_new: int = 0) -> None: ...
+    def verb(*, brand_new: int = 0) -> None: ...
 
-
-def test_python_itself_says_what_is_missing_or_unknown():
-    with pytest.raises(TypeError, match="table_key"):
-        ps.tl.evaluate(None)
-    with pytest.raises(TypeError, match="sed"):
-        ps.datasets.sample(sed=1)
+    for word, call in (
+        ("brand_new", lambda: checked()(verb)),
+        ("table_key", lambda: ps.tl.evaluate(None)),
+        ("sed", lambda: ps.datasets.sample(sed=1)),
+    ):
+        with pytest.raises(TypeError, match=word):
+            call()
 
 
 @checked()
 def taken(
     *,
     lr: float = 1.0,
-    seed: int = 0,
+    seed: int | None = 0,
     tile_px: int = 64,
     genes: Any = "A",
     compile: bool = False,
@@ -251,39 +230,33 @@ def taken(
 SCALARS = st.sampled_from([float, np.float64, np.float32, np.float16])
 WHOLES = st.sampled_from([int, np.int64, np.int32, np.uint16])
 LISTS = st.sampled_from([list, tuple, pd.Index, pd.Series, lambda names: np.array(names, dtype=object), np.array])
-NAMES = st.lists(
-    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20), min_size=1, max_size=5
-)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
 
 
-@given(st.floats(2**-10, 100, width=16), SCALARS)
-def test_numbers_of_any_type_are_taken(value, kind):
-    assert taken(validation=kind(value / 128))["validation"] == pytest.approx(value / 128, rel=1e-2)
-    for found in (taken(lr=kind(value))["lr"], taken(mpp=kind(value))["mpp"]):
-        assert (type(found), found) == (float, value)
+@given(st.floats(2**-10, 100, width=16), SCALARS, st.integers(2, 1000), WHOLES)
+def test_numbers_of_any_type_are_taken(value, scalar, n, whole):
+    read = taken(lr=scalar(value), mpp=scalar(value), tile_px=whole(32 * n), seed=whole(n))
+    expected = {"lr": value, "mpp": value, "tile_px": 32 * n, "seed": n}
+    assert {name: (type(read[name]), read[name]) for name in expected} == {k: (type(v), v) for k, v in expected.items()}
+    assert taken(lr=whole(n))["lr"] == n
+    assert taken(validation=scalar(value / 128))["validation"] == pytest.approx(value / 128, rel=1e-2)
 
 
-@given(st.integers(2, 1000), WHOLES)
-def test_whole_numbers_of_any_type_are_taken(value, kind):
-    found = taken(tile_px=kind(32 * value), seed=kind(value), lr=kind(value))
-    assert {name: (type(found[name]), found[name]) for name in ("tile_px", "seed", "lr")} == {
-        "tile_px": (int, 32 * value),
-        "seed": (int, value),
-        "lr": (float, value),
-    }
-
-
-@given(NAMES, LISTS)
+@given(st.lists(TEXT, min_size=1, max_size=5), LISTS)
 def test_names_in_any_list_are_taken(names, kind):
-    for found in (taken(genes=kind(names))["genes"], taken(validation=kind(names))["validation"]):
-        assert list(found) == names
-        assert {type(name) for name in found} == {str}
+    read = taken(genes=kind(names), validation=kind(names))
+    for each in (read["genes"], read["validation"]):
+        assert list(each) == names
+        assert {type(name) for name in each} == {str}
 
 
 def test_other_right_values_are_taken(tmp_path):
-    assert taken(compile=np.True_)["compile"] is True
-    assert taken(mpp="coordinate_system", objective=np.str_("mse_pcc"))["objective"] == "mse_pcc"
-    assert taken(n_symmetries=np.int8(4))["n_symmetries"] == 4
-    for folder in (tmp_path, str(tmp_path / "new" / "deep"), "~/models", "relative"):
+    right = {"compile": np.True_, "mpp": "coordinate_system", "objective": np.str_("mse_pcc")}
+    right |= {"n_symmetries": np.int8(4), "genes": "ACTB", "validation": "p3", "seed": None}
+    assert {name: taken(**right)[name] for name in right} == right
+    assert taken(**right)["compile"] is True
+    for folder in (tmp_path, str(tmp_path / "new" / "deep"), "~/models", "relative", None):
         assert taken(checkpoint_dir=folder)["checkpoint_dir"] == folder
-    assert taken(genes="ACTB", validation="p3", checkpoint_dir=None)["genes"] == "ACTB"
+    with pytest.raises(PixNetError) as caught:
+        taken(lr=None)  # whose default is another
+    assert caught.value.argument == "lr"

@@ -29,13 +29,9 @@ PROJECT = tomllib.loads(read("pyproject.toml"))["project"]
 TESTS = read_yaml(".github/workflows/test.yml")["jobs"]
 
 
-def test_citation_is_of_this_version():
-    citation = read_yaml("CITATION.cff")
+def test_citation_and_entry_of_the_registry_are_of_this_version():
+    citation, entry = read_yaml("CITATION.cff"), read_yaml(".github/ecosystem/meta.yaml")
     assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
-
-
-def test_entry_for_the_registry():
-    entry = read_yaml(".github/ecosystem/meta.yaml")
     required = {"name", "description", "project_home", "documentation_home", "install", "license", "tags", "contact"}
     assert required <= set(entry)
     assert (entry["name"], entry["license"]) == (PROJECT["name"], PROJECT["license"])
@@ -80,7 +76,7 @@ def test_everything_cited_is_in_the_references_and_has_an_identifier():
     assert [key for key, entry in known.items() if "doi = {10." not in entry and "url = {" not in entry] == []
 
 
-def make_dist(folder: Path, *, without: str = "", junk: str = "") -> Path:
+def make_dist(folder: Path, without: str = "", junk: str = "") -> Path:
     """A wheel and an sdist with empty files."""
     needed = re.search(r"NEEDED = \((.*?)\)", read("scripts/check_package.py"), re.DOTALL)[1]
     (folder / "empty").touch()
@@ -97,14 +93,14 @@ def make_dist(folder: Path, *, without: str = "", junk: str = "") -> Path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({}, "hold what they should"),
-        ({"without": "tests/conftest.py"}, "pixnet_sd-1.0.tar.gz lacks tests/conftest.py"),
-        ({"junk": "pixnet_sd/slide.zarr/zarr.json"}, "pixnet_sd-1.0.tar.gz: pixnet_sd/slide.zarr/zarr.json does not"),
-        ({"junk": "tests/x.py"}, "any.whl: tests/x.py is outside the package"),
+        ([], "hold what they should"),
+        (["tests/conftest.py"], "pixnet_sd-1.0.tar.gz lacks tests/conftest.py"),
+        (["", "pixnet_sd/slide.zarr/zarr.json"], "pixnet_sd-1.0.tar.gz: pixnet_sd/slide.zarr/zarr.json does not"),
+        (["", "tests/x.py"], "any.whl: tests/x.py is outside the package"),
     ],
 )
 def test_check_of_packages(tmp_path, changes, says):
-    command = [sys.executable, ROOT / "scripts/check_package.py", make_dist(tmp_path, **changes), "--only-contents"]
+    command = [sys.executable, ROOT / "scripts/check_package.py", make_dist(tmp_path, *changes), "--only-contents"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert says in done.stdout, done.stderr
     assert done.returncode == bool(changes)

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from pixnet_sd._schemas import check_notes
 from pixnet_sd.errors import PixNetError, StoreError
 
-KEY = "sdata.attrs['pixnet_sd']"
-
 
 def test_notes_that_are_taken() -> None:
     notes = {"model": "/some/folder", "mpp": {"image": 0.5, "other": 1, "third": np.float64(0.25)}}
@@ -24,26 +22,17 @@ def test_notes_that_are_taken() -> None:
     ("notes", "where"),
     [
         ([], "list"),
-        ("model", "str"),
         ({"model": 5}, "model"),
-        ({"model": ["a"]}, "model"),
         ({"mpp": 0.5}, "mpp"),
-        ({"mpp": {"image": 0}}, "mpp.image"),
-        ({"mpp": {"image": -0.5}}, "mpp.image"),
-        ({"mpp": {"image": "0.5"}}, "mpp.image"),
-        ({"mpp": {"image": True}}, "mpp.image"),
-        ({"mpp": {"image": None}}, "mpp.image"),
-        ({"mpp": {"image": float("nan")}}, "mpp.image"),
+        *(({"mpp": {"image": mpp}}, "mpp.image") for mpp in (0, -0.5, "0.5", True, None, float("nan"))),
         ({"maps": ["pixnet_map"]}, "maps"),
         ({"maps": {"pixnet_map": "path"}}, "maps.pixnet_map"),
         ({"tables": {"t": [10**5000]}}, "tables.t"),
     ],
 )
 def test_notes_that_are_refused(notes, where: str) -> None:
-    with pytest.raises(StoreError) as refused:
+    with pytest.raises(StoreError, match=rf"sdata.attrs\['pixnet_sd'\].*{where}"):
         check_notes(notes)
-    assert KEY in str(refused.value)
-    assert where in str(refused.value)
 
 
 @given(

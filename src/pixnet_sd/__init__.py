@@ -28,19 +28,18 @@ __all__ = [
 
 __version__: str
 
+_PLACES = dict.fromkeys(("ModelParams", "PredictParams", "TrainParams"), "params")
+_PLACES |= {"PixNet": "model", "settings": "_util"}
+
 
 def __getattr__(name: str) -> Any:
     """Import the rooms on first use, so that ``import pixnet_sd`` loads no torch."""
-    if name in ("datasets", "errors", "get", "io", "pl", "tl"):
-        return importlib.import_module(f".{name}", __name__)
-    if name == "PixNet":
-        return importlib.import_module(".model", __name__).PixNet
-    if name in ("ModelParams", "PredictParams", "TrainParams"):
-        return getattr(importlib.import_module(".params", __name__), name)
-    if name == "settings":
-        return importlib.import_module("._util", __name__).settings
     if name == "__version__":
         return _version()
+    if name in _PLACES:
+        return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    if name in __all__:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -45,43 +45,31 @@ def replace_file(path: Path, *, aside: Path | None = None, durable: bool = True)
 def replace_files(
     directory: Path, names: Sequence[str], *, aside: Path | None = None, durable: bool = True
 ) -> Iterator[Path]:
-    """Write several files aside, and put them in their places one after the other.
+    """Write files aside, in the folder that is yielded, and put them in their places in the order of their names.
 
-    They are written in a new folder that nobody else can write to, so no link is followed whatever lies in the
-    directory, and they get the permissions of the files that they replace, or else those of any new file.
-
-    Parameters
-    ----------
-    directory
-        Where they go; made if it is not there. A link of a file's name is replaced, not followed.
-    names
-        Theirs, in the order in which they are put in place.
-    aside
-        Folder on the same file system to write in; default: the directory.
-    durable
-        Have them on disk before they are in their places, so that a power cut leaves no empty file there.
-
-    Yields
-    ------
-    The folder to write in. When the block raises, nothing is replaced.
+    The new folder is one that nobody else can write to, so no link is followed whatever lies in the directory, which is
+    made if it is not there, and a link of a file's name is replaced. Files get the permissions of those that they
+    replace, or else those of any new file. `aside` is a folder on the same file system to write in instead of the
+    directory. `durable` files are on disk before they are in their places, so that a power cut leaves no empty file
+    there. When the block raises, nothing is replaced.
     """
-    with folder_for(directory):
-        home = directory if aside is None else aside
-        clear_left_over(home)
-        folder, handle = _private_folder(home)
-        try:
-            usual = _usual_mode(folder)
-            yield folder
-            for name in names:
-                _finish(folder / name, _mode_of(directory / name, usual), durable=durable)
-            for name in names:
-                (folder / name).replace(directory / name)
-            if durable:
-                with contextlib.suppress(OSError):  # not every file system syncs folders
-                    _sync(directory)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(handle)
+    with folder_for(directory), _private_folder(directory if aside is None else aside) as folder:
+        with _opened(folder / ".mode", os.O_CREAT | os.O_EXCL) as handle:
+            # the umask itself cannot be read without changing it for all threads
+            usual = stat.S_IMODE(os.fstat(handle).st_mode)
+        (folder / ".mode").unlink()
+        yield folder
+        for name in names:
+            with _opened(folder / name, os.O_NOFOLLOW) as handle:
+                os.fchmod(handle, _mode_of(directory / name, usual))
+                if durable:
+                    os.fsync(handle)
+        for name in names:
+            (folder / name).replace(directory / name)
+        if durable:
+            # not every file system syncs folders
+            with contextlib.suppress(OSError), _opened(directory) as handle:
+                os.fsync(handle)
 
 
 @contextlib.contextmanager
@@ -119,19 +107,11 @@ def _remove_empty(folders: list[Path]) -> None:
 def open_regular(path: Path, *, most_bytes: int | None = None) -> BinaryIO:
     """Open a file, or a link to one, for reading; a pipe would be waited for without end, and a device never ends.
 
-    Raises
-    ------
-    CheckpointError
-        It is something else than a regular file, larger than ``most_bytes``, or may not be read.
-    FileNotFoundError, NotADirectoryError
-        There is none.
+    CheckpointError: it is something else, larger than ``most_bytes``, or may not be read. FileNotFoundError,
+    NotADirectoryError: there is none.
     """
-    try:
+    with _explained(path):
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except (OSError, ValueError) as error:  # the latter: a name that no file can have
-        raise CheckpointError(_cannot_open(path, error)) from error
     try:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode):
@@ -178,65 +158,70 @@ def file_hash(file: BinaryIO) -> str:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Disks and networks fail in the middle, too."""
+    """Say why a file cannot be opened or read: disks and networks fail in the middle, too."""
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(_cannot_open(path, error)) from error
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError) as error:  # the latter: a name that no file can have
+        raise CheckpointError(_cannot_read(path, error)) from error
 
 
-def _cannot_open(path: Path, error: OSError | ValueError) -> str:
+def _cannot_read(path: Path, error: OSError | ValueError) -> str:
     if not isinstance(error, OSError):
         return f"{str(path)!r} is no name of a file ({error}). Check the path."
     if error.errno == errno.ENXIO:  # nobody is at the other end
         return _not_regular(path, "a socket or a device")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"{str(path)!r} cannot be read: you lack the permission{_permissions(path)}. Ask for it, or chmod u+r."
-    return f"{str(path)!r} cannot be read: {error.strerror or error}. Put the file there that belongs there."
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return f"{str(path)!r} cannot be read: {error.strerror or error}. Put the file there that belongs there."
+    permissions = ""
+    for place in (path, *path.parents):  # of the file, or of the first folder around it that can be looked at
+        with contextlib.suppress(OSError):
+            about = place.stat()
+            permissions = f" ({str(place)!r} is {stat.filemode(about.st_mode)} of user {about.st_uid})"
+            break
+    return f"{str(path)!r} cannot be read: you lack the permission{permissions}. Ask for it, or chmod u+r."
 
 
 def _not_regular(path: Path, kind: str) -> str:
     return f"{str(path)!r} is {kind}, and a regular file is needed. Put the file there that belongs there."
 
 
-def _permissions(path: Path) -> str:
-    """Those of the file, or of the first folder around it that can be looked at."""
-    for place in (path, *path.parents):
-        with contextlib.suppress(OSError):
-            about = place.stat()
-            return f" ({str(place)!r} is {stat.filemode(about.st_mode)} of user {about.st_uid})"
-    return ""
-
-
-def _private_folder(home: Path) -> tuple[Path, int]:
-    """Make a new folder; its handle holds the lock by which others know that it is in use."""
-    while True:
+@contextlib.contextmanager
+def _private_folder(home: Path) -> Iterator[Path]:
+    """Make a new folder for a while; a lock on it tells others that it is in use."""
+    clear_left_over(home)
+    handle: int | None = None
+    while handle is None:  # in between, another process may take it for left over
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=home))
-        handle = _open_folder(folder)
-        if handle is None:  # taken for a left-over in between, as below
-            continue
-        if try_lock(handle) is not False and folder.exists():
-            return folder, handle
+        handle = _locked_folder(folder, without_locks=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 
 
 def clear_left_over(home: Path) -> None:
     """Delete what killed processes have left aside in a folder: nobody holds its lock any more."""
     for folder in home.glob(f"{_PREFIX}*{_SUFFIX}"):
-        handle = _open_folder(folder)
-        if handle is None:
-            continue
-        if try_lock(handle):
+        handle = _locked_folder(folder, without_locks=False)
+        if handle is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
+            os.close(handle)
 
 
-def _open_folder(folder: Path) -> int | None:
-    """Handle of a folder; None where it is none, or a link."""
+def _locked_folder(folder: Path, *, without_locks: bool) -> int | None:
+    """Open and lock a folder; None where it is a link, gone, or another process's."""
     try:
-        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        handle = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
+    is_locked = try_lock(handle)
+    if (without_locks if is_locked is None else is_locked) and folder.exists():
+        return handle
+    os.close(handle)
+    return None
 
 
 def try_lock(handle: int) -> bool | None:
@@ -250,15 +235,13 @@ def try_lock(handle: int) -> bool | None:
     return True
 
 
-def _usual_mode(folder: Path) -> int:
-    """Permissions of a new file; the umask itself cannot be read without changing it for all threads."""
-    probe = folder / ".mode"
-    handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+@contextlib.contextmanager
+def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    handle = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
-        return stat.S_IMODE(os.fstat(handle).st_mode)
+        yield handle
     finally:
         os.close(handle)
-        probe.unlink()
 
 
 def _mode_of(path: Path, default: int) -> int:
@@ -266,21 +249,3 @@ def _mode_of(path: Path, default: int) -> int:
         mode = path.lstat().st_mode
         return stat.S_IMODE(mode) if stat.S_ISREG(mode) else default
     return default
-
-
-def _finish(path: Path, mode: int, *, durable: bool) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        os.fchmod(handle, mode)
-        if durable:
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -80,8 +80,3 @@ def files_sha256(folder: Path) -> tuple[str, int]:
         dates = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
         digest.update(f"{path.relative_to(folder).as_posix()} {dates}\n".encode())
     return digest.hexdigest(), newest_ns
-
-
-def release(version: str) -> str:
-    """Major and minor number of a version: what a patch release changes does not make another answer."""
-    return ".".join(version.split(".")[:2])

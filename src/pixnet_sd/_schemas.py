@@ -17,7 +17,6 @@ from pydantic import (
     JsonValue,
     StringConstraints,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_core import from_json
@@ -25,17 +24,9 @@ from pydantic_core import from_json
 from pixnet_sd._util import shown
 from pixnet_sd.errors import StoreError
 
-MAX_GENES = 1_000_000
-MAX_WIDTH = 1 << 13
-"""Most channels of a level, and hidden ones; a decoder this wide takes gigabytes."""
-
-MAX_SIDE_PX = 1 << 15
-
-MOMENTS = {"n", "predicted_mean", "predicted_ss", "measured_mean", "measured_ss", "product", "mse", "mae"}
-"""Columns of a fold's scores."""
-
-_LEVELS = 4  # of the feature pyramid
-_ALIGN_PX = 32  # its coarsest stride
+_MOMENTS = {"n", "predicted_mean", "predicted_ss", "measured_mean", "measured_ss", "product", "mse", "mae"}
+_MAX_GENES = 1_000_000
+_LEVELS, _ALIGN_PX = 4, 32  # of the feature pyramid, and its coarsest stride
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Text = Annotated[str, StringConstraints(max_length=4096)]
@@ -43,22 +34,16 @@ Hash = Annotated[str, StringConstraints(max_length=128)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+Width = Annotated[int, Field(ge=1, le=1 << 13)]  # a decoder this wide takes gigabytes
 Micrometres = Annotated[float, Field(ge=1e-3, le=100)]
 Counts = Annotated[float, Field(ge=1e-6, le=1e15)]
-Side = Annotated[int, Field(ge=0, le=MAX_SIDE_PX, multiple_of=_ALIGN_PX)]
+Side = Annotated[int, Field(ge=0, le=1 << 15, multiple_of=_ALIGN_PX)]
 Pcc = Annotated[float, Field(ge=-1.001, le=1.001)]  # 1 with the rounding of 32 bits
 Row = dict[Name, float | None]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class _Open(_Strict):
-    """What may hold more than is known here."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 class DecoderSchema(_Strict):
@@ -71,8 +56,10 @@ class DecoderSchema(_Strict):
     dropout: Share = 0.0
 
 
-class SlideSchema(_Open):
+class SlideSchema(_Strict):
     """What a record says of a slide; all of it may be missing."""
+
+    model_config = ConfigDict(extra="allow")
 
     mpp: Positive = 1.0
     mpp_rule: Text = ""
@@ -84,7 +71,7 @@ class SlideSchema(_Open):
 class RecordSchema(_Strict):
     """``config.json``; fields of later versions are passed over."""
 
-    genes: Annotated[list[Name], Field(max_length=MAX_GENES), FailFast()]
+    genes: Annotated[list[Name], Field(min_length=1, max_length=_MAX_GENES), FailFast()]
     target_sum: Counts
     log_base: Literal["e"]
     objective: Literal["mse_pcc", "poisson", "nb"]
@@ -101,32 +88,20 @@ class RecordSchema(_Strict):
     weights_sha256: Hash
     training: dict[Name, JsonValue]
     slides: dict[Name, SlideSchema]
-    held_out_pcc: Annotated[list[Pcc | None], Field(max_length=MAX_GENES), FailFast()]
+    held_out_pcc: Annotated[list[Pcc | None], Field(max_length=_MAX_GENES), FailFast()]
     history: Annotated[list[Row], FailFast()]
     versions: dict[Name, Text]
     depends_on: dict[Name, JsonValue]
     format: Text
 
-    @field_validator("genes")
-    @classmethod
-    def _each_gene_once(cls, genes: list[str]) -> list[str]:
-        if not genes:
-            raise ValueError("there is none")
-        if len(set(genes)) < len(genes):
-            raise ValueError(f"{Counter(genes).most_common(1)[0][0]!r} is there twice")
-        return genes
-
-    @field_validator("history")
-    @classmethod
-    def _epochs_are_whole(cls, history: list[Row]) -> list[Row]:
-        for row in history:
-            epoch = row.get("epoch")
-            if epoch is None or not (0 <= epoch < 2**53 and float(epoch).is_integer()):
-                raise ValueError(f"a row is of epoch {epoch}")
-        return history
-
     @model_validator(mode="after")
     def _fields_agree(self) -> RecordSchema:
+        if len(set(self.genes)) < len(self.genes):
+            raise ValueError(f"genes: {Counter(self.genes).most_common(1)[0][0]!r} is there twice")
+        for row in self.history:
+            epoch = row.get("epoch")
+            if epoch is None or not (0 <= epoch < 2**53 and float(epoch).is_integer()):
+                raise ValueError(f"history: a row is of epoch {epoch}")
         if self.held_out_pcc and len(self.held_out_pcc) != len(self.genes):
             raise ValueError(f"held_out_pcc has {len(self.held_out_pcc)} scores of {len(self.genes)} genes")
         if self.objective != "mse_pcc" and self.aggregation != "sum":
@@ -186,8 +161,8 @@ class MomentsSchema(_Strict):
 
     @model_validator(mode="after")
     def _one_value_a_gene(self) -> MomentsSchema:
-        if set(self.moments) != MOMENTS:
-            raise ValueError(f"columns {sorted(self.moments)} in place of {sorted(MOMENTS)}")
+        if set(self.moments) != _MOMENTS:
+            raise ValueError(f"columns {sorted(self.moments)} in place of {sorted(_MOMENTS)}")
         if any(len(values) != len(self.genes) for values in self.moments.values()):
             raise ValueError("a column has another length than the genes")
         return self
@@ -201,8 +176,10 @@ class ScoresSchema(_Strict):
     sha256: Hash
 
 
-class NotesSchema(_Open):
+class NotesSchema(_Strict):
     """Notes of the package about an object; sections that are not known here stay as they are."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: Text | None = None
     mpp: dict[str, Positive] = {}

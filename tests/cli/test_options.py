@@ -62,20 +62,16 @@ def test_help_fits_a_screen(command, capsys):
     ("text", "name", "value"),
     [
         ("--genes=A,B", "genes", ["A", "B"]),
-        ("--genes=A", "genes", ["A"]),
         ("--genes=12", "genes", 12),
         ("--genes=all", "genes", "all"),
         ("--table-key=a", "table_key", "a"),
-        ("--table-key=a,b", "table_key", ["a", "b"]),
         ("--mpp=0.25", "mpp", 0.25),
         ("--mpp=coordinate_system", "mpp", "coordinate_system"),
         ("--max-steps=none", "max_steps", None),
-        ("--validation=0.2", "validation", 0.2),
         ("--validation=None", "validation", None),
         ("--validation=p1,p2", "validation", ["p1", "p2"]),
         ("--freeze-encoder", "freeze_encoder", True),
         ("--no-record-model", "record_model", False),
-        ("--lr=1e-3", "lr", 0.001),
         ("--target-sum=1e6", "target_sum", 1e6),
         ("--encoder-weights=w.safetensors", "encoder_weights", "w.safetensors"),
     ],
@@ -87,15 +83,12 @@ def test_values(text, name, value):
     assert (found, read, type(read)) == (name, value, type(value))
 
 
-def test_lists_from_a_file(tmp_path: Path):
+def test_slides_may_stand_anywhere_and_lists_in_files(tmp_path: Path):
     panel = tmp_path / "panel.txt"
     panel.write_text("ERBB2\nESR1\n\nPGR\n")
-    assert parse(["fit", "a.zarr", f"--genes=@{panel}"], COMMANDS).options == {"genes": ["ERBB2", "ESR1", "PGR"]}
-
-
-def test_slides_may_stand_anywhere():
-    call = parse(["fit", "a.zarr", "--lr", "1e-3", "b=c.zarr", "--freeze-encoder", "d.zarr"], COMMANDS)
+    call = parse(["fit", "a.zarr", f"--genes=@{panel}", "b=c.zarr", "--freeze-encoder", "d.zarr"], COMMANDS)
     assert call.slides == ["a.zarr", "b=c.zarr", "d.zarr"]
+    assert call.options == {"genes": ["ERBB2", "ESR1", "PGR"], "freeze_encoder": True}
 
 
 @pytest.fixture
@@ -121,13 +114,10 @@ def test_a_config_file_is_its_options(with_config):
     assert {name: value for name, value in found.own.items() if name != "config"} == given.own
 
 
-def test_groups_in_a_config_file(with_config):
+def test_groups_in_a_config_file_and_slides_of_the_command_line(with_config):
     call = with_config('groups = {C2 = "C", C3 = "C", B4 = "B"}\n', "cross-validate", "a", "b")
     assert call.options == {"groups": {"C2": "C", "C3": "C", "B4": "B"}}
     assert call.options == parse(["cross-validate", "a", "b", "--groups=C2=C,C3=C,B4=B"], COMMANDS).options
-
-
-def test_the_command_line_wins(with_config):
     call = with_config('slides = ["a.zarr"]\n' + CONFIG, "fit", "--lr=2", "--no-freeze-encoder", "b.zarr")
     assert call.slides == ["b.zarr"]
     assert (call.options["lr"], call.options["freeze_encoder"], call.options["max_epochs"]) == (2, False, 5)
@@ -137,7 +127,6 @@ def test_the_command_line_wins(with_config):
     ("content", "words"),
     [
         ("max_epoch = 3", "'max_epoch'|did you mean max_epochs?"),
-        ("[fit]\nlearning_rate = 3", "'learning_rate'"),
         ("max_epochs = true", "'max_epochs'|True"),
         ("compile = 'yes'", "'compile'|true or false"),
         ("lr = 'fast'", "--lr|NUMBER"),

@@ -43,15 +43,17 @@ def test_names(tmp_path, monkeypatch, refused):
 
 
 @pytest.mark.parametrize("command", ["fit", "predict", "info"])
-def test_neither(command, tmp_path, refused):
+def test_neither(command, outs, tmp_path, refused):
     also = ", or the folder of a model" if command == "info" else ""
-    for path in (tmp_path, tmp_path / "nowhere"):
+    for path in (tmp_path, tmp_path / "nowhere", outs / "binned_outputs" / "square_008um"):
         assert f"Space Ranger's outs{also}" in refused(command, path)
 
 
 def test_space_ranger_folder(outs, capsys, caplog, refused):
     """Converted beside it, said so, and taken as it is the second time; `info` knows it, too."""
     assert main(["info", str(outs)]) == 0
+    assert caplog.messages[0] == f"reading {outs}"  # before imports that take seconds
+    caplog.clear()
     described = capsys.readouterr().out
     assert "Space Ranger folder of Visium HD" in described
     assert "bins of 8 µm: " in described
@@ -81,13 +83,11 @@ def test_convert(outs, tmp_path, capsys):
     assert "square_002um" not in tables
 
 
-@pytest.mark.parametrize("dataset_id", ["s", ""])
-def test_visium(dataset_id, tmp_path, refused):
+def test_visium(tmp_path, refused):
     """Of spots: no folder of Visium HD, but known, and what reads it is said."""
-    outs = write_visium(tmp_path / "outs", size_um=200.0, n_genes=4, dataset_id=dataset_id)
-    for path in (outs, outs.parent):
-        assert "spatialdata_io.visium(" in refused("fit", path)
-        assert "spatialdata_io.visium(" in refused("info", path)
+    outs = write_visium(tmp_path / "outs", size_um=200.0, n_genes=4, dataset_id="")
+    assert "spatialdata_io.visium(" in refused("fit", outs)
+    assert "spatialdata_io.visium(" in refused("info", outs.parent)
     assert "of Visium, not of Visium HD" in refused("convert", outs, tmp_path / "s.zarr")
 
 
@@ -97,18 +97,6 @@ def test_no_image(outs, tmp_path, refused, capsys):
     assert "pixnet-sd convert" in refused("fit", folder)
     assert main(["info", str(folder)]) == 0
     assert "cannot be converted as it is" in capsys.readouterr().out
-
-
-def test_bins_of_visium_hd_are_not_taken_for_visium(outs, refused):
-    assert "neither a SpatialData store" in refused("fit", outs / "binned_outputs" / "square_008um")
-
-
-def test_says_what_it_reads_before_it_imports(drawn, caplog):
-    """Imports take seconds."""
-    for arguments in (["predict", str(drawn), "--model=nowhere"], ["info", str(drawn)]):
-        caplog.clear()
-        main(arguments)
-        assert caplog.messages[0] == f"reading {drawn}"
 
 
 def test_store_is_for_one_folder(drawn, refused):

@@ -22,14 +22,14 @@ angles = st.integers(1, 359).map(lambda degrees: np.radians(degrees + 0.0271828)
 either_angle = st.one_of(st.just(0.0), angles)
 
 
-def number(low: float, high: float) -> st.SearchStrategy[float]:
+def number(low: float, high: float, beside: float = 0.00314159) -> st.SearchStrategy[float]:
     """A number between two that is never a round one."""
-    return st.integers(round(low * 100), round(high * 100)).map(lambda v: v / 100 + 0.00314159)
+    return st.integers(round(low * 100), round(high * 100)).map(lambda v: v / 100 + beside)
 
 
 def half_size(low: float, high: float) -> st.SearchStrategy[float]:
     """A radius or half a side, that taken from a `number` leaves no round one."""
-    return st.integers(round(low * 100), round(high * 100)).map(lambda v: v / 100 + 0.00173205)
+    return number(low, high, 0.00173205)
 
 
 def points(grid: Grid, beyond: float = 12.0) -> st.SearchStrategy[Float]:
@@ -119,12 +119,7 @@ def label_grids(draw: st.DrawFn, grid: Grid) -> LabelGrid:
     return LabelGrid(labels, np.array(ids[: draw(st.integers(1, 4))]), draw(similarities(grid)))
 
 
-KINDS = {
-    "circles": circles,
-    "squares": any_squares,
-    "multipolygons": multipolygons,
-    "labels": label_grids,
-}
+KINDS = {"circles": circles, "squares": any_squares, "multipolygons": multipolygons, "labels": label_grids}
 
 
 def regions_on(grid: Grid) -> st.SearchStrategy[Regions]:

@@ -16,7 +16,7 @@ box = st.tuples(*[st.floats(-20, 60)] * 4).map(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(lattice=lattices(GRID), matrix=similarities(GRID))
 def test_geometry_is_that_of_the_plain_regions(lattice: Lattice, matrix: Float) -> None:
     plain = lattice.plain()
@@ -37,19 +37,9 @@ def test_boxes_are_found_by_arithmetic(lattice: Lattice, box: tuple[float, float
     np.testing.assert_array_equal(lattice.within(*box), np.flatnonzero(within))
 
 
-@given(lattice=lattices(GRID))
-def test_index_of_is_the_inverse_of_row_and_col(lattice: Lattice) -> None:
-    np.testing.assert_array_equal(lattice.index_of(lattice.row, lattice.col), np.arange(len(lattice)))
-    row, col = np.mgrid[-30:30, -30:30]
-    taken = np.zeros(row.shape, bool)
-    taken[lattice.row + 30, lattice.col + 30] = True
-    np.testing.assert_array_equal(lattice.index_of(row, col) >= 0, taken)
-
-
 def test_empty_lattice() -> None:
     nothing = Lattice(np.empty(0), np.empty(0), np.eye(3))
     assert len(nothing) == len(nothing.touching(0, 0, 9, 9)) == len(nothing.within(0, 0, 9, 9)) == 0
-    assert nothing.index_of(3, 4) == -1
 
 
 @pytest.mark.parametrize(("degrees", "mirror"), [(0, 1), (0, -1), (1e-6, 1), (90, 1)])

@@ -31,7 +31,7 @@ def painted(spans: Spans, n: int, height: int, width: int) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_spans_are_the_pixels_inside(kind: str, data: st.DataObject) -> None:
     """On the whole slide and in windows; and every such pixel lies within the region's bounds."""
@@ -49,11 +49,15 @@ def test_spans_are_the_pixels_inside(kind: str, data: st.DataObject) -> None:
     np.testing.assert_array_equal(in_window, expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(regions_on(SLIDE), st.data())
 def test_subset_picks_and_orders(regions: Regions, data: st.DataObject) -> None:
     index = np.array(data.draw(st.lists(st.integers(0, len(regions) - 1), max_size=5, unique=True)), int)
-    picked = regions.subset(index)
+    if data.draw(st.booleans()):
+        chosen = np.isin(np.arange(len(regions)), index)
+        picked, index = regions.subset(chosen), np.flatnonzero(chosen)
+    else:
+        picked = regions.subset(index)
     assert len(picked) == len(index)
     for name in ("bounds", "centre_xy", "area"):
         # a product with a matrix may round otherwise for fewer rows
@@ -62,13 +66,7 @@ def test_subset_picks_and_orders(regions: Regions, data: st.DataObject) -> None:
     np.testing.assert_array_equal(painted(picked.spans(0, 20, 0, 25), len(index), 20, 25), count[index])
 
 
-@pytest.mark.parametrize("regions", [Circles(np.eye(3, 2), [1.0, 2.0, 3.0]), EXAMPLES])
-def test_subset_by_mask(regions: Regions) -> None:
-    picked = regions.subset(np.array([True, False, True]))
-    np.testing.assert_array_equal(picked.bounds, regions.bounds[[0, 2]])
-
-
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(regions_on(SLIDE), similarities(SLIDE))
 def test_transform_moves_area_and_centre(regions: Regions, matrix: Float) -> None:
     moved = regions.transform(matrix)
@@ -85,8 +83,7 @@ def test_a_circle_holds_its_outline() -> None:
     for dx, dy in [(5, 0), (-5, 0), (0, 5), (0, -5), (3, 4), (-4, 3), (4, -3), (-3, -4)]:
         assert count[10 + dy, 10 + dx] == 1
     np.testing.assert_array_equal(count, masks(circles, 20, 25)[0])
-    np.testing.assert_allclose(circles.bounds, [[5.5, 5.5, 15.5, 15.5]])
-    np.testing.assert_allclose(circles.area, 25 * np.pi)
+    np.testing.assert_allclose([*circles.bounds[0], *circles.area], [5.5, 5.5, 15.5, 15.5, 25 * np.pi])
 
 
 @pytest.mark.parametrize("angle", [0.0, np.pi / 2, 0.3, np.arctan(0.5)])
@@ -96,14 +93,11 @@ def test_touching_squares_share_no_pixel_and_leave_none(angle: float) -> None:
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     centres = np.stack([col.ravel(), row.ravel()], axis=1) * 3.0 @ turn + (10.0, 10.0)
     tiles = squares(centres, 3.0, angle)
+    corners = tiles.vertices.reshape(-1, 4, 2)
+    right = (corners[:, 1] + corners[:, 2]) / 2 - centres
+    np.testing.assert_allclose(right / 1.5, np.broadcast_to([np.cos(angle), np.sin(angle)], right.shape), atol=1e-9)
     count = painted(tiles.spans(0, 20, 0, 20), len(tiles), 20, 20)
     np.testing.assert_array_equal(count.sum(axis=0), 1)
-
-
-def test_squares_turn_from_x_to_y() -> None:
-    (square,) = squares([[5.0, 7.0]], 2.0, np.pi / 6).vertices.reshape(1, 4, 2)
-    middle_of_right_side = (square[1] + square[2]) / 2 - (5.0, 7.0)
-    np.testing.assert_allclose(middle_of_right_side, [np.cos(np.pi / 6), np.sin(np.pi / 6)])
 
 
 def test_polygon_geometry_is_shapelys() -> None:
@@ -117,19 +111,13 @@ def test_polygon_geometry_is_shapelys() -> None:
     np.testing.assert_allclose(picked.area, EXAMPLES.area[[2, 0, 2]])
 
 
-def test_degenerate_polygon_has_the_middle_of_its_box() -> None:
+def test_nothing_and_flat_regions() -> None:
     line = polygons_of([[np.array([(2, 2), (6, 4), (2, 2)], float)]])
-    np.testing.assert_array_equal(line.area, 0)
-    np.testing.assert_allclose(line.centre_xy, [[4, 3]])
-    assert len(line.spans(0, 20, 0, 25).row) == 0
-
-
-def test_no_regions() -> None:
+    np.testing.assert_array_equal([*line.area, *line.centre_xy[0]], [0, 4, 3])  # the middle of its box
     none = Polygons(np.empty((0, 2)), np.zeros(1, int), np.empty(0, int), 0)
-    assert none.bounds.shape == (0, 4)
-    assert none.centre_xy.shape == (0, 2)
-    assert len(none.spans(0, 20, 0, 25).row) == 0
-    assert len(LabelGrid(LABELS, np.empty(0, int)).spans(0, 2, 0, 3).row) == 0
+    assert (none.bounds.shape, none.centre_xy.shape) == ((0, 4), (0, 2))
+    for regions in (line, none, LabelGrid(LABELS, np.empty(0, int))):
+        assert len(regions.spans(0, 2, 0, 3).row) == 0
     assert len(LabelGrid(LABELS, np.array([7])).spans(1, 1, 0, 3).row) == 0
 
 

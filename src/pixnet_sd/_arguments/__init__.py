@@ -30,11 +30,6 @@ _MOST = 2**63 - 1  # what a tensor and a file of settings can hold
 _MOST_AT_ONCE = 2**16
 
 
-def _group(name: str) -> r.Rule:
-    """Parameters in a group, or a mapping of its fields; the group checks them itself."""
-    return r.either(r.instance(f"pixnet_sd.params.{name}", f"a {name}"), r.mapping("a dictionary of its fields"))
-
-
 _SDATA = r.instance("spatialdata.SpatialData", "a SpatialData object, as pixnet_sd.io.open_store(path) gives it")
 _SLIDES = r.either(
     _SDATA,
@@ -67,6 +62,8 @@ _DEVICE = r.either(
 _PANEL = r.choice("image", "measured", "predicted")
 _DRAWING = ("sample", "sample_truth", "sample_truth_bins", "write_visium", "write_visium_hd")
 
+_FIELDS = r.mapping("a dictionary of its fields")  # the group checks them itself
+_GROUPS = (("ModelParams", "model_params"), ("TrainParams", "train_params"), ("PredictParams", "predict_params"))
 _CARD = ("repo_id", "license", "license_name", "license_link", "datasets", "language")
 _ONE_TABLE = "evaluate.table_key evaluation.table_key gene_map.table_key"
 _FLAGS = (
@@ -88,9 +85,7 @@ _TABLE: list[tuple[r.Rule, str]] = [
     (r.raising(DataError, r.either(_N_GENES, r.choice("all"), _GENES)), "fit.genes"),
     (r.text("the name of a gene"), "gene"),
     # the model and its training
-    (_group("ModelParams"), "model_params"),
-    (_group("TrainParams"), "train_params"),
-    (_group("PredictParams"), "predict_params"),
+    *((r.either(r.instance(f"pixnet_sd.params.{group}", f"a {group}"), _FIELDS), name) for group, name in _GROUPS),
     (r.raising(CheckpointError, _MODEL), "model"),
     (r.number("a positive number", lambda x: x > 0), "lr target_sum"),
     (r.number("a number from 0 on", lambda x: x >= 0), "pcc_weight weight_decay"),
@@ -166,10 +161,6 @@ _TABLE: list[tuple[r.Rule, str]] = [
 _RULES = {name: rule for rule, names in _TABLE for name in names.split()}
 
 
-def _rule_of(verb: str, argument: str) -> r.Rule | None:
-    return _RULES.get(f"{verb}.{argument}", _RULES.get(argument))
-
-
 def checked(
     error: type[PixNetError] = PixNetError, *, options_of: Callable[..., Any] | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -183,7 +174,7 @@ def checked(
         rules = _rules(name, _named(signature))
         rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
         passed_on = {} if options_of is None else _named(inspect.signature(options_of))
-        further = _rules(name, {key: text for key, text in passed_on.items() if _rule_of(name, key)})
+        further = _rules(name, {key: text for key, text in passed_on.items() if key in _RULES})
 
         @functools.wraps(verb)
         def door(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -217,7 +208,7 @@ def _named(signature: inspect.Signature) -> dict[str, str]:
 def _rules(owner: str, annotations: Mapping[str, str]) -> dict[str, r.Rule]:
     rules = {}
     for name, annotation in annotations.items():
-        rule = _rule_of(owner, name)
+        rule = _RULES.get(f"{owner}.{name}", _RULES.get(name))
         if rule is None:
             raise TypeError(f"{owner}: the argument {name!r} has no rule in pixnet_sd._arguments.")
         rules[name] = r.optional(rule) if re.search(r"\bNone\b", annotation) else rule

@@ -310,5 +310,5 @@ def colour_map() -> Rule:
 
         return name in mpl.colormaps
 
-    needed = "a colour map of matplotlib or its name"
-    return either(instance("matplotlib.colors.Colormap", ""), where(text(), is_known, "there is none"), needed=needed)
+    known = where(text("its name"), is_known, "there is none")
+    return either(instance("matplotlib.colors.Colormap", "a colour map of matplotlib"), known)

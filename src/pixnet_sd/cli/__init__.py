@@ -26,14 +26,9 @@ class _Terminated(KeyboardInterrupt):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns its exit code.
+    """Run a command line, by default that of this process without the program's name; returns its exit code.
 
     Everything is imported in here, so that an interrupt meanwhile is answered as well.
-
-    Parameters
-    ----------
-    arguments
-        Without the program's name; default: those of this process.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     state = "Nothing was changed."

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,83 +27,64 @@ import pixnet_sd as ps
 from ._commands import COMMANDS
 
 if TYPE_CHECKING:
-    from ._parser import Call
+    from matplotlib.figure import Figure
 
+    from ._parser import Call
 
 BIN_UM = 8
 TABLE, SHAPES = "square_008um", "sample_square_008um"
 PREDICTED = f"pixnet_{SHAPES}"
 MPP = 0.5
-WORKING_MPP = 1.0
 TARGET_SUM = 1e4
 TRAINING_SHARE = 0.7
 GAP_UM = 32.0  # between the bins that train and those that score: neighbours would give one another away
 DRAWN = ("COL1A1", "MKI67", "SCGB2A2", "MS4A1")  # of stroma, rims of tumour nests, glands, and swarms of immune cells
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of the command."""
-
-    size_um: float
-    epochs: int
-    seed: int
-    min_pcc: float
-    output: str
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.output).expanduser()
-
-    @property
-    def cut_um(self) -> float:
-        """Where the held-out part begins, from the left."""
-        return TRAINING_SHARE * self.size_um
-
-    @property
-    def drawing(self) -> dict[str, Any]:
-        """Arguments of what draws the slide and its truth."""
-        return {"size_um": self.size_um, "mpp": MPP, "seed": self.seed}
-
-
 def demo(call: Call) -> int:
     """Run the demo; returns its exit status, which is 1 when the mean correlation with the truth is too low."""
     defaults = {name: flag.default for name, flag in COMMANDS["demo"].flags.items() if not flag.own}
-    options = Options(**defaults | call.options)
+    options: dict[str, Any] = defaults | call.options
+    folder, cut_um = Path(options["output"]).expanduser(), TRAINING_SHARE * options["size_um"]
+    drawing = {"size_um": options["size_um"], "mpp": MPP, "seed": options["seed"]}
     started = time.monotonic()
     with step("Drawing the slide"):
-        slide = draw_slide(options)
+        for old in (folder / "sample.zarr", folder / "model"):
+            shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        ps.datasets.sample(bin_um=(8, 16), **drawing).write(folder / "sample.zarr")
+        slide = sd.read_zarr(folder / "sample.zarr")  # from now on it lives on disk, as a real one would
     with step("Fitting"):
-        model = fit(slide, options)
+        model = fit(slide, cut_um - GAP_UM, options["epochs"], seed=options["seed"], checkpoint_dir=folder / "model")
     with step("Predicting"):
         ps.tl.predict(slide, model, radius_um=8)
         ps.tl.predict(slide, model, shapes_key=SHAPES)  # read back from the map: the network does not run again
     with step("Scoring"):
-        truth = ps.datasets.sample_truth_bins(BIN_UM, **options.drawing)
-        scores = score(slide, truth, options)
+        truth = ps.datasets.sample_truth_bins(BIN_UM, **drawing)
+        scores = score(slide, truth, cut_um)
     with step("Drawing the picture"):
-        draw_picture(slide, truth, options)
+        draw_picture(slide, truth, cut_um).savefig(folder / "demo.png", dpi=100)
     print(
         f"""
 Held-out part, bins of {BIN_UM} µm, Pearson correlation over bins, spatially varying genes:
 
 {scores.round(3).to_string()}
 
-{options.folder / "sample.zarr"}: the slide with all results; spatialdata.read_zarr opens it
+{folder / "sample.zarr"}: the slide with all results; spatialdata.read_zarr opens it
     images['pixnet_map']: the gene map, one channel a gene
     tables['pixnet_circles_8um'], shapes['pixnet_circles_8um_shapes']: circles of 8 µm radius
     tables['{PREDICTED}']: the bins of 8 µm
-{options.folder / "model"}: the model; pixnet_sd.PixNet.load opens it
-{options.folder / "demo.png"}: H&E, truth and prediction
+{folder / "model"}: the model; pixnet_sd.PixNet.load opens it
+{folder / "demo.png"}: H&E, truth and prediction
 
 All of it took {time.monotonic() - started:.0f} s."""
     )
-    pcc = scores["truth"]["mean"]
-    if pcc >= options.min_pcc:  # not so of NaN
-        print(f"Mean PCC with the truth on the held-out part: {pcc:.3f}, at least {options.min_pcc:g} as it should be.")
+    pcc, least = scores["truth"]["mean"], options["min_pcc"]
+    if pcc >= least:  # not so of NaN
+        print(f"Mean PCC with the truth on the held-out part: {pcc:.3f}, at least {least:g} as it should be.")
         return 0
     print(
-        f"FAILED: mean PCC with the truth on the held-out part is {pcc:.3f}, below {options.min_pcc:g}. With the "
+        f"FAILED: mean PCC with the truth on the held-out part is {pcc:.3f}, below {least:g}. With the "
         "default size, epochs and seed something is broken; a smaller slide or fewer epochs learn less.",
         file=sys.stderr,
     )
@@ -120,42 +100,29 @@ def step(title: str) -> Iterator[None]:
     print(f"== {title}: {time.monotonic() - started:.0f} s", flush=True)
 
 
-def draw_slide(options: Options) -> SpatialData:
-    """Draw the slide, write it, and read it back: from now on it lives on disk, as a real one would."""
-    store = options.folder / "sample.zarr"
-    for old in (store, options.folder / "model"):
-        shutil.rmtree(old, ignore_errors=True)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    ps.datasets.sample(bin_um=(8, 16), **options.drawing).write(store)
-    return sd.read_zarr(store)
-
-
-def fit(slide: SpatialData, options: Options) -> ps.PixNet:
-    """Train a small network from random weights on the bins left of the gap."""
-    limit_um = options.cut_um - GAP_UM
+def fit(slide: SpatialData, limit_um: float, epochs: int, **options: Any) -> ps.PixNet:
+    """Train a small network from random weights on the bins left of a limit."""
     training = SpatialData(
         images=dict(slide.images),
         shapes=dict(slide.shapes),
         tables={key: table[x_um(table) < limit_um].copy() for key, table in slide.tables.items()},
     )
-    model = {"encoder": "resnet10t", "encoder_weights": None, "decoder_width": 64, "working_mpp": WORKING_MPP}
     return ps.tl.fit(
         training,
         genes=list(slide.tables[TABLE].var_names),
         validation=None,
-        max_epochs=options.epochs,
+        max_epochs=epochs,
         batch_size=2,
-        seed=options.seed,
-        model_params=model,
+        model_params={"encoder": "resnet10t", "encoder_weights": None, "decoder_width": 64, "working_mpp": 1.0},
         train_params={"lr": 3e-3, "tile_px": 256},
-        checkpoint_dir=options.folder / "model",
+        **options,
     )
 
 
-def score(slide: SpatialData, truth: pd.DataFrame, options: Options) -> pd.DataFrame:
+def score(slide: SpatialData, truth: pd.DataFrame, cut_um: float) -> pd.DataFrame:
     """Correlate each spatially varying gene with counts and truth on the held-out part, and average."""
     measured, predicted = slide.tables[TABLE], slide.tables[PREDICTED]
-    held_out = measured[x_um(measured) >= options.cut_um]
+    held_out = measured[x_um(measured) >= cut_um]
     genes = measured.var_names[measured.var["spatially_varying"]]
     right = SpatialData(shapes={SHAPES: slide.shapes[SHAPES]}, tables={TABLE: held_out.copy(), PREDICTED: predicted})
     against_counts = ps.tl.evaluate(right, table_key=TABLE, predicted_key=PREDICTED).loc[genes, "pcc"]
@@ -179,20 +146,15 @@ def x_um(table: Any) -> NDArray[np.float64]:
     return np.asarray(table.obsm["spatial"][:, 0] * MPP)
 
 
-def draw_picture(slide: SpatialData, truth: pd.DataFrame, options: Options) -> None:
-    """Save H&E beside truth and prediction of a few genes."""
+def draw_picture(slide: SpatialData, truth: pd.DataFrame, cut_um: float) -> Figure:
+    """Draw H&E beside truth and prediction of a few genes."""
     expected = slide.tables[TABLE].copy()
     expected.X = np.rint(1e3 * truth.loc[expected.obs_names, expected.var_names].to_numpy())  # as counts, finely
-    drawn = SpatialData(
-        images=dict(slide.images),
-        labels=dict(slide.labels),
-        shapes=dict(slide.shapes),
-        tables={TABLE: expected},
-        attrs=slide.attrs,
-    )
+    rest = {"images": dict(slide.images), "labels": dict(slide.labels), "shapes": dict(slide.shapes)}
+    drawn = SpatialData(**rest, tables={TABLE: expected}, attrs=slide.attrs)
     figure: Any = ps.pl.gene_map(drawn, DRAWN, table_key=TABLE, return_fig=True)
     for axes in figure.axes:
         if title := axes.get_title():
             axes.set_title(title.replace("measured", "truth"))
-            axes.axvline(options.cut_um, color="black", linestyle="--")  # held out is what lies to the right
-    figure.savefig(options.folder / "demo.png", dpi=100)
+            axes.axvline(cut_um, color="black", linestyle="--")  # held out is what lies to the right
+    return figure

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from ._run import is_store, space_ranger_folder
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-    from pixnet_sd.model import ModelRecord
     from pixnet_sd.slide import Slide
 
     from ._parser import Call
@@ -60,6 +58,8 @@ def _space_ranger(folder: Path) -> list[str]:
 
 def _checkpoint(folder: Path) -> list[str]:
     """Describe genes, objective, encoder, training slides and held-out PCC."""
+    import pandas as pd
+
     from pixnet_sd.model import read_record
 
     record = read_record(folder)
@@ -77,46 +77,31 @@ def _checkpoint(folder: Path) -> list[str]:
         f"  training slides: {len(record.slides)}",
     ]
     for name, slide in record.slides.items():
-        trained, held = (_counts(slide.get(key, {})) for key in ("training_regions", "held_out_regions"))
+        trained, held = (
+            ", ".join(f"{n:,} of {table}" for table, n in slide.get(regions, {}).items() if n) or "none"
+            for regions in ("training_regions", "held_out_regions")
+        )
         mpp = slide.get("mpp", float("nan"))
         lines.append(f"    {name}: {mpp:.4g} µm per pixel; trained on {trained}; held out {held}")
-    return [*lines, *_held_out(record)]
-
-
-def _counts(regions: Mapping[str, int]) -> str:
-    return ", ".join(f"{n:,} of {table}" for table, n in regions.items() if n) or "none"
-
-
-def _held_out(record: ModelRecord) -> list[str]:
-    import pandas as pd
-
     pcc = pd.Series(record.held_out_pcc, index=record.genes[: len(record.held_out_pcc)], dtype=float).dropna()
     if pcc.empty:
-        return ["  held-out PCC: unknown, nothing was held out"]
-    best = pcc.sort_values(ascending=False)[:_FEW]
+        return [*lines, "  held-out PCC: unknown, nothing was held out"]
     return [
+        *lines,
         f"  held-out PCC: first quartile {pcc.quantile(0.25):.3f}, median {pcc.median():.3f}, mean {pcc.mean():.3f}",
-        "    best: " + ", ".join(f"{gene} {value:.2f}" for gene, value in best.items()),
+        "    best: " + ", ".join(f"{gene} {value:.2f}" for gene, value in pcc.nlargest(_FEW).items()),
     ]
 
 
 def _store(store: Path, model: str | None, place: Mapping[str, Any]) -> list[str]:
-    """Describe elements, the slide image and its resolution, and the map that a model would make.
-
-    Parameters
-    ----------
-    store
-        The store.
-    model
-        Checkpoint that a prediction is estimated for; None: the one that `fit` noted, else `fit`'s defaults.
-    place
-        Arguments of `open_slide` that the user gave.
-    """
+    """Describe elements, the slide image, and the map that `model`, or the one that `fit` noted, would make of it."""
     from pixnet_sd.slide import open_slide
     from pixnet_sd.slide.elements import open_store, shapes_of, tables_of
     from pixnet_sd.store import recorded
 
-    with _silent():
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # what is found is printed, and needs no log
+    try:
         sdata = open_store(store)
         regions = {key: f"{len(each):,} shapes{_bins(sdata, key)}" for key, each in shapes_of(sdata).items()}
         regions |= {key: f"labels, {_raster(each)}{_bins(sdata, key)}" for key, each in sdata.labels.items()}
@@ -135,18 +120,9 @@ def _store(store: Path, model: str | None, place: Mapping[str, Any]) -> list[str
             slide = open_slide(sdata, **place)
         except PixNetError as error:
             return [*lines, f"slide image: cannot be told. {error}"]
-    return [*lines, *_prediction(slide, folder)]
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep from the log what is found, because it is printed."""
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
     finally:
         logger.setLevel(level)
+    return [*lines, *_prediction(slide, folder)]
 
 
 def _raster(element: Any) -> str:

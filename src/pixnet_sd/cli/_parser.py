@@ -81,13 +81,7 @@ class Flag:
         return f"  {usage:<{_COLUMN - 4}}  {self.help}{default}"
 
     def read(self, text: str) -> Any:
-        """Read a text.
-
-        Raises
-        ------
-        argparse.ArgumentTypeError
-            It fits none of the alternatives.
-        """
+        """Read a text; ArgumentTypeError if it fits none of the alternatives."""
         literals = {str(value): value for value in self._within(Literal)}
         if type(None) in self.kinds and text.lower() == "none":
             return None
@@ -98,7 +92,10 @@ class Flag:
                 with suppress(ValueError):
                     return number(text)
         if self._within(Mapping):
-            return dict(_pair(item) for item in _items(text))
+            pairs = [[word.strip() for word in item.partition("=")[::2]] for item in _items(text)]
+            if not all(map(all, pairs)):
+                raise argparse.ArgumentTypeError(f"{text!r} is not {self.metavar}")
+            return dict(pairs)
         if self._within(Sequence) and (str not in self.kinds or "," in text or text.startswith("@")):
             one = replace(self, takes=self._within(Sequence)[0])
             return [one.read(item) for item in _items(text)]
@@ -118,13 +115,6 @@ def _items(text: str) -> list[str]:
     if not items:
         raise argparse.ArgumentTypeError("the list is empty")
     return items
-
-
-def _pair(item: str) -> tuple[str, str]:
-    key, _, value = item.partition("=")
-    if not (key and value):
-        raise argparse.ArgumentTypeError(f"{item!r} is not NAME=VALUE")
-    return key.strip(), value.strip()
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -162,21 +152,13 @@ class Command:
     @property
     def full_help(self) -> str:
         """What ``--help`` prints."""
-        after = "" if self.resume == UNCHANGED else f"After the last two: {self.resume}\n"
         metavar = " ".join(dict.fromkeys(self.usage.partition(" [")[0].split()))
-        return "\n".join(
-            [
-                f"usage: pixnet-sd {self.name} {self.usage} [options]".replace("  ", " "),
-                f"{self.help[0].upper()}{self.help[1:]}.",
-                *([f"  {metavar:<{_COLUMN - 4}}  {self.slides_help}"] if metavar else []),
-                *(line for title, group in self.groups.items() for line in (f"{title}:", *(f.line for f in group))),
-                _EVERY_HELP,
-                "Examples:",
-                *(f"  pixnet-sd {example}" for example in self.examples),
-                _CODES,
-                after,
-            ]
-        )
+        lines = [f"usage: pixnet-sd {self.name} {self.usage} [options]".replace("  ", " ")]
+        lines += [f"{self.help[0].upper()}{self.help[1:]}."]
+        lines += [f"  {metavar:<{_COLUMN - 4}}  {self.slides_help}"] if metavar else []
+        lines += [line for title, group in self.groups.items() for line in (f"{title}:", *(f.line for f in group))]
+        lines += [_EVERY_HELP, "Examples:", *(f"  pixnet-sd {example}" for example in self.examples), _CODES]
+        return "\n".join([*lines, "" if self.resume == UNCHANGED else f"After the last two: {self.resume}\n"])
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,7 @@ def is_store(path: Path) -> bool:
 
 
 def space_ranger_folder(path: Path, *, also: str = "") -> Path:
-    """Find the Space Ranger folder of Visium HD that a path is, or has as its ``outs``.
-
-    Raises
-    ------
-    StoreError
-        It is none; says what to give, to which `also` adds.
-    """
+    """Find the Space Ranger folder of Visium HD that a path is, or has as its ``outs``; `also` ends an error."""
     for folder in (path, path / _OUTS):
         if is_visium_hd(folder):
             return folder
@@ -81,19 +75,21 @@ def space_ranger_folder(path: Path, *, also: str = "") -> Path:
     problem = (
         f"{str(path)!r} is neither a SpatialData store (it has no zarr.json) nor a Space Ranger folder of Visium HD "
         "(no binned_outputs, no *feature_slice.h5)"
+        if path.exists()
+        else f"There is nothing at {str(path)!r}"
     )
-    if not path.exists():
-        problem = f"There is nothing at {str(path)!r}"
     raise StoreError(f"{problem}. Give the folder that sdata.write(...) made, or Space Ranger's outs{also}.")
 
 
 def _named_paths(slides: Sequence[str]) -> dict[str, Path]:
-    """Read ``NAME=PATH``, or a path after whose file the slide is called."""
+    """Read ``NAME=PATH``, or a path after whose file, or the folder around ``outs``, the slide is called."""
     paths: dict[str, Path] = {}
     for text in slides:
         match = None if Path(text).exists() else _NAMED.fullmatch(text)
         path = Path(match["path"] if match else text).expanduser()
-        name = match["name"] if match else _name(path.resolve())
+        whole = path.resolve()
+        file = whole.parent.name if whole.name == _OUTS else whole.name.removesuffix(".zarr")
+        name = match["name"] if match else file
         if name in paths:
             raise PixNetError(
                 f"Two slides are called {name!r}: {str(paths[name])!r} and {str(path)!r}. Give them names, as in "
@@ -101,11 +97,6 @@ def _named_paths(slides: Sequence[str]) -> dict[str, Path]:
             )
         paths[name] = path
     return paths
-
-
-def _name(path: Path) -> str:
-    """Name of a file; of ``sample/outs``, which all samples have, the sample's."""
-    return path.parent.name if path.name == _OUTS else path.name.removesuffix(".zarr")
 
 
 def _open_slides(call: Call) -> dict[str, SpatialData]:
@@ -120,16 +111,16 @@ def _open_slides(call: Call) -> dict[str, SpatialData]:
 
 def _open_slide(path: Path, store: str | None) -> SpatialData:
     """Open a store, or make one of a Space Ranger folder, at `store` or beside it."""
-    if not is_store(path):
-        path = _converted(path, store)
-    elif store is not None:
-        raise PixNetError(f"--zarr is for Space Ranger folders, and {str(path)!r} is none. Leave it out.")
+    if is_store(path):
+        if store is not None:
+            raise PixNetError(f"--zarr is for Space Ranger folders, and {str(path)!r} is none. Leave it out.")
+    else:
+        path = _converted(space_ranger_folder(path), store)
     logger.info("reading %s", path)
     return ps.io.open_store(path)
 
 
-def _converted(path: Path, store: str | None) -> Path:
-    folder = space_ranger_folder(path)
+def _converted(folder: Path, store: str | None) -> Path:
     whole = folder.resolve()
     target = whole.with_name(f"{whole.name}.zarr") if store is None else Path(store).expanduser()
     if is_store(target):  # it appears under its name only when it is complete
@@ -228,8 +219,7 @@ def _writable(output: str | None) -> Path | None:
     path = Path(output).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8"):
-            pass
+        path.open("a", encoding="utf-8").close()
     except OSError as error:
         raise StoreError(f"--output {output!r} cannot be written ({error.strerror or error}).") from error
     return path

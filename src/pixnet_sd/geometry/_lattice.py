@@ -11,13 +11,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._regions import Circles, Float, Int, Polygons, Spans, squares
+from ._regions import Circles, Float, Polygons, Regions, Spans, squares
 
 _AXIS_TOLERANCE = 1e-9  # of a bin's side: what a corner may be off before a lattice counts as turned
 
 
 @dataclass(frozen=True, eq=False)
-class Lattice:
+class Lattice(Regions):
     """Squares that tile a lattice, or circles on its points, at positions `row` and `col`, each of shape (n,).
 
     Bin (row, col) covers [col, col + 1) x [row, row + 1) in lattice coordinates; its centre is (col + ½, row + ½).
@@ -31,9 +31,8 @@ class Lattice:
     radius: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "row", np.asarray(self.row, np.int32))
-        object.__setattr__(self, "col", np.asarray(self.col, np.int32))
-        object.__setattr__(self, "to_grid", np.asarray(self.to_grid, np.float64))
+        for name, dtype in (("row", np.int32), ("col", np.int32), ("to_grid", np.float64)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
 
     def __len__(self) -> int:
         return len(self.row)
@@ -52,16 +51,13 @@ class Lattice:
     @property
     def reach(self) -> float:
         """Half the side of every region's bounding box, px."""
-        if self.radius is not None:
-            return self.radius
-        return float(np.abs(self.to_grid[0, :2]).sum() / 2)
+        return float(np.abs(self.to_grid[0, :2]).sum() / 2) if self.radius is None else self.radius
 
     @property
     def centre_xy(self) -> Float:
         """Centres, shape (n, 2)."""
-        matrix = self.to_grid
         col, row = self.col + 0.5, self.row + 0.5
-        return np.stack([m[0] * col + m[1] * row + m[2] for m in matrix[:2]], axis=1)
+        return np.stack([m[0] * col + m[1] * row + m[2] for m in self.to_grid[:2]], axis=1)
 
     @property
     def bounds(self) -> Float:
@@ -72,8 +68,7 @@ class Lattice:
     @property
     def area(self) -> Float:
         """Areas, px²."""
-        one = self.pitch**2 if self.radius is None else np.pi * self.radius**2
-        return np.full(len(self), one)
+        return np.full(len(self), self.pitch**2 if self.radius is None else np.pi * self.radius**2)
 
     def transform(self, matrix: ArrayLike) -> Lattice:
         """Map the lattice by a similarity."""
@@ -97,13 +92,6 @@ class Lattice:
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
         """See `Regions.spans`."""
         return self.plain().spans(row0, row1, col0, col1)
-
-    def index_of(self, row: ArrayLike, col: ArrayLike) -> Int:
-        """Return the region on each lattice position, -1 for none; of the shape of `row` and `col`."""
-        table, (row0, col0) = self._table
-        r, c = np.asarray(row) - row0, np.asarray(col) - col0
-        inside = (r >= 0) & (r < table.shape[0]) & (c >= 0) & (c < table.shape[1])
-        return np.where(inside, table[np.where(inside, r, 0), np.where(inside, c, 0)], -1)
 
     def touching(self, x0: float, y0: float, x1: float, y1: float) -> NDArray[np.intp]:
         """See `Regions.touching`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,19 +40,21 @@ class Spans(NamedTuple):
 class Regions(Protocol):
     """A set of n regions, as the aggregation operator needs it."""
 
+    if TYPE_CHECKING:
+
+        @property
+        def bounds(self) -> Float:
+            """Bounding boxes, shape (n, 4): xmin, ymin, xmax, ymax."""
+
+        @property
+        def centre_xy(self) -> Float:
+            """Centres, shape (n, 2)."""
+
+        @property
+        def area(self) -> Float:
+            """Areas in px², shape (n,)."""
+
     def __len__(self) -> int: ...
-
-    @property
-    def bounds(self) -> Float:
-        """Bounding boxes, shape (n, 4): xmin, ymin, xmax, ymax."""
-
-    @property
-    def centre_xy(self) -> Float:
-        """Centres, shape (n, 2)."""
-
-    @property
-    def area(self) -> Float:
-        """Areas in px², shape (n,)."""
 
     def transform(self, matrix: ArrayLike) -> Self:
         """Map the regions by a 3 × 3 affine map of (x, y, 1)."""
@@ -65,27 +67,17 @@ class Regions(Protocol):
 
     def touching(self, x0: float, y0: float, x1: float, y1: float) -> Index:
         """Return the regions whose bounding box meets a closed box, ascending."""
-
-    def within(self, x0: float, y0: float, x1: float, y1: float) -> Index:
-        """Return the regions whose bounding box lies inside a closed box, ascending."""
-
-
-class _Boxed:
-    """Finds regions by their bounding boxes."""
-
-    def touching(self, x0: float, y0: float, x1: float, y1: float) -> Index:
-        """See `Regions.touching`."""
         left, top, right, bottom = self._boxes.T
         return np.flatnonzero((right >= x0) & (left <= x1) & (bottom >= y0) & (top <= y1))
 
     def within(self, x0: float, y0: float, x1: float, y1: float) -> Index:
-        """See `Regions.within`."""
+        """Return the regions whose bounding box lies inside a closed box, ascending."""
         left, top, right, bottom = self._boxes.T
         return np.flatnonzero((left >= x0) & (right <= x1) & (top >= y0) & (bottom <= y1))
 
     @cached_property
     def _boxes(self) -> Float:
-        return self.bounds  # type: ignore[attr-defined]
+        return self.bounds
 
 
 def chunks(regions: Regions, size: int = 2**16) -> Iterator[tuple[slice, Regions]]:
@@ -114,7 +106,7 @@ def first_centre(coordinate: Float) -> Int:
 
 
 @dataclass(frozen=True)
-class Circles(_Boxed):
+class Circles(Regions):
     """Circles (x - cx)² + (y - cy)² ≤ r² (Eq. 5); px, `radius` one for all or of shape (n,)."""
 
     centre_xy: Float
@@ -168,7 +160,7 @@ class Circles(_Boxed):
 
 
 @dataclass(frozen=True)
-class Polygons(_Boxed):
+class Polygons(Regions):
     """Polygons and multipolygons, filled even-odd.
 
     `vertices` has those of all rings, shape (v, 2), px, a ring's first one only once; `ring_offsets` is where each ring
@@ -185,9 +177,14 @@ class Polygons(_Boxed):
         return self.n_regions
 
     @cached_property
+    def _rings(self) -> Int:
+        """First ring of each region, and the number of rings, shape (n + 1,)."""
+        return np.searchsorted(self.ring_region, np.arange(self.n_regions + 1))
+
+    @cached_property
     def _region_offsets(self) -> Int:
         """Place where each region starts in `vertices`, shape (n + 1,)."""
-        return self.ring_offsets[np.searchsorted(self.ring_region, np.arange(self.n_regions + 1))]
+        return self.ring_offsets[self._rings]
 
     @cached_property
     def _edges(self) -> tuple[Float, Float]:
@@ -204,9 +201,8 @@ class Polygons(_Boxed):
     def bounds(self) -> Float:
         """Bounding boxes, shape (n, 4)."""
         starts = self._region_offsets[:-1]
-        return np.concatenate(
-            [np.minimum.reduceat(self.vertices, starts), np.maximum.reduceat(self.vertices, starts)], axis=1
-        ).reshape(-1, 4)
+        sides = [reduce.reduceat(self.vertices, starts) for reduce in (np.minimum, np.maximum)]
+        return np.concatenate(sides, axis=1).reshape(-1, 4)
 
     @cached_property
     def _moments(self) -> tuple[Float, Float]:
@@ -239,9 +235,7 @@ class Polygons(_Boxed):
     def subset(self, index: ArrayLike) -> Polygons:
         """See `Regions.subset`."""
         picked = np.arange(self.n_regions)[np.asarray(index)]
-        rings = np.searchsorted(self.ring_region, np.arange(self.n_regions + 1))
-        n_rings = np.diff(rings)[picked]
-        ring, owner = ranges(rings[:-1][picked], n_rings)
+        ring, owner = ranges(self._rings[picked], np.diff(self._rings)[picked])
         sizes = np.diff(self.ring_offsets)[ring]
         vertex, _ = ranges(self.ring_offsets[:-1][ring], sizes)
         return Polygons(self.vertices[vertex], np.concatenate([[0], np.cumsum(sizes)]), owner, len(picked))
@@ -272,7 +266,7 @@ def squares(centre_xy: ArrayLike, side: float, angle: float = 0.0) -> Polygons:
 
 
 @dataclass(frozen=True)
-class LabelGrid(_Boxed):
+class LabelGrid(Regions):
     """Regions given by a label image, a numpy or zarr array that is sliced lazily: region k equals ``ids[k]``.
 
     `to_grid` maps label pixels (x, y) to the pixels of the grid that regions are asked for on; `extent` is area, centre
@@ -348,25 +342,21 @@ class LabelGrid(_Boxed):
         extent = area[index], centre[index], box[index]
         return LabelGrid(self.labels, np.asarray(self.ids)[index], self.to_grid, extent)
 
-    def _look_up(self, row0: int, row1: int, col0: int, col1: int) -> Int:
-        """Return the region of each pixel centre of a window, -1 for none, shape (rows, columns)."""
+    def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
+        """Look up the label under each pixel centre, see `Regions.spans`."""
+        if row1 <= row0 or col1 <= col0:
+            return Spans(*(np.empty(0, np.int64) for _ in range(4)))
         x, y = np.meshgrid(np.arange(col0, col1) + 0.5, np.arange(row0, row1) + 0.5)
         xy = _apply(np.linalg.inv(self.to_grid), np.stack([x.ravel(), y.ravel()], axis=1))
         xy = np.floor(xy + SNAP_PX).astype(np.int64)
         height, width = self.labels.shape
         inside = np.all((xy >= 0) & (xy < (width, height)), axis=1)
-        region = np.full(len(xy), -1)
+        flat = np.full(len(xy), -1)
         if inside.any():
             (left, top), (right, bottom) = xy[inside].min(axis=0), xy[inside].max(axis=0) + 1
             block = np.asarray(self.labels[top:bottom, left:right])
-            region[inside] = self._region_of(block[xy[inside, 1] - top, xy[inside, 0] - left])
-        return region.reshape(row1 - row0, col1 - col0)
-
-    def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
-        """See `Regions.spans`."""
-        if row1 <= row0 or col1 <= col0:
-            return Spans(*(np.empty(0, np.int64) for _ in range(4)))
-        region = self._look_up(row0, row1, col0, col1)
+            flat[inside] = self._region_of(block[xy[inside, 1] - top, xy[inside, 0] - left])
+        region = flat.reshape(row1 - row0, col1 - col0)
         edge = np.ones((region.shape[0], region.shape[1] + 1), bool)  # a run ends where the region changes
         edge[:, 1:-1] = region[:, 1:] != region[:, :-1]
         row, col = np.nonzero(edge[:, :-1])
