@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import re
 
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DivergenceError",
+    "ElementError",
+    "PixNetError",
+    "ResolutionError",
+    "StoreError",
+]
+
 
 class PixNetError(ValueError):
     """Base of every error that pixnet_sd raises on purpose.

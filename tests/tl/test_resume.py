@@ -17,7 +17,7 @@ from pixnet_sd.model import Network
 @pytest.fixture
 def four_blocks(monkeypatch):
     """Blocks of 32 map pixels: the slide has four, and a tile of 128 working pixels is one."""
-    monkeypatch.setattr("pixnet_sd.store.gene_map._layout.BLOCK_PX", (32, 32))
+    monkeypatch.setattr("pixnet_sd.store.gene_map._element.BLOCK_PX", (32, 32))
 
 
 @pytest.fixture
