@@ -29,13 +29,13 @@ def can_mount(folder: Path) -> bool:
 
 
 def test_killed_and_out_of_disk(tmp_path):
-    n_disks = 2 if can_mount(tmp_path / "mount") else 0
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "kills"), "--kills", "20", "--full-disks", str(n_disks)]
+    n_disks = 1 if can_mount(tmp_path / "mount") else 0
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "kills"), "--kills", "8", "--full-disks", str(n_disks)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert not done.returncode, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     lines = done.stdout.splitlines()
-    assert sum(int(line.split()[1]) for line in lines[:4]) >= 15  # the last ones may come too late
+    assert sum(int(line.split()[1]) for line in lines[:4]) >= 6  # the last ones may come too late
     if n_disks:
-        assert lines[4] == "2 predictions and 2 trainings of 2 found the disk full"
+        assert lines[4] == "1 predictions and 1 trainings of 1 found the disk full"
