@@ -95,7 +95,8 @@ def test_stopped_before_anything_is_imported(monkeypatch, capsys):
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys\nfrom pixnet_sd.cli import COMMANDS, main\nfor name in COMMANDS: main([name, '--help'])\nmain(['--version'])\n"
+        "import sys\nfrom pixnet_sd.cli import COMMANDS, main\n"
+        "for name in COMMANDS: main([name, '--help'])\nmain(['--version'])\n"
         "heavy = {'torch', 'spatialdata', 'anndata', 'numpy', 'pandas'} & set(sys.modules)\nsys.exit(str(heavy or ''))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
