@@ -78,6 +78,7 @@ def execute(
     )
     client.execute(env=environment)
     if kernel is not None:
+        client.kc.stop_channels()  # which the client leaves open where the kernel goes on
         del notebook.cells[0]
     return notebook
 

@@ -39,7 +39,7 @@ import zarr
 
 import pixnet_sd as ps
 import pixnet_sd.store._transaction as commit
-import pixnet_sd.store.gene_map._layout as layout
+import pixnet_sd.store.gene_map._element as layout
 from pixnet_sd import tl
 from pixnet_sd.errors import PixNetError
 
