@@ -31,10 +31,7 @@ _N_DEVICES: dict[str, Callable[[], int]] = {
 
 
 def make_fabric(device: str | torch.device | None = None) -> Fabric:
-    """Make the Fabric of a run: bf16 autocast on a GPU that computes in bf16, float32 elsewhere.
-
-    None takes a CUDA GPU if there is one, else the CPU; a device that does not exist here is refused.
-    """
+    """Make the Fabric of a run, on a CUDA GPU if there is one: bf16 autocast where a GPU has it, float32 elsewhere."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -60,11 +57,7 @@ def make_fabric(device: str | torch.device | None = None) -> Fabric:
 
 @contextmanager
 def fixed_shapes(device: torch.device) -> Iterator[None]:
-    """Let cuDNN try its kernels on the first tile and keep the fastest, for a run whose tiles have one size.
-
-    Convolutions are in bf16; what is left in float32 (aggregation, head) is small and stays exact, so TF32 is left as
-    it is set.
-    """
+    """Let cuDNN try its kernels on the first tile and keep the fastest, for a run whose tiles have one size."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or device.type == "cuda"
     try:
@@ -80,11 +73,8 @@ _USUAL_BYTES = 2**25  # what glibc's own threshold grows to
 
 @contextmanager
 def kept_memory(device: torch.device) -> Iterator[None]:
-    """Let freed memory of a run on the CPU be used again, and give it back at the end.
-
-    glibc returns every block of more than 32 MB to the system as soon as it is freed, and the system clears every page
-    of the next one. A network's activations are such blocks.
-    """
+    """Let freed memory of a run on the CPU be used again, and give it back at the end."""
+    # glibc returns blocks over 32 MB, as activations are, once freed, and the system clears every page of the next.
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield
         return
@@ -141,11 +131,7 @@ class Copies:
         return wait
 
     def arriving(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Move batches (by their ``moved(move)``) to the device while those before are worked on.
-
-        Nothing else waits for the device in most steps, so that steps would be queued, and batches held, without end:
-        a batch is copied when all but the last few are worked off.
-        """
+        """Move batches (by their ``moved(move)``) to the device when all but the last few before are worked off."""
         if not self.gpu:
             yield from batches
             return
@@ -160,11 +146,9 @@ class Copies:
 
 
 class Pairs:
-    """Computes tiles in two threads, each of which has half of torch's threads for itself.
+    """Computes tiles in two threads, with half of torch's threads each; False on a GPU or with one thread.
 
-    Threads that share one tile wait for each other after every layer, and spin while they do. Writers that compress in
-    between make them wait long; a thread with a tile of its own waits for nobody. False where pairs do not help: on a
-    GPU, or with one thread.
+    Threads that share a tile spin after every layer while they wait, for long where writers compress in between.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -251,11 +235,7 @@ AHEAD = WORKERS + 1
 
 
 def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Iterator[T]:
-    """Run tasks in threads, a few ahead of the consumer, and yield their results in order.
-
-    Reading zarr and building operators release the interpreter lock for most of their time. A task's exception is
-    raised at its place.
-    """
+    """Run tasks in threads, a few ahead of the consumer, and yield their results in order; so do exceptions."""
     with ThreadPoolExecutor(max_workers=min(ahead, WORKERS)) as pool:
         waiting: deque[Future[T]] = deque()
         try:

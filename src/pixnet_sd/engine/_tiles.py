@@ -34,21 +34,13 @@ def apply_symmetry(x: Tensor, k: int) -> Tensor:
 
 
 def undo_symmetry(x: Tensor, k: int) -> Tensor:
-    """Invert `apply_symmetry`.
-
-    The feature map of a turned tile is turned back, so that the tile's regions and their operator stay as they are.
-    That is exact: the bilinear resize commutes with all eight symmetries.
-    """
+    """Invert `apply_symmetry`; exact on feature maps, since the bilinear resize commutes with all symmetries."""
     x = x.flip(-1) if k >= 4 else x
     return torch.rot90(x, -(k % 4), (-2, -1))
 
 
 def jitter_stain(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Scale and shift the optical density of each tile's channels at random.
-
-    The image is RGB (B, 3, H, W), 0 to 255; `strength` is the standard deviation of the log scale, and ten times that
-    of the shift; the generator is on the CPU.
-    """
+    """Scale (log scale of standard deviation `strength`) and shift the density of tiles (B, 3, H, W), 0 to 255."""
     if strength == 0:
         return image
     noise = torch.randn(2, len(image), 3, 1, 1, generator=generator)
@@ -58,23 +50,14 @@ def jitter_stain(image: Tensor, strength: float, generator: torch.Generator) -> 
 
 
 class LazyTargets(Protocol):
-    """Targets (n, M) on disk, read when they are asked for, from several threads at once."""
+    """Targets (n, M) on disk, read when they are asked for (index ascending), from several threads at once."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(n, M)."""
-
-    def __getitem__(self, index: NDArray[np.intp]) -> NDArray[np.float32]:
-        """Read the targets of regions, index ascending, as an array (k, M)."""
-
-    def rows(self, index: NDArray[np.intp]) -> Any:
-        """Read the same as SciPy's compressed rows."""
-
-    def mean(self, axis: int) -> NDArray[Any]:
-        """Compute the mean over regions (axis 0), shape (M,)."""
-
-    def subset(self, index: NDArray[np.intp]) -> Self:
-        """Pick regions without reading them."""
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, index: NDArray[np.intp]) -> NDArray[np.float32]: ...
+    def rows(self, index: NDArray[np.intp]) -> Any: ...
+    def mean(self, axis: int) -> NDArray[Any]: ...
+    def subset(self, index: NDArray[np.intp]) -> Self: ...
 
 
 @dataclass(frozen=True)
@@ -171,14 +154,10 @@ def _origins(low: float, high: float, side: int, step: int, shift: float) -> NDA
 def training_tiles(
     slide: TrainingSlide, tile_px: int, *, shift: tuple[float, float] = (0.5, 0.5), once: bool = False
 ) -> TrainingTiles:
-    """Cover a slide's measured regions with tiles of one size.
+    """Cover a slide's measured regions with tiles, every region wholly inside one: they overlap by the largest.
 
-    Tiles overlap by the largest region and its margin, so that every region lies wholly inside at least one. A slide
-    whose regions fit into one tile gets one, no larger than they need.
-
-    `tile_px` is their largest side, a multiple of 32; `shift` moves the tiling by shares of its step, rows and columns;
-    `once` gives each region to the first tile that holds it only, so that validation counts it once. Regions that leave
-    tiles no room to overlap are refused.
+    Sides are multiples of 32, at most `tile_px`; `shift` moves the tiling by shares of its step, rows and columns;
+    `once` gives each region to the first tile that holds it only, so that validation counts it once.
     """
     margin = tile_px // MARGIN_SHARE
     left, top, right, bottom, side = slide.cover + np.array([-margin, -margin, margin, margin, 2 * margin])

@@ -246,11 +246,7 @@ def predict_regions(
     device: str | torch.device | None = None,
     show_progress_bar: bool = True,
 ) -> NDArray[np.float32]:
-    """Predict n regions, working pixels, in memory: log-normalised expression, as ``X`` of the table of `predict`.
-
-    The slide is opened at the model's working resolution; how good the model is is not asked. Returns (n, genes of the
-    model), NaN for a region that holds no pixel of the slide.
-    """
+    """Predict regions, working pixels, as ``X`` of the table of `predict`: (n, genes), NaN where no pixel is held."""
     fabric = make_fabric(device)
     tiling = _tiling(model, slide, params or PredictParams(), batch_size, fabric)
     head, side = _head(model, range(len(model.genes))), window_side(tiling.tile_px, None)
@@ -371,10 +367,7 @@ class _Job:
         }
 
     def without_results(self, stored: Mapping[str, StoredMap]) -> _Job:
-        """Leave out what is there: a native map that can be read back, or what this very call has left.
-
-        The latter is so when a call was cut off while its results were moved in.
-        """
+        """Leave out a native map that can be read back, and what this call left when cut off as results moved in."""
         write, request = self.write, self.request
         if write and self.factor == 1 and self.map_key in stored:
             write = None
@@ -392,11 +385,7 @@ class _Job:
 
 
 def _stored_maps(job: _Job) -> dict[str, StoredMap]:
-    """Find what earlier calls left from which this one can be had exactly, by its name.
-
-    Factors come first, as any genes can be had from them. That takes the same model, image and tissue, the native pitch
-    (a coarser map has lost what the bilinear resize needs), and an image that was not aligned anew since.
-    """
+    """Find the maps of earlier calls from which this one can be had exactly; factors, which have all genes, first."""
     stored = {}
     for key, has_features in ((factors_key(job.key_added), True), (map_key(job.key_added), False)):
         note = stored_note(job.sdata, "maps", key)
@@ -423,7 +412,7 @@ def _why_not(job: _Job, key: str, note: Mapping[str, Any]) -> str:
         parts = differing_parts(note.get("depends_on", {}), job.parts)
         return f"it differs in {', '.join(map(repr, parts)) or 'its fingerprint'}"
     if note.get("factor") != 1:
-        return "it is coarser than the native pitch"
+        return "it is coarser than the native pitch"  # and has lost what the bilinear resize needs
     pitch = MAP_STRIDE * job.slide.working_scale
     try:
         matrix = affine_matrix(job.sdata.images[key], job.slide.coordinate_system)
@@ -455,18 +444,39 @@ def _run(
     pooled = _is_pooled(head, stored)
     side = window_side(tiling.tile_px, None if layout is None else layout.block_px * job.factor)
     with Transaction(job.sdata, job.names, overwrite=job.overwrite) as out, ExitStack() as stack:
-        blocks = None if layout is None else stack.enter_context(_map_writer(out, job, layout))
-        rows = None
+        blocks, rows = None, None
+        if layout is not None:
+            blocks = GeneMapWriter(
+                out,
+                key=job.map_key,
+                channels=job.channels,
+                layout=layout,
+                transforms=image_transforms(job.sdata, job.slide.image_key),
+                pitch_image_px=MAP_STRIDE * job.slide.working_scale * job.factor,
+                fingerprint=job.fingerprint,
+            )
+            stack.enter_context(blocks)
         if request is not None:
-            n_columns = head.in_features if pooled else head.n_outputs
-            rows = stack.enter_context(_region_writer(out, job, request, side, n_columns))
+            rows = RegionWriter(
+                out,
+                table_key=request.table_key,
+                n_regions=len(request.regions),
+                genes=job.genes,
+                n_columns=head.in_features if pooled else head.n_outputs,
+                n_layers=len(units_of(job.model.record).layers),
+                fingerprint=fingerprint({"map": job.fingerprint, "window": side, **request.parts}),
+            )
+            stack.enter_context(rows)
         n_bytes = sum(writer.missing_bytes for writer in (blocks, rows) if writer is not None)
         out.check_room(n_bytes, _OTHER_FILES + (0 if blocks is None else blocks.missing_files))
         regions = Circles(np.empty((0, 2)), np.empty(0)) if request is None else request.regions
         region_plan = plan_regions(regions, Grid(*job.slide.map_shape, MAP_STRIDE), job.tissue, side)
         shown = Factors(head.in_features) if job.write == "factors" else head
         plan = PredictPlan(region_plan, tiling, side, head, shown, pooled, stored)
-        to_write = {} if blocks is None else _native_blocks(blocks.pending, job.factor, job.slide.map_shape)
+        to_write = {}  # native map pixels of each block of the map → the block
+        for block in () if blocks is None else blocks.pending:
+            row0, row1, col0, col1 = (v * job.factor for v in block)
+            to_write[row0, min(row1, job.slide.map_shape[0]), col0, min(col1, job.slide.map_shape[1])] = block
         visits = plan.visits(list(to_write), None if rows is None else rows.is_done)
         with Walk(job.model.network, job.slide.read, plan, visits, fabric) as walk:
             _announce(walk, blocks, rows)
@@ -487,39 +497,6 @@ def _run(
         if job.pixels.is_settled:
             notes["content"] = {job.slide.image_key: job.pixels.note()}
         out.commit(elements, provenance=notes)
-
-
-def _map_writer(out: Transaction, job: _Job, layout: MapLayout) -> GeneMapWriter:
-    return GeneMapWriter(
-        out,
-        key=job.map_key,
-        channels=job.channels,
-        layout=layout,
-        transforms=image_transforms(job.sdata, job.slide.image_key),
-        pitch_image_px=MAP_STRIDE * job.slide.working_scale * job.factor,
-        fingerprint=job.fingerprint,
-    )
-
-
-def _region_writer(out: Transaction, job: _Job, request: RegionRequest, side: int, n_columns: int) -> RegionWriter:
-    return RegionWriter(
-        out,
-        table_key=request.table_key,
-        n_regions=len(request.regions),
-        genes=job.genes,
-        n_columns=n_columns,
-        n_layers=len(units_of(job.model.record).layers),
-        fingerprint=fingerprint({"map": job.fingerprint, "window": side, **request.parts}),
-    )
-
-
-def _native_blocks(stored: Sequence[Block], factor: int, shape: tuple[int, int]) -> dict[Block, Block]:
-    """Native map pixels of blocks of a map that is ``factor`` times as coarse → the blocks."""
-    native = {}
-    for block in stored:
-        row0, row1, col0, col1 = (v * factor for v in block)
-        native[row0, min(row1, shape[0]), col0, min(col1, shape[1])] = block
-    return native
 
 
 def _put_away(
@@ -623,18 +600,13 @@ def _model(sdata: SpatialData, model: PixNet | str | Path | None) -> PixNet:
     folder, stored = str(recorded(sdata, "model") or ""), stored_note(sdata, "model")
     if folder and stored is not None and stored != folder:
         raise CheckpointError(
-            f"Two models are recorded: {folder!r} in this object, and {stored!r} in its store, which another run has "
-            "written to since. Give model= one of them, or open the store anew."
+            f"Two models are recorded: {folder!r} in this object, and {stored!r} in its store. Give model= one of them."
         )
     if not folder:
-        raise CheckpointError(
-            "No model was given, and none is recorded in this object. Give predict(sdata, model=...) a PixNet or "
-            "a checkpoint folder, or train one with fit(sdata)."
-        )
+        raise CheckpointError("No model is recorded in this object. Give model=, or train one with fit(sdata).")
     if not Path(folder).exists():
         raise CheckpointError(
-            f"The model that is recorded in this object, {folder!r}, is not there any more. Give model= the folder "
-            "that it was moved to, or train again with fit(sdata)."
+            f"The recorded model {folder!r} is not there any more. Give model= its new folder, or train again."
         )
     return PixNet.load(folder)
 
@@ -645,20 +617,13 @@ def _check_quality(model: PixNet, allow_poor_model: bool) -> None:
         logger.warning("the model is worse than none: %s", poor)
     elif poor:
         raise CheckpointError(
-            f"The model is worse than none: {poor}. Train it again, with a lower lr= (it was "
-            f"{model.record.training.get('lr')}) or for longer; predict_params={{'allow_poor_model': True}} predicts "
-            "all the same."
+            f"The model is worse than none: {poor}. Train it again, with a lower lr= than {model.record.training.get('lr')}"
+            " or for longer; predict_params={'allow_poor_model': True} predicts all the same."
         )
 
 
 def _map_factor(map_um: float | None, slide: Slide, n_values: int) -> int:
-    """Native map pixels per pixel of the map that is asked for; `n_values` is what a native one holds.
-
-    Raises
-    ------
-    PixNetError
-        `map_um` is not a whole multiple of the native pitch, so the map would have to be interpolated, or too large.
-    """
+    """Return the native map pixels per pixel of the map, a whole number; `n_values` is what a native one holds."""
     if map_um is None:
         return 1
     native = MAP_STRIDE * slide.working_mpp
@@ -676,8 +641,7 @@ def _tissue(slide: Slide) -> NDArray[np.bool_]:
     tissue = tissue_mask(slide)
     if not tissue.any():
         raise DataError(
-            f"No tissue was found on image {slide.image_key!r}: it looks like empty glass. Check image_key= (an H&E "
-            "image on a bright background is needed)."
+            f"No tissue on image {slide.image_key!r}: image_key= has to be an H&E image on a bright background."
         )
     return tissue
 

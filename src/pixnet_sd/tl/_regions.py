@@ -54,10 +54,7 @@ class RegionRequest:
     def describe(
         self, on_glass: NDArray[np.bool_], start: int, stop: int, weight: NDArray[np.float64] | None
     ) -> RowInfo:
-        """Ids, centres and areas of the regions ``start`` ... ``stop - 1``.
-
-        ``weight`` counts their tissue pixels, or all pixels of one ``on_glass``; None leaves the tissue's area out.
-        """
+        """List ids, centres and areas of some regions; `weight` counts tissue pixels, or all pixels ``on_glass``."""
         regions = self.regions.subset(np.arange(start, stop))
         px_um2 = self.slide.working_mpp**2
         obs = {"area_um2": regions.area * px_um2}
@@ -77,13 +74,7 @@ def request_regions(
     shapes_key: str | None,
     key_added: str,
 ) -> RegionRequest | None:
-    """Turn the arguments of `predict` into regions; None when none are asked for.
-
-    Raises
-    ------
-    PixNetError
-        Arguments that give no region, or more than the machine holds.
-    """
+    """Turn the arguments of `predict` into regions; None when none are asked for."""
     if shapes_key is not None:
         return _at_shapes(sdata, slide, shapes_key, radius_um, key_added)
     if radius_um is not None:
@@ -98,7 +89,10 @@ def request_regions(
         check_regions(f"bin_um={bin_um:g}", bin_um, slide, tissue)
         _check_size("bin_um", bin_um, bin_um, slide)
         grid = _grid_on_tissue(slide, tissue, bin_um, f"bin_um={bin_um:g}")
-        return _bins(sdata, slide, grid, bin_um, f"{key_added}_bins_{bin_um:g}um")
+        transforms = image_transforms(sdata, slide.image_key)
+        make = partial(squares_element, side_px=bin_um / slide.mpp, transforms=transforms)
+        key = f"{key_added}_bins_{bin_um:g}um"
+        return RegionRequest(key, f"{key}_shapes", make, grid, pd.RangeIndex(len(grid)), bin_um, slide)
     return None
 
 
@@ -117,8 +111,7 @@ def _check_size(name: str, value: float, width_um: float, slide: Slide) -> None:
     if width_um < slide.working_mpp / 2:
         least = slide.working_mpp / 2 * value / width_um
         raise PixNetError(
-            f"{name}={value:g}: regions are smaller than the model's pixels, {slide.working_mpp:g} µm, and most would "
-            f"hold none. Give {name}={least:g} or more."
+            f"{name}={value:g}: smaller than the model's pixels, {slide.working_mpp:g} µm. Give {name}={least:g} or more."
         )
 
 
@@ -136,13 +129,6 @@ def _grid_on_tissue(slide: Slide, tissue: NDArray[np.bool_], pitch_um: float, wh
     return Lattice(row, col, np.diag([pitch, pitch, 1.0]))
 
 
-def _check_not_larger(radius_um: float, slide: Slide) -> None:
-    """Refuse circles about given centres each of which would take in the whole slide."""
-    most = float(np.hypot(*slide.working_shape)) * slide.working_mpp
-    if radius_um > most:
-        raise PixNetError(f"radius_um={radius_um:g}: the slide is {most:.0f} µm from corner to corner. Give less.")
-
-
 def _circles(
     sdata: SpatialData, slide: Slide, centred: Regions, radius_um: float, key: str, ids: pd.Index
 ) -> RegionRequest:
@@ -157,12 +143,6 @@ def _circles(
     return RegionRequest(key, f"{key}_shapes", make, about, ids, 2 * radius_um, slide)
 
 
-def _bins(sdata: SpatialData, slide: Slide, grid: Lattice, bin_um: float, key: str) -> RegionRequest:
-    transforms = image_transforms(sdata, slide.image_key)
-    make = partial(squares_element, side_px=bin_um / slide.mpp, transforms=transforms)
-    return RegionRequest(key, f"{key}_shapes", make, grid, pd.RangeIndex(len(grid)), bin_um, slide)
-
-
 def _at_shapes(
     sdata: SpatialData, slide: Slide, shapes_key: str, radius_um: float | None, key_added: str
 ) -> RegionRequest:
@@ -170,7 +150,9 @@ def _at_shapes(
     key = f"{key_added}_{shapes_key}"
     if radius_um is not None:
         _check_size("radius_um", radius_um, 2 * radius_um, slide)
-        _check_not_larger(radius_um, slide)
+        most = float(np.hypot(*slide.working_shape)) * slide.working_mpp
+        if radius_um > most:
+            raise PixNetError(f"radius_um={radius_um:g}: the slide is {most:.0f} µm from corner to corner. Give less.")
         return _circles(sdata, slide, regions, radius_um, f"{key}_circles_{radius_um:g}um", ids)
     area = regions.subset(np.unique(np.linspace(0, len(regions) - 1, _SAMPLE).astype(np.int64))).area
     diameter_um = 2 * float(np.sqrt(np.median(area) / np.pi)) * slide.working_mpp
@@ -220,11 +202,7 @@ def units_of(record: ModelRecord) -> Units:
 
 
 def express(model: PixNet, index: Sequence[int], n_columns: int) -> Express:
-    """Choose how sums over regions become a table's values.
-
-    ``index`` are the genes that are predicted, among the model's; the sums have one column a gene (and one for all of
-    them, of a model of counts), or one for each channel of D.
-    """
+    """Choose how sums over regions, a column a gene (of counts one more for all) or a channel of D, become values."""
     import torch  # plots look for regions, and load none
 
     from pixnet_sd.model import apply_head, log_normalised

@@ -36,10 +36,6 @@ class StoredMap:
     shape: tuple[int, int]
     has_features: bool = False  # D, from which all can be had, or values of the head, from which only regions can
 
-    def covers(self, window: Window) -> bool:
-        """Whether the map reaches over a window."""
-        return window.row1 <= self.shape[0] and window.col1 <= self.shape[1]
-
 
 @dataclass(frozen=True, eq=False)
 class WindowRegions:
@@ -150,10 +146,7 @@ class PredictPlan:
         return self.head.in_features if self.pooled else self.head.n_outputs
 
     def visits(self, blocks: Sequence[Block], is_done: Callable[[Window], bool] | None) -> list[Visit]:
-        """List the windows with something to do, in order, given the blocks of the map that are still to be written.
-
-        ``is_done`` says whether a window's regions are summed already; None: no regions are asked for.
-        """
+        """List the windows with something to do: blocks to write, or regions not yet summed (None: none asked for)."""
         step, side, tissue = self.tiling.tile_px // MAP_STRIDE, self.side, self.regions.tissue
         pending: dict[tuple[int, int], list[Block]] = {}
         for block in blocks:
@@ -171,18 +164,22 @@ class PredictPlan:
                 self.stored is not None
                 and (self.stored.has_features or not to_write)
                 and not glass.any()  # of which a map knows nothing
-                and self.stored.covers(window)
+                and window.row1 <= self.stored.shape[0]
+                and window.col1 <= self.stored.shape[1]
             )
             needed = (asked if regions else np.zeros_like(asked)) | (_cut(tissue, window) if to_write else False)
-            visits.append(Visit(window, [] if reuse else _tiles(window, needed, step), to_write, regions, reuse))
+            tiles = [
+                ((window.row0 + row) * MAP_STRIDE, (window.col0 + col) * MAP_STRIDE)
+                for row in range(0, window.shape[0], step)
+                for col in range(0, window.shape[1], step)
+                if not reuse and needed[row : row + step, col : col + step].any()
+            ]
+            visits.append(Visit(window, tiles, to_write, regions, reuse))
         return visits
 
 
 def window_side(tile_px: int, block_px: int | None) -> int:
-    """Return the side of a window, map pixels: whole blocks, room for a tile, tiles aligned with the coarsest stride.
-
-    ``tile_px`` are working pixels, ``block_px`` map pixels, None where no map is written.
-    """
+    """Return the side of a window, map pixels: whole blocks, room for a tile (working pixels), strides aligned."""
     unit = lcm(block_px or 1, ALIGN_PX // MAP_STRIDE)
     return -(-(tile_px // MAP_STRIDE) // unit) * unit
 
@@ -214,16 +211,6 @@ def _cut(array: NDArray[np.bool_], window: Window) -> NDArray[np.bool_]:
     return array[window.row0 : window.row1, window.col0 : window.col1]
 
 
-def _tiles(window: Window, needed: NDArray[np.bool_], step: int) -> list[tuple[int, int]]:
-    """List the tiles of a window that hold a needed map pixel; `needed` is the window's own."""
-    return [
-        ((window.row0 + row) * MAP_STRIDE, (window.col0 + col) * MAP_STRIDE)
-        for row in range(0, window.shape[0], step)
-        for col in range(0, window.shape[1], step)
-        if needed[row : row + step, col : col + step].any()
-    ]
-
-
 def _touching(regions: Regions, grid: Grid, window: Window) -> NDArray[np.intp]:
     """Find the regions whose boxes reach a window."""
     row0, row1, col0, col1 = window
@@ -232,10 +219,7 @@ def _touching(regions: Regions, grid: Grid, window: Window) -> NDArray[np.intp]:
 
 
 def _map_box(bounds: NDArray[np.float64], grid: Grid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First and last map pixel (x, y), both included, on which the pixels of a box can have weight.
-
-    The last is before the first for a box off the slide.
-    """
+    """First and last map pixel (x, y) on which a box can have weight; off the slide the last is before the first."""
     last = np.array([grid.width - 1, grid.height - 1])
     bounds = np.nan_to_num(bounds, nan=-1e6)  # labels that are nowhere
     low = np.floor(bounds[:, :2] / grid.stride - 0.5).astype(np.int64)

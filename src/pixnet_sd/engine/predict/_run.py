@@ -82,11 +82,13 @@ class Walk:
         self._shown = self._head if plan.shown is plan.head else plan.shown
         self._contexts = ExitStack()
         self._pairs: Pairs | None = None
+        self.batch_size = self._tiling.batch_size  # tiles of a forward pass
 
     def __enter__(self) -> Self:
         self._contexts.enter_context(fixed_shapes(self._device))
         self._contexts.enter_context(kept_memory(self._device))
         self._pairs = Pairs(self._device)
+        self.batch_size = max(self._tiling.batch_size, 2 if self._pairs else 1)
         self._contexts.callback(self._pairs.close)
         return self
 
@@ -97,11 +99,6 @@ class Walk:
     def n_tiles(self) -> int:
         """Tiles that go through the network."""
         return sum(len(visit.tiles) for visit in self._visits)
-
-    @property
-    def batch_size(self) -> int:
-        """Tiles of a forward pass."""
-        return max(self._tiling.batch_size, 2 if self._pairs else 1)
 
     def seconds_per_tile(self) -> float:
         """Measure the time that a tile takes in the network, without what is done ahead of it and after it."""
@@ -219,8 +216,7 @@ class Walk:
         yield array
         self._buffers.give(array)
 
-    def _output(self, *shape: int) -> Tensor | None:
-        """Memory for what is written next; None: torch's own, which on a GPU is kept anyway."""
+    def _output(self, *shape: int) -> Tensor | None:  # on a GPU torch keeps its own memory
         return self._buffers.take(*shape) if self._device.type == "cpu" else None
 
     @torch.inference_mode()
