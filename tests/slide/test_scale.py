@@ -76,13 +76,6 @@ def test_image_and_bins_with_different_transforms(visium_hd) -> None:
         find_mpp(sdata, **FULL, mpp=0.5)
 
 
-def test_sparse_bins_do_not_mislead(visium_hd) -> None:
-    sdata = visium_hd(mpp=0.4, bins=(8,), keep=lambda row, col: (row % 2 == 0) & (col % 2 == 0))
-    assert find_mpp(sdata, **FULL)[0] == pytest.approx(0.4, rel=1e-9)
-    with pytest.raises(ResolutionError, match="unknown"):  # squares that do not touch
-        find_mpp(without_tables(sdata), **FULL)
-
-
 def test_bins_elsewhere_and_stretched_bins_are_passed_over(visium_hd) -> None:
     sdata = visium_hd()
     for key in list(sdata.tables):
