@@ -10,7 +10,7 @@ from spatialdata import SpatialData
 from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Identity, Scale, Translation, set_transformation
 
-from pixnet_sd.errors import ResolutionError
+from pixnet_sd.errors import ElementError, ResolutionError
 from pixnet_sd.slide import find_mpp
 from pixnet_sd.slide.tables import select_tables
 
@@ -174,6 +174,8 @@ def test_bins_of_a_slide_tell_nothing_of_another_in_the_same_system(visium_hd, i
         where = {"image_key": key, "coordinate_system": "sample"}
         with pytest.raises(ResolutionError, match=f"'{key}'.*mpp="):
             find_mpp(sdata, **where)
+        with pytest.raises(ElementError, match=f"'{key}'.*'square_008um'.*table_key="):
+            select_tables(sdata, **where)
         assert find_mpp(sdata, **where, region_keys=["sample_square_008um"])[0] == pytest.approx(0.5)
 
 
