@@ -10,7 +10,7 @@ from spatialdata import SpatialData
 from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Identity, Scale, Translation, set_transformation
 
-from pixnet_sd.errors import ResolutionError
+from pixnet_sd.errors import ElementError, ResolutionError
 from pixnet_sd.slide import find_mpp
 from pixnet_sd.slide.tables import select_tables
 
@@ -74,13 +74,6 @@ def test_image_and_bins_with_different_transforms(visium_hd) -> None:
     set_transformation(sdata["sample_full_image"], Scale([1.0, 1.1], axes=("x", "y")), "sample")
     with pytest.raises(ResolutionError, match="image 'sample_full_image'"):
         find_mpp(sdata, **FULL, mpp=0.5)
-
-
-def test_sparse_bins_do_not_mislead(visium_hd) -> None:
-    sdata = visium_hd(mpp=0.4, bins=(8,), keep=lambda row, col: (row % 2 == 0) & (col % 2 == 0))
-    assert find_mpp(sdata, **FULL)[0] == pytest.approx(0.4, rel=1e-9)
-    with pytest.raises(ResolutionError, match="unknown"):  # squares that do not touch
-        find_mpp(without_tables(sdata), **FULL)
 
 
 def test_bins_elsewhere_and_stretched_bins_are_passed_over(visium_hd) -> None:
@@ -181,6 +174,8 @@ def test_bins_of_a_slide_tell_nothing_of_another_in_the_same_system(visium_hd, i
         where = {"image_key": key, "coordinate_system": "sample"}
         with pytest.raises(ResolutionError, match=f"'{key}'.*mpp="):
             find_mpp(sdata, **where)
+        with pytest.raises(ElementError, match=f"'{key}'.*'square_008um'.*table_key="):
+            select_tables(sdata, **where)
         assert find_mpp(sdata, **where, region_keys=["sample_square_008um"])[0] == pytest.approx(0.5)
 
 

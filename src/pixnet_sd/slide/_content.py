@@ -107,8 +107,7 @@ def _lazy_blocks(level: ImageLevel) -> NDArray[np.uint8]:
     """Digests of the squares of a dask array, in one pass over its graph: what is cut from one chunk loads it once."""
     pixels = level.pixels.data[list(level.channels)].rechunk((-1, _BLOCK_PX, _BLOCK_PX))
     chunks = (1,) * pixels.numblocks[1], (32,) * pixels.numblocks[2]
-    digests = pixels.map_blocks(lambda block: _digest(block)[None], drop_axis=0, dtype=np.uint8, chunks=chunks)
-    return computed(digests)
+    return computed(pixels.map_blocks(lambda block: _digest(block)[None], drop_axis=0, dtype=np.uint8, chunks=chunks))
 
 
 def _digest(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -132,8 +131,8 @@ def _read_blocks(level: ImageLevel) -> NDArray[np.uint8]:
                 block = planes[:, row : row + _BLOCK_PX, col : col + _BLOCK_PX]
                 digests[(top + row) // _BLOCK_PX, (left + col) // _BLOCK_PX] = _digest(block)
 
-    n_threads = max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 16))
-    with ThreadPoolExecutor(max(1, min(n_threads, _READ_BYTES // (3 * side * side)))) as pool:
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    with ThreadPoolExecutor(max(1, min(n_cpus, 16, _READ_BYTES // (3 * side * side)))) as pool:
         list(pool.map(hash_box, corners))
     return digests.reshape(len(digests), -1)
 
@@ -182,16 +181,14 @@ def _check_element(element: Any, store: Path, group: str, key: str) -> None:
         on_disk: Any = shapes if len(shapes) > _MANY_SHAPES else shapes.load()
     else:
         on_disk = read_elements(store, {group: [key]})[key]
-    systems = sorted({*coordinate_systems(element), *coordinate_systems(on_disk)})
-    shared = shared_systems(element, on_disk)
-    same = [
-        s for s in shared if np.allclose(affine_matrix(element, s), affine_matrix(on_disk, s), rtol=1e-9, atol=1e-9)
-    ]
-    differ = [system for system in systems if system not in same]
+    differ = {*coordinate_systems(element), *coordinate_systems(on_disk)}
+    for system in shared_systems(element, on_disk):
+        own, stored = affine_matrix(element, system), affine_matrix(on_disk, system)
+        differ -= {system} if np.allclose(own, stored, rtol=1e-9, atol=1e-9) else set()
     if differ:
         raise StoreError(
             f"{group} element {key!r} has another transformation in memory than in the store {store}, to coordinate "
-            f"system {names(differ)}, so that results there would lie elsewhere. Write it first: "
+            f"system {names(sorted(differ))}, so that results there would lie elsewhere. Write it first: "
             f"sdata.write_transformations({key!r}); or read the object again."
         )
     changed = _changed_shapes(element, on_disk) if group == "shapes" else _changed_pixels(element, on_disk, store)
@@ -238,12 +235,5 @@ def _changed_shapes(shapes: GeoDataFrame, on_disk: Shapes) -> str:
     if isinstance(on_disk, StoredShapes):
         sample = sample_shapes(on_disk)
         shapes, on_disk = shapes.loc[sample.index], sample
-    outlines = zip(_outlines(shapes), _outlines(on_disk), strict=True)
-    same = all(a.shape == b.shape and np.array_equal(a, b, equal_nan=True) for a, b in outlines)
-    return "" if same else "outlines"
-
-
-def _outlines(shapes: GeoDataFrame) -> tuple[NDArray[np.float64], ...]:
-    xy, owner = shapely.get_coordinates(shapes.geometry.to_numpy(), return_index=True)
-    radius = shapes["radius"].to_numpy(np.float64) if "radius" in shapes else np.zeros(0)
-    return xy, owner.astype(np.float64), radius
+    same = shapely.equals_identical(shapes.geometry.to_numpy(), on_disk.geometry.to_numpy()).all()
+    return "" if same and np.array_equal(shapes.get("radius"), on_disk.get("radius")) else "outlines"

@@ -104,17 +104,10 @@ class _Looks(NamedTuple):
 
 
 def select_image(sdata: SpatialData, *, image_key: str | None = None, coordinate_system: str | None = None) -> str:
-    """Name of the slide image: the one given, or the only one in the coordinate system that can be meant.
-
-    Images that pixnet_sd wrote are never meant. Of others those come first that look like H&E; of several the one of
-    which all others are smaller copies, as readers put them beside it. `ElementError`: no image, none fits, or several.
-    """
+    """Name of the slide image: the one given, else of those not ours that look most like H&E, the others' original."""
     if image_key is not None:
         if image_key not in sdata.images:
-            is_other = f" ({image_key!r} is another kind of element)" if image_key in sdata else ""
-            raise ElementError(
-                f"There is no image {image_key!r}{is_other}. Images: {names(sdata.images)}. Check image_key=."
-            )
+            raise ElementError(f"There is no image {image_key!r}. Images: {names(sdata.images)}. Check image_key=.")
         systems = coordinate_systems(sdata.images[image_key])
         if coordinate_system is not None and coordinate_system not in systems:
             raise ElementError(
@@ -193,17 +186,13 @@ def _n_px(element: Any) -> int:
 
 
 def is_copy(sdata: SpatialData, large: str, small: str) -> bool:
-    """Whether an image shows the same as another that has fewer pixels, or is the same as one with as many.
-
-    They have to cover the same place in a shared coordinate system. If that is made of the pixels of the one, and the
-    other has another made of its own, as readers place pictures that come with a slide, that is enough. Otherwise their
-    pixels must go together, for two samples may lie on one another; of as many pixels, have the same colours.
-    """
+    """Whether an image shows the same as another that has fewer pixels, or is the same as one with as many."""
     one, other = sdata.images[large], sdata.images[small]
     systems = [system for system in shared_systems(one, other) if _cover_the_same(one, other, system)]
     if _n_px(one) < _n_px(other) or not systems:
         return False
     own = {system for system in coordinate_systems(other) if _is_identity(other, system)}
+    # as readers place pictures that come with a slide; others' pixels must go together: two samples may overlap
     if any(own - {system} and _is_identity(one, system) for system in systems):
         return True
     return _look_alike(one, other, same_colours=_n_px(one) == _n_px(other))
@@ -259,9 +248,7 @@ def select_coordinate_system(
 ) -> str:
     """Name of the coordinate system, perhaps an empty one, in which image and regions meet, if it is not given.
 
-    It has `element_key`, and of `region_keys` as many as any. Of several, the one whose units are closest to pixels of
-    the image, then by name. `ElementError` if none is shared, the given one is not, or regions are aligned in several
-    ways.
+    It has `element_key`, and of `region_keys` as many as any; of several, that in units closest to pixels of the image.
     """
     image = sdata.images[image_key]
     shared = list(coordinate_systems(image))
@@ -299,9 +286,8 @@ def select_coordinate_system(
 def _distance_from_pixels(image: Any, system: str) -> tuple[float, float]:
     """By how much the unit of a coordinate system differs from a pixel, and its map from the identity."""
     matrix = affine_matrix(image, system)
-    scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
-    log_scale = abs(np.log(scale)) if scale > 0 else np.inf
-    return round(float(log_scale), 9), round(float(np.abs(matrix - np.eye(3)).max()), 9)
+    area = abs(np.linalg.det(matrix[:2, :2]))
+    return round(float(abs(np.log(area)) if area > 0 else np.inf), 9), round(float(np.abs(matrix - np.eye(3)).max()), 9)
 
 
 @dataclass(frozen=True)
@@ -405,9 +391,7 @@ def find_mpp(
     """Micrometres per pixel of an image at scale 0, and a phrase on where they come from.
 
     In this order: `mpp` of the caller, or that the coordinate system is in µm; the object's notes; Visium HD bins;
-    Visium spots. `region_keys` are asked before other elements. What bins or spots contradict is said: of the caller
-    with a warning, of notes with a `ResolutionError`, as is a value that is unknown, contradictory or outside 0.1-2
-    µm/px (unless `allow_any_mpp`), or a transformation of the image that is no similarity.
+    Visium spots. `region_keys` are asked before other elements.
     """
     scale = similarity_scale(affine_matrix(sdata.images[image_key], coordinate_system), f"image {image_key!r}")
     known = _known_sizes(sdata, coordinate_system, image_key, region_keys)

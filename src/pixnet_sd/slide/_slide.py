@@ -28,11 +28,10 @@ _READ_PX = 4096  # side of the boxes that `read_picture` reads at once, in pixel
 
 @dataclass(frozen=True, eq=False)
 class Slide:
-    """One H&E image, to be read at ``working_mpp`` as if it were stored so.
+    """One H&E image, to be read at ``working_mpp`` as if stored so, by any thread; pickles, backed without its pixels.
 
     Three frames, all (x, y) with pixel i covering [i, i + 1): *image px*, of the element's scale 0; *working px*,
-    ``image px * mpp / working_mpp``; and the coordinate system. Slides pickle, without their pixels when backed,
-    and can be read from several threads at once.
+    ``image px * mpp / working_mpp``; and the coordinate system.
     """
 
     image_key: str
@@ -95,10 +94,7 @@ class Slide:
         return replace(self, name=name)
 
     def read(self, row0: int, row1: int, col0: int, col1: int) -> NDArray[np.uint8]:
-        """Pixels of a box in working px, (row1 - row0, col1 - col0, 3), white outside the slide.
-
-        They come from the nearest finer level, and a pixel has the same value in every box that holds it.
-        """
+        """Pixels of a box in working px, (h, w, 3), white outside the slide, the same in every box that holds it."""
         height, width = self.working_shape
         top, bottom, left, right = max(row0, 0), min(row1, height), max(col0, 0), min(col1, width)
         if top >= bottom or left >= right:
@@ -126,11 +122,7 @@ def open_slide(
     element_key: str | None = None,
     region_keys: Sequence[str] = (),
 ) -> Slide:
-    """Find the slide image of an object and make it readable at the working resolution.
-
-    The arguments and errors are those of `select_image`, `select_coordinate_system` and `find_mpp`: the coordinate
-    system has to reach `element_key`; `region_keys` are meant. `DataError`: the image is not RGB uint8.
-    """
+    """Find the slide image, as `select_image`, `select_coordinate_system` and `find_mpp` do, and open it."""
     image_key = select_image(sdata, image_key=image_key, coordinate_system=coordinate_system)
     aligned = list(region_keys)
     if not aligned and mpp is None and len(coordinate_systems(sdata.images[image_key])) > 1:
@@ -140,7 +132,7 @@ def open_slide(
         sdata, image_key=image_key, element_key=element_key, region_keys=aligned, coordinate_system=coordinate_system
     )
     place = {"image_key": image_key, "coordinate_system": coordinate_system}
-    meant = [*region_keys, *([element_key] if element_key is not None else [])]
+    meant = [key for key in (*region_keys, element_key) if key is not None]
     mpp, rule = find_mpp(sdata, **place, mpp=mpp, allow_any_mpp=allow_any_mpp, region_keys=meant)
     slide = slide_at(sdata, **place, mpp=mpp, mpp_rule=rule, working_mpp=working_mpp)
     logger.info("%s", slide.taken())
@@ -215,10 +207,9 @@ _MIN_CONTRAST = 12.0  # grey levels; two classes closer than this are one class 
 def tissue_mask(slide: Slide) -> np.ndarray:
     """Tissue of a slide on the map grid, bool: all False for a blank slide, all True for one without glass.
 
-    Otsu's threshold on an overview of about 8 µm/px, then two questions that it cannot answer, since it always finds
-    two classes: are they different at all, and is the brighter one glass? The outline is generous, so that pale tissue
-    is not lost: gaps below 0.15 mm are closed, holes below 0.16 mm² filled, pieces below 0.01 mm² left out. Black
-    pixels, which were not scanned, count as glass.
+    Otsu's threshold on an overview of about 8 µm/px always finds two classes: are they different at all, and is the
+    brighter one glass? Black pixels, which were not scanned, count as glass. The outline keeps pale tissue: gaps below
+    0.15 mm are closed, holes below 0.16 mm² filled, pieces below 0.01 mm² left out.
     """
     sides_um = (slide.height_px * slide.mpp, slide.width_px * slide.mpp)
     finest = math.sqrt(sides_um[0] * sides_um[1] / _OVERVIEW_MAX_PX)

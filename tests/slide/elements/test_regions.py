@@ -79,18 +79,6 @@ def test_polygons_holes_and_multipolygons_in_order() -> None:
     np.testing.assert_array_equal(rings.ring_region, [0, 0, 1])
 
 
-# Hundredths plus an odd fraction: no vertex, and so no pixel centre, lies where rounding decides.
-PLACE = st.integers(300, 4000).map(lambda v: v / 100 + 0.00314159)
-RADIUS = st.integers(100, 700).map(lambda v: v / 100 + 0.00173205)
-
-
-@given(st.lists(st.tuples(PLACE, PLACE, RADIUS), min_size=1, max_size=6))
-def test_any_polygons_fill_as_shapely_says(discs: list[tuple[float, float, float]]) -> None:
-    geometry = [shapely.Point(x, y).buffer(r, quad_segs=3) for x, y, r in discs]
-    merged = shapely.union_all(geometry)
-    assert filled(regions_from_shapes(frame([*geometry, merged]), "x")) == by_shapely([*geometry, merged])
-
-
 with np.errstate(invalid="ignore"):
     BAD = [
         shapely.GeometryCollection([SQUARE]),
@@ -259,22 +247,19 @@ def test_ids_that_no_table_can_hold(circles, ids, is_mended: bool) -> None:
 IMAGE = {"width": 400, "height": 100, "what": "Shapes 'cells'"}
 
 
-def boxes(xy: list[tuple[float, float]], half: float = 2.0) -> np.ndarray:
-    centres = np.array(xy, dtype=float)
-    return np.concatenate([centres - half, centres + half], axis=1)
-
-
 @pytest.mark.filterwarnings("error")
 def test_regions_inside_across_the_edge_and_outside() -> None:
-    assert check_regions_on_image(boxes([(10, 10), (399, 99), (-1, 50), (401, 50)]), **IMAGE).all()
-    assert check_regions_on_image(boxes([(10, 90), (50, 50), (60, 101)]), **IMAGE).all()  # few are not "swapped"
+    assert check_regions_on_image(Circles(np.array([(10, 10), (399, 99), (-1, 50), (401, 50)]), 2), **IMAGE).all()
+    assert check_regions_on_image(
+        Circles(np.array([(10, 90), (50, 50), (60, 101)]), 2), **IMAGE
+    ).all()  # few are not "swapped"
     with pytest.warns(UserWarning, match="Shapes 'cells': 1 of 3"):
-        touches = check_regions_on_image(boxes([(10, 10), (500, 50), (300, 50)]), **IMAGE)
+        touches = check_regions_on_image(Circles(np.array([(10, 10), (500, 50), (300, 50)]), 2), **IMAGE)
     np.testing.assert_array_equal(touches, [True, False, True])
     swapped = [(y, x) for x in range(110, 400, 20) for y in range(5, 100, 20)]
     for xy, found in ((swapped, "100% would.*swapped.*x 3 to"), ([(1000, 10), (2000, 10)], "none of 2.*x 998 to")):
         with pytest.raises(ResolutionError, match=f"'cells'.*{found}"):
-            check_regions_on_image(boxes(xy), **IMAGE)
+            check_regions_on_image(Circles(np.array(xy), 2), **IMAGE)
 
 
 far = st.floats(-1e5, 1e5)

@@ -25,7 +25,6 @@ from pixnet_sd.slide.elements import (
     regions_of,
     shapes_of,
     tables_of,
-    var_columns_of,
 )
 from pixnet_sd.slide.tables import measured, select_tables
 
@@ -100,7 +99,7 @@ def test_stored_table(visium_hd, written, make) -> None:
     assert (stored.n_obs, stored.n_vars) == stored.shape == table.shape
     assert list(stored.var_names) == list(table.var_names)
     assert set(stored.obs.columns) == set(table.obs.columns)
-    assert var_columns_of(stored) == var_columns_of(table)
+    assert list(stored.var.columns) == list(table.var.columns)
     assert dict(stored.uns["spatialdata_attrs"]) == table.uns["spatialdata_attrs"]
     assert "pixnet_sd" not in stored.uns
     for name in ("array_row", "location_id"):

@@ -62,14 +62,6 @@ def test_follows_the_definition(height: int, width: int, scale: float) -> None:
     assert np.abs(whole(source, scale) - reference(source, scale)).max() < 0.8  # 0.5 is the rounding to uint8
 
 
-def test_reducing_by_two_weighs_one_three_three_one() -> None:
-    source = np.zeros((1, 12, 3), np.uint8)
-    source[0, 4:8] = np.array([8, 16, 24, 32], np.uint8)[:, None]
-    out = box(source, 2.0, 0, 1, 0, 6)
-    assert out[0, 2, 0] == (16 * 3 + 8 * 3 + 24) // 8
-    assert out[0, 3, 0] == (32 * 3 + 24 * 3 + 16) // 8
-
-
 @settings(deadline=None, max_examples=60)
 @given(size=st.integers(1, 4000), scale=st.floats(0.2, 64.0), data=st.data())
 def test_taps_are_whole_and_inside_the_source(size: int, scale: float, data: st.DataObject) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import spatialdata as sd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -135,21 +134,6 @@ def test_arrays_are_hashed_again_only_in_a_copy(tmp_path, hashed) -> None:
         assert len(hashed) == n
 
 
-@pytest.fixture
-def table(visium_hd, frame, tmp_path) -> Callable[..., Measured]:
-    """A table in memory, or one that is read from a store, with some change made to it."""
-
-    def make(change: Callable[[Any], None] = lambda table: None, *, stored: bool = False) -> Measured:
-        sdata = visium_hd(bins=(8,))
-        change(sdata.tables["square_008um"])
-        if stored:
-            sdata.write(tmp_path / "slide.zarr", overwrite=True)
-            sdata = sd.read_zarr(tmp_path / "slide.zarr", selection=("images",))
-        return measured(sdata, frame())[0]
-
-    return make
-
-
 def counts_of(table: Measured, cache: Path, genes=GENES) -> CountFile:
     (targets,) = targets_of({"": [table]}, genes, 1e4, cache, "nb", memory_bytes=0)[""]
     return targets.values.counts
@@ -160,40 +144,40 @@ def one_count(table) -> None:
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_made_once_for_a_table_and_genes(table, tmp_path, hashed, stored: bool) -> None:
-    opened, cache = table(stored=stored), tmp_path / "cache"
-    first = counts_of(opened, cache)
-    assert counts_of(opened, cache) == first
+def test_made_once_for_a_table_and_genes(opened, tmp_path, hashed, stored: bool) -> None:
+    table, cache = opened(is_stored=stored), tmp_path / "cache"
+    first = counts_of(table, cache)
+    assert counts_of(table, cache) == first
     assert len(hashed) == 4
     rows, _ = first.rows(np.arange(first.n))
-    np.testing.assert_array_equal(rows.toarray(), opened.counts.to_csr().toarray()[:, [3, 0]])
+    np.testing.assert_array_equal(rows.toarray(), table.counts.to_csr().toarray()[:, [3, 0]])
     assert [path.name for path in cache.iterdir()] == [first.folder.name]
-    others = [counts_of(opened, cache, genes) for genes in (GENES[::-1], GENES[:1])]
-    others.append(counts_of(table(one_count, stored=stored), cache))
+    others = [counts_of(table, cache, genes) for genes in (GENES[::-1], GENES[:1])]
+    others.append(counts_of(opened(one_count, stored), cache))
     assert len(hashed) == 4 * 4
     assert len({each.folder for each in [first, *others]}) == 4
     assert first.sha256 not in {each.sha256 for each in others}
 
 
-def test_damaged_or_killed_half_way_is_made_anew(table, tmp_path) -> None:
+def test_damaged_or_killed_half_way_is_made_anew(opened, tmp_path) -> None:
     """What a killed run has left is not taken for a cache, and goes when it is old."""
-    opened, cache = table(), tmp_path / "cache"
-    whole = counts_of(opened, cache)
+    table, cache = opened(), tmp_path / "cache"
+    whole = counts_of(table, cache)
     for name in ("count.bin", "meta.json"):
         (whole.folder / name).write_bytes(b"[]")
-        assert counts_of(opened, cache).sha256 == whole.sha256
+        assert counts_of(table, cache).sha256 == whole.sha256
     left = whole.folder.rename(cache / f"{whole.folder.name}.partial-0")
-    assert counts_of(opened, cache).folder == whole.folder
+    assert counts_of(table, cache).folder == whole.folder
     assert left.exists()
     os.utime(left, (0, 0))
     shutil.rmtree(whole.folder)
-    counts_of(opened, cache)
+    counts_of(table, cache)
     assert list(cache.iterdir()) == [whole.folder]
 
 
 @pytest.mark.parametrize("fault", ["full", "no folder"])
-def test_disk_that_does_not_take_it(table, tmp_path, fault: str) -> None:
-    opened, cache = table(), tmp_path / "some" / "cache"
+def test_disk_that_does_not_take_it(opened, tmp_path, fault: str) -> None:
+    table, cache = opened(), tmp_path / "some" / "cache"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if fault == "no folder":
         (tmp_path / "some").write_text("a file")
@@ -201,7 +185,7 @@ def test_disk_that_does_not_take_it(table, tmp_path, fault: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(StoreError, match=r"'square_008um'.*cache'.*checkpoint_dir="):
-            counts_of(opened, cache)
+            counts_of(table, cache)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not cache.exists()

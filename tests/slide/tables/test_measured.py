@@ -5,14 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-import shapely
-import spatialdata as sd
-from scipy import sparse
 from spatialdata import SpatialData
 
 from pixnet_sd.errors import DataError, ResolutionError
 from pixnet_sd.geometry import Lattice
-from pixnet_sd.slide import open_slide
 from pixnet_sd.slide.tables import checked_totals, choose_genes, measured, targets_of
 
 XY = [[20, 30], [60, 80], [200, 100], [300, 220]]
@@ -66,29 +62,11 @@ def test_rows_without_region_and_spots_off_the_image_are_left_out(spots, frame) 
     np.testing.assert_array_equal(dense(table), X[[3, 0]])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "names"),
-    [
-        ({"ids": [0, 1, 2, 3]}, DataError, "'t'.*'p'"),
-        ({"xy": [[30, 250], [80, 260], [100, 300], [220, 310]]}, ResolutionError, "'t', element 'spots'.*x and y"),
-    ],
-)
-def test_regions_that_do_not_fit(spots, frame, arguments, error, names) -> None:
-    with pytest.raises(error, match=names):
-        measured(spots(**arguments), frame())
-
-
-@pytest.mark.parametrize(("dataset_id", "labels"), [("sample", False), ("", True)])
-def test_visium_hd(visium_hd, dataset_id: str, labels: bool) -> None:
-    sdata = visium_hd(dataset_id=dataset_id, labels=labels, bins=(16, 8))
-    small, large = measured(sdata, open_slide(sdata, working_mpp=1.0))
-    assert (small.table_key, large.table_key) == ("square_008um", "square_016um")
-    assert isinstance(large.regions, Lattice)
-    np.testing.assert_allclose(large.regions.area, 16**2, rtol=1e-6)
-    table, shapes = sdata.tables["square_016um"], sdata.shapes[f"{dataset_id}_square_016um"]
-    centres = shapely.get_coordinates(shapely.centroid(shapes.geometry.loc[table.obs["location_id"]].to_numpy()))
-    np.testing.assert_allclose(large.regions.centre_xy, centres * 0.5, atol=1e-6)
-    np.testing.assert_array_equal(dense(large), table.X.toarray())
+def test_regions_that_do_not_fit(spots, frame) -> None:
+    with pytest.raises(DataError, match="'t'.*'p'"):
+        measured(spots(ids=[0, 1, 2, 3]), frame())
+    with pytest.raises(ResolutionError, match="'t', element 'spots'.*x and y"):
+        measured(spots(xy=[[30, 250], [80, 260], [100, 300], [220, 310]]), frame())
 
 
 def test_bins_in_another_order_than_the_table_and_without_a_shape(visium_hd, frame) -> None:
@@ -109,23 +87,6 @@ def test_bins_in_another_order_than_the_table_and_without_a_shape(visium_hd, fra
 
 TYPES = ["Gene Expression", "Antibody Capture", "Gene Expression", "Gene Expression", "Custom"]
 GENES = ["GENE0", "GENE2", "GENE3"]
-
-
-@pytest.fixture
-def opened(visium_hd, frame, tmp_path):
-    """The only table of a slide, in memory or in a store, after a change."""
-
-    def make(change, is_stored=False):
-        sdata = visium_hd(bins=(8,))
-        table = sdata.tables["square_008um"]
-        table.X = sparse.csr_matrix(table.X.toarray() * [1, 500, 1, 1, 70])
-        change(table)
-        if is_stored:
-            sdata.write(tmp_path / "slide.zarr")
-            sdata = sd.read_zarr(tmp_path / "slide.zarr", selection=("images",))
-        return measured(sdata, frame())[0]
-
-    return make
 
 
 def typed(name="feature_types", values=TYPES, kind=None):

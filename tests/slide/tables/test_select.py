@@ -135,11 +135,3 @@ def test_bins_of_two_samples_in_one_system(visium_hd, size: int) -> None:
     far = Translation([5000, 0], axes=("x", "y"))
     set_transformation(sdata[regions], far, "sample")
     assert select_tables(sdata, **where) == ["square_008um"]  # what lies beside the image is not of it
-
-
-def test_only_table_is_not_taken_for_either_of_two_slides(visium_hd, image) -> None:
-    sdata = visium_hd(bins=(8,))
-    sdata["other"] = image(500, 600, seed=1)
-    for key in ("other", "sample_full_image"):
-        with pytest.raises(ElementError, match=f"'{key}'.*'square_008um'.*table_key="):
-            select_tables(sdata, coordinate_system="sample", image_key=key)

@@ -36,8 +36,6 @@ from ._stored import (
     sample_shapes,
     shapes_of,
     tables_of,
-    var_column,
-    var_columns_of,
 )
 
 __all__ = [
@@ -77,8 +75,6 @@ __all__ = [
     "similarity_scale",
     "table_link",
     "tables_of",
-    "var_column",
-    "var_columns_of",
     "where_regions_are",
     "written_by_pixnet",
 ]

@@ -32,13 +32,6 @@ _ANISOTROPY_TOLERANCE = 1e-3
 _GRID, _ENOUGH = 9, 500  # points along each side of labels, and of shapes in all
 _XY = ("x", "y")
 _CHUNK = 2**20
-_KINDS = {  # what `pandas.api.types.infer_dtype` calls ids; others are said as they are called
-    "floating": "numbers with a fraction, or missing",
-    "mixed-integer": "numbers and text mixed, or missing",
-    "mixed-integer-float": "numbers with and without a fraction",
-    "mixed": "of several kinds, or missing",
-    "boolean": "True and False",
-}
 
 
 def scale0(element: Any) -> DataArray:
@@ -163,7 +156,7 @@ def plain_ids(ids: pd.Index, what: str, element_key: str) -> pd.Index:
         ids = ids.astype(ids.categories.dtype)
     inferred = "a MultiIndex" if isinstance(ids, pd.MultiIndex) else pd.api.types.infer_dtype(ids, skipna=False)
     if inferred == "integer" and ids.hasnans:
-        inferred = "numbers, some of them missing"
+        inferred = "numbers"
     can_be_held = inferred in ("integer", "string", "empty")
     try:  # text of Python can hold halves of characters, which no file can
         for start in range(0, len(ids) if inferred == "string" else 0, _CHUNK):
@@ -173,7 +166,7 @@ def plain_ids(ids: pd.Index, what: str, element_key: str) -> pd.Index:
     if not can_be_held:
         raise DataError(
             f"{what} {element_key!r}: a table names regions by whole numbers or by text, and the ids of these are "
-            f"{_KINDS.get(inferred, inferred)} (first: {ids[:1].tolist()[0]!r}). Give each its own: "
+            f"{inferred}, or some are missing (first: {ids[:1].tolist()[0]!r}). Give each its own: "
             f"{_remedy(ids, inferred, f'sdata[{element_key!r}]')}, and the ids in its tables alike."
         )
     if inferred == "integer":
@@ -224,9 +217,7 @@ def check_instances(instances: pd.Index, table_key: str) -> None:
 
 def same_ids(one: pd.Index, other: pd.Index) -> bool:
     """Whether two lists without doublets name the same regions, in any order."""
-    if len(one) != len(other):
-        return False
-    return bool(np.array_equal(one.to_numpy(), other.to_numpy()) or one.isin(other).all())
+    return len(one) == len(other) and bool(np.array_equal(one.to_numpy(), other.to_numpy()) or one.isin(other).all())
 
 
 @dataclass(frozen=True)
@@ -264,11 +255,7 @@ def where_regions_are(sdata: SpatialData, regions: Iterable[str]) -> str:
 def table_link(
     sdata: SpatialData, *, table_key: str, coordinate_system: str | None = None, element_key: str | None = None
 ) -> TableLink:
-    """Find the element that a table annotates, and the rows that do.
-
-    Of several elements, `element_key` is taken, or the one in the coordinate system. `ElementError`: no region, or
-    none or several there; `DataError`: no rows for it, or an id is missing or occurs twice.
-    """
+    """Find the element that a table annotates, of several `element_key` or that in the system, and the rows that do."""
     table = tables_of(sdata)[table_key]
     if table.n_obs == 0 or table.n_vars == 0:
         raise DataError(f"Table {table_key!r} is empty: {table.n_obs} rows x {table.n_vars} genes.")

@@ -79,8 +79,7 @@ def regions_of(
     """Regions of a shapes or labels element, and their ids in the same order: the index of shapes, values of labels.
 
     They are in the pixels to which ``from_system``, (3, 3), maps the coordinate system. Bins of which a table tells the
-    lattice are its squares in row-major order; the rest is taken as drawn, in its own order. `ElementError`: no such
-    element there; `ResolutionError`: no similarity; `DataError`: empty, or geometries or ids cannot be used.
+    lattice are its squares in row-major order; the rest is taken as drawn, in its own order.
     """
     element = region_element(sdata, element_key)
     to_system = affine_matrix(element, coordinate_system)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import DataError, ResolutionError
-from pixnet_sd.geometry import Circles, Polygons, Regions
+from pixnet_sd.geometry import Circles, Polygons, Regions, chunks
 from pixnet_sd.slide.image import GuardedArray
 
 from ._elements import affine_matrix, coordinate_systems, moved, scale0
@@ -132,11 +132,9 @@ def label_ids(sdata: SpatialData, key: str) -> pd.Index:
 
 
 def label_matrix(sdata: SpatialData, key: str, coordinate_system: str) -> NDArray[np.float64]:
-    """Map from the pixels of a labels element, pixel i covering [i, i + 1), to a coordinate system.
-
-    The element's own, but for labels that `spatialdata.rasterize_bins` made: as of version 0.8 it takes pixel (i, j),
-    not (i + 0.5, j + 0.5), to the centre of a bin. Bins that are a label pixel wide and centred on whole ones tell.
-    """
+    """Map from the pixels of a labels element, pixel i covering [i, i + 1), to a coordinate system."""
+    # The element's own, but for `spatialdata.rasterize_bins`: as of 0.8 it takes pixel (i, j), not (i + 0.5, j + 0.5),
+    # to the centre of a bin. Bins that are a label pixel wide and centred on whole ones tell.
     to_system = affine_matrix(sdata.labels[key], coordinate_system)
     shapes = shapes_of(sdata).get(key.removesuffix("_labels")) if key.endswith("_labels") else None
     if shapes is None or coordinate_system not in coordinate_systems(shapes):
@@ -154,7 +152,7 @@ def label_matrix(sdata: SpatialData, key: str, coordinate_system: str) -> NDArra
 def sample_labels(element: Any) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Labels, each once, of pixels from a few rows spread over an element, and these pixels' centres (x, y), (n, 2)."""
     labels = lazy_labels(element)
-    tops = np.unique(np.linspace(0, labels.shape[0] - 1, _SAMPLED_ROWS).astype(np.int64))
+    tops = sample_positions(labels.shape[0], _SAMPLED_ROWS)
     rows = np.concatenate([labels[top : top + 1] for top in tops])
     row, col = np.nonzero(rows > 0)
     picked = sample_positions(len(row)) if len(row) else np.empty(0, np.int64)
@@ -163,28 +161,18 @@ def sample_labels(element: Any) -> tuple[NDArray[np.int64], NDArray[np.float64]]
     return ids, np.stack([col[picked], tops[row[picked]]], axis=1) + 0.5
 
 
-def check_regions_on_image(
-    regions: Regions | NDArray[np.float64], *, width: int, height: int, what: str
-) -> NDArray[np.bool_]:
-    """Whether the box of each region, or each of boxes (n, 4) in px, touches the image; warn of those that do not.
-
-    `ResolutionError`, which names ``what``, if none does, or most lie outside and would lie inside with swapped axes.
-    """
+def check_regions_on_image(regions: Regions, *, width: int, height: int, what: str) -> NDArray[np.bool_]:
+    """Whether the box of each region touches the image; refuse them if none does, or most would with axes swapped."""
     n = len(regions)
     touches = np.zeros(n, bool)
     inside, swapped = 0, 0
     low, high = np.full(2, np.inf), np.full(2, -np.inf)
-    for start in range(0, n, _CHUNK):
-        index = np.arange(start, min(start + _CHUNK, n))
-        if isinstance(regions, np.ndarray):
-            boxes = regions[index]
-        else:
-            boxes = (regions if len(index) == n else regions.subset(index)).bounds
-        x0, y0, x1, y1 = np.ascontiguousarray(boxes.T)  # numpy reduces short rows slowly
+    for place, some in chunks(regions, _CHUNK):
+        x0, y0, x1, y1 = np.ascontiguousarray(some.bounds.T)  # numpy reduces short rows slowly
         x, y = (x0 + x1) / 2, (y0 + y1) / 2
         inside += int(((x >= 0) & (x <= width) & (y >= 0) & (y <= height)).sum())
         swapped += int(((x >= 0) & (x <= height) & (y >= 0) & (y <= width)).sum())
-        touches[index] = (x0 < width) & (y0 < height) & (x1 > 0) & (y1 > 0)
+        touches[place] = (x0 < width) & (y0 < height) & (x1 > 0) & (y1 > 0)
         low, high = np.minimum(low, [x0.min(), y0.min()]), np.maximum(high, [x1.max(), y1.max()])
     extents = (
         f"Regions span x {low[0]:.0f} to {high[0]:.0f} and y {low[1]:.0f} to {high[1]:.0f}, the image x 0 to {width} "

@@ -47,8 +47,7 @@ _FILE = "shapes.parquet"
 def _left_on_disk(sdata: SpatialData, group: str, file: str) -> dict[str, Path]:
     """Folders of the shapes or tables, told by a file in them, that the store has and the object was opened without.
 
-    These are what `open_store` left. An object opened otherwise that holds elements of the type, results apart, was
-    opened with all, and what it lacks was taken out of it. Results of this package are always there.
+    These are what `open_store` left, or results of this package.
     """
     if not isinstance(sdata.path, Path):
         return {}
@@ -56,6 +55,7 @@ def _left_on_disk(sdata: SpatialData, group: str, file: str) -> dict[str, Path]:
     folders = sorted(path for path in (sdata.path / group).glob("*") if path.name not in in_memory)
     stored = {path.name: path for path in folders if (path / file).exists()}
     left: Mapping[str, Iterable[str]] | None = getattr(sdata, _LEFT, None)
+    # what an object lacks that was opened otherwise, with elements of the type besides results, was taken out of it
     if left is None and all(_is_result(sdata, sdata.path, key) for key in in_memory):
         return stored
     wanted = set() if left is None else set(left[group])
@@ -319,18 +319,5 @@ Table: TypeAlias = "AnnData | StoredTable"
 
 def obs_column(table: Table, name: str) -> Any:
     """A column that describes rows: a NumPy or pandas array."""
-    return _as_array(table.obs[name])
-
-
-def var_columns_of(table: Table) -> list[str]:
-    """Names of the columns that describe genes."""
-    return list(table.var.columns)
-
-
-def var_column(table: Table, name: str) -> Any:
-    """A column that describes genes: a NumPy or pandas array."""
-    return _as_array(table.var[name])
-
-
-def _as_array(column: Any) -> Any:
+    column = table.obs[name]
     return column.array if isinstance(column, pd.Series) else column

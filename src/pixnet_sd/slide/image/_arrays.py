@@ -106,10 +106,7 @@ def _stored_in(data: Any) -> tuple[list[zarr.Array[Any]], dict[str, Any]]:
 
 
 def stored_array(data: Any) -> zarr.Array[Any] | None:
-    """The zarr array that a lazy array is an unchanged view of; None for anything but one plain read of it.
-
-    Its own graph tells, not names and paths: an element that was replaced or computed upon is never taken for it.
-    """
+    """The zarr array that a lazy array, by its own graph, is an unchanged view of; None for all but a plain read."""
     stored, layers = _stored_in(data)
     # dask.array.from_zarr makes two layers: the array itself, and a getter per block
     if len(layers) != 2 or len(stored) != 1 or not data.name.startswith("from-zarr"):
@@ -140,10 +137,9 @@ def computed(data: Any, scheduler: str = "threads") -> NDArray[Any]:
 
 
 class GuardedArray:
-    """An array of which slices of step 1 are read; `StoreError` where files went away since it was opened.
+    """An array read by slices of step 1, also from threads; `StoreError` where files went away since it was opened.
 
-    Reads go straight to zarr where a lazy array is an unchanged view of a stored one. They are safe from threads; the
-    array pickles, without its values when it is stored.
+    Reads go straight to zarr where a lazy array is an unchanged view of a stored one; so it pickles without values.
     """
 
     scheduler = "threads"

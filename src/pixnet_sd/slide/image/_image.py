@@ -17,9 +17,7 @@ from pixnet_sd.errors import DataError, StoreError
 from ._arrays import ChunkGuard, GuardedArray, loaded_px
 from ._pixels import channel_names, check_uint8, is_bright_field, levels_of, pixel_sample, rgb_channels
 
-HUGE_BLOCK_PX = 64e6
-"""Blocks of more pixels are slow to load for one tile."""
-
+HUGE_BLOCK_PX = 64e6  # blocks of more pixels are slow to load for one tile
 # missing chunks of a level that are looked at, spread over all, and the side of what is looked at of each
 _LOOKED_AT, _SIDE_PX = 256, 512
 _MARGIN_PX = 2  # pixels of a level that its neighbours may have a part in
@@ -67,10 +65,7 @@ class ImagePyramid:
 
     @classmethod
     def of(cls, element: DataArray | DataTree, image_key: str) -> ImagePyramid:
-        """Check the pixels of a (c, y, x) image element and find where each level is to be read.
-
-        `DataError`: not flat, not RGB or RGBA, or not uint8; `StoreError`: files are away.
-        """
+        """Check that an image element is flat, RGB or RGBA, uint8 and whole, and find where to read each level."""
         arrays = levels_of(element)
         finest = arrays[0]
         if finest.dims != ("c", "y", "x"):
@@ -112,11 +107,8 @@ class ImagePyramid:
 
 
 def _placed(size: int, level_size: int) -> tuple[float, float]:
-    """Scale of one axis of a level, and the scale-0 pixel at which it begins.
-
-    Image2DModel.parse averages blocks of a whole number of pixels and drops what is left over from the **start** of
-    the axis, yet records the ratio of the shapes, up to a px of the level off: a whole number is taken where one fits.
-    """
+    """Scale of one axis of a level, a whole number where one fits, and the scale-0 pixel at which it begins."""
+    # Image2DModel.parse averages whole blocks, drops what is left from the **start**, and records the shapes' ratio
     whole = max(1, round(size / level_size))
     if abs(size / whole - level_size) >= 1:
         return size / level_size, 0.0

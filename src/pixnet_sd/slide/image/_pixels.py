@@ -51,10 +51,7 @@ def coarsest(element: DataArray | DataTree, at_least_px: int = 1) -> DataArray:
 
 
 def pixel_sample(element: DataArray | DataTree) -> NDArray[Any]:
-    """Pixels from all over the coarsest level, shape (channels, n).
-
-    A level that is computed from a finer one takes all of that, so those of the last few images are kept.
-    """
+    """Pixels from all over the coarsest level, (channels, n); kept where computing them takes a whole finer level."""
     level = coarsest(element).transpose("c", "y", "x")
     name = level.data.name if isinstance(level.data, DaskArray) else "array"
     if name in _kept:
@@ -124,11 +121,7 @@ def naming_of(channels: Sequence[object]) -> Naming:
 def rgb_channels(
     channels: Sequence[object], image_key: str, look: Callable[[bool], bool | None]
 ) -> tuple[int, int, int]:
-    """Positions of red, green and blue among an image's channels, given by their names in stored order.
-
-    Colours are put in order, numbered channels taken as stored. So are three of other names, with a warning, where
-    ``look(at_any_cost)`` says bright-field; else they are refused. Alpha is dropped: scanners write it fully opaque.
-    """
+    """Positions of red, green and blue by channels' names; by others if ``look(at_any_cost)`` says bright-field."""
     naming = naming_of(channels)
     shown = ", ".join(map(str, channels[:6])) + (", ..." if len(channels) > 6 else "")
     if len(channels) != 3 and naming != "rgb":
@@ -158,7 +151,7 @@ def rgb_channels(
     if naming != "rgb":
         return 0, 1, 2
     if len(channels) == 4:
-        logger.info("image %r is RGBA: its alpha channel is left out", image_key)
+        logger.info("image %r is RGBA: its alpha channel, which scanners write opaque, is left out", image_key)
     place = {_COLOURS[str(name).strip().lower()]: position for position, name in enumerate(channels)}
     return place[0], place[1], place[2]
 

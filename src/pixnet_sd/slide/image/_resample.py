@@ -31,10 +31,8 @@ class Taps:
 def make_taps(dst0: int, dst1: int, scale: float, src_size: int, origin: float = 0.0) -> Taps:
     """Weights of source pixels for output pixels ``dst0 .. dst1 - 1`` of one axis, ``scale`` source pixels each.
 
-    Output pixel i has its centre at ``(i + 0.5) * scale - origin`` on the source axis, where source pixel j has its own
-    at ``j + 0.5`` and the source begins at ``origin``, in source pixels. Weights fall linearly to 0 at ``max(1,
-    scale)`` source pixels from the centre (bilinear when enlarging, an antialiasing triangle when reducing); source
-    pixels outside the image have none.
+    The centre of output pixel i is at ``(i + 0.5) * scale - origin``, of source pixel j at ``j + 0.5``. Weights fall
+    linearly to 0 at ``max(1, scale)`` source pixels from it: bilinear to enlarge, an antialiasing triangle to reduce.
     """
     if origin == 0 and abs(scale - 1) * src_size < 0.05:  # over the whole axis less than 1/20 px: a copy
         first = np.clip(np.arange(dst0, dst1), 0, src_size - 1)

@@ -173,11 +173,12 @@ def _with_hash(meta: dict[str, Any]) -> str:
 
 def _dates(folder: Path) -> list[list[int]]:
     """Sizes and dates of the arrays, from opened files, of which network file systems ask the server anew."""
-    about = []
+    dates = []
     for name in _ARRAYS:
         with (folder / name).open("rb", buffering=0) as file:
-            about.append(os.fstat(file.fileno()))
-    return [[of_file.st_size, of_file.st_mtime_ns, of_file.st_ctime_ns, of_file.st_ino] for of_file in about]
+            about = os.fstat(file.fileno())
+        dates.append([about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino])
+    return dates
 
 
 def _hash(folder: Path) -> str:
@@ -270,11 +271,7 @@ class Pooling:
 
 
 def find_pooling(fine: Measured, coarse: Measured) -> Pooling | None:
-    """Tell whether a table is the sum of another one's bins, and how.
-
-    All bins of both must be there, on lattices of the same axes and origin, and all counts of some rows of coarse bins,
-    the first and the last among them, must be the sums of the fine ones', bins at the border included.
-    """
+    """Tell whether a table is the sum of another one's bins, and how: all counts of some rows of bins are compared."""
     pooling, why_not = None, ""
     if not (isinstance(fine.regions, Lattice) and isinstance(coarse.regions, Lattice)):
         why_not = "they are not both bins on a lattice"

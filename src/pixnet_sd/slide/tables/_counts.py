@@ -60,20 +60,14 @@ class Counts:
             raise DataError(f"{what} has no X. Put raw counts there.")
         if matrix.dtype.kind not in "biuf":
             raise DataError(f"{what} has an X of dtype {matrix.dtype}. Put raw counts there, whole numbers or floats.")
-        is_half, layout, is_backed = (
-            matrix.dtype == np.float16,
-            getattr(matrix, "format", None),
-            hasattr(matrix, "group"),
-        )
+        is_half, layout = matrix.dtype == np.float16, getattr(matrix, "format", None)
+        is_backed = hasattr(matrix, "group")
         matrix = _widened(matrix) if sparse.issparse(matrix) else matrix
         if layout == "csc":
             matrix = _widened(matrix.to_memory()) if is_backed else matrix
             if matrix.nnz > _MANY_STORED:
-                logger.warning(
-                    "%s: X is stored by columns (CSC), so its %.0f million values are loaded and turned to rows. Store "
-                    "it by rows, table.X = table.X.tocsr(), to have it read in blocks.",
-                    *(what, matrix.nnz / 1e6),
-                )
+                said = "%s: X is stored by columns (CSC), so all of it is loaded. Store it by rows, table.X.tocsr()."
+                logger.warning(said, what)
             matrix = matrix.tocsr()
         elif layout == "csr" and is_backed:
             matrix = _CompressedRows(matrix.group, matrix.shape)

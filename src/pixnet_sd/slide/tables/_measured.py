@@ -41,8 +41,6 @@ from pixnet_sd.slide.elements import (
     shapes_of,
     table_link,
     tables_of,
-    var_column,
-    var_columns_of,
     where_regions_are,
 )
 
@@ -75,12 +73,11 @@ def select_tables(
 ) -> list[str]:
     """Choose the tables with measured expression: those named, else all Visium HD bins by size, else the only table.
 
-    Tables whose regions are not in the coordinate system, or all beside the image, are not found by themselves. Of
-    tables that annotate the same regions the one with counts is taken.
+    Of tables on the image in the coordinate system that annotate the same regions the one with counts is taken.
     """
     if table_key is not None:
         return _named_tables(sdata, table_key, coordinate_system)
-    regions = _candidates(sdata, coordinate_system, image_key)
+    regions = measured_tables(sdata, coordinate_system=coordinate_system, image_key=image_key)
     if not regions:
         raise ElementError(_none_found(sdata, coordinate_system, image_key))
     lattices: dict[str, BinLattice] = {}
@@ -115,23 +112,20 @@ def select_tables(
     return taken
 
 
-def measured_tables(sdata: SpatialData, *, coordinate_system: str | None = None, image_key: Any = None) -> list[str]:
-    """List the tables that annotate something, there if a place is given, and hold no predictions."""
-    return list(_candidates(sdata, coordinate_system, image_key))
-
-
 def measured_regions(sdata: SpatialData, table_key: str | Sequence[str] | None = None) -> list[str]:
     """List the elements that tables with measured expression annotate: those named, or all."""
     if table_key is None:
-        regions = _candidates(sdata, None, None)
+        regions = measured_tables(sdata)
     else:
         tables, keys = tables_of(sdata), _named_tables(sdata, table_key, None)
         regions = {key: placed_regions(sdata, regions_of_table(tables[key]), None) for key in keys}
     return list(dict.fromkeys(element for elements in regions.values() for element in elements))
 
 
-def _candidates(sdata: SpatialData, coordinate_system: str | None, image_key: str | None) -> dict[str, list[str]]:
-    """Find tables without predictions, and the elements in a place that each annotates, at least one."""
+def measured_tables(
+    sdata: SpatialData, *, coordinate_system: str | None = None, image_key: str | None = None
+) -> dict[str, list[str]]:
+    """Find tables without predictions, and the elements, in a place if given, that each annotates, at least one."""
     tables = {key: table for key, table in tables_of(sdata).items() if table_note(table) is None}
     regions = {key: placed_regions(sdata, regions_of_table(table), coordinate_system) for key, table in tables.items()}
     if image_key is not None and coordinate_system is not None:
@@ -254,8 +248,7 @@ def measured(sdata: SpatialData, slide: Slide, *, table_key: str | Sequence[str]
     """Find measured expression on a slide, one entry a table, bins in order of their size; no counts are read.
 
     Rows and regions are joined by instance id. Rows without a region and regions off the image are left out with a
-    warning; regions without a row silently. Bins are points of the lattice that ``array_row`` and ``array_col`` tell,
-    and of their polygons a sample alone is looked at. Without ``table_key`` see `select_tables`.
+    warning; regions without a row silently.
     """
     place = {"coordinate_system": slide.coordinate_system, "image_key": slide.image_key}
     tables = [_measured(sdata, slide, key) for key in select_tables(sdata, table_key=table_key, **place)]
@@ -330,14 +323,14 @@ def counts_of(table: Table, rows: ArrayLike, genes: Genes, what: str) -> Counts:
 
 def genes_of(table: Table, what: str) -> Genes:
     """Find the genes: features whose ``feature_types`` says so, or, without that column, all but controls by name."""
-    columns, every = var_columns_of(table), pd.Index(table.var_names)
+    columns, every = table.var.columns, pd.Index(table.var_names)
     column = next((name for name in columns if re.sub(r"[^a-z]+", "_", str(name).lower()) in _TYPE_COLUMNS), None)
     types: Any
     if column is None:
         controls = every.astype(str).str.fullmatch(_CONTROL)
         types = pd.Series(np.where(controls, "control by its name", "Gene Expression"), index=every)
     else:
-        types = pd.Series(np.asarray(var_column(table, column), dtype=object), index=every)
+        types = pd.Series(np.asarray(table.var[column], dtype=object), index=every)
         types = types.where(types.notna(), "of no type").astype(str).str.strip()
     is_gene = np.asarray(types.str.lower().str.replace("_", " ").isin(_EXPRESSION))
     listed = ", ".join(f"{n} {name!r}" for name, n in Counter(types[~is_gene]).most_common())

@@ -21,6 +21,7 @@ from scipy import sparse
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import DataError
 from pixnet_sd.geometry import Regions
+from pixnet_sd.slide.elements import sample_positions
 
 from ._cache import CountFile, find_pooling, own_counts, pooled_counts
 from ._checks import Look, check_kind, checked_blocks
@@ -30,7 +31,6 @@ from ._measured import Measured
 Slides: TypeAlias = Mapping[str, Sequence[Measured]]  # tables with measured expression by slide
 
 _FIRST = 10  # names that a message lists
-_AREAS = 1001  # regions of which the median area is taken
 _MEMORY_BYTES = 2**28
 _MIN_COUNTS = 10
 
@@ -96,9 +96,7 @@ def targets_of(
 ) -> dict[str, list[Targets]]:
     """Make the targets of each slide's tables: log-normalised expression with ``"mse_pcc"``, else raw counts.
 
-    Regions without a single count are left out of log-normalised expression, with a warning. What takes more than
-    ``memory_bytes`` stays on disk, as compact counts in the folder ``cache``; a table that is the exact sum of a finer
-    one's bins is then summed from these, and not read.
+    What takes more than ``memory_bytes`` stays on disk, as compact counts in the folder ``cache``.
     """
     wanted = pd.Index(genes)
     tables = [table for of_slide in slides.values() for table in of_slide]
@@ -186,9 +184,8 @@ def choose_genes(
 ) -> pd.Index:
     """Choose genes to learn: those named, else those of every table with the highest mean expression.
 
-    The mean is over log-normalised expression of each training slide's coarsest regions, then over slides with equal
-    weight; ties go by name. A gene without any count is never chosen; without ``n_genes`` all are with at least 10
-    counts in these regions. Held-out slides must have the genes, and say nothing about their means.
+    The mean is over each training slide's coarsest regions, then over slides with equal weight; ties go by name.
+    Without ``n_genes`` all are chosen that have 10 counts there. Held-out slides need the genes, but do not rank them.
     """
     every = {**slides, **held_out}
     if genes is not None:
@@ -243,6 +240,5 @@ def _expression(slides: Slides, genes: pd.Index, target_sum: float) -> tuple[pd.
 
 
 def _median_area(regions: Regions) -> float:
-    """Take the median area of some thousand of the regions, px²."""
-    chosen = np.unique(np.linspace(0, len(regions) - 1, min(len(regions), _AREAS)).astype(np.int64))
-    return float(np.median(regions.subset(chosen).area))
+    """Take the median area of some of the regions, px²."""
+    return float(np.median(regions.subset(sample_positions(len(regions))).area))
