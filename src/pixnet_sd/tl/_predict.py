@@ -617,8 +617,9 @@ def _check_quality(model: PixNet, allow_poor_model: bool) -> None:
         logger.warning("the model is worse than none: %s", poor)
     elif poor:
         raise CheckpointError(
-            f"The model is worse than none: {poor}. Train it again, with a lower lr= than {model.record.training.get('lr')}"
-            " or for longer; predict_params={'allow_poor_model': True} predicts all the same."
+            f"The model is worse than none: {poor}. Train it again, with a lower lr= than "
+            f"{model.record.training.get('lr')} or for longer; "
+            "predict_params={'allow_poor_model': True} predicts all the same."
         )
 
 

@@ -111,7 +111,8 @@ def _check_size(name: str, value: float, width_um: float, slide: Slide) -> None:
     if width_um < slide.working_mpp / 2:
         least = slide.working_mpp / 2 * value / width_um
         raise PixNetError(
-            f"{name}={value:g}: smaller than the model's pixels, {slide.working_mpp:g} µm. Give {name}={least:g} or more."
+            f"{name}={value:g}: smaller than the model's pixels, {slide.working_mpp:g} µm. Give {name}={least:g} or "
+            "more."
         )
 
 

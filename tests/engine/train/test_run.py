@@ -49,6 +49,16 @@ def state() -> RunState:
     )
 
 
+def test_a_state_is_on_disk_before_it_takes_the_place_of_the_last(state, tmp_path: Path, monkeypatch) -> None:
+    """A power cut then leaves one of the two, and not an empty file."""
+    done, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (fsync(handle), done.append(os.fstat(handle).st_ino))[0])
+    monkeypatch.setattr(Path, "replace", lambda old, new: (done.append(new), replace(old, new))[1])
+    state.save(tmp_path)
+    target = tmp_path / FILE
+    assert done == [target.stat().st_ino, target, tmp_path.stat().st_ino]
+
+
 def test_round_trip(state, tmp_path: Path, caplog) -> None:
     folder = tmp_path / "new" / "folder"
     assert RunState.load(folder, "abc") == RunState("abc")  # nothing there begins anew
