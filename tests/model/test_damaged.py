@@ -123,7 +123,7 @@ def test_any_value_anywhere(tmp_path: Path, content, where: str, value: Any) -> 
         ("[1, 2]", "None"),
         ('{"architectures": ["ResNet"]}', "encoder_weights="),
         ('{"format": "pixnet_sd/1"}', "pixnet_sd/1"),
-        ('{"format": "pixnet_sd/2", "genes": []}', "target_sum"),
+        ('{"format": "pixnet_sd/2", "genes": ["A"]}', "target_sum"),
         ('{"a":' * 100_000, "damaged"),
         ("9" * 100_000, "damaged"),
         ('{"format": NaN}', "nan"),

@@ -9,18 +9,23 @@ if TYPE_CHECKING:
     from ._aggregation import build_operator, count_pixels
     from ._checkpoint import PixNet
     from ._encoder import Encoder, build_encoder, hash_weights
-    from ._network import Decoder, Factors, Head, Network, apply_head, receptive_radius_px, sees_whole_tile
-    from ._objectives import Densities, Objective, Part, log_normalised, make_objective, pearson_per_gene
-    from ._operators import Move, Operator, TiledOperator, staged_array
-    from ._record import (
-        CHECKSUMS,
-        DecoderConfig,
-        ModelRecord,
-        library_versions,
-        link_of,
-        outputs_of,
-        read_record,
+    from ._network import (
+        Decoder,
+        Densities,
+        Factors,
+        Head,
+        Network,
+        Objective,
+        Part,
+        apply_head,
+        log_normalised,
+        make_objective,
+        pearson_per_gene,
+        receptive_radius_px,
+        sees_whole_tile,
     )
+    from ._operators import Move, Operator, TiledOperator, staged_array
+    from ._record import CHECKSUMS, DecoderConfig, ModelRecord, library_versions, link_of, outputs_of, read_record
 
 __all__ = [
     "CHECKSUMS",
@@ -55,7 +60,7 @@ __all__ = [
     "staged_array",
 ]
 
-_MODULES = ("_record", "_operators", "_aggregation", "_objectives", "_encoder", "_network", "_checkpoint")
+_MODULES = ("_record", "_operators", "_aggregation", "_encoder", "_network", "_checkpoint")
 
 
 def __getattr__(name: str) -> Any:

@@ -4,18 +4,15 @@ Eq. 4 resizes the low-resolution gene map D W + b to the slide, Eq. 5 sums it ov
 
     y = A (D W + b),    A = mask · R        (regions × low-resolution pixels, sparse)
 
-with R the bilinear resize (half-pixel centres, clamped at the border) and mask the pixels of each region. A region is a
-few runs of pixels, and R is separable: along a run the weights are differences of the cumulated column resize, across
-rows they are the row resize. So building A costs the ends of the runs, the regions' outlines, and not their pixels.
-
-Lattices have a closed form. Every region has the same size, so it covers at most K rows of pixels, each in one run, and
-touches a block of at most L × L low-resolution pixels: A's rows have one length, and are computed for all regions at
-once, without sorting edges. Where the squares' sides lie along rows and columns, A is the product of a matrix for the
-rows and one for the columns.
+with R the bilinear resize (half-pixel centres, clamped at the border). A region is a few runs of pixels and R is
+separable: along a run its weights are differences of cumulated ones. So A costs the regions' outlines, not their
+pixels. The regions of a lattice have one size, so all rows of A are computed at once as small blocks; where its squares
+lie along rows and columns, A is the product of a matrix for the rows and one for the columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,26 +68,17 @@ def build_operator(
     such as a circle of radius 0). `n_px` is `count_pixels` of the regions, when already known.
     """
     window = grid.window if window is None else window
-    slide = grid.window.times(grid.stride)
-    box = slide
+    box = slide = grid.window.times(grid.stride)
     if inside is not None:
         lows, highs = (tuple(map(f, slide, inside)) for f in (max, min))
         box = Window(lows[0], highs[1], lows[2], highs[3])
-    closed = _lattice_operator(regions, grid, window, box) if isinstance(regions, Lattice) else None
-    return _general_operator(regions, grid, window, box, n_px) if closed is None else closed
-
-
-def _general_operator(
-    regions: Regions, grid: Grid, window: Window, box: Window, n_px: NDArray[Any] | None
-) -> SparseOperator:
-    """Build A from the runs of pixels of any regions."""
+    if isinstance(regions, Lattice) and (closed := _lattice_operator(regions, grid, window, box)) is not None:
+        return closed
     rows = reach(window.row0, window.row1, grid.height, grid.stride)
     cols = reach(window.col0, window.col1, grid.width, grid.stride)
     spans = regions.spans(*rows, *cols).clipped(*box)
-    if n_px is None and window == grid.window:
-        n_px = _count(spans, len(regions))
-    elif n_px is None:
-        n_px = count_pixels(regions, grid.height * grid.stride, grid.width * grid.stride)
+    if n_px is None:
+        n_px = _count(spans, len(regions)) if window == grid.window else count_pixels(regions, slide.row1, slide.col1)
     n_px = np.array(n_px, dtype=np.float64)
     matrix = _sum_matrix(spans, len(regions), grid, window)
     empty = np.nonzero(n_px == 0)[0]
@@ -134,14 +122,6 @@ def _across_rows(spans: Spans, window: Window, grid: Grid) -> tuple[sparse.csr_a
     return sparse.csr_array((value[keep], (pair, run)), shape=(len(pairs), n_runs)), pairs
 
 
-def _ends(spans: Spans, first: int, last: int) -> sparse.csr_array:
-    """Mark, runs × positions between the pixels [first, last), where a run stops (1) and starts (-1)."""
-    n_runs = len(spans.row)
-    position = np.stack([spans.start, spans.stop], axis=1).ravel() - first
-    csr = (np.tile([-1.0, 1.0], n_runs), position, np.arange(0, 2 * n_runs + 1, 2))
-    return sparse.csr_array(csr, shape=(n_runs, last - first + 1))
-
-
 def _cumulated(steps: sparse.csr_array) -> sparse.csr_array:
     """Cumulate rows along their columns; each row of steps adds up to zero, so that it ends where it becomes zero."""
     steps.sort_indices()
@@ -162,7 +142,11 @@ def _sum_matrix(spans: Spans, n_regions: int, grid: Grid, window: Window) -> spa
     n_rows, n_cols = window.shape
     first, last = reach(window.col0, window.col1, grid.width, grid.stride)
     rows, pairs = _across_rows(spans, window, grid)
-    blocks = _cumulated(rows @ _ends(spans, first, last) @ _column_steps(first, last, window.col0, window.col1, grid))
+    # Runs × positions between pixels: where a run starts (-1) and stops (1).
+    signs, ends = np.tile([-1.0, 1.0], len(spans.row)), np.stack([spans.start, spans.stop], axis=1).ravel() - first
+    shape = (len(spans.row), last - first + 1)
+    edges = sparse.csr_array((signs, ends, np.arange(0, len(ends) + 1, 2)), shape=shape)
+    blocks = _cumulated(rows @ edges @ _column_steps(first, last, window.col0, window.col1, grid))
     blocks.data[np.abs(blocks.data) < _ROUNDING] = 0.0
     # A (region, low row) pair holds the next stretch of its region's row of A: only the pointers change.
     column = np.repeat((pairs % n_rows) * n_cols, np.diff(blocks.indptr))
@@ -226,8 +210,10 @@ def _lattice_operator(lattice: Lattice, grid: Grid, window: Window, inside: Wind
     smallest = lattice.reach if lattice.radius is not None else lattice.pitch / 2
     if not len(lattice) or smallest < _SMALLEST_PX or lattice.reach > _LARGEST_PX or min(grid.height, grid.width) < 2:
         return None
-    small = _separable(lattice, grid, window, inside) if lattice.is_aligned else None
-    operator = _sparse(lattice, grid, window, inside) if small is None else small
+    operator: Operator | None = _separable(lattice, grid, window, inside) if lattice.is_aligned else None
+    if operator is None:
+        runs = _runs(lattice, inside)
+        operator = SparseOperator(_placed(*_blocks(runs, grid), window), (runs.stop - runs.start).sum(1).astype(float))
     return operator if operator.n_px.all() else None
 
 
@@ -258,23 +244,19 @@ def _one_axis(
     return sparse.csr_array(np.diff(before, axis=0)), np.diff(edge).astype(np.float64)
 
 
-def _sparse(lattice: Lattice, grid: Grid, window: Window, inside: Window) -> SparseOperator:
-    runs = _clipped((_square_runs if lattice.radius is None else _circle_runs)(lattice), inside)
-    blocks, first_row, first_col = _blocks(runs, grid)
-    return SparseOperator(_placed(blocks, first_row, first_col, window), (runs.stop - runs.start).sum(1).astype(float))
-
-
-def _rows(lattice: Lattice) -> tuple[Whole, Float]:
-    """Return the first row of pixels of each region, and the centres of the K rows from there on, (n, K)."""
-    n_rows = int(np.ceil(2 * lattice.reach)) + 1
+def _runs(lattice: Lattice, inside: Window) -> _Runs:
+    """Find the runs of each region inside a box of pixels."""
     row0 = first_centre(lattice.centre_xy[:, 1] - lattice.reach).astype(np.int32)
-    return row0, row0[:, None] + (np.arange(n_rows) + 0.5)
+    row: Whole = np.add(row0[:, None], np.arange(int(np.ceil(2 * lattice.reach)) + 1), dtype=np.int32)
+    ends = (_square_ends if lattice.radius is None else _circle_ends)(lattice, row)
+    start, stop = (np.clip(v, inside.col0, inside.col1) for v in ends)
+    outside = (stop <= start) | (row < inside.row0) | (row >= inside.row1)
+    return _Runs(row0, start, np.where(outside, start, stop))
 
 
-def _square_runs(lattice: Lattice) -> _Runs:
-    """Cut the rows of pixels by the four lines that bound each square."""
-    row0, y = _rows(lattice)
-    low, high = np.full(y.shape, -_FAR), np.full(y.shape, _FAR)
+def _square_ends(lattice: Lattice, row: Whole) -> Iterable[Whole]:
+    """Cut rows of pixels, (n, K), by the four lines that bound each square: where runs start and stop."""
+    y, low, high = row + 0.5, np.full(row.shape, -_FAR), np.full(row.shape, _FAR)
     inverse = np.linalg.inv(lattice.to_grid)
     for (slope, by_row, offset), position in ((inverse[0], lattice.col), (inverse[1], lattice.row)):
         at_x0 = y * by_row
@@ -286,27 +268,17 @@ def _square_runs(lattice: Lattice) -> _Runs:
             leave = enter + 1 / slope
             np.maximum(low, np.minimum(enter, leave), out=low)
             np.minimum(high, np.maximum(enter, leave), out=high)
-    return _Runs(row0, *(np.clip(first_centre(v), -_FAR, _FAR).astype(np.int32) for v in (low, high)))
+    return (np.clip(first_centre(v), -_FAR, _FAR).astype(np.int32) for v in (low, high))
 
 
-def _circle_runs(lattice: Lattice) -> _Runs:
+def _circle_ends(lattice: Lattice, row: Whole) -> Iterable[Whole]:
     """Put the runs of the literal inequality of Eq. 5, by `Circles`, into rows."""
-    row0, y = _rows(lattice)
-    start = np.zeros(y.shape, np.int32)
-    stop = start.copy()
+    start, stop = np.zeros((2, *row.shape), np.int32)
     far = int(_FAR)
     spans = lattice.plain().spans(-far, far, -far, far)
-    place = spans.region, spans.row - row0[spans.region]
+    place = spans.region, spans.row - row[spans.region, 0]
     start[place], stop[place] = spans.start, spans.stop
-    return _Runs(row0, start, stop)
-
-
-def _clipped(runs: _Runs, inside: Window) -> _Runs:
-    """Clip runs to a box of pixels."""
-    start, stop = (np.clip(v, inside.col0, inside.col1) for v in (runs.start, runs.stop))
-    row = runs.row0[:, None] + np.arange(start.shape[1], dtype=np.int32)
-    outside = (stop <= start) | (row < inside.row0) | (row >= inside.row1)
-    return _Runs(runs.row0, start, np.where(outside, start, stop))
+    return start, stop
 
 
 def _blocks(runs: _Runs, grid: Grid) -> tuple[NDArray[np.float32], Int, Int]:

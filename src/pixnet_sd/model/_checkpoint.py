@@ -33,6 +33,7 @@ from ._record import (
     ModelRecord,
     card_text,
     check_file,
+    damaged,
     library_versions,
     link_of,
     read_record,
@@ -233,21 +234,17 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         # Not the mixin's: it deletes the config.json of a model that is there before anything is written.
         directory = self.save(save_directory)
         options = {"repo_id": repo_id or directory.name, **(model_card_kwargs or {})}
-        self._write_card(directory / _CARD, options)
+        path = directory / _CARD
+        try:
+            if self.record.weights_sha256.encode() not in read_regular(path, most_bytes=_CARD_BYTES):
+                logger.warning("%s was not written for this model, and stays as it is; delete it for a new one", path)
+        except FileNotFoundError:
+            text = str(self.generate_model_card(**options))
+            with _writing(directory), replace_file(path) as aside:
+                aside.write_text(text, encoding="utf-8")
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_options)
-
-    def _write_card(self, path: Path, options: dict[str, Any]) -> None:
-        try:
-            present = read_regular(path, most_bytes=_CARD_BYTES)
-        except FileNotFoundError:
-            text = str(self.generate_model_card(**options))
-            with _writing(path.parent), replace_file(path) as aside:
-                aside.write_text(text, encoding="utf-8")
-            return
-        if self.record.weights_sha256.encode() not in present:
-            logger.warning("%s was not written for this model, and stays as it is; delete it for a new one", path)
 
     @checked(CheckpointError, options_of=ModelHubMixin.push_to_hub)
     def push_to_hub(
@@ -342,30 +339,30 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def _read_network(folder: Path, record: ModelRecord) -> Network:
-    """Build the network of a record, on the CPU, with the weights beside it.
+    """Build the network of a record, on the CPU, with the weights beside it; nothing is believed before it is checked.
 
-    CheckpointError where the weights are missing, damaged, or of another network than the record says.
+    The shapes come from an outline without memory; None for an encoder that cannot be made so.
     """
     path = folder / _WEIGHTS
-    outline = _outline(record)
-    check_file(path, most_bytes=None if outline is None else _most_bytes(outline))
-    if outline is not None:
-        _check_shapes(path, outline)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
+            outline = _network(record).state_dict()
+    except (RuntimeError, TypeError, ValueError):
+        check_file(path)
+    else:
+        sizes = (t.numel() * t.element_size() + _BYTES_A_TENSOR for t in outline.values())
+        check_file(path, most_bytes=sum(sizes) + _HEADER_BYTES)
+        _check_shapes(path, {key: tuple(tensor.shape) for key, tensor in outline.items()})
     network = _network(record)
     if record.halo_px < (needed := receptive_radius_px(network)):  # tiles with too small a halo would show in the map
-        raise CheckpointError(
-            f"{str(folder)!r} is damaged: its record has halo_px {record.halo_px}, and the network sees {needed} px "
-            "around. Restore the folder, or train again."
-        )
+        raise damaged(folder / CONFIG, f"halo_px is {record.halo_px}, and the network sees {needed} px around")
     try:
         network.load_state_dict(safetensors.torch.load_file(path))
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise _of_another_network(path, type(error).__name__) from error
+        raise damaged(path, type(error).__name__) from error
     if hash_weights(network) != record.weights_sha256:
-        raise CheckpointError(
-            f"The weights in {str(folder)!r} are not those its config.json was written for: one of the two was "
-            "replaced. Restore the folder, or train again."
-        )
+        raise damaged(path, f"its weights are not those that {CONFIG} was written for")
     return network
 
 
@@ -386,39 +383,16 @@ def _network(record: ModelRecord) -> Network:
         ) from error
 
 
-def _outline(record: ModelRecord) -> Network | None:
-    """Build the network without memory for its weights; None for an encoder that cannot be made so."""
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
-            return _network(record)
-    except (RuntimeError, TypeError, ValueError):
-        return None
-
-
-def _most_bytes(outline: Network) -> int:
-    """Return the size that a file of a network's weights cannot exceed."""
-    tensors = outline.state_dict().values()
-    return sum(t.numel() * t.element_size() + _BYTES_A_TENSOR for t in tensors) + _HEADER_BYTES
-
-
-def _check_shapes(path: Path, outline: Network) -> None:
+def _check_shapes(path: Path, wanted: dict[str, tuple[int, ...]]) -> None:
     """Compare tensors by name and shape, before memory is taken for any."""
-    wanted = {key: tuple(tensor.shape) for key, tensor in outline.state_dict().items()}
     try:
         with safe_open(path, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise _of_another_network(path, type(error).__name__) from error
+        raise damaged(path, type(error).__name__) from error
     if shapes != wanted:
         other = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
-        raise _of_another_network(path, f"{len(other)} tensors differ, such as {other[0]!r}")
-
-
-def _of_another_network(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{str(path)!r} is truncated or of another network ({why}). Restore the folder, or train again."
-    )
+        raise damaged(path, f"{len(other)} tensors differ, such as {other[0]!r}")
 
 
 # The Hugging Face hub
@@ -447,10 +421,7 @@ _HTTP_LIBRARIES = {"httpcore", "httpx", "requests", "urllib3"}  # of both that t
 
 @contextmanager
 def _hub_errors(what_failed: str) -> Iterator[None]:
-    """Turn whatever the hub's client raises into a CheckpointError that says what it means.
-
-    Its errors differ between versions, down to the classes of two HTTP libraries.
-    """
+    """Turn what the hub's client raises, which differs between versions, into a CheckpointError that says the cause."""
     try:
         yield
     except (PixNetError, TypeError):  # the latter: an argument that nobody has

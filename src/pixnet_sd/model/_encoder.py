@@ -6,6 +6,7 @@ Its weights come from timm's hub or from a file: safetensors, or a torch file op
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -25,16 +26,12 @@ from pixnet_sd._util import logger
 from pixnet_sd.errors import CheckpointError, PixNetError
 from pixnet_sd.geometry import STRIDES
 
-_PREFIXES = ("module.", "model.", "resnet.", "encoder.", "backbone.", "body.")
+_PREFIXES = re.compile(r"^((module|model|resnet|encoder|backbone|body)\.)+")
 _MOST_TIMES = 32  # the encoder's size: files of self-supervised training hold two networks, heads and moments
 _BESIDE_BYTES = 1 << 30
 _MIN_MATCHED = 0.5  # a head is a small part of a backbone; half unmatched means another network
 _HUB_TIMEOUT_S = 5.0
 
-_OFFLINE_HELP = (
-    "The ImageNet weights of {name!r} could not be fetched from timm's hub ({reason}). Without a network give "
-    "encoder_weights= a path to a safetensors or torch file of weights, or encoder_weights=None to train from scratch."
-)
 _FIXED_SIZE = (
     "Encoder {name!r} does not take images of any size: {reason}. Choose a ConvNet or a plain ViT, such as 'resnet18', "
     "'convnext_tiny' or 'vit_small_patch16_224'."
@@ -63,12 +60,9 @@ class Encoder(nn.Module):
         patch_px: int | None = None,
     ) -> None:
         super().__init__()
-        self.body = body
-        self.channels = tuple(channels)
-        self.patch_px = patch_px
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
-        self.frozen = frozen
+        self.body, self.channels, self.patch_px, self.frozen = body, tuple(channels), patch_px, frozen
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1))
         if frozen:
             self.body.requires_grad_(False)
 
@@ -110,17 +104,31 @@ def build_encoder(name: str = "resnet18", weights: str | Path | None = "imagenet
         The weights cannot be fetched, opened or matched.
     """
     info: Any = _probe(name).feature_info
-    reductions: list[int] = info.reduction()
-    is_vit = len(set(reductions)) == 1
-    options = _vit_options(name, len(info.info)) if is_vit else _convnet_options(name, reductions)
+    strides: list[int] = info.reduction()
+    options: dict[str, Any] = {}
+    if is_vit := len(set(strides)) == 1:
+        depth, n_levels = len(info.info), len(STRIDES)
+        indices = [round((k + 1) * depth / n_levels) - 1 for k in range(n_levels)]
+        options = {"out_indices": indices, "dynamic_img_size": True}
+        try:
+            _probe(name, **options)
+        except TypeError as error:
+            raise PixNetError(_FIXED_SIZE.format(name=name, reason=f"it fails ({error})")) from error
+    elif missing := [s for s in STRIDES if s not in strides]:
+        raise PixNetError(
+            f"Encoder {name!r} has feature maps at strides {strides}, and {missing} are missing. "
+            "Choose a timm backbone with maps at 4, 8, 16 and 32, such as 'resnet18' or 'convnext_tiny'."
+        )
+    else:
+        options = {"out_indices": [strides.index(s) for s in STRIDES]}
     from_hub = str(weights) == "imagenet"
-    body = _create(name, pretrained=from_hub, **options)
+    body = _from_hub(name, options) if from_hub else timm.create_model(name, features_only=True, **options)
     if weights is not None and not from_hub:
         _load_weights(body, weights)
     cfg = timm.get_pretrained_cfg(name)
     mean, std = (cfg.mean, cfg.std) if cfg is not None else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     channels: list[int] = body.feature_info.channels()  # type: ignore[union-attr, operator]
-    encoder = Encoder(body, channels, mean, std, frozen=frozen, patch_px=reductions[0] if is_vit else None)
+    encoder = Encoder(body, channels, mean, std, frozen=frozen, patch_px=strides[0] if is_vit else None)
     _check_any_size(encoder, name)
     return encoder
 
@@ -132,53 +140,24 @@ def _probe(name: str, **options: Any) -> nn.Module:
         raise PixNetError(f"timm knows no model named {name!r}. Some that it knows: {close}. Check encoder=.")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
-        return _create(name, pretrained=False, **options)
+        return timm.create_model(name, features_only=True, **options)
 
 
-def _convnet_options(name: str, reductions: list[int]) -> dict[str, Any]:
-    missing = [s for s in STRIDES if s not in reductions]
-    if missing:
-        raise PixNetError(
-            f"Encoder {name!r} has feature maps at strides {reductions}, and {missing} are missing. "
-            "Choose a timm backbone with maps at 4, 8, 16 and 32, such as 'resnet18' or 'convnext_tiny'."
-        )
-    return {"out_indices": [reductions.index(s) for s in STRIDES]}
-
-
-def _vit_options(name: str, depth: int) -> dict[str, Any]:
-    indices = [round((k + 1) * depth / len(STRIDES)) - 1 for k in range(len(STRIDES))]
-    options = {"out_indices": indices, "dynamic_img_size": True}
-    try:
-        _probe(name, **options)
-    except TypeError as error:
-        raise PixNetError(_FIXED_SIZE.format(name=name, reason=f"it fails ({error})")) from error
-    return options
-
-
-def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
-    if pretrained:
-        _require_hub(name)
-    try:
-        return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
-    except Exception as error:
-        if pretrained:
-            # Whatever the hub client raises (it differs between versions), the cause for a user is the same.
-            raise CheckpointError(_OFFLINE_HELP.format(name=name, reason=type(error).__name__)) from error
-        raise
-
-
-def _require_hub(name: str) -> None:
-    """Fail within seconds when weights are not cached and the hub does not answer; timm would retry for a minute."""
+def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
+    """Make the model with timm's own weights; asks the hub once first, where timm would retry for a minute."""
     cfg = timm.get_pretrained_cfg(name)
-    if cfg is None or not cfg.hf_hub_id:
-        return
-    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    if any(isinstance(huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files):
-        return
     try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
-    except Exception as error:
-        raise CheckpointError(_OFFLINE_HELP.format(name=name, reason=type(error).__name__)) from error
+        if cfg is not None and cfg.hf_hub_id:
+            files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+            if not any(isinstance(huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, f), str) for f in files):
+                huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
+        return timm.create_model(name, pretrained=True, features_only=True, **options)
+    except Exception as error:  # the client's differ between versions
+        raise CheckpointError(
+            f"The ImageNet weights of {name!r} could not be fetched from timm's hub ({type(error).__name__}). Without "
+            "a network give encoder_weights= a path to a safetensors or torch file of weights, or "
+            "encoder_weights=None to train from scratch."
+        ) from error
 
 
 @torch.no_grad()
@@ -202,15 +181,14 @@ def _check_any_size(encoder: Encoder, name: str) -> None:
 def _load_weights(body: nn.Module, path: str | Path) -> None:
     """Load a file's weights into a timm feature extractor, and log what matched.
 
-    Prefixes such as ``model.``, ``resnet.`` or ``module.`` (the pathology SimCLR ResNet18 of Ciga et al., Lightning
-    and DataParallel files) are understood; a classifier head is left out. CheckpointError where less than half of the
-    encoder's tensors have a match.
+    Prefixes are passed over (the pathology SimCLR ResNet18 of Ciga et al., Lightning and DataParallel files have them),
+    and so is a classifier head. CheckpointError where less than half of the encoder's tensors have a match.
     """
     own = body.state_dict()
     n_bytes = sum(value.numel() * value.element_size() for value in own.values())
     given = _read_weights(path, most_bytes=_MOST_TIMES * n_bytes + _BESIDE_BYTES)
     by_bare = {_bare(key): value for key, value in given.items()}
-    candidates = {key: by_bare[_bare(key)] for key in own if _bare(key) in by_bare}
+    candidates = {key: by_bare[bare] for key in own if (bare := _bare(key)) in by_bare}
     fitting = {key: value for key, value in candidates.items() if value.shape == own[key].shape}
     needed = [key for key in own if not key.endswith("num_batches_tracked")]
     missing = [key for key in needed if key not in fitting]
@@ -231,9 +209,7 @@ def _load_weights(body: nn.Module, path: str | Path) -> None:
 
 def _bare(key: str) -> str:
     """Strip wrapper prefixes off a key, and spell it as timm's feature wrappers do."""
-    while prefix := next(filter(key.startswith, _PREFIXES), None):
-        key = key.removeprefix(prefix)
-    return key.replace(".", "_")
+    return _PREFIXES.sub("", key).replace(".", "_")
 
 
 def _read_weights(path: str | Path, *, most_bytes: int) -> dict[str, Tensor]:

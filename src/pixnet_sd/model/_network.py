@@ -1,14 +1,18 @@
 """PixNet's network: encoder, decoder (Eq. 3) and head (Eq. 4), which is applied last while it is linear.
 
-At the end: how far a pixel of the map looks, so that tiles get a halo that makes their borders invisible.
+Then how far a pixel of the map looks, so that tiles get a halo that makes their borders invisible; and the objectives
+of training. A loss is the sum of `Objective.part` over groups of outputs, so a whole transcriptome is never in memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,13 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pixnet_sd.geometry import MAP_STRIDE, STRIDES
-from pixnet_sd.params import Aggregation
+from pixnet_sd.params import Aggregation, ObjectiveName
 
 from ._encoder import Encoder
 from ._operators import Operator
 from ._record import DecoderConfig, Link
 
 _AT_ONE = math.log(math.e - 1)  # where softplus is 1
+_ALIGN_PX = STRIDES[-1]
+_SPREADING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_EPS = 1e-8
+_TINY = 1e-12
 
 
 class Head(nn.Module):
@@ -44,20 +52,11 @@ class Head(nn.Module):
         super().__init__()
         start = nn.Linear(channels, n_outputs)
         self.weight, self.bias, self.link = start.weight, start.bias, link
+        self.in_features, self.n_outputs = channels, n_outputs
         if link == "softplus":
             self.register_buffer("unit", torch.ones(n_outputs))
             self.register_buffer("is_total", torch.arange(n_outputs) == n_outputs - 1, persistent=False)
         self._whole: Head | None = None  # of a selected head, which may lack the output for all genes
-
-    @property
-    def in_features(self) -> int:
-        """C."""
-        return self.weight.shape[1]
-
-    @property
-    def n_outputs(self) -> int:
-        """M."""
-        return self.weight.shape[0]
 
     @property
     def is_linear(self) -> bool:
@@ -84,7 +83,7 @@ class Head(nn.Module):
 
     def _total(self, rows: Tensor) -> Tensor:
         """Return the density of all genes at pixels, relative to the usual one: (n, C) -> (n,)."""
-        whole = self if self._whole is None else self._whole
+        whole = self._whole or self
         return functional.softplus(rows @ whole.weight[-1].float() + whole.bias[-1].float() + _AT_ONE)
 
     @torch.no_grad()
@@ -98,17 +97,14 @@ class Head(nn.Module):
             getattr(chosen, name).data = picked if value.dtype == torch.bool else picked.float()
         if not self.is_linear:
             chosen.unit *= scale
-            whole, chosen._whole = self if self._whole is None else self._whole, Head(self.in_features, 1)
+            whole, chosen._whole = self._whole or self, Head(self.in_features, 1)
             chosen._whole.weight.data = whole.weight.detach()[-1:].float()
             chosen._whole.bias.data = whole.bias.detach()[-1:].float()
         return chosen.requires_grad_(requires_grad=False)
 
 
 class Factors:
-    """In place of a head: D as it is, and a 1, which says where tissue is once a map is 0 elsewhere.
-
-    Under a linear head any output is then the weighted sum of these, on tissue and off, and of averages as well.
-    """
+    """In place of a linear head: D and a 1 (0 off the tissue), of which any output, or average of it, is a sum."""
 
     is_linear = True
 
@@ -124,8 +120,8 @@ class Lateral(nn.Module):
     """Standardise a feature map per channel and project it, both in one 1 × 1 convolution.
 
     Backbone channels differ in scale by orders of magnitude, which a few hundred spots cannot teach a network. The
-    constants are measured once on training tiles (`calibrate`), so they carry no statistics of the batch: batch norm
-    would remove what tells one slide from another.
+    constants are measured once on training tiles (`Network.calibrate`), so they carry no statistics of the batch:
+    batch norm would remove what tells one slide from another.
     """
 
     mean: Tensor
@@ -138,12 +134,6 @@ class Lateral(nn.Module):
         self.register_buffer("mean", torch.zeros(channels_in))
         self.register_buffer("scale", torch.ones(channels_in))
 
-    @torch.no_grad()
-    def calibrate(self, mean: Tensor, std: Tensor) -> None:
-        """Set the constants: mean and standard deviation of each channel over the training tiles, shape (channels,)."""
-        self.mean.copy_(mean)
-        self.scale.copy_(1 / (std + 1e-3))
-
     def forward(self, x: Tensor) -> Tensor:
         """Project (B, C_in, h, w) -> (B, C_out, h, w), dropping input channels in training."""
         # Dropping a standardised channel everywhere is dropping its column of the projection, however large the map is.
@@ -151,11 +141,6 @@ class Lateral(nn.Module):
         weight = self.project.weight * keep[:, None, None]
         bias = self.project.bias - weight.flatten(1) @ self.mean  # type: ignore[operator]
         return functional.conv2d(x, weight, bias)
-
-
-def _feed_forward(channels: int, width: int) -> nn.Module:
-    """Make a DFFN: a 3 × 3 convolution to the hidden width and a 1 × 1 convolution back."""
-    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, channels, 1))
 
 
 class Decoder(nn.Module):
@@ -167,11 +152,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder_channels: Sequence[int],
-        widths: Sequence[int] | None,
-        hidden: Sequence[int],
-        dropout: float = 0.0,
+        self, encoder_channels: Sequence[int], widths: Sequence[int] | None, hidden: Sequence[int], dropout: float = 0.0
     ) -> None:
         super().__init__()
         out = list(encoder_channels if widths is None else widths)
@@ -180,9 +161,11 @@ class Decoder(nn.Module):
             if widths is None
             else [Lateral(c, w, dropout) for c, w in zip(encoder_channels, out, strict=True)]
         )
-        finer = range(len(out) - 1)
-        self.upsample = nn.ModuleList([nn.ConvTranspose2d(out[k + 1], out[k], 2, stride=2) for k in finer])
-        self.feed_forward = nn.ModuleList([_feed_forward(out[k], hidden[k]) for k in finer])
+        self.upsample = nn.ModuleList([nn.ConvTranspose2d(low, c, 2, stride=2) for c, low in pairwise(out)])
+        self.feed_forward = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, c, 1))
+            for c, width in zip(out[:-1], hidden, strict=True)
+        )
         self.skip_scale = nn.Parameter(torch.ones(len(out) - 1))
         self.channels_out = out[0]
         self.apply(_keep_variance)
@@ -297,21 +280,16 @@ class Network(nn.Module):
         """Whether the pyramid is standardised and projected before the decoder."""
         return isinstance(self.decoder.laterals[0], Lateral)
 
+    @torch.no_grad()
     def calibrate(self, samples: Sequence[Tensor]) -> None:
         """Set the laterals' standardising constants from feature vectors of each level, shapes (n, C_l)."""
         for lateral, values in zip(self.decoder.laterals, samples, strict=True):
             if isinstance(lateral, Lateral):
-                lateral.calibrate(values.mean(0), values.std(0, correction=0))
+                lateral.mean.copy_(values.mean(0))
+                lateral.scale.copy_(1 / (values.std(0, correction=0) + 1e-3))
 
 
-_ALIGN_PX = STRIDES[-1]
-_SPREADING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
-
-
-def _spread(module: Any) -> int:
-    """Return the input pixels by which a convolution or a pooling layer reaches to one side."""
-    kernel, dilation = (int(np.max(value)) for value in (module.kernel_size, getattr(module, "dilation", 1)))
-    return (kernel - 1) * dilation // 2 + (kernel + 1) % 2
+# How far a pixel looks
 
 
 @contextmanager
@@ -336,9 +314,11 @@ def receptive_radius_px(network: Network) -> int:
     side = 4 * _ALIGN_PX
     reach = float(2 * MAP_STRIDE)  # the bilinear Resize
 
-    def add(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
+    def add(module: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
         nonlocal reach
-        reach += _spread(module) * side / args[0].shape[-1]
+        kernel, dilation = (int(np.max(value)) for value in (module.kernel_size, getattr(module, "dilation", 1)))
+        spread = (kernel - 1) * dilation // 2 + (kernel + 1) % 2  # input pixels to one side
+        reach += spread * side / args[0].shape[-1]
 
     handles = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, _SPREADING)]
     try:
@@ -364,3 +344,159 @@ def sees_whole_tile(network: Network, radius_px: int) -> bool:
     with _evaluating(network) as device:
         before, after = (network(x.to(device))[..., near] for x in (image, changed))
     return bool((before - after).abs().max() > 1e-5 * before.std())
+
+
+# Objectives of training
+
+
+def pearson_per_gene(predicted: Tensor, measured: Tensor) -> Tensor:
+    """Correlate each gene over regions: (regions, genes) twice -> (genes,).
+
+    NaN for a gene that is constant in `measured`, which has no correlation; 0, without a gradient, for one that is
+    constant in `predicted` only.
+    """
+    p, m = predicted - predicted.mean(0), measured - measured.mean(0)
+    product = (p * p).sum(0) * (m * m).sum(0)
+    varies = (predicted.amax(0) > predicted.amin(0)) & (product > 0)
+    r = (p * m).sum(0) / (torch.sqrt(torch.where(varies, product, 1.0)) + _EPS)
+    r = torch.where(varies, r, 0.0)  # rather than the infinite slope of the square root at 0
+    return torch.where(_varying(measured), r, torch.nan)
+
+
+def _varying(measured: Tensor) -> Tensor:
+    """Mask the genes that differ between regions; picking them would make the host wait for a device."""
+    return measured.amax(0) > measured.amin(0)
+
+
+def log_normalised(values: Tensor, total: Tensor, target_sum: float) -> Tensor:
+    """Return ``log1p(target_sum * values / total)``; 0 where the total is 0."""
+    return torch.log1p(target_sum * values / torch.where(total > 0, total, torch.inf))
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Totals of n regions of one size whose counts are predicted."""
+
+    usual: Tensor  # counts that each region would have at the mean density, (n, outputs)
+    usual_total: Tensor  # (n, 1), as the two below: the sum over all genes of the usual counts,
+    predicted_total: Tensor  # of the predicted ones
+    measured_total: Tensor  # and of the measured ones
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a loss has to know besides the values of a group of outputs."""
+
+    outputs: slice
+    n_outputs: int  # of all groups
+    n_varying: Tensor | None  # `Objective.n_varying` of all outputs, on the device
+    size: int  # which size the regions have
+    densities: Densities | None = None  # for a likelihood of counts
+
+
+class Objective(nn.Module, ABC):
+    """A loss, with the link of the head that it needs; `has_total`: the last output is the sum over all genes."""
+
+    link: Link
+    has_total: bool
+
+    @abstractmethod
+    def n_varying(self, measured: Iterable[Tensor]) -> Tensor | None:
+        """Count the outputs that differ between regions, a scalar to divide by, from groups of them; None: unneeded."""
+
+    @abstractmethod
+    def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
+        """Return the share of the loss of a group of outputs, over the regions of one size, each (n, outputs)."""
+
+    @abstractmethod
+    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
+        """Log-normalise predictions, or targets, of a group of outputs, given those of the sum (n, 1)."""
+
+
+class MsePcc(Objective):
+    """Eq. 6 (Zhang et al., arXiv 2503.01347): squared error plus λ (`pcc_weight`) times the correlation loss.
+
+    It is taken of log-normalised expression.
+    """
+
+    link: Link = "identity"
+    has_total = False
+
+    def __init__(self, pcc_weight: float) -> None:
+        super().__init__()
+        self.pcc_weight = pcc_weight
+
+    def n_varying(self, measured: Iterable[Tensor]) -> Tensor:
+        """See `Objective.n_varying`."""
+        return torch.stack([_varying(group).sum() for group in measured]).sum()
+
+    def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
+        """See `Objective.part`; the correlation loss is 0 of genes that are constant in `measured`."""
+        assert about.n_varying is not None  # it was counted
+        squared = ((predicted - measured) ** 2).mean(0).sum() / about.n_outputs
+        uncorrelated = torch.where(_varying(measured), 1 - pearson_per_gene(predicted, measured), 0.0)
+        return squared + self.pcc_weight * uncorrelated.sum() / about.n_varying.clamp_min(1)
+
+    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:  # noqa: ARG002 - values are log-normalised
+        """See `Objective.comparable`."""
+        return values
+
+
+class CountLoss(Objective):
+    """Negative log-likelihood of raw counts whose means are sums of a density: Poisson, or negative binomial.
+
+    A gene's mean is its density summed over the region times a size factor, the region's depth: measured over predicted
+    counts of all genes there. So genes are learnt as shares of the counts that a region happens to have, and only the
+    last output, the sum over all genes, from how many these are.
+
+    The loss of each output is divided by the counts that the regions would have at its mean density, so that genes with
+    many counts do not outweigh the others, nor large regions small ones. The dispersion α of the negative binomial
+    (variance μ + α μ²; Hilbe, Negative Binomial Regression, 2011, section 8) is learnt for every size and gene, as sums
+    over larger regions vary less. The sum over all genes is always Poisson: then the expected totals of the training
+    regions are those measured, while dispersion would leave them to the smallest.
+    """
+
+    link: Link = "softplus"
+    has_total = True
+
+    def __init__(self, likelihood: Literal["poisson", "nb"], target_sum: float, n_sizes: int, n_outputs: int) -> None:
+        super().__init__()
+        self.likelihood, self.target_sum = likelihood, target_sum
+        if likelihood == "nb":
+            self.log_dispersion = nn.Parameter(torch.full((n_sizes, n_outputs), -2.0))
+
+    def n_varying(self, measured: Iterable[Tensor]) -> None:  # noqa: ARG002 - a likelihood needs no such number
+        """See `Objective.n_varying`."""
+        return
+
+    def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
+        """See `Objective.part`."""
+        known = about.densities
+        assert known is not None  # counts are sums of densities
+        # What is predicted of a gene and of all rise together, so their ratio has to be what is learnt from: with the
+        # divisor held fixed every gene that is predicted too high would pull the total down, step after step.
+        depth = known.measured_total / known.predicted_total.clamp_min(_TINY)
+        usual_depth = known.measured_total / known.usual_total.clamp_min(_TINY)
+        n_genes = about.n_outputs - 1 - (about.outputs.start or 0)
+        is_total = torch.arange(predicted.shape[1], device=predicted.device) >= n_genes
+        usual = known.usual * torch.where(is_total, 1.0, usual_depth)
+        mean = predicted * torch.where(is_total, 1.0, depth) + _TINY * usual
+        loss = mean - measured * torch.log(mean / (usual + _TINY) + _TINY)
+        if self.likelihood == "nb":  # without the term that depends on the count alone
+            dispersion = self.log_dispersion[about.size, about.outputs].exp()
+            spread, shape = dispersion * mean, 1 / dispersion
+            known_terms = measured * torch.log(spread + _TINY) + torch.lgamma(measured + shape) - torch.lgamma(shape)
+            loss = torch.where(is_total, loss, (measured + shape) * torch.log1p(spread) - known_terms)
+        return (loss.sum(0) / usual.sum(0).clamp_min(_TINY)).sum() / about.n_outputs
+
+    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
+        """See `Objective.comparable`."""
+        assert total is not None  # it is the last output
+        return log_normalised(values, total, self.target_sum)
+
+
+def make_objective(
+    name: ObjectiveName, *, pcc_weight: float, target_sum: float, n_sizes: int, n_outputs: int
+) -> Objective:
+    """Make the objective of a name, with λ of Eq. 6 or the target sum, sizes of regions and outputs of a likelihood."""
+    return MsePcc(pcc_weight) if name == "mse_pcc" else CountLoss(name, target_sum, n_sizes, n_outputs)

@@ -1,8 +1,7 @@
 """Aggregation operators A: what turns feature rows into regions, differentiable and exact.
 
-SciPy makes an operator, which can be applied as it is. For a GPU it is staged first, in the thread that made it: put
-into torch's compressed rows, with its transpose for the gradient, in page-locked memory, from where `moved` copies it
-without anyone waiting.
+SciPy makes an operator, which can be applied as it is. For a GPU it is staged in the thread that made it: put into
+torch's compressed rows, with its transpose, in page-locked memory, from where `moved` copies it without waiting.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,10 +36,7 @@ def staged_array(values: NDArray[Any] | Tensor, dtype: type[np.generic], *, pin:
 
 @dataclass(frozen=True, eq=False)
 class StagedMatrix:
-    """A constant sparse matrix of torch, float32, and its transpose, where a gradient is asked for.
-
-    Indices have 32 bits wherever they suffice.
-    """
+    """A constant float32 sparse matrix of torch, and its transpose where a gradient is asked for."""
 
     shape: tuple[int, int]
     forward: Rows
@@ -48,55 +44,37 @@ class StagedMatrix:
 
     @classmethod
     def of(cls, matrix: sparse.csr_array, *, gradient: bool, pin: bool) -> StagedMatrix:
-        """Stage a matrix of SciPy, see `Operator.staged`."""
-        n_rows, n_cols = matrix.shape
-        transpose = _rows(matrix.T.tocsr(), pin=pin) if gradient else None
-        return cls((n_rows, n_cols), _rows(matrix, pin=pin), transpose)
+        """Stage a matrix of SciPy, see `Operator.staged`; indices have 32 bits wherever they suffice."""
+        index = np.int32 if max(matrix.nnz, *matrix.shape) <= np.iinfo(np.int32).max else np.int64
+
+        def rows(csr: sparse.csr_array) -> Rows:
+            pieces = ((csr.indptr, index), (csr.indices, index), (csr.data, np.float32))
+            return [staged_array(piece, dtype, pin=pin) for piece, dtype in pieces]
+
+        return cls(matrix.shape, rows(matrix), rows(matrix.T.tocsr()) if gradient else None)
 
     def moved(self, move: Move) -> StagedMatrix:
         """Move every tensor."""
-        backward = None if self.backward is None else list(map(move, self.backward))
-        return StagedMatrix(self.shape, list(map(move, self.forward)), backward)
-
-    def product(self, x: Tensor) -> Tensor:
-        """Multiply: A @ x, (rows, C) float32; differentiable in x if there is a transpose."""
-        if len(x) != self.shape[1]:  # torch would read beyond the end
-            raise ValueError(f"A matrix of {self.shape[1]} columns cannot multiply {len(x)} rows.")
-        if self._transposed is None:
-            return _times(self._matrix, x.detach())
-        return _StagedProduct.apply(self._matrix, self._transposed, x)
+        return StagedMatrix(self.shape, [*map(move, self.forward)], self.backward and [*map(move, self.backward)])
 
     @cached_property
-    def _matrix(self) -> Tensor:
-        return _compressed(self.forward, self.shape)
-
-    @cached_property
-    def _transposed(self) -> Tensor | None:
-        return None if self.backward is None else _compressed(self.backward, self.shape[::-1])
-
-
-def _rows(matrix: sparse.csr_array, *, pin: bool) -> Rows:
-    index = np.int32 if max(matrix.nnz, *matrix.shape) <= np.iinfo(np.int32).max else np.int64
-    pieces = ((matrix.indptr, index), (matrix.indices, index), (matrix.data, np.float32))
-    return [staged_array(piece, dtype, pin=pin) for piece, dtype in pieces]
+    def factors(self) -> tuple[Tensor, Tensor | None]:
+        """The matrix and its transpose, as torch multiplies them."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            make: Any = partial(torch.sparse_csr_tensor, check_invariants=False)
+            backward = None if self.backward is None else make(*self.backward, size=self.shape[::-1])
+            return make(*self.forward, size=self.shape), backward
 
 
-def _compressed(rows: Rows, shape: tuple[int, int]) -> Tensor:
-    pointers, columns, values = rows
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(pointers, columns, values, size=shape, check_invariants=False)
+Matrix: TypeAlias = "sparse.csr_array | StagedMatrix"
 
 
-def _times(matrix: Tensor, x: Tensor) -> Tensor:
-    return matrix @ x if matrix.values().numel() else x.new_zeros(matrix.shape[0], x.shape[1])
-
-
-class _StagedProduct(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """A @ x for a constant A; the gradient is Aᵀ @ g."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, transposed: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, matrix: Any, transposed: Any, x: Tensor) -> Tensor:
         ctx.transposed = transposed
         return _times(matrix, x)
 
@@ -105,40 +83,30 @@ class _StagedProduct(torch.autograd.Function):
         return None, None, _times(ctx.transposed, grads[0].contiguous())
 
 
-class _SparseProduct(torch.autograd.Function):
-    """A @ x for a constant A of SciPy, which torch on a CPU would need MKL for; the gradient is Aᵀ @ g."""
-
-    @staticmethod
-    def forward(ctx: Any, matrix: sparse.csr_array, x: Tensor) -> Tensor:
-        ctx.matrix = matrix
-        return _product(matrix, x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, _product(ctx.matrix.T, grads[0])
-
-
-def _product(matrix: Any, x: Tensor) -> Tensor:
-    return torch.from_numpy(matrix @ x.cpu().numpy()).to(x.device)
-
-
-Matrix: TypeAlias = "sparse.csr_array | StagedMatrix"
+def _times(matrix: Any, x: Tensor) -> Tensor:
+    if not isinstance(matrix, Tensor):  # SciPy's: on a CPU torch would need MKL
+        return torch.from_numpy(matrix @ x.cpu().numpy()).to(x.device)
+    return matrix @ x if matrix.values().numel() else x.new_zeros(matrix.shape[0], x.shape[1])
 
 
 def _aggregate(features: Tensor, matrix: Matrix) -> Tensor:
     """Multiply feature rows (pixels, C) by a constant matrix, differentiable in the features: (regions, C) float32.
 
-    A staged matrix has to be on the device of the features.
+    A staged matrix has to be on the device of the features; without a transpose it gives no gradient.
     """
     if features.is_cuda and not isinstance(matrix, StagedMatrix):
         staged = StagedMatrix.of(matrix, gradient=features.requires_grad, pin=False)
         matrix = staged.moved(lambda tensor: tensor.to(features.device))
+    if len(features) != matrix.shape[1]:  # torch would read beyond the end
+        raise ValueError(f"A matrix of {matrix.shape[1]} columns cannot multiply {len(features)} rows.")
     with torch.autocast(features.device.type, enabled=False):
         if isinstance(matrix, StagedMatrix):
-            return matrix.product(features.float())
+            forward, backward = matrix.factors
+            return _Product.apply(forward, backward, (features.detach() if backward is None else features).float())
+        # Not astype of the whole matrix, which copies and sorts its indices.
         data = matrix.data.astype(np.float32, copy=False)
         single = sparse.csr_array((data, matrix.indices, matrix.indptr), shape=matrix.shape)
-        return _SparseProduct.apply(single, features.float())
+        return _Product.apply(single, single.T, features.float())
 
 
 class Operator(ABC):
@@ -155,21 +123,18 @@ class Operator(ABC):
 
     def staged(self, *, gradient: bool, pin: bool) -> Operator:
         """Put into torch's form, on the host: differentiable, and in page-locked memory, if asked for."""
-
-        def staged(value: Any) -> Any:
-            if isinstance(value, sparse.csr_array):
-                return StagedMatrix.of(value, gradient=gradient, pin=pin)
-            return staged_array(value, np.int64 if value.dtype.kind == "i" else np.float32, pin=pin)
-
-        return type(self)(**{name: staged(value) for name, value in vars(self).items()})
+        staged: dict[str, Any] = {
+            name: StagedMatrix.of(value, gradient=gradient, pin=pin)
+            if isinstance(value, sparse.csr_array)
+            else staged_array(value, np.int64 if value.dtype.kind == "i" else np.float32, pin=pin)
+            for name, value in vars(self).items()
+        }
+        return type(self)(**staged)
 
     def moved(self, move: Move) -> Operator:
         """Move every tensor of a staged operator."""
-
-        def moved(value: Any) -> Any:
-            return value.moved(move) if isinstance(value, StagedMatrix) else move(value)
-
-        return type(self)(**{name: moved(value) for name, value in vars(self).items()})
+        staged = vars(self).items()
+        return type(self)(**{k: v.moved(move) if isinstance(v, StagedMatrix) else move(v) for k, v in staged})
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -181,15 +182,12 @@ def read_record(folder: Path) -> ModelRecord:
     """Read ``config.json``; CheckpointError where it is missing, damaged, or of something else than a model of ours."""
     path = folder / CONFIG
     content = _content(path)
-    names = [f.name for f in fields(ModelRecord)]
-    if missing := [name for name in names if name not in content]:
-        raise CheckpointError(f"{str(path)!r} lacks {missing}. {_REMEDY}")
     try:
         RecordSchema.model_validate(content)
     except ValueError as error:
-        raise _damaged(path, what_is_wrong(error)) from error
+        raise damaged(path, what_is_wrong(error)) from error
     check_file(path)
-    return ModelRecord(**{name: content[name] for name in names})
+    return ModelRecord(**{f.name: content[f.name] for f in fields(ModelRecord)})
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -205,7 +203,7 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(text, allow_nan=True)  # so that the schema names the field that has it
     except ValueError as error:
-        raise _damaged(path, what_is_wrong(error)) from error
+        raise damaged(path, what_is_wrong(error)) from error
     stated = content.get("format") if isinstance(content, dict) else None
     if stated == FORMAT:
         return dict(content)
@@ -219,20 +217,18 @@ def _content(path: Path) -> dict[str, Any]:
     )
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{str(path)!r} is damaged ({why}). Restore it, or train again.")
+def damaged(path: Path, why: str) -> CheckpointError:
+    """Return the error for a file of a checkpoint that is not what it should be."""
+    return CheckpointError(f"{str(path)!r} is damaged, or of another model ({why}). {_REMEDY}")
 
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that a result depends on."""
-    return {name: _version(name) for name in _LIBRARIES}
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:  # a source tree that was never installed
-        return "unknown"
+    versions = dict.fromkeys(_LIBRARIES, "unknown")
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):  # a source tree that was never installed
+            versions[name] = version(name)
+    return versions
 
 
 def write_checksums(folder: Path, names: Sequence[str]) -> None:
@@ -242,32 +238,7 @@ def write_checksums(folder: Path, names: Sequence[str]) -> None:
 
 
 def check_file(path: Path, *, most_bytes: int | None = None) -> None:
-    """Compare a model's file with the hash that was noted when it was written, and its size with the largest possible.
-
-    Raises
-    ------
-    CheckpointError
-        It is missing, too large, no regular file or another one than was written; or nothing is known of it.
-    """
-    noted = _noted(path)
-    try:
-        actual = _checksum(path, most_bytes=noted.bytes if most_bytes is None else min(noted.bytes, most_bytes))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{str(path)!r} is missing, and a model has it. {_REMEDY}") from error
-    if actual != noted:
-        raise CheckpointError(
-            f"{str(path)!r} is not as it was written, says {CHECKSUMS} beside it: it was truncated, changed by "
-            f"hand or replaced, or saving was cut off. {_REMEDY}"
-        )
-
-
-def _checksum(path: Path, *, most_bytes: int | None = None) -> FileSchema:
-    n_bytes, sha256 = hash_regular(path, most_bytes=most_bytes)
-    return FileSchema(bytes=n_bytes, sha256=sha256)
-
-
-def _noted(path: Path) -> FileSchema:
-    """Read size and hash that were noted of a file."""
+    """Compare a model's file with what was noted when it was written, or raise CheckpointError; see `_checksum`."""
     checksums = path.with_name(CHECKSUMS)
     try:
         noted = ChecksumsSchema.model_validate(parse_json(read_regular(checksums, most_bytes=_MOST_CHECKSUMS_BYTES)))
@@ -279,14 +250,25 @@ def _noted(path: Path) -> FileSchema:
     except CheckpointError:
         raise
     except ValueError as error:
-        raise _damaged(checksums, what_is_wrong(error)) from error
+        raise damaged(checksums, what_is_wrong(error)) from error
     if path.name not in noted.files:
-        raise _damaged(checksums, f"{path.name} is not in it")
-    return noted.files[path.name]
+        raise damaged(checksums, f"{path.name} is not in it")
+    wanted = noted.files[path.name]
+    try:
+        actual = _checksum(path, most_bytes=wanted.bytes if most_bytes is None else min(wanted.bytes, most_bytes))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{str(path)!r} is missing, and a model has it. {_REMEDY}") from error
+    if actual != wanted:
+        raise damaged(path, f"its hash is not that in {CHECKSUMS}: it was truncated or replaced, or saving was cut off")
+
+
+def _checksum(path: Path, *, most_bytes: int | None = None) -> FileSchema:
+    """Hash a file; CheckpointError where it is larger than it can be, or no regular file."""
+    n_bytes, sha256 = hash_regular(path, most_bytes=most_bytes)
+    return FileSchema(bytes=n_bytes, sha256=sha256)
 
 
 # The model card
-
 
 _SHOWN = 10  # genes at either end of the table of scores; all of them are in config.json
 
@@ -300,8 +282,7 @@ _OBJECTIVES = {
 def card_text(record: ModelRecord, *, repo_id: str, license: str | None) -> str:
     """Write the model card, Markdown without the metadata block; `repo_id` is a name on the hub or a folder."""
     stated = f"`{license}`." if license else "None was stated, and without one nobody may use the weights."
-    from_elsewhere = f"weights that its encoder started from ({record.encoder_weights}) and the training slides"
-    others = from_elsewhere if record.encoder_weights else "training slides"
+    started = f"weights that its encoder started from ({record.encoder_weights}) and the "
     template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
     return template.substitute(
         n_genes=f"{len(record.genes):,}",
@@ -313,7 +294,7 @@ def card_text(record: ModelRecord, *, repo_id: str, license: str | None) -> str:
         scores=_scores(record),
         model=_model(record),
         training=_training(record),
-        licence=f"{stated} The {others} have terms of their own.",
+        licence=f"{stated} The {started if record.encoder_weights else ''}training slides have terms of their own.",
     )
 
 
@@ -336,15 +317,12 @@ def _data(slides: dict[str, Any]) -> str:
         {name for name, slide in slides.items() if any(slide.get(regions, {}).values())}
         for regions in ("training_regions", "held_out_regions")
     )
-    if not held_out:
-        split = "Nothing was held out."
-    elif trained & held_out:
+    split = f"Held out: whole slides ({_listed(sorted(held_out))})." if held_out else "Nothing was held out."
+    if trained & held_out:
         split = (
             "Held out: square blocks of every slide, with a margin of one region around them. Tissue next to training "
             "tissue is easier than a new slide."
         )
-    else:
-        split = f"Held out: whole slides ({_listed(sorted(held_out))})."
     return f"{_table(columns, rows)}\n\n{split}"
 
 
@@ -358,23 +336,17 @@ def _scores(record: ModelRecord) -> str:
     values = (known.mean(), *known.quantile([0.25, 0.5, 0.75]), *known.iloc[[0, -1]])
     columns = ("genes scored", "mean", "first quartile", "median", "third quartile", "best", "worst")
     summary = _table(columns, [(f"{len(known):,} of {len(pcc):,}", *(f"{value:.3f}" for value in values))])
-    flattering = (
-        " Training ended with the epoch that did best on these very regions, so the scores flatter it a little."
-    )
+    scores = [(gene, f"{value:.3f}") for gene, value in known.items()]
+    genes = _table(("gene", "PCC"), scores)
+    if len(scores) > 2 * _SHOWN:
+        ends = [(*best, *worst) for best, worst in zip(scores[:_SHOWN], scores[: -_SHOWN - 1 : -1], strict=True)]
+        genes = _table(("best predicted", "PCC", "worst predicted", "PCC"), ends)
+    flattering = " Training ended with the epoch that did best on these very regions, which flatters it a little."
     return (
         "Pearson correlation between predicted and measured expression over the held-out regions, gene by gene, "
         f"averaged over slides and sizes of regions.{flattering if record.training.get('keep_best') else ''}\n\n"
-        f"{summary}\n\n{_ends(known)}"
+        f"{summary}\n\n{genes}"
     )
-
-
-def _ends(known: pandas.Series) -> str:
-    """Make the table of the genes at both ends, or of all when they are few."""
-    scores = [(gene, f"{value:.3f}") for gene, value in known.items()]
-    if len(scores) <= 2 * _SHOWN:
-        return _table(("gene", "PCC"), scores)
-    rows = [(*best, *worst) for best, worst in zip(scores[:_SHOWN], scores[: -_SHOWN - 1 : -1], strict=True)]
-    return _table(("best predicted", "PCC", "worst predicted", "PCC"), rows)
 
 
 def _model(record: ModelRecord) -> str:
