@@ -69,18 +69,15 @@ def test_against_numpy(sdata, counts, predictions):
     assert scores.attrs == pytest.approx(expected, rel=1e-5)
 
 
-def test_only_genes_are_scored_and_counted(sdata, counts):
+def test_only_genes_are_scored_and_counted(sdata):
     """Antibodies have no part in the totals, nor a score."""
-    names = [*GENES, "X"]
-    without = sdata.tables["counts"][:, [n for n in names if n not in ("B", "X")]].copy()
-    sdata.tables["without"] = TableModel.parse(without)
+    genes = sdata.tables["counts"].var_names.isin(["A", "C", "D", "E"])
+    sdata.tables["without"] = TableModel.parse(sdata.tables["counts"][:, genes].copy())
     expected = evaluate(sdata, table_key="without", predicted_key="predicted")
-    kinds = ["Antibody Capture" if name in ("B", "X") else "Gene Expression" for name in names]
-    sdata.tables["counts"].var["feature_types"] = kinds
+    sdata.tables["counts"].var["feature_types"] = np.where(genes, "Gene Expression", "Antibody Capture")
     found = evaluate(sdata, table_key="counts", predicted_key="predicted")
     assert set(found.index) == set(GENES) - {"B"}
     pd.testing.assert_frame_equal(found, expected)
-    assert found.attrs == pytest.approx(expected.attrs)
 
 
 @pytest.mark.parametrize("is_stored", [False, True])
@@ -124,10 +121,7 @@ def test_tables_that_do_not_go_together(sdata, table_key, predicted_key, names):
 @pytest.mark.parametrize(
     ("spoil", "names"),
     [
-        (
-            lambda m, p: setattr(p, "obs", p.obs.assign(instance_id=p.obs["instance_id"] + 1000)),
-            r"0 regions.*\[1\d\d\d",
-        ),
+        (lambda m, p: p.obs.insert(0, "instance_id", p.obs.pop("instance_id") + 1000), r"0 regions.*\[1\d\d\d"),
         (lambda m, p: setattr(p, "var_names", [f"hg38_{g}" for g in p.var_names]), "28 regions and 0 genes.*'hg38_"),
         (lambda m, p: setattr(m, "X", m.X * 0), "'counts'.*'predicted'"),
         (lambda m, p: setattr(m, "X", m.X * np.nan), "'counts'.*NaN"),

@@ -46,7 +46,6 @@ def test_what_it_leaves(slide, fitted, checkpoint, user_files):
     """A model's files, its name in the slide, and nothing else."""
     assert {path.name for path in checkpoint.rglob("*")} == {"checksums.json", "config.json", "model.safetensors"}
     assert fitted.attrs["pixnet_sd"]["model"] == str(checkpoint)
-    assert {name for _, name, _ in fitted.gen_elements()} == {name for _, name, _ in slide.gen_elements()}
     assert user_files(fitted.path) == user_files(slide.path)
     config = json.loads((checkpoint / "config.json").read_text())
     assert (config["format"], config["log_base"], config["target_sum"]) == ("pixnet_sd/2", "e", 1e4)
@@ -55,7 +54,6 @@ def test_what_it_leaves(slide, fitted, checkpoint, user_files):
     split = [described[f"{part}_regions"][TABLE] for part in ("training", "held_out")]
     assert min(split) > 30
     assert sum(split) <= 408
-    assert config["training"]["seed"] == 0
 
 
 def test_genes_and_history(slide, model):
@@ -66,10 +64,11 @@ def test_genes_and_history(slide, model):
     assert list(history.index) == [1, 2]
     assert {"loss", "val_pcc", "val_mse", "lr", "seconds"} <= set(history.columns)
     assert np.isfinite(history.to_numpy()).all()
-    best = int(history["val_pcc"].idxmax())
-    assert model.record.training["best_epoch"] == best
+    best, said = int(history["val_pcc"].idxmax()), model.record.training
+    assert (said["best_epoch"], said["scored_on"]) == (best, "held_out")
+    assert (said["mse"], said["pcc"]) == tuple(history.loc[best, ["val_mse", "val_pcc"]])
+    assert 0.5 < said["mse"] / said["gene_mean_mse"] < 1.5
     assert np.nanmean(np.array(model.record.held_out_pcc, float)) == pytest.approx(history["val_pcc"][best], abs=1e-6)
-    assert not model.network.training
 
 
 def test_the_same_call_takes_the_finished_model(
@@ -97,15 +96,6 @@ def test_other_settings_into_the_same_folder(slide, fit, checkpoint, other, tmp_
     assert (tmp_path / "model" / "config.json").read_bytes() == before
 
 
-def test_the_folder_without_checkpoint_dir(pair, fit, tmp_path, monkeypatch):
-    """Of a slide in memory; of one in a store see the lock."""
-    monkeypatch.chdir(tmp_path)
-    fit(pair["a"], max_epochs=1)
-    folder = Path(pair["a"].attrs["pixnet_sd"]["model"])
-    assert folder.parent == tmp_path.resolve() / "pixnet_sd_models"
-    assert (folder / "model.safetensors").is_file()
-
-
 def test_two_slides(pair, fit, tmp_path):
     """One held out; a gene that it lacks cannot be scored there."""
     model = fit(pair, checkpoint_dir=tmp_path / "model", validation=["b"], max_epochs=1)
@@ -118,10 +108,12 @@ def test_two_slides(pair, fit, tmp_path):
         fit(pair, checkpoint_dir=tmp_path / "named", validation=["b"], genes=["ACTB", "CD68"])
 
 
-def test_named_tables_and_genes_in_order_without_validation(pair, fit, tmp_path):
-    """Run twice, it ends with the same weights."""
+def test_named_tables_and_genes_in_order_without_validation(pair, fit, tmp_path, monkeypatch):
+    """Run twice, once in the default folder of a slide in memory, it ends with the same weights."""
+    monkeypatch.chdir(tmp_path)
     options = {"table_key": ["square_008um", "square_016um"], "genes": ["OTHER", "CD68"], "validation": None}
-    model, again = (fit(pair["b"], checkpoint_dir=tmp_path / name, max_epochs=1, **options) for name in "ab")
+    model, again = (fit(pair["b"], checkpoint_dir=folder, max_epochs=1, **options) for folder in ("model", None))
+    assert Path(pair["b"].attrs["pixnet_sd"]["model"]).parent == tmp_path.resolve() / "pixnet_sd_models"
     assert model.genes == options["genes"]
     assert list(model.record.slides["slide"]["training_regions"]) == options["table_key"]
     assert model.record.held_out_pcc == []
@@ -214,13 +206,8 @@ def test_arguments_that_do_not_fit(slide, fit, tmp_path, monkeypatch, arguments,
     assert "pixnet_sd" not in sd.read_zarr(slide.path).attrs
 
 
-def _empty_spots(table):
-    table.X = sparse.vstack([0 * table.X[:40], table.X[40:]], format="csr")
-    return table
-
-
-def _logged(table):
-    table.X = table.X.log1p()
+def with_x(table, x):
+    table.X = x
     return table
 
 
@@ -228,8 +215,8 @@ def _logged(table):
     ("change", "message", "n_regions"),
     [
         (lambda table: table[:6].copy(), "Only 6 regions", 6),
-        (_empty_spots, "40 of 408 regions", 368),
-        (_logged, f"'{TABLE}'.*logarithms", 408),
+        (lambda t: with_x(t, sparse.vstack([0 * t.X[:40], t.X[40:]], format="csr")), "40 of 408 regions", 368),
+        (lambda t: with_x(t, t.X.log1p()), f"'{TABLE}'.*logarithms", 408),
     ],
 )
 def test_counts_that_are_warned_of_once(slide, fit, tmp_path, change, message, n_regions):
@@ -248,13 +235,6 @@ def test_gene_without_counts(slide, fit, tmp_path):
     with pytest.warns(UserWarning, match="'GENE004'"):
         model = fit(slide, checkpoint_dir=tmp_path / "named", genes=["CD68", "GENE004"], max_epochs=1)
     assert [pcc is None for pcc in model.record.held_out_pcc] == [False, True]
-
-
-def test_a_likelihood_of_counts_refuses_other_values(slide, fit, tmp_path):
-    slide.tables[TABLE].X = slide.tables[TABLE].X * 500.3
-    with pytest.raises(DataError, match=f"'{TABLE}'.*objective='nb'"):
-        fit(slide, checkpoint_dir=tmp_path / "model", objective="nb")
-    assert not (tmp_path / "model").exists()
 
 
 def test_store_that_cannot_be_written(slide, fit, tmp_path, monkeypatch, caplog):

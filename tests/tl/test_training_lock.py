@@ -13,10 +13,6 @@ from pixnet_sd.errors import CheckpointError, DataError
 MODEL = {"checksums.json", "config.json", "model.safetensors"}
 
 
-def left(folder: Path) -> set[str]:
-    return {path.name for path in folder.rglob("*")}
-
-
 @pytest.mark.parametrize("default", [False, True], ids=["given", "default folder"])
 def test_the_second_run_is_refused(slide, fit, tmp_path: Path, monkeypatch, default: bool) -> None:
     """A folder that was given is held before the encoder is looked at, which takes long."""
@@ -34,7 +30,7 @@ def test_the_second_run_is_refused(slide, fit, tmp_path: Path, monkeypatch, defa
     folder = Path(slide.attrs["pixnet_sd"]["model"])
     assert folder.name in refused[0]
     assert folder.parent == (tmp_path.resolve() / "pixnet_sd_models" if default else tmp_path)
-    assert left(folder) == MODEL
+    assert {path.name for path in folder.rglob("*")} == MODEL
 
 
 def test_a_finished_model_is_read_where_nothing_can_be_written(slide, fit, checkpoint, no_training, monkeypatch):
@@ -65,4 +61,4 @@ def test_killed_when_the_model_was_trained(slide, fit, tmp_path: Path, monkeypat
     if last is not None:
         (folder / last).unlink()
     assert fit(slide, checkpoint_dir=folder, max_epochs=1).record == first.record
-    assert left(folder) == MODEL
+    assert {path.name for path in folder.rglob("*")} == MODEL

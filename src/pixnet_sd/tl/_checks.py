@@ -42,10 +42,7 @@ def training_parts(
     slides: Mapping[str, tuple[Slide, PixelContent]],
     data: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Parts of a training run: equal for two runs exactly when they would train the same network on the same data.
-
-    ``slides`` are in the order of training; ``data`` has the hashes of their regions and targets.
-    """
+    """Parts of a run: slides in the order of training, and the hashes of their regions and targets in ``data``."""
     described = ("objective", "aggregation", "target_sum", "freeze_encoder", "halo_px", "encoder", "encoder_sha256")
     return {
         "genes": content_sha256(*record.genes),
@@ -78,17 +75,9 @@ def map_parts(
 _ABOVE, _FAR_ABOVE, _NO_PCC = 1.5, 10.0, 0.1
 
 
-def quality_of(scores: dict[str, Any]) -> dict[str, Any]:
-    """Scores as a model's record has them: None where unknown."""
-    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in scores.items()}
-
-
 def why_poor(record: ModelRecord) -> str:
-    """Say why a model is worse than predicting each gene's mean over the training regions; nothing if it is not.
-
-    It is where its mean squared error is more than 1.5 times that of the means and its correlation at most 0.1, or more
-    than ten times it: a short or honest run on few regions ends within a third of it, either way.
-    """
+    """Say why a model is worse than predicting each gene's mean over the training regions; nothing if it is not."""
+    # A short or honest run on few regions ends within a third of the error of the means, either way.
     known = {name: value for name, value in record.training.items() if isinstance(value, int | float)}
     mse, of_means = known.get("mse", 0), known.get("gene_mean_mse", 0)
     if of_means <= 0 or mse <= of_means * (_FAR_ABOVE if known.get("pcc", 0) > _NO_PCC else _ABOVE):

@@ -191,18 +191,13 @@ def _folds(slides: Mapping[str, SpatialData], groups: Mapping[str, str] | None) 
     group_of = {name: name for name in slides} if groups is None else groups
     missing, unknown = set(slides) - set(group_of), set(group_of) - set(slides)
     if missing or unknown:
-        raise PixNetError(
-            f"groups= has no group for the slides {sorted(missing)} and names {sorted(unknown)}, which are none. "
-            f"Slides: {list(slides)}."
-        )
+        raise PixNetError(f"groups= lacks slides {sorted(missing)} and names {sorted(unknown)}, which are none.")
     members: dict[str, list[str]] = {}
     for name in slides:
         members.setdefault(group_of[name], []).append(name)
     if len(members) == 1:
-        raise PixNetError(
-            f"groups=: all slides are in group {next(iter(members))!r}, and nothing would be left to train on. Leave "
-            "groups= out, or give slides of other groups."
-        )
+        only = next(iter(members))
+        raise PixNetError(f"groups=: all slides are in group {only!r}, and none would be left to train on.")
     bad = [fold for fold in members if not _FOLDER_NAME.fullmatch(fold) or fold.strip(".") == ""]
     if bad:
         raise PixNetError(f"Folds become folders, and {bad} cannot: use letters, digits, '_', '-' and '.' in names.")
@@ -211,9 +206,9 @@ def _folds(slides: Mapping[str, SpatialData], groups: Mapping[str, str] | None) 
 
 def _directory(slides: Mapping[str, SpatialData], members: Any, options: Mapping[str, Any]) -> Path:
     stores = [Path(sdata.path).parent for sdata in slides.values() if sdata.path is not None]
-    text = json.dumps([members, {name: options[name] for name in sorted(options)}], default=str)
+    text = json.dumps([members, dict(sorted(options.items()))], default=str)
     name = f"cross_validation_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    return (stores[0] if stores else Path.cwd()) / "pixnet_sd_models" / name
+    return [*stores, Path.cwd()][0] / "pixnet_sd_models" / name
 
 
 @dataclass(frozen=True)
@@ -302,6 +297,7 @@ def write_scores(folder: Path, identity: Mapping[str, Any], scores: FoldScores) 
 
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[Path]:
+    """Replace a file of scores whole, or say that it cannot be."""
     try:
         with replace_file(path) as aside:
             yield aside

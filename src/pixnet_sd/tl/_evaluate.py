@@ -34,11 +34,7 @@ METRICS = ("MSE", "MAE", "PCC@F", "PCC@S", "PCC@M")
 _EPS = 1e-8  # as of `pearson_per_gene`
 _WIDE_VALUES = 2**22  # of expression in memory in 64 bits
 _BLOCK_VALUES = 2**25  # of predicted expression in memory: 128 MiB
-_PARTS = {
-    "pixels": "the pixels of the image",
-    "regions": "the outlines of the regions",
-    "ids": "the ids of the regions",
-}
+_PARTS = {"pixels": "pixels of the image", "regions": "outlines of the regions", "ids": "ids of the regions"}
 
 
 @checked()
@@ -80,13 +76,8 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
 def summary(scores: pd.DataFrame) -> dict[str, float]:
     """Sum up the scores of genes in the five metrics."""
     pcc = scores["pcc"].dropna()
-    return {
-        "MSE": float(scores["mse"].mean()),
-        "MAE": float(scores["mae"].mean()),
-        "PCC@F": float(pcc.quantile(0.25)),
-        "PCC@S": float(pcc.median()),
-        "PCC@M": float(pcc.mean()),
-    }
+    values = (scores["mse"].mean(), scores["mae"].mean(), pcc.quantile(0.25), pcc.median(), pcc.mean())
+    return {name: float(value) for name, value in zip(METRICS, values, strict=True)}
 
 
 def moments(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: pd.Index) -> pd.DataFrame:
@@ -270,6 +261,6 @@ def _check_current(sdata: SpatialData, key: str, predicted: Table) -> None:
     changed = [_PARTS.get(part, part) for part in differing_parts(dict(before), now)]
     if changed:
         raise DataError(
-            f"Table {key!r} is not of what is there now: since it was predicted {' and '.join(changed)} changed. "
+            f"Table {key!r} is not of what is there now: since it was predicted the {' and '.join(changed)} changed. "
             "Predict again, with overwrite=True."
         )

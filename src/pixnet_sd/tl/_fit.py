@@ -44,7 +44,7 @@ from pixnet_sd.slide import PixelContent, Slide, check_same_pixels
 from pixnet_sd.store import hold_lock
 from pixnet_sd.store import record as note
 
-from ._checks import check_batch, check_decoder, pixels_of, quality_of, training_parts, values_per_px, why_poor
+from ._checks import check_batch, check_decoder, pixels_of, training_parts, values_per_px, why_poor
 from ._training_data import data_parts, describe, held_out_names, open_sources, training_data
 
 _DROPOUT = 0.5  # of channels of the decoder's laterals
@@ -59,10 +59,8 @@ _FIRST = 5  # differences that are named
 def decoder_config(params: ModelParams) -> DecoderConfig:
     """Choose the shape of the decoder.
 
-    By default every level of the pyramid is standardised and projected, to `decoder_width` channels at the coarsest
-    stride and half as many at each finer one, where maps have four times the pixels, down to 32: the finest width is
-    the rank of the gene map. ``decoder="paper"`` feeds in the encoder's own channels, and every feed-forward is
-    `decoder_width` wide (Eq. 3).
+    By default every level is standardised and projected, to `decoder_width` channels at the coarsest stride and half as
+    many at each finer one, down to 32: the finest width is the rank of the gene map. ``"paper"`` is Eq. 3.
     """
     width = params.decoder_width
     if params.decoder == "paper":
@@ -269,6 +267,18 @@ def fit(  # noqa: PLR0913
     return model
 
 
+def _note(slides: Mapping[str, SpatialData], images: _Images, folder: str) -> None:
+    """Record the model in each object, and in its store if that can be written, with what was hashed of the image."""
+    for name, (slide, pixels) in images.items():
+        try:
+            note(slides[name], "model", None, folder)
+            if pixels.is_settled:
+                note(slides[name], "content", slide.image_key, pixels.note())
+        except StoreError as error:
+            remember(slides[name], "model", folder)
+            logger.warning("the model is recorded in memory only: %s", error)
+
+
 def _record(network: Network, params: ModelParams, objective: ObjectiveName, **known: Any) -> ModelRecord:
     """Describe a network that is about to be trained; `known` are fields of the record."""
     halo_px, weights = receptive_radius_px(network), params.encoder_weights
@@ -297,10 +307,9 @@ def _finished(folder: Path, record: ModelRecord) -> PixNet | None:
     model = PixNet.load(folder)
     if model.record.training.get("fingerprint") != record.training["fingerprint"]:
         differing = differing_parts(model.record.depends_on, record.depends_on)
-        more = f" and {len(differing) - _FIRST} more" if len(differing) > _FIRST else ""
         raise CheckpointError(
-            f"{str(folder)!r} already holds a model of another run, which differs in "
-            f"{', '.join(map(repr, differing[:_FIRST]))}{more}. Give another checkpoint_dir, or delete it."
+            f"{str(folder)!r} already holds a model of another run, which differs in {len(differing)} parts such as "
+            f"{', '.join(map(repr, differing[:_FIRST]))}. Give another checkpoint_dir, or delete it."
         )
     with contextlib.suppress(OSError):  # a kill may have come before it, and now the folder may only be readable
         RunState.remove(folder / "training")
@@ -318,22 +327,11 @@ def _trained(model: PixNet, run: Run, fabric: Fabric, images: _Images, *, show_p
     model.network.cpu()
     model.record.history = result.history
     model.record.held_out_pcc = [None if math.isnan(v) else v for v in result.pcc_per_gene]
-    model.record.training |= {"best_epoch": result.best_epoch, **quality_of(result.quality)}
+    quality = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.quality.items()}
+    model.record.training |= {"best_epoch": result.best_epoch, **quality}
     model.save(run.directory.parent)
     RunState.remove(run.directory)
     logger.info("model of epoch %d saved to %s", result.best_epoch, run.directory.parent)
     if poor := why_poor(model.record):
         warn(f"The model is worse than none: {poor}. Lower lr= (now {run.params.lr:g}), or train longer.")
     return model
-
-
-def _note(slides: Mapping[str, SpatialData], images: _Images, folder: str) -> None:
-    """Record the model in each object, and in its store if that can be written, with what was hashed of the image."""
-    for name, (slide, pixels) in images.items():
-        try:
-            note(slides[name], "model", None, folder)
-            if pixels.is_settled:
-                note(slides[name], "content", slide.image_key, pixels.note())
-        except StoreError as error:
-            remember(slides[name], "model", folder)
-            logger.warning("the model is recorded in memory only: %s", error)

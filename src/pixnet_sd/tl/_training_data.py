@@ -94,7 +94,7 @@ def training_data(
         keys = [table.table_key for table in tables[name]]
         groups = (MeasuredRegions(key, t.regions, t.values) for key, t in zip(keys, targets, strict=True))
         slides[name] = TrainingSlide(slide.name, slide.read, height, width, tuple(groups))
-    if objective != "mse_pcc":  # counts per area, relative to the mean of all training slides
+    if objective != "mse_pcc":  # counts per px², relative to the mean of all training slides
         density = {name: np.mean([_density(group) for group in slides[name].measured]) for name in seen}
         mean = float(np.mean(list(density.values())))
         slides |= {name: replace(slides[name], depth=float(own) / mean) for name, own in density.items()}
@@ -130,17 +130,15 @@ def describe(sources: Mapping[str, Source], data: TrainingData) -> dict[str, Any
     )
     return {
         name: {
-            "image": source.slide.image_key,
-            "image_px": [source.slide.height_px, source.slide.width_px],
-            "channels": list(source.slide.channels),
-            "coordinate_system": source.slide.coordinate_system,
-            "mpp": source.slide.mpp,
-            "mpp_rule": source.slide.mpp_rule,
-            "tables": {m.table_key: m.element_key for m in source.tables},
+            "image": slide.image_key,
+            "image_px": [slide.height_px, slide.width_px],
+            "channels": list(slide.channels),
+            **{field: getattr(slide, field) for field in ("coordinate_system", "mpp", "mpp_rule")},
+            "tables": {m.table_key: m.element_key for m in tables},
             "training_regions": training.get(name, {}),
             "held_out_regions": held_out.get(name, {}),
         }
-        for name, source in sources.items()
+        for name, (slide, tables) in sources.items()
     }
 
 
@@ -150,14 +148,11 @@ def data_parts(data: TrainingData) -> dict[str, Any]:
     for use, slides in (("training", data.training), ("held out", data.held_out)):
         for slide in slides:
             for group in slide.measured:
-                hashes = {"regions": regions_sha256(group.regions), "targets": _targets_sha256(group.values)}
+                values: list[Any] = [group.values]
+                if isinstance(group.values, StoredTargets):  # the hash of their counts, and which of them they are
+                    stored = group.values
+                    values = [f"{stored.counts.sha256} {stored.target_sum}"]
+                    values += [] if stored.index is None else [stored.index]
+                hashes = {"regions": regions_sha256(group.regions), "targets": content_sha256(*values)}
                 parts.setdefault(slide.name, {})[f"{use}, {group.size_name}"] = hashes
     return parts
-
-
-def _targets_sha256(values: Any) -> str:
-    """Hash targets, or, of those on disk, the hash of their counts and which of them they are."""
-    if not isinstance(values, StoredTargets):
-        return content_sha256(values)
-    index = [] if values.index is None else [values.index]
-    return content_sha256(f"{values.counts.sha256} {values.target_sum}", *index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +32,9 @@ def run(fabric, make_run) -> Callable[..., Any]:
     )
 
 
-def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in network.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(a[k], b[k]) for k in a | b)
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    weights = other.state_dict()
+    return all(torch.equal(value, weights[name]) for name, value in one.state_dict().items())
 
 
 @pytest.fixture
@@ -65,19 +63,14 @@ def test_learns(make_network, run, learnable, held: bool) -> None:
     result = run(network, slides, [other] if held else [], max_epochs=10, stain_jitter=0.0)
     history, quality = result.history, result.quality
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
-    assert all(slide.read.calls for slide in slides)
+    assert slides[1].read.calls
     assert len({call[:3:2] for call in slides[0].read.calls}) > 2 * 4  # tiles move from epoch to epoch
     assert quality["mse"] < quality["gene_mean_mse"]
     assert not network.training
     if held:
-        assert history[-1]["val_pcc"] > 0.6
-        assert len(result.pcc_per_gene) == 3
-        assert quality["scored_on"] == "held_out"
-        assert quality["pcc"] == max(row["val_pcc"] for row in history)
+        assert quality["pcc"] == max(row["val_pcc"] for row in history) > 0.6
     else:
-        assert (result.best_epoch, result.pcc_per_gene) == (10, [])
-        assert set(history[0]) == {"epoch", "loss", "lr", "seconds"}
-        assert quality["scored_on"] == "training"
+        assert (result.best_epoch, result.pcc_per_gene, quality["scored_on"]) == (10, [], "training")
         assert quality["pcc"] > 0.3
 
 
@@ -86,24 +79,11 @@ def test_learns_counts(make_network, run, counted) -> None:
     slides = [counted(radii=(5.0, 9.0)), counted(seed=2, name="deep", radii=(5.0, 9.0), depth=3.0)]
     network = make_network(n_genes=4, link="softplus")
     options = {"objective": "nb", "stain_jitter": 0.0, "max_epochs": 30}
-    history = run(network, slides, [counted(seed=1, name="other")], **options).history
-    assert history[-1]["loss"] < history[0]["loss"]
-    assert max(row["val_pcc"] for row in history) > 0.5
+    assert run(network, slides, [counted(seed=1, name="other")], **options).quality["pcc"] > 0.5
     (other,) = counted(seed=1, radii=(7.0,)).measured
     features = network.eval()(torch.from_numpy(counted(seed=1).read(0, 96, 0, 128)).permute(2, 0, 1)[None].float())
     found = network.predict_regions(features, build_operator(other.regions, Grid(24, 32, 4))).detach().numpy()
     assert found[:, -1].sum() == pytest.approx(other.values[:, -1].sum(), rel=0.15)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_the_seed_decides(make_network, run, learnable, frozen: bool) -> None:
-    """Of the three runs the last has another."""
-    networks = [make_network(frozen=frozen, dropout=0.3) for _ in range(3)]
-    for k, network in enumerate(networks):
-        run(network, [learnable()], folder=str(k), seed=k // 2, max_epochs=1)
-    once, again, other = map(weights, networks)
-    assert same(once, again)
-    assert not same(once, other)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, epoch: int, *, saved: bool) -> None:
@@ -125,7 +105,6 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, epoch: int, *, saved: bool) -> No
         ("mse_pcc", False, 1, False, True),
         ("mse_pcc", True, 2, True, True),
         ("mse_pcc", True, 4, False, False),
-        ("mse_pcc", False, 4, True, True),
         ("nb", False, 2, True, True),
     ],
 )
@@ -149,11 +128,10 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
         run(network(), *data, **options)
     monkeypatch.undo()
     found = run(resumed, *data, **options)
-    assert same(weights(straight), weights(resumed))
+    assert same(straight, resumed)
     for row, other in zip(found.history, expected.history, strict=True):
         assert row | {"seconds": 0} == other | {"seconds": 0}
     assert found.best_epoch == expected.best_epoch
-    np.testing.assert_array_equal(found.pcc_per_gene, expected.pcc_per_gene)
 
 
 @pytest.mark.parametrize(("save_every_s", "epochs"), [(60.0, [1, 3]), (0.0, [1, 2, 3])])
@@ -168,10 +146,10 @@ def test_the_state_is_written_by_time_and_at_the_end(make_network, run, learnabl
 def test_only_what_is_trained_is_kept(make_network, make_run, fabric, learnable, frozen, keep_best) -> None:
     """In one file at the end; a frozen encoder's features are gone, and its weights are not in it."""
     run, network = make_run([learnable()], [learnable(seed=1)], keep_best=keep_best), make_network(frozen=frozen)
-    encoder, decoder = weights(network.encoder), weights(network.decoder)
+    before = copy.deepcopy(network)
     train(network, run, fabric, show_progress_bar=False)
-    assert same(encoder, weights(network.encoder)) == frozen
-    assert not same(decoder, weights(network.decoder))
+    assert same(before.encoder, network.encoder) == frozen
+    assert not same(before.decoder, network.decoder)
     assert [path.name for path in run.directory.iterdir()] == [FILE]
     kept = RunState.load(run.directory, "this run")
     trained = {k for k in network.state_dict() if not (frozen and k.startswith("encoder."))}
@@ -188,7 +166,7 @@ def test_nothing_is_taken_from_a_run_that_left_no_state(make_network, run, learn
         run(make_network(frozen=True, seed=9), [learnable()], fingerprint="another run")
     monkeypatch.undo()
     run(after, [learnable()], max_epochs=1)
-    assert same(weights(clean), weights(after))
+    assert same(clean, after)
 
 
 def test_the_state_of_another_network_is_refused(make_network, run, learnable) -> None:
@@ -220,18 +198,15 @@ def test_the_epoch_that_is_kept(make_network, run, learnable, monkeypatch, optio
     assert result.pcc_per_gene == pytest.approx([pccs[best - 1], 0.25, float("nan")], nan_ok=True)
     monkeypatch.undo()
     run(shorter, [slide], folder="shorter", max_epochs=best)
-    assert same(weights(network), weights(shorter))
+    assert same(network, shorter)
 
 
-def test_a_run_killed_when_it_had_stopped_early_stays_stopped(make_network, run, learnable, monkeypatch) -> None:
-    scripted(monkeypatch, 0.5, 0.1, 0.1)
-    interrupt(monkeypatch, 2, saved=True)
-    options = {"max_epochs": 5, "patience": 1}
-    with pytest.raises(Interrupted):
-        run(make_network(), [learnable()], [learnable()], **options)
-    monkeypatch.undo()
-    result = run(make_network(), [learnable()], [learnable()], **options)
-    assert (len(result.history), result.best_epoch) == (2, 1)
+def test_a_run_that_had_stopped_early_stays_stopped(make_network, run, learnable, monkeypatch) -> None:
+    """Its state has a good and a bad epoch, and there is no third score."""
+    scripted(monkeypatch, 0.5, 0.1)
+    for _ in range(2):
+        result = run(make_network(), [learnable()], [learnable()], max_epochs=5, patience=1)
+        assert (len(result.history), result.best_epoch) == (2, 1)
 
 
 def test_a_frozen_encoder_sees_each_tile_once_a_symmetry(make_network, run, learnable) -> None:
@@ -274,7 +249,6 @@ def test_steps_are_counted_and_rates_annealed_over_them(make_network, run, learn
     ("objective", "lr", "held", "steps"),
     [
         ("mse_pcc", 3, False, {"max_epochs": 1, "max_steps": 1}),
-        ("mse_pcc", 3, True, {"max_epochs": 3}),
         ("nb", 30, True, {"max_epochs": 1, "max_steps": 1}),
         ("poisson", 30, False, {"max_epochs": 3}),
     ],
@@ -314,7 +288,7 @@ def test_a_good_epoch_before_a_divergence_is_the_model(make_network, run, learna
     assert (result.best_epoch, len(result.history)) == (2, 2)
     assert result.quality == {"mse": 0.7, "gene_mean_mse": 1.0, "pcc": 0.1, "scored_on": "held_out"}
     run(two_epochs, [learnable()], folder="two", max_epochs=2)
-    assert same(weights(network), weights(two_epochs))
+    assert same(network, two_epochs)
 
 
 @pytest.mark.parametrize(("mse", "keep_best"), [((float("nan"),), True), ((0.8, 1e16), False)])

@@ -113,7 +113,7 @@ def test_damaged(state, tmp_path: Path) -> None:
 
 
 def sealed(content: object, path: Path) -> None:
-    """With a hash that fits, as someone who means harm would write it."""
+    """Write with a hash that fits, as someone who means harm would."""
     with path.open("w+b") as file:
         torch.save(content, file)
         seal(file)

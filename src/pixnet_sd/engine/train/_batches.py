@@ -50,7 +50,7 @@ class BatchPlan:
 
     @property
     def slide(self) -> TrainingSlide:
-        """The slide."""
+        """The slide of all tiles."""
         return self.tiling.slide
 
     @property
@@ -100,11 +100,7 @@ def plan_batches(
 
 
 def tile_operators(plan: BatchPlan, members: Sequence[tuple[NDArray[np.intp], ...]], stride: int) -> list[Operator]:
-    """Build, per size, the tiles' operators side by side: each tile has its own columns.
-
-    `members` has the regions of each tile, per size; the stride is in working pixels per map pixel. Pixels outside the
-    slide do not count.
-    """
+    """Build, per size, the operators of each tile's `members` side by side; pixels off the slide do not count."""
     slide, per_size = plan.slide, [list[Operator]() for _ in plan.slide.measured]
     for (row0, col0, height, width), of_tile in zip(plan.tiles, members, strict=True):
         grid = Grid(height // stride, width // stride, stride)
@@ -124,8 +120,8 @@ def make_batch(
 ) -> Batch:
     """Read a batch's pixels, build its operators and collect its targets.
 
-    `kept` reads the kept pyramid of a turned tile, if there is one: then its pixels are not read. To pin puts all into
-    page-locked memory and operators into torch's form, differentiable or not, which a GPU copies while it computes.
+    `kept` reads a turned tile's kept pyramid, instead of its pixels. To pin puts all into page-locked memory, and
+    operators into torch's form, differentiable or not: a GPU copies these while it computes.
     """
     members = [plan.tiling.members(tile) for tile in plan.tiles]
     targets: list[Target] = []

@@ -71,19 +71,9 @@ class PyramidCache:
             generator = torch.Generator().manual_seed(self.seed + _key(slide, tile, symmetry))
             image = jitter_stain(image, self.stain_jitter, generator)
         pyramid = [level.half() for level in self.encoder(apply_symmetry(image, symmetry).contiguous())]
-        if not self._full:
-            self._keep(self._path(slide, tile, symmetry), pyramid)
-        return pyramid
-
-    def clear(self) -> None:
-        """Delete the files."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _path(self, slide: TrainingSlide, tile: Tile, symmetry: int) -> Path:
-        return self.directory / f"{_key(slide, tile, symmetry):08x}_{'_'.join(map(str, tile))}_{symmetry}.safetensors"
-
-    def _keep(self, path: Path, pyramid: Pyramid) -> None:
-        needed = sum(level.nbytes for level in pyramid)
+        if self._full:
+            return pyramid
+        path, needed = self._path(slide, tile, symmetry), sum(level.nbytes for level in pyramid)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._full = needed > _FREE_SHARE * shutil.disk_usage(self.directory).free
@@ -95,6 +85,14 @@ class PyramidCache:
             self._full = True
         if self._full:
             logger.warning("no disk left for the feature cache in %s: further tiles are encoded each time", path.parent)
+        return pyramid
+
+    def clear(self) -> None:
+        """Delete the files."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _path(self, slide: TrainingSlide, tile: Tile, symmetry: int) -> Path:
+        return self.directory / f"{_key(slide, tile, symmetry):08x}_{'_'.join(map(str, tile))}_{symmetry}.safetensors"
 
 
 def _key(slide: TrainingSlide, tile: Tile, symmetry: int) -> int:

@@ -168,13 +168,14 @@ class Trainer:
             )
         return value
 
-    def checked_scores(self, scores: Scores, which: str) -> Scores:
-        """Refuse scores that no training comes back from."""
+    def checked_score(self, *of_what: Any) -> Scores:
+        """Score, and refuse scores that no training comes back from."""
+        scores, which = self.score(*of_what), "held-out" if self.run.held_out else "training"
         if scores.is_absurd:
-            counts = f"; predicted counts are {scores.count_ratio:.3g} times those measured"
+            counts = f", predicted counts {scores.count_ratio:.3g} times those measured" * self.objective.has_total
             raise self.diverged(
-                f"the mean squared error on {which} regions became {scores.mse:.3g}, and of each gene's mean it is "
-                f"{scores.gene_mean_mse:.3g}{counts if scores.counts_are_off else ''}"
+                f"the mean squared error on {which} regions became {scores.mse:.3g}, that of each gene's mean is "
+                f"{scores.gene_mean_mse:.3g}{counts}"
             )
         return scores
 
@@ -187,7 +188,7 @@ class Trainer:
         """Score, and write the epoch into the state: not at all if its weights are absurd."""
         row = {"epoch": float(epoch), "loss": loss}
         if self.run.held_out:
-            scores = self.checked_scores(self.score(self.run.held_out), "held-out")
+            scores = self.checked_score(self.run.held_out)
             row |= {"val_pcc": scores.pcc, "val_mse": scores.mse, "val_gene_mean_mse": scores.gene_mean_mse}
             keep_best = self.run.params.keep_best
             if scores.pcc > state.best.pcc or not keep_best:
@@ -196,8 +197,8 @@ class Trainer:
         else:  # weights that the last step left, which no loss has seen, are looked at now and then, and at the end
             self.unscored, is_last = self.unscored + steps, self.is_last(epoch, state.steps + steps)
             if is_last or self.unscored >= _STEPS_A_SCORE:
-                scores = self.score(self.run.training, state.steps + steps if is_last else 1)
-                self.unscored, self.last = 0, self.checked_scores(scores, "training")
+                self.last = self.checked_score(self.run.training, state.steps + steps if is_last else 1)
+                self.unscored = 0
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
         state.history.append(row)
         state.epoch, state.steps = epoch, state.steps + steps
@@ -236,10 +237,8 @@ class Trainer:
 def train(network: Network, run: Run, fabric: Fabric, *, show_progress_bar: bool = True) -> TrainResult:
     """Train a network in place; it ends with the weights of the best epoch on held-out regions, or of the last.
 
-    The state is written when a minute has passed since it was last, after the first epoch (a disk that cannot be
-    written to is known soon) and at the end, so that nothing is lost until the model is saved: then call
-    `RunState.remove`. What is interrupted loses its epoch and at most a minute before.
-    A run that diverges raises, unless a good epoch came before; the last state that was written is still there.
+    The state is written after the first epoch, then once a minute, and at the end: the caller removes it when the model
+    is saved. A run that diverges raises, unless a good epoch came before; the state that was written stays.
     """
     # Twice what network, best network and the optimizer's two moments take, and room for what is small.
     most_bytes = 8 * sum(t.numel() * t.element_size() for t in network.state_dict().values()) + _SMALL_BYTES

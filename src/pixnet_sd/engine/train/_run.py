@@ -23,6 +23,7 @@ from pixnet_sd.model import library_versions
 from pixnet_sd.params import ObjectiveName, TrainParams
 
 _WARM_UP = 0.2
+_FILE, _SEAL_BYTES = "training_state.pt", 64
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,6 @@ class Run:
         return lr * 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
 
 
-_SEAL_BYTES = 64
-
-
 def seal(file: BinaryIO) -> None:
     """Hash the content of a file that is open for reading and writing, and write the SHA-256, as hex, behind it."""
     file.seek(0)
@@ -64,18 +62,14 @@ def seal(file: BinaryIO) -> None:
 def _open_sealed(path: Path, most_bytes: int | None) -> Iterator[mmap.mmap]:
     """Map the content of a sealed file, so that what is read is what was hashed; refuse one that was changed."""
     with open_regular(path, most_bytes=most_bytes) as file:
-        n_bytes = file.seek(0, 2) - _SEAL_BYTES
-        if n_bytes <= 0:
-            raise ValueError("it was cut off")
-        file.seek(n_bytes)
-        digest = file.read().decode("ascii", "replace")
-        with mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as content:
-            if hashlib.sha256(content).hexdigest() != digest:
+        n_bytes = file.seek(max(file.seek(0, 2) - _SEAL_BYTES, 0))
+        digest = file.read()
+        with mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as content:  # all of a file of less than a seal
+            if hashlib.sha256(content).hexdigest().encode() != digest:
                 raise ValueError("it was cut off, or is not as it was written")
             yield content
 
 
-_FILE = "training_state.pt"
 _DECIDING = ("pixnet_sd", "torch", "timm", "numpy")  # libraries that make a network's numbers
 
 

@@ -91,14 +91,10 @@ class Scores(NamedTuple):
 
     @property
     def is_absurd(self) -> bool:
-        """Whether predictions are so far off that no training comes back from there."""
+        """Whether errors, or the sums of counts, are so far off that no training comes back from there."""
         most = max(_ABSURD * self.gene_mean_mse, _ABSURD_ZERO * self.zero_mse)
-        return not np.isfinite(self.mse) or self.mse > most or self.counts_are_off
-
-    @property
-    def counts_are_off(self) -> bool:
-        """Whether the sums of counts are so far off."""
-        return not 1 / _ABSURD_COUNTS < self.count_ratio < _ABSURD_COUNTS
+        few_or_many = not 1 / _ABSURD_COUNTS < self.count_ratio < _ABSURD_COUNTS
+        return not np.isfinite(self.mse) or self.mse > most or few_or_many
 
 
 class Moments:
@@ -160,8 +156,8 @@ class _SizeMoments:
     def __init__(self, network: Network, objective: Objective, size_name: str, depth: float) -> None:
         self.network, self.objective = network, objective
         self.size_name, self.depth = size_name, depth
-        self.counts = np.zeros((2, 2))  # predicted and measured, of the genes and of all
         self.n_genes = network.head.n_outputs - objective.has_total
+        self.counts = np.zeros((2, 2))  # predicted and measured, of the genes and of all
         self.moments = Moments(self.n_genes)
 
     def add(self, features: Tensor, operator: Operator, target: Target) -> None:
