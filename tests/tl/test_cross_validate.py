@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -21,8 +20,8 @@ TABLE, BINS = "square_008um", "sample_square_008um"
 METRICS = ["MSE", "MAE", "PCC@F", "PCC@S", "PCC@M"]
 
 
-def hashes(store: Path) -> dict[str, str]:
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(store.rglob("*")) if p.is_file()}
+def content(store: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +48,8 @@ def run(stores, fast, folder, fit_params=None, **arguments):
 
 @pytest.fixture(scope="module")
 def finished(stores, fast, tmp_path_factory):
-    """Result for two groups, {A, B} and {C}, its folder, and hashes of the stores before."""
-    before = {name: hashes(store) for name, store in stores.items()}
+    """Result for two groups, {A, B} and {C}, its folder, and the stores' content before."""
+    before = {name: content(store) for name, store in stores.items()}
     folder = tmp_path_factory.mktemp("folds") / "cv"
     return run(stores, fast, folder), folder, before
 
@@ -65,7 +64,7 @@ def test_a_fold_knows_nothing_of_what_it_leaves_out(finished, stores):
         counts = counts[counts.sum(axis=1) > 0]
         top = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True)).mean(axis=0).argsort()[-6:]
         assert set(models[fold].genes) == set(table.var_names[top])
-    assert {name: hashes(store) for name, store in stores.items()} == before  # slides are not changed
+    assert {name: content(store) for name, store in stores.items()} == before  # slides are not changed
 
 
 def test_scores_are_those_of_predict_and_evaluate(finished, stores, predict, tmp_path):
@@ -85,10 +84,8 @@ def test_summary(finished):
     rows = result.summary.set_index("how")
     assert rows.loc["mean per slide", METRICS].to_dict() == pytest.approx(result.per_slide[METRICS].mean().to_dict())
     one, two = (set(ps.PixNet.load(folder / fold).genes) for fold in ("one", "two"))
-    assert rows.loc["pooled", ["n_genes", "n_regions"]].tolist() == [
-        len(one & two),
-        result.per_slide["n_regions"].sum(),
-    ]
+    n_regions = result.per_slide["n_regions"].sum()
+    assert rows.loc["pooled", ["n_genes", "n_regions"]].tolist() == [len(one & two), n_regions]
     pd.testing.assert_frame_equal(pd.read_csv(folder / "summary.csv"), result.summary)
 
 
@@ -160,9 +157,9 @@ def test_scores_come_back_whole_or_are_not_taken_and_go_through_no_link(tmp_path
     whole = path.read_bytes()
     flips = [(bit // 8, 1 << bit % 8) for bit in range(0, 8 * len(whole), 8 * len(whole) // 80)]
     for place, flip in [(0, 0), *flips]:
-        content = bytearray(whole)
-        content[place] ^= flip
-        path.write_bytes(content)
+        damaged = bytearray(whole)
+        damaged[place] ^= flip
+        path.write_bytes(damaged)
         read = read_scores(tmp_path, {"weights": "a"})
         assert flip or read is not None
         if read is not None:  # 1E-5 is the same as 1e-5

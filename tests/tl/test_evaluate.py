@@ -28,10 +28,9 @@ def table(values, ids, genes, *, region="spots", instance_key="spot", note=None)
 def counts() -> np.ndarray:
     """Counts; gene E is constant zero, spot 3 has no count at all, gene X is only measured."""
     rng = np.random.default_rng(0)
-    found = rng.poisson(rng.uniform(1, 30, (N, len(GENES) + 1)))
-    found[:, 4] = 0
-    found[3] = 0
-    return found.astype(np.float32)
+    values = rng.poisson(rng.uniform(1, 30, (N, len(GENES) + 1))).astype(np.float32)
+    values[:, 4] = values[3] = 0
+    return values
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from pixnet_sd.model import PixNet, build_encoder
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
 
 
-@pytest.fixture(scope="session")
-def drawn_pair() -> dict[str, sd.SpatialData]:
+@pytest.fixture
+def pair() -> dict[str, sd.SpatialData]:
     """Two slides of other tissue, the second with bins of two sizes and a gene of its own."""
     pair = {
         "a": ps.datasets.sample(size_um=150, mpp=1.0, bin_um=(8,), seed=1),
@@ -32,14 +32,6 @@ def drawn_pair() -> dict[str, sd.SpatialData]:
     for table in pair["b"].tables.values():
         table.var_names = [name.replace("ACTB", "OTHER") for name in table.var_names]
     return pair
-
-
-@pytest.fixture
-def pair(drawn_pair) -> dict[str, sd.SpatialData]:
-    """Objects of a test's own, over the same elements."""
-    return {
-        name: sd.SpatialData.init_from_elements(dict(e[1:] for e in s.gen_elements())) for name, s in drawn_pair.items()
-    }
 
 
 def test_what_it_leaves(slide, fitted, checkpoint, user_files):
@@ -124,9 +116,7 @@ def test_named_tables_and_genes_in_order_without_validation(pair, fit, tmp_path,
 
 @pytest.mark.filterwarnings("ignore:.*common divisor")
 def test_depth_of_slides_is_relative(pair, fit, tmp_path, monkeypatch):
-    deep = pair["b"].tables[TABLE].copy()
-    deep.X = deep.X * 3
-    pair["b"].tables[TABLE] = deep
+    pair["b"].tables[TABLE].X *= 3
     depths = []
 
     def look(trainer: Trainer) -> None:
@@ -156,7 +146,6 @@ def test_counts(slide, fit, tmp_path):
     assert set(model.genes) == set(table.var_names[np.asarray(table.X.sum(axis=0)).ravel() >= 10])
     assert (model.record.objective, model.record.aggregation) == ("nb", "sum")
     assert model.record.outputs == [*model.genes, "total_counts"]
-    assert len(model.record.held_out_pcc) == len(model.genes)
     found = PixNet.load(tmp_path / "model").network
     with torch.inference_mode():
         density = found.gene_map(found(torch.full((1, 3, 64, 64), 180.0)))
@@ -166,10 +155,9 @@ def test_counts(slide, fit, tmp_path):
 
 
 def test_frozen_encoder(slide, fit, tmp_path):
-    weights = build_encoder("test_resnet", None).body.state_dict()
-    save_file(weights, tmp_path / "encoder.safetensors")
-    options = {"freeze_encoder": True, "encoder_weights": tmp_path / "encoder.safetensors", "max_epochs": 1}
-    model = fit(slide, checkpoint_dir=tmp_path / "model", **options)
+    weights, path = build_encoder("test_resnet", None).body.state_dict(), tmp_path / "encoder.safetensors"
+    save_file(weights, path)
+    model = fit(slide, checkpoint_dir=tmp_path / "model", freeze_encoder=True, encoder_weights=path, max_epochs=1)
     kept = model.network.encoder.body.state_dict()
     assert all(torch.equal(kept[key], value) for key, value in weights.items())
     assert (model.record.encoder_weights, model.record.freeze_encoder) == ("encoder.safetensors", True)
@@ -186,12 +174,10 @@ def test_frozen_encoder(slide, fit, tmp_path):
         ({"working_mpp": 1e-6}, "working_mpp=1e-06"),
         ({"working_mpp": 50.0}, "working_mpp=50"),
         ({"encoder": "resnet19"}, "'resnet19'.*encoder="),
-        ({"encoder_weights": "/no/such.pt"}, "'/no/such.pt'"),
         ({"genes": ["actb", "CD68"]}, "'actb'.*'ACTB'"),
         ({"table_key": "counts"}, "'counts'.*'square_008um'.*table_key="),
         ({"image_key": "he"}, "image_key="),
         ({"coordinate_system": "microns"}, "coordinate_system="),
-        ({"device": "gpu"}, "gpu"),
         ({"objective": "poisson", "aggregation": "mean"}, "objective='poisson'.*aggregation="),
     ],
 )
@@ -201,8 +187,8 @@ def test_arguments_that_do_not_fit(slide, fit, tmp_path, monkeypatch, arguments,
     memory = {"/proc/meminfo": "MemAvailable: 4194304 kB\n"}
     monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: memory.get(str(self)) or read(self, *a, **k))
     with pytest.raises(PixNetError, match=message):
-        fit(slide, checkpoint_dir=tmp_path / "model", **arguments)
-    assert not (tmp_path / "model").exists()
+        fit(slide, checkpoint_dir=tmp_path / "new" / "model", **arguments)
+    assert not (tmp_path / "new").exists()
     assert "pixnet_sd" not in sd.read_zarr(slide.path).attrs
 
 

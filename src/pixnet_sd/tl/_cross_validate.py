@@ -227,8 +227,7 @@ class _Scoring:
         for name, sdata in slides.items():
             missing = [key for key in self.tables or [] if key not in tables_of(sdata)]
             if missing and self.is_named:
-                listed = ", ".join(map(repr, tables_of(sdata))) or "none"
-                raise ElementError(f"score_table_key={missing}: slide {name!r} has no such table. Tables: {listed}.")
+                raise ElementError(f"score_table_key={missing}: slide {name!r} has only {list(tables_of(sdata))}.")
             self.open(sdata, 1.0)  # any resolution: nothing is read
 
     def open(self, sdata: SpatialData, working_mpp: float) -> tuple[Slide, list[str]]:
@@ -276,11 +275,11 @@ def _fold_scores(model: PixNet, left_out: Mapping[str, SpatialData], scoring: _S
     how = {"tables": scoring.tables, "named": scoring.is_named, **asdict(scoring.params)}
     identity = {"fingerprint": fingerprint({"model": model_parts(model), "slides": parts, "how": how})}
     scores = read_scores(folder, identity)
-    if scores is not None:
+    if scores is None:
+        scores = {key: scoring.moments(model, *of_table) for key, of_table in tables.items()}
+        write_scores(folder, identity, scores)
+    else:
         logger.info("scores taken from %s", folder)
-        return scores
-    scores = {key: scoring.moments(model, *of_table) for key, of_table in tables.items()}
-    write_scores(folder, identity, scores)
     return scores
 
 
@@ -321,12 +320,10 @@ def read_scores(folder: Path, identity: Mapping[str, Any]) -> FoldScores | None:
     except ValueError as error:  # CheckpointError is one
         logger.warning("%s cannot be used, and is made anew: %s", path, what_is_wrong(error))
         return None
-    if content["identity"] != identity:
-        return None
-    return {
-        (table["slide"], table["table"]): pd.DataFrame(table["moments"], index=pd.Index(table["genes"], name="gene"))
-        for table in content["scores"]
-    }
+    tables = content["scores"]
+    frames = [pd.DataFrame(table["moments"], index=pd.Index(table["genes"], name="gene")) for table in tables]
+    scores = {(table["slide"], table["table"]): frame for table, frame in zip(tables, frames, strict=True)}
+    return scores if content["identity"] == identity else None
 
 
 def _hash(content: Mapping[str, Any]) -> str:

@@ -76,16 +76,13 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
 def summary(scores: pd.DataFrame) -> dict[str, float]:
     """Sum up the scores of genes in the five metrics."""
     pcc = scores["pcc"].dropna()
-    values = (scores["mse"].mean(), scores["mae"].mean(), pcc.quantile(0.25), pcc.median(), pcc.mean())
+    values: list[Any] = [scores["mse"].mean(), scores["mae"].mean(), pcc.quantile(0.25), pcc.median(), pcc.mean()]
     return {name: float(value) for name, value in zip(METRICS, values, strict=True)}
 
 
 def moments(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: pd.Index) -> pd.DataFrame:
-    """Compute what scores of regions are made of, from their expression, (regions, genes) each.
-
-    One row a gene. Of a constant gene the mean is its value and the sum of squares 0, exactly, by which it is
-    recognised.
-    """
+    """Compute what each gene's scores are made of from the expression of regions, (regions, genes) each."""
+    # Of a constant gene the mean is its value and the sum of squares 0, exactly, by which it is recognised.
     p, m = predicted.astype(np.float64), target.astype(np.float64)
     error = p - m
     p_mean, m_mean = (np.where(np.ptp(x, axis=0) == 0, x[0], x.mean(axis=0)) for x in (p, m))
@@ -206,8 +203,7 @@ def matched_values(
     ids = pd.Index(obs_column(predicted, predicted.uns["spatialdata_attrs"]["instance_key"]))
     check_instances(ids, predicted_key)
     rows = ids.get_indexer(link.instances)
-    n_common = int((rows >= 0).sum())
-    what = f"Table {table_key!r}"
+    n_common, what = int((rows >= 0).sum()), f"Table {table_key!r}"
     measured_genes = genes_of(measured, what)
     shared = predicted.var_names[predicted.var_names.isin(measured_genes.names)]
     if not n_common or not len(shared):
@@ -240,8 +236,7 @@ def matched_values(
 def _table(sdata: SpatialData, key: str, argument: str) -> Table:
     tables = tables_of(sdata)
     if key not in tables:
-        listed = ", ".join(map(repr, tables)) or "none"
-        raise ElementError(f"There is no table {key!r}. Tables: {listed}. Check {argument}=.")
+        raise ElementError(f"There is no table {key!r}. Tables: {list(tables)}. Check {argument}=.")
     return tables[key]
 
 
@@ -260,7 +255,5 @@ def _check_current(sdata: SpatialData, key: str, predicted: Table) -> None:
         now |= region_parts(*placed_regions(sdata, slide, predicted.uns["spatialdata_attrs"]["region"]))
     changed = [_PARTS.get(part, part) for part in differing_parts(dict(before), now)]
     if changed:
-        raise DataError(
-            f"Table {key!r} is not of what is there now: since it was predicted the {' and '.join(changed)} changed. "
-            "Predict again, with overwrite=True."
-        )
+        what = f"Table {key!r} is not of what is there now: since it was predicted the {' and '.join(changed)} changed."
+        raise DataError(f"{what} Predict again, with overwrite=True.")

@@ -88,8 +88,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
         yield
         return
     busy = (
-        f"Another run is training in {str(directory)!r}. Give another checkpoint_dir, or wait: the same call takes "
-        "the model when that run has finished."
+        f"Another run is training in {str(directory)!r}. Give another checkpoint_dir, or wait: its model is taken then."
     )
     with contextlib.ExitStack() as held:
         try:
@@ -101,9 +100,8 @@ def _alone_in(directory: Path) -> Iterator[None]:
             raise CheckpointError(str(error)) from error
         except (OSError, ValueError) as error:  # the latter: a name that no folder can have
             why = getattr(error, "strerror", None) or error
-            raise CheckpointError(
-                f"{str(directory)!r} cannot be written ({why}). Give checkpoint_dir= a folder that can be."
-            ) from error
+            message = f"{str(directory)!r} cannot be written ({why}). Give checkpoint_dir= a folder that can be."
+            raise CheckpointError(message) from error
         yield
 
 

@@ -61,10 +61,8 @@ def held_out_names(validation: Validation, names: Sequence[str]) -> list[str]:
         return []
     wanted = [validation] if isinstance(validation, str) else list(validation)
     if not wanted or not set(wanted) <= set(names) or len(set(wanted)) == len(names):
-        raise PixNetError(
-            f"validation={wanted} must name some but not all of the slides {list(names)}. Give a share such as 0.1 to "
-            "hold out spatial blocks, or None."
-        )
+        what = f"validation={wanted} must name some but not all of the slides {list(names)}"
+        raise PixNetError(f"{what}. Give a share such as 0.1 to hold out spatial blocks, or None.")
     return wanted
 
 

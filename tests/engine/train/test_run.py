@@ -22,15 +22,10 @@ FILE = "training_state.pt"
 def test_the_rate_is_constant_or_goes_through_one_cycle(make_run, anneal, held_out, cycle: bool) -> None:
     rates = np.array([make_run(held_out=held_out, anneal=anneal, lr=2e-3).learning_rate(k / 100) for k in range(101)])
     assert rates.max() == pytest.approx(2e-3)
-    if not cycle:
+    if cycle:
+        np.testing.assert_allclose(rates[[0, 10, 20, 60, 100]], 2e-3 * np.array([0.04, 0.52, 1, 0.5, 0]), atol=1e-12)
+    else:
         assert len(set(rates)) == 1
-        return
-    assert rates.argmax() == 20
-    assert (np.diff(rates[:21]) > 0).all()
-    assert (np.diff(rates[20:]) < 0).all()
-    assert 0 < rates[0] < 1e-4
-    assert rates[-1] == pytest.approx(0, abs=1e-12)
-    assert np.abs(np.diff(rates)).max() < 2e-4  # no jumps
 
 
 @pytest.fixture
@@ -129,22 +124,15 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize(("content", "forge"), [([1, 2], True), ({"fingerprint": "abc"}, False), ("trap", True)])
-def test_a_file_of_another_kind(tmp_path: Path, content, forge: bool) -> None:
-    content = {"fingerprint": "abc", "trap": Trap(tmp_path / "sprung")} if content == "trap" else content
-    (sealed if forge else torch.save)(content, tmp_path / FILE)
-    refused(tmp_path)
-    assert not (tmp_path / "sprung").exists()  # no code is run
-
-
-@pytest.mark.parametrize(("field", "value"), [("epoch", -1), ("history", [{"epoch": "x"}]), ("best", None), ("new", 1)])
-def test_fields_that_no_state_has(state, tmp_path: Path, field: str, value) -> None:
-    sealed(vars(state) | {"best": vars(state.best), field: value}, tmp_path / FILE)
-    refused(tmp_path)
-
-
-def test_something_else_in_its_place(tmp_path: Path) -> None:
+def test_something_else_in_its_place(state, tmp_path: Path) -> None:
+    """Code that would be run, fields that no state has, a pipe, and a file that is too large."""
     path = tmp_path / FILE
+    other = {"epoch": -1}, {"history": [{"epoch": "x"}]}, {"best": None}, {"new": 1}, {"new": Trap(tmp_path / "sprung")}
+    for content in ([1, 2], *(vars(state) | {"best": vars(state.best)} | fields for fields in other)):
+        sealed(content, path)
+        refused(tmp_path)
+    assert not (tmp_path / "sprung").exists()
+    path.unlink()
     os.mkfifo(path)
     refused(tmp_path)
     path.unlink()

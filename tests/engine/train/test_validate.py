@@ -28,36 +28,33 @@ class Colours(FeatureMaps):
         return torch.nn.functional.avg_pool2d(batch.image.float(), 4)
 
 
+KNOWS = torch.eye(3) / 128
+
+
 @pytest.fixture
 def score(make_network, make_run, fabric):
     """Scores of a network whose head takes colours for genes, against genes whose mean is 1."""
 
-    def found(slides: list[TrainingSlide], objective=MSE, weight: Tensor | None = None, n_batches=None):
-        link = objective.link
-        network = make_network(link=link)
-        network.head = Head(3, 3, link)
-        if weight is not None:
-            network.head.bias.data, network.head.weight.data = torch.zeros(3), weight
+    def found(slides: list[TrainingSlide], objective=MSE, weight: Tensor = KNOWS, n_batches=None):
+        network = make_network(link=objective.link)
+        network.head = Head(3, 3, objective.link)
+        network.head.bias.data, network.head.weight.data = torch.zeros(3), weight
         means = {"": np.ones(3 - objective.has_total)}
         return score_regions(network, objective, Colours(network, make_run(), fabric), slides, means, n_batches)
 
     return found
 
 
-KNOWS = torch.eye(3) / 128
-
-
 def test_a_network_that_knows_scores_high(score, learnable) -> None:
     slides = [learnable(150, 200, radii=(5.0, 10.0)), learnable(64, 300, seed=1, name="other")]
-    scores = score(slides, weight=KNOWS)
+    scores = score(slides)
     assert scores.pcc > 0.95
     assert scores.mse < 0.01
-    assert min(scores.pcc_per_gene) > 0.9
     values = [m.values for s in slides for m in s.measured]
     assert scores.gene_mean_mse == pytest.approx(np.mean([((v - 1) ** 2).mean() for v in values]), rel=1e-5)
     assert scores.zero_mse == pytest.approx(np.mean([(v**2).mean() for v in values]), rel=1e-5)
     slides[0].read.calls.clear()
-    assert score(slides, weight=KNOWS, n_batches=1).pcc > 0.9
+    assert score(slides, n_batches=1).pcc > 0.9
     assert 0 < len(slides[0].read.calls) <= 3
 
 
@@ -65,9 +62,9 @@ def test_constant_genes_take_no_part(score, learnable) -> None:
     one, other = learnable(), learnable(seed=1)
     one.measured[0].values[:, :2] = 1
     other.measured[0].values[:, 1] = 0
-    scores = score([one, other], weight=KNOWS)
+    scores = score([one, other])
     assert np.isnan(scores.pcc_per_gene).tolist() == [False, True, False]
-    assert scores.pcc == pytest.approx((scores.pcc_per_gene[0] + scores.pcc_per_gene[2]) / 2)
+    assert scores.pcc == pytest.approx(np.nanmean(scores.pcc_per_gene))
     assert scores.pcc > 0.9
 
 

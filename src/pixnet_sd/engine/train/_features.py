@@ -46,8 +46,8 @@ _AHEAD_BYTES = 2**30  # of pyramids that are read ahead: a ViT's of one batch ma
 class PyramidCache:
     """Feature pyramids of training tiles, as float16 files in a folder that is made on first use.
 
-    Colour jitter, drawn from the seed and the tile, is part of what is kept (but of the unturned copy): augmentation
-    becomes a set of stored copies. When the disk has no room for more, pyramids are computed each time.
+    Turned copies are colour-jittered by the seed and the tile: augmentation is a set of stored copies. When the disk
+    has no room for more, pyramids are computed each time.
     """
 
     def __init__(self, encoder: Encoder, directory: Path, stain_jitter: float, seed: int) -> None:
@@ -164,9 +164,8 @@ _MAX_REGIONS = 1024  # kept of a batch and size: two moments need no more, and a
 def calibrate(network: Network, features: FeatureMaps, tilings: Sequence[TrainingTiles], batch_size: int) -> None:
     """Set the standardising constants of the network's laterals, if it has any.
 
-    They are the mean and standard deviation of each feature channel over training regions, each level pooled exactly
-    over the regions: a channel that flickers from pixel to pixel but says little between regions is not drowned, and
-    one that separates regions is put on the same scale as its peers.
+    They are mean and standard deviation of each channel over training regions, not pixels: a channel that flickers from
+    pixel to pixel but says little between regions does not set the scale.
     """
     if not network.has_laterals:
         return

@@ -116,10 +116,8 @@ class Trainer:
             self.objective.load_state_dict(state.extras)
             self.first_loss = state.history[0]["loss"]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"The training state of epoch {state.epoch} is of another network ({type(error).__name__}). Delete "
-                f"the folder {str(self.run.directory)!r} to train anew."
-            ) from error
+            what = f"The training state of epoch {state.epoch} is of another network ({type(error).__name__})"
+            raise CheckpointError(f"{what}. Delete {str(self.run.directory)!r} to train anew.") from error
         logger.info("resuming after epoch %d", state.epoch)
 
     def epoch(self, epoch: int, steps_before: int, bar: Any) -> tuple[float, int]:
@@ -155,17 +153,14 @@ class Trainer:
 
     def checked_loss(self, loss: Tensor, batch: Batch) -> float:
         """Read the loss as a number, and refuse one that no training comes back from."""
-        value, slide, lr = loss.item(), batch.plan.slide.name, self.run.params.lr
+        value, slide = loss.item(), batch.plan.slide.name
         if not math.isfinite(value):
-            what = f"The loss became {value} on slide {slide!r}."
-            raise PixNetError(f"{what} Lower lr (now {lr:g}), or look for extreme values in the table.")
+            advice = f"Lower lr (now {self.run.params.lr:g}), or look for extreme values in the table."
+            raise PixNetError(f"The loss became {value} on slide {slide!r}. {advice}")
         if self.first_loss is None:
             self.first_loss = value
         if value > _ABSURD * (1 + abs(self.first_loss)):
-            raise self.diverged(
-                f"the loss became {value:.3g} on slide {slide!r}, from {self.first_loss:.3g} where each gene is "
-                "predicted at its mean"
-            )
+            raise self.diverged(f"the loss rose from {self.first_loss:.3g} to {value:.3g} on slide {slide!r}")
         return value
 
     def checked_score(self, *of_what: Any) -> Scores:
@@ -206,8 +201,7 @@ class Trainer:
 
     def is_last(self, epoch: int, steps: int) -> bool:
         """Tell whether the run ends here, early stopping aside."""
-        most = self.run.params.max_steps
-        return epoch >= self.run.max_epochs or (most is not None and steps >= most)
+        return epoch >= self.run.max_epochs or steps >= (self.run.params.max_steps or math.inf)
 
     def score(self, slides: Sequence[TrainingSlide], n_steps: int | None = None) -> Scores:
         """Score the network on slides' regions, or on some in a small share of the time that so many steps took."""

@@ -135,10 +135,8 @@ class RunState:
             message = f"The training state {str(path)!r} cannot be read ({why}). Delete it to train anew."
             raise CheckpointError(message) from error
         if state.fingerprint != fingerprint:
-            raise CheckpointError(
-                f"{str(directory.parent)!r} holds an unfinished run with other data or settings. Give another "
-                f"checkpoint_dir, or delete {str(path)!r} to train anew."
-            )
+            message = f"{str(path)!r} holds an unfinished run with other data or settings. Delete it to train anew"
+            raise CheckpointError(f"{message}, or give another checkpoint_dir.")
         warn_of_versions(state.versions, f"The training state in {str(directory)!r}")
         return state
 

@@ -53,30 +53,28 @@ class BatchLoss:
         # The gradient stops at what all blocks share, and is carried on from there once.
         leaves = [rows.detach().requires_grad_() for rows in inputs]
         total = features.new_zeros(())
-        for block in blocks:
-            loss = self._block(block, used, leaves, varying)
+        for outputs in blocks:
+            parts = [self._part(outputs, *of_size) for of_size in zip(used, leaves, varying, strict=True)]
+            loss = torch.stack(parts).mean()
             fabric.backward(loss)
             total += loss.detach()
         carried = [(rows * leaf.grad).sum() for rows, leaf in zip(inputs, leaves, strict=True) if leaf.grad is not None]
         fabric.backward(torch.stack(carried).sum())
         return total
 
-    def _block(self, outputs: slice, used: list[int], inputs: list[Tensor], varying: list[Tensor | None]) -> Tensor:
-        """Compute the share of the loss that a group of outputs has."""
-        losses, head = [], self.network.head
-        for k, rows, n_varying in zip(used, inputs, varying, strict=True):
-            operator, densities = self.operators[k], None
-            measured = partial(block_of, self.targets[k], device=rows.device)
-            predicted = self.network.region_values(rows, operator, outputs)
-            predicted = predicted if self.depth == 1 else predicted * self.depth
-            if self.objective.has_total:  # usual counts, and the sums over all genes
-                unit, last = self.depth * head.unit, slice(head.n_outputs - 1, head.n_outputs)
-                n_px = torch.as_tensor(operator.n_px, dtype=unit.dtype, device=unit.device)[:, None]
-                total = self.network.region_values(rows, operator, last) * self.depth
-                densities = Densities(n_px * unit[outputs], n_px * unit[last], total, measured(last))
-            about = Part(outputs, head.n_outputs, n_varying, self.sizes[k], densities)
-            losses.append(self.objective.part(predicted, measured(outputs), about))
-        return torch.stack(losses).mean()
+    def _part(self, outputs: slice, k: int, rows: Tensor, n_varying: Tensor | None) -> Tensor:
+        """Compute the share of the k-th size's loss that a group of outputs has."""
+        operator, head, densities = self.operators[k], self.network.head, None
+        measured = partial(block_of, self.targets[k], device=rows.device)
+        predicted = self.network.region_values(rows, operator, outputs)
+        predicted = predicted if self.depth == 1 else predicted * self.depth
+        if self.objective.has_total:  # usual counts, and the sums over all genes
+            unit, last = self.depth * head.unit, slice(head.n_outputs - 1, head.n_outputs)
+            n_px = torch.as_tensor(operator.n_px, dtype=unit.dtype, device=unit.device)[:, None]
+            total = self.network.region_values(rows, operator, last) * self.depth
+            densities = Densities(n_px * unit[outputs], n_px * unit[last], total, measured(last))
+        about = Part(outputs, head.n_outputs, n_varying, self.sizes[k], densities)
+        return self.objective.part(predicted, measured(outputs), about)
 
 
 class Scores(NamedTuple):
@@ -98,11 +96,7 @@ class Scores(NamedTuple):
 
 
 class Moments:
-    """Running first and second moments of predicted and measured expression, gene by gene, in 64 bits.
-
-    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), which keeps the precision that sums of
-    squares lose.
-    """
+    """Running moments of each gene's predicted and measured expression, merged as by Chan, Golub and LeVeque (1983)."""
 
     def __init__(self, n_genes: int) -> None:
         self.n = np.zeros(n_genes)
@@ -148,10 +142,7 @@ class Moments:
 
 
 class _SizeMoments:
-    """Moments of the regions of one size, a block of genes at a time; what is compared is log-normalised.
-
-    A region without counts has no log-normalised expression, and is not compared.
-    """
+    """Moments of the log-normalised expression of one size's regions: a region without counts has none."""
 
     def __init__(self, network: Network, objective: Objective, size_name: str, depth: float) -> None:
         self.network, self.objective = network, objective
@@ -185,10 +176,8 @@ class _SizeMoments:
 
     @property
     def count_ratio(self) -> float:
-        """See `Scores.count_ratio`."""
-        if not self.objective.has_total or not self.counts[1].all():
-            return 1.0
-        return float(max(self.counts[0] / self.counts[1], key=_far))
+        """Predicted over measured counts, as in `Scores`; 1 where there are none."""
+        return float(max(self.counts[0] / self.counts[1], key=_far)) if self.counts[1].all() else 1.0
 
 
 def _far(ratio: float) -> float:

@@ -16,9 +16,8 @@ _BLOCKS_A_SIDE = 8
 def hold_out_blocks(slide: TrainingSlide, fraction: float, seed: int) -> tuple[TrainingSlide, TrainingSlide]:
     """Split a slide's regions into training and held-out ones by square blocks.
 
-    The regions' extent is cut into at most 8 × 8 blocks, and a share of the blocks that hold regions is drawn; all
-    sizes share the blocks. A region goes where its centre is; training regions that touch a held-out block from
-    outside, by up to their own size, are left out of both, so that no held-out tissue is trained on.
+    A share is drawn of at most 8 × 8 blocks that hold regions, of all sizes. A region goes where its centre is;
+    training regions that reach into a held-out block are left out of both: no held-out tissue is trained on.
     """
 
     def pieces() -> Iterator[tuple[int, slice, Regions]]:
