@@ -87,19 +87,6 @@ def test_mse_pcc_is_eq_6(weight: float) -> None:
     assert found.item() == pytest.approx(expected, abs=1e-7)
 
 
-@settings(deadline=None)
-@given(st.floats(0.1, 100), st.floats(-100, 100), st.integers(0, 50))
-def test_correlation_ignores_scale_and_shift(scale: float, shift: float, seed: int) -> None:
-    predicted, measured = expression(seed), expression(seed + 1)
-    reference = pearson_per_gene(predicted, measured)
-    for found in (
-        pearson_per_gene(predicted * scale + shift, measured),
-        pearson_per_gene(predicted, measured * scale + shift),
-        -pearson_per_gene(-predicted, measured),
-    ):
-        torch.testing.assert_close(found, reference, rtol=0, atol=1e-6)
-
-
 def test_a_gene_constant_in_the_batch_takes_no_part() -> None:
     predicted, measured = expression(0), expression(1)
     measured[:, 2] = 3.25
@@ -141,13 +128,6 @@ def test_a_constant_prediction_has_no_correlation_and_finite_gradients() -> None
 def test_groups_of_outputs_do_not_matter(name: str, cuts: list[int]) -> None:
     arguments = example(name)
     torch.testing.assert_close(whole(*arguments, tuple(cuts)), whole(*arguments))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_is_right(name: str) -> None:
-    objective, predicted, measured, usual = example(name)
-    predicted.requires_grad_()
-    assert torch.autograd.gradcheck(lambda p: whole(objective, p, measured, usual, (2,)), predicted)
 
 
 # Likelihoods
