@@ -71,7 +71,8 @@ LEFT = ("*.pixnet_sd", "*.partial", "*.json.tmp", "*.pixnet_sd-*")
 
 def predict(store: Path, kind: str) -> None:
     """Many small windows; regions on the borders between them have shares in several."""
-    layout.MAX_BLOCK_PX = 32
+    check(hasattr(layout, "BLOCK_PX"), "the limit of the blocks' side has another name")
+    layout.BLOCK_PX = (32, 32)
     tl.predict(sd.read_zarr(store), **QUIET, **KINDS[kind])
 
 
