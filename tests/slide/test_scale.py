@@ -179,7 +179,7 @@ def test_bins_of_a_slide_tell_nothing_of_another_in_the_same_system(visium_hd, i
         assert find_mpp(sdata, **where, region_keys=["sample_square_008um"])[0] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("mpp", [2.5, 0.0005, 0.0, -0.5, np.nan, np.inf, "auto"])
+@pytest.mark.parametrize("mpp", [2.5, 0.0005, 0.0, -0.5, np.nan, np.inf])
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_absurd_value_of_the_caller(image, visium_hd, mpp: Any) -> None:
     sdata = SpatialData(images={"he": image()})

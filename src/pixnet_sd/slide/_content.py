@@ -6,19 +6,19 @@ Hashes are equal for equal content, however it is chunked, ordered in a store, o
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dask
 import dask.array as da
 import numpy as np
 import pandas as pd
 import shapely
 import zarr
+from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
@@ -49,7 +49,6 @@ _READ_PX = 4 * _BLOCK_PX  # least side of what is read at once, so that few chun
 _READ_BYTES = 2**28
 _SETTLED_NS = 2_000_000_000  # a change to files that are older than this gives them another date
 _MANY_SHAPES = 1_000_000  # of more in a store, ids and a sample of the outlines are compared
-_STRIP_VALUES = 2**25
 
 
 @dataclass(frozen=True)
@@ -99,42 +98,28 @@ def _files(level: ImageLevel) -> tuple[str | None, bool]:
 
 
 def _level_sha256(level: ImageLevel) -> str:
-    blocks = _lazy_blocks(level) if isinstance(level.pixels.data, da.Array) else _read_blocks(level)
-    return content_sha256("rgb", np.array(level.shape), blocks)
+    """Hash pixels by the digests of squares, in one pass: of a dask array what is cut from one chunk loads it once."""
+    pixels, side = level.pixels.data, _BLOCK_PX
+    if not isinstance(pixels, da.Array):  # in memory or of zarr: whole chunks are read at a time
+        chunk = max(pixels.chunks[1:]) if level.is_backed else 1
+        side = -(-max(chunk, _READ_PX) // _BLOCK_PX) * _BLOCK_PX
+        pixels = da.from_array(
+            level.pixels, (-1, side, side), name=False, fancy=False, meta=np.empty((0, 0, 0), np.uint8)
+        )
+    pixels = pixels[list(level.channels)].rechunk((-1, side, side))
+    rows, cols = ([-(-size // _BLOCK_PX) for size in sizes] for sizes in pixels.chunks[1:])
+    chunks = tuple(rows), tuple(32 * n for n in cols)
+    digests = pixels.map_blocks(_digests, drop_axis=0, dtype=np.uint8, chunks=chunks)
+    with dask.config.set(num_workers=max(1, min(CPU_COUNT, _READ_BYTES // (3 * side * side)))):
+        return content_sha256("rgb", np.array(level.shape), computed(digests))
 
 
-def _lazy_blocks(level: ImageLevel) -> NDArray[np.uint8]:
-    """Digests of the squares of a dask array, in one pass over its graph: what is cut from one chunk loads it once."""
-    pixels = level.pixels.data[list(level.channels)].rechunk((-1, _BLOCK_PX, _BLOCK_PX))
-    chunks = (1,) * pixels.numblocks[1], (32,) * pixels.numblocks[2]
-    return computed(pixels.map_blocks(lambda block: _digest(block)[None], drop_axis=0, dtype=np.uint8, chunks=chunks))
-
-
-def _digest(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """SHA-256 of a square, (3, h, w), as 32 numbers."""
-    return np.frombuffer(hashlib.sha256(np.ascontiguousarray(block).data).digest(), np.uint8)
-
-
-def _read_blocks(level: ImageLevel) -> NDArray[np.uint8]:
-    """Digests of the squares of an array in memory or of zarr, read by several threads, whole chunks at a time."""
-    height, width = level.shape
-    chunk = max(level.pixels.data.chunks[1:]) if level.is_backed else 1
-    side = -(-max(chunk, _READ_PX) // _BLOCK_PX) * _BLOCK_PX
-    corners = [(row, col) for row in range(0, height, side) for col in range(0, width, side)]
-    digests = np.empty((-(-height // _BLOCK_PX), -(-width // _BLOCK_PX), 32), np.uint8)
-
-    def hash_box(corner: tuple[int, int]) -> None:
-        top, left = corner
-        planes = np.moveaxis(level.read(top, top + side, left, left + side), -1, 0)
-        for row in range(0, planes.shape[1], _BLOCK_PX):
-            for col in range(0, planes.shape[2], _BLOCK_PX):
-                block = planes[:, row : row + _BLOCK_PX, col : col + _BLOCK_PX]
-                digests[(top + row) // _BLOCK_PX, (left + col) // _BLOCK_PX] = _digest(block)
-
-    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    with ThreadPoolExecutor(max(1, min(n_cpus, 16, _READ_BYTES // (3 * side * side)))) as pool:
-        list(pool.map(hash_box, corners))
-    return digests.reshape(len(digests), -1)
+def _digests(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """SHA-256 of each square of (3, h, w), as 32 numbers in a row: (rows of squares, 32 * columns of squares)."""
+    rows = [pixels[:, top : top + _BLOCK_PX] for top in range(0, pixels.shape[1], _BLOCK_PX)]
+    squares = [[row[:, :, left : left + _BLOCK_PX] for left in range(0, row.shape[2], _BLOCK_PX)] for row in rows]
+    digests = [[hashlib.sha256(np.ascontiguousarray(each).data).digest() for each in row] for row in squares]
+    return np.array([np.frombuffer(b"".join(row), np.uint8) for row in digests])
 
 
 def ids_sha256(ids: pd.Index) -> str:
@@ -212,21 +197,15 @@ def _changed_pixels(element: Any, on_disk: Any, store: Path) -> str:
         array: Any = zarr.open_array(store.joinpath(*_path(stored).parts[-3:]), mode="r")
         if own is not None and _path(own) == _path(array):
             continue
-        if level.shape != array.shape or level.dtype != array.dtype or not _same_values(level, array):
+        own_pixels, stored_pixels = da.asarray(level.data), da.from_zarr(array)
+        is_alike = level.shape == array.shape and level.dtype == array.dtype
+        if not (is_alike and computed((own_pixels == stored_pixels).all())):
             return "pixels"
     return ""
 
 
 def _path(array: zarr.Array[Any]) -> Path:
     return Path(str(array.store_path).removeprefix("file://")).resolve()
-
-
-def _same_values(level: Any, array: zarr.Array[Any]) -> bool:
-    """Compare some rows at a time."""
-    height, others = level.shape[-2], level.size // max(1, level.shape[-2])
-    step = max(1, _STRIP_VALUES // max(1, others))
-    strips = [(..., slice(top, top + step), slice(None)) for top in range(0, height, step)]
-    return all(np.array_equal(computed(level.data[strip]), array[strip]) for strip in strips)
 
 
 def _changed_shapes(shapes: GeoDataFrame, on_disk: Shapes) -> str:

@@ -44,7 +44,6 @@ from .image import (
     is_cheap_to_look_at,
     levels_of,
     naming_of,
-    pixel_sample,
 )
 
 if TYPE_CHECKING:
@@ -83,8 +82,7 @@ class _Looks(NamedTuple):
         if image.dims != ("c", "y", "x"):
             return cls("other", None)
         naming = naming_of(channel_names(image))
-        looked_at = naming in ("rgb", "numbered", "unknown") and is_cheap_to_look_at(levels_of(element)[-1])
-        return cls(naming, is_bright_field(pixel_sample(element)) if looked_at else None)
+        return cls(naming, None if naming in ("other", "stains") else is_bright_field(element))
 
     @property
     def is_rgb(self) -> bool:
@@ -269,7 +267,7 @@ def select_coordinate_system(
     regions = {key: region_element(sdata, key) for key in (element_key, *region_keys) if key is not None}
     n_regions = {system: sum(system in coordinate_systems(each) for each in regions.values()) for system in shared}
     candidates = [system for system in shared if n_regions[system] == max(n_regions.values())]
-    candidates.sort(key=lambda system: (*_distance_from_pixels(image, system), system))
+    candidates.sort(key=lambda system: (*_distance_from_pixels(affine_matrix(image, system)), system))
     for key, each in regions.items():
         systems = [system for system in candidates if system in coordinate_systems(each)]
         off = moved_px(image, each, systems) if len(systems) > 1 else {}
@@ -283,9 +281,8 @@ def select_coordinate_system(
     return candidates[0]
 
 
-def _distance_from_pixels(image: Any, system: str) -> tuple[float, float]:
+def _distance_from_pixels(matrix: NDArray[np.float64]) -> tuple[float, float]:
     """By how much the unit of a coordinate system differs from a pixel, and its map from the identity."""
-    matrix = affine_matrix(image, system)
     area = abs(np.linalg.det(matrix[:2, :2]))
     return round(float(abs(np.log(area)) if area > 0 else np.inf), 9), round(float(np.abs(matrix - np.eye(3)).max()), 9)
 
@@ -396,18 +393,10 @@ def find_mpp(
     scale = similarity_scale(affine_matrix(sdata.images[image_key], coordinate_system), f"image {image_key!r}")
     known = _known_sizes(sdata, coordinate_system, image_key, region_keys)
     sizes = [replace(size, value=size.value * scale) for size in known]
-    if mpp is not None:
-        if not isinstance(mpp, str):
-            value, rule = float(mpp), "argument mpp="
-        elif mpp == "coordinate_system":
-            value, rule = scale, f"coordinate system {coordinate_system!r}, in µm as mpp='coordinate_system' says"
-        else:
-            raise ResolutionError(f"mpp = {mpp!r}: give a number of µm per pixel, or 'coordinate_system'.")
-        if sizes and value > 0 and not any(size.agrees(value) for size in sizes):
-            warn(
-                f"mpp = {value:.4g} µm/px ({rule}) disagrees with {sizes[0].value:.4g} µm/px, the {sizes[0].how}. "
-                "The given value is used."
-            )
+    if mpp == "coordinate_system":
+        value, rule = scale, f"coordinate system {coordinate_system!r}, in µm as mpp='coordinate_system' says"
+    elif mpp is not None:
+        value, rule = float(mpp), "argument mpp="
     elif (recorded := memory_note(sdata, "mpp", image_key)) is not None:
         value, rule = float(recorded), f"value recorded in {_RECORD}"
         _check_record(value, stored_note(sdata, "mpp", image_key), image_key, sizes)
@@ -415,6 +404,11 @@ def find_mpp(
         value, rule = _measured(sdata, image_key, coordinate_system, sizes, region_keys)
     if not np.isfinite(value) or value <= 0:
         raise ResolutionError(f"mpp = {value} ({rule}) is not a positive number of µm per pixel. Give mpp=.")
+    if mpp is not None and sizes and not any(size.agrees(value) for size in sizes):
+        warn(
+            f"mpp = {value:.4g} µm/px ({rule}) disagrees with {sizes[0].value:.4g} µm/px, the {sizes[0].how}. "
+            "The given value is used."
+        )
     low, high = _PLAUSIBLE
     if not allow_any_mpp and not low <= value <= high:
         cause = (

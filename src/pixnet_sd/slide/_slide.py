@@ -15,7 +15,6 @@ from skimage.filters import threshold_otsu
 from spatialdata import SpatialData
 
 from pixnet_sd._util import logger
-from pixnet_sd.errors import ResolutionError
 from pixnet_sd.geometry import MAP_STRIDE
 
 from ._find import find_mpp, named_as_bins, select_coordinate_system, select_image
@@ -87,7 +86,7 @@ class Slide:
 
     def at(self, working_mpp: float) -> Slide:
         """The same slide at another resolution, µm per working px."""
-        return replace(self, working_mpp=_checked(working_mpp))
+        return replace(self, working_mpp=working_mpp)
 
     def named(self, name: str) -> Slide:
         """The same slide with a name among several."""
@@ -147,17 +146,11 @@ def slide_at(
     element = sdata.images[image_key]
     pyramid = ImagePyramid.of(element, image_key)
     return Slide(
-        *(image_key, coordinate_system, mpp, mpp_rule, _checked(working_mpp), *pyramid.shape),
+        *(image_key, coordinate_system, mpp, mpp_rule, working_mpp, *pyramid.shape),
         to_system=affine_matrix(element, coordinate_system),
         pyramid=pyramid,
         channels=pyramid.channels,
     )
-
-
-def _checked(working_mpp: float) -> float:
-    if not (math.isfinite(working_mpp) and working_mpp > 0):
-        raise ResolutionError(f"working_mpp={working_mpp} found, a positive number of micrometres per pixel is needed.")
-    return float(working_mpp)
 
 
 def _warn_if_poor(slide: Slide) -> None:

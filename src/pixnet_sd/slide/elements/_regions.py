@@ -119,11 +119,10 @@ def bins_of_table(
     sdata: SpatialData, link: TableLink, *, coordinate_system: str, from_system: ArrayLike
 ) -> Bins | None:
     """Bins that rows of a table annotate; None if it has no indices that explain where a sample of the bins lies."""
-    indices = _indices(sdata, link)
-    to_centre = None if indices is None else _fitted(sdata, link, *indices)
-    if indices is None or to_centre is None:
+    fitted = _fitted(sdata, link)
+    if fitted is None:
         return None
-    (row, col), rows, instances = indices, link.rows, link.instances
+    (to_centre, row, col), rows, instances = fitted, link.rows, link.instances
     after = row[1:] > row[:-1]
     after |= (row[1:] == row[:-1]) & (col[1:] >= col[:-1])
     if not after.all():
@@ -152,12 +151,16 @@ def _links(sdata: SpatialData, element_key: str, coordinate_system: str | None) 
             yield link
 
 
-def _indices(sdata: SpatialData, link: TableLink) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
-    """Lattice row and column of each row of a link; None where they are not there or no whole numbers."""
-    table = tables_of(sdata)[link.table_key]
+def _fitted(
+    sdata: SpatialData, link: TableLink
+) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32]] | None:
+    """Map of (column, row, 1) to centres in the element's coordinates, and lattice rows and columns of a link's rows.
+
+    None where they are not there, no whole numbers, or of no touching squares, as those of spots.
+    """
+    table, indices = tables_of(sdata)[link.table_key], []
     if not set(_INDICES) <= set(table.obs.columns):
         return None
-    indices = []
     for name in _INDICES:
         column = pd.Series(obs_column(table, name))
         if not pd.api.types.is_numeric_dtype(column) or column.isna().any():
@@ -166,13 +169,7 @@ def _indices(sdata: SpatialData, link: TableLink) -> tuple[NDArray[np.int32], ND
         if not np.array_equal(index, column.to_numpy()):
             return None
         indices.append(index if len(link.rows) == len(index) else index[link.rows])
-    return indices[0], indices[1]
-
-
-def _fitted(
-    sdata: SpatialData, link: TableLink, row: NDArray[np.int32], col: NDArray[np.int32]
-) -> NDArray[np.float64] | None:
-    """Map of (column, row, 1) to centres in the element's coordinates; None unless of touching squares, as no spots."""
+    row, col = indices
     if link.element_key in sdata.labels:
         labels, xy = sample_labels(sdata.labels[link.element_key])
         ids, side = pd.Index(labels), 1.0
@@ -189,7 +186,7 @@ def _fitted(
     x, y = matrix[:2, 0], matrix[:2, 1]
     a, b = np.hypot(*x), np.hypot(*y)
     is_square = abs(a / b - 1) < _SQUARE and abs(x @ y) < _SQUARE * a * b and abs(side / np.sqrt(a * b) - 1) < _SQUARE
-    return matrix if is_square else None
+    return (matrix, row, col) if is_square else None
 
 
 def fit_lattice(col_row: ArrayLike, xy: ArrayLike) -> NDArray[np.float64] | None:
@@ -248,13 +245,10 @@ def bin_lattice(sdata: SpatialData, key: str, *, exact: bool = False) -> BinLatt
 
 
 def _indexed_pitch(sdata: SpatialData, element_key: str) -> float | None:
-    """Pitch of shapes in their own units, from the first table with indices."""
-    for link in _links(sdata, element_key, None):
-        indices = _indices(sdata, link)
-        if indices is not None and len(indices[0]) >= _FEWEST_BINS:
-            matrix = _fitted(sdata, link, *indices)
-            return None if matrix is None else _pitch(matrix)
-    return None
+    """Pitch of shapes in their own units, from the first table with indices that explain them."""
+    links = (link for link in _links(sdata, element_key, None) if len(link.rows) >= _FEWEST_BINS)
+    fitted = next(filter(None, (_fitted(sdata, link) for link in links)), None)
+    return None if fitted is None else _pitch(fitted[0])
 
 
 def _drawn_pitch(shapes: GeoDataFrame) -> float | None:
@@ -263,25 +257,22 @@ def _drawn_pitch(shapes: GeoDataFrame) -> float | None:
         return None
     sample = shapes.iloc[sample_positions(len(shapes))]
     if "radius" in sample:
-        side = 2 * sample["radius"].to_numpy(np.float64)
+        sides = 2 * sample["radius"].to_numpy(np.float64)
     else:
         area, length = (measure(sample.geometry.to_numpy()) for measure in (shapely.area, shapely.length))
         if not (area > 0).all() or np.abs(length**2 / area / _SQUARE_BINS - 1).max() > _TOLERANCE:
             return None
-        side = np.sqrt(area)
-    if not (side.min() > 0 and side.max() / side.min() - 1 < _TOLERANCE):
+        sides = np.sqrt(area)
+    if not (sides.min() > 0 and sides.max() / sides.min() - 1 < _TOLERANCE):
         return None
-    return _grid_pitch(shapely.get_coordinates(shapely.centroid(shapes.geometry.to_numpy())), edge_length(shapes))
-
-
-def _grid_pitch(xy: NDArray[np.float64], side: float) -> float | None:
-    """Pitch of points (n, 2) on a square lattice if it is the side of what is drawn; half may lack neighbours."""
+    xy, side = shapely.get_coordinates(shapely.centroid(shapes.geometry.to_numpy())), edge_length(shapes)
     if not np.isfinite(xy).all():
         return None
     centres = xy[sample_positions(len(xy))]
     distance, which = cKDTree(xy).query(centres, k=min(_NEIGHBOURS + 1, len(xy)))
     step = (xy[which[:, 1:]] - centres[:, None]) @ np.array([1, 1j])
     touches = np.abs(distance[:, 1:] / side - 1) < _TOLERANCE
+    # half may lack neighbours
     if touches.any(axis=1).mean() < _TOUCHING or distance[:, 1].min() < side * (1 - _TOLERANCE):
         return None
     pitch = float(np.abs(step[touches]).mean())

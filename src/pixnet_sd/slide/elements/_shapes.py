@@ -70,17 +70,15 @@ def regions_from_shapes(shapes: GeoDataFrame, what: str) -> Circles | Polygons:
 
 def _polygons(geometry: NDArray[Any]) -> Polygons:
     """Valid (multi)polygons with their holes: outer rings wound one way, holes the other, none repeating a vertex."""
-    if (shapely.get_type_id(geometry) == _POLYGON).all() and not shapely.get_num_interior_rings(geometry).any():
-        rings, region = shapely.get_exterior_ring(geometry), np.arange(len(geometry))  # of bins half the time
-    else:
-        parts, owner = shapely.get_parts(shapely.orient_polygons(geometry), return_index=True)
-        rings, part = shapely.get_rings(parts, return_index=True)
-        region = owner[part].astype(np.int64)
-    vertices, ring = shapely.get_coordinates(rings, return_index=True)
-    last = np.append(ring[1:] != ring[:-1], True)
-    sizes = np.bincount(ring[~last], minlength=len(rings))
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return Polygons(vertices[~last], offsets, region, len(geometry))
+    if shapely.get_num_interior_rings(geometry).any() or (shapely.get_type_id(geometry) != _POLYGON).any():
+        geometry = shapely.orient_polygons(geometry)  # bins, which need it not, take half the time
+    _, vertices, offsets = shapely.to_ragged_array(geometry, include_z=False)
+    first_vertex, first_ring = offsets[0].astype(np.int64), offsets[1]
+    if len(offsets) > 2:  # some are multipolygons, and these begin at polygons
+        first_ring = first_ring[offsets[2]]
+    region = np.repeat(np.arange(len(geometry)), np.diff(first_ring))
+    vertices = np.delete(vertices, first_vertex[1:] - 1, axis=0)
+    return Polygons(vertices, first_vertex - np.arange(len(first_vertex)), region, len(geometry))
 
 
 def edge_length(shapes: GeoDataFrame) -> float:

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from ._arrays import GuardedArray, computed, loaded_px, stored_array
-from ._image import HUGE_BLOCK_PX, ImageLevel, ImagePyramid, is_cheap_to_look_at
-from ._pixels import Naming, channel_names, coarsest, is_bright_field, levels_of, naming_of, pixel_sample
+from ._image import ImageLevel, ImagePyramid
+from ._pixels import (
+    HUGE_BLOCK_PX,
+    Naming,
+    channel_names,
+    coarsest,
+    is_bright_field,
+    is_cheap_to_look_at,
+    levels_of,
+    naming_of,
+)
 from ._resample import make_taps, resample
 
 __all__ = [
@@ -22,7 +31,6 @@ __all__ = [
     "loaded_px",
     "make_taps",
     "naming_of",
-    "pixel_sample",
     "resample",
     "stored_array",
 ]

@@ -14,10 +14,17 @@ from xarray import DataArray, DataTree
 
 from pixnet_sd.errors import DataError, StoreError
 
-from ._arrays import ChunkGuard, GuardedArray, loaded_px
-from ._pixels import channel_names, check_uint8, is_bright_field, levels_of, pixel_sample, rgb_channels
+from ._arrays import ChunkGuard, GuardedArray
+from ._pixels import (
+    channel_names,
+    check_uint8,
+    is_bright_field,
+    is_cheap_to_look_at,
+    levels_of,
+    pixel_sample,
+    rgb_channels,
+)
 
-HUGE_BLOCK_PX = 64e6  # blocks of more pixels are slow to load for one tile
 # missing chunks of a level that are looked at, spread over all, and the side of what is looked at of each
 _LOOKED_AT, _SIDE_PX = 256, 512
 _MARGIN_PX = 2  # pixels of a level that its neighbours may have a part in
@@ -74,13 +81,7 @@ class ImagePyramid:
                 "give image_key= of one, or parse this one with spatialdata.models.Image2DModel."
             )
         names = channel_names(finest)
-
-        def look(at_any_cost: bool) -> bool | None:
-            """Whether the image is bright-field; None if it cannot be told, or only by loading all of it."""
-            is_cheap = at_any_cost or is_cheap_to_look_at(arrays[-1])
-            return is_bright_field(pixel_sample(element)) if is_cheap else None
-
-        channels = rgb_channels(names, image_key, look)
+        channels = rgb_channels(names, image_key, partial(is_bright_field, element))
         sample = partial(pixel_sample, finest if is_cheap_to_look_at(finest) else element)
         check_uint8(finest.dtype, sample, image_key, is_multiscale=isinstance(element, DataTree))
         levels = []
@@ -113,11 +114,6 @@ def _placed(size: int, level_size: int) -> tuple[float, float]:
     if abs(size / whole - level_size) >= 1:
         return size / level_size, 0.0
     return float(whole), float(max(0, size - whole * level_size))
-
-
-def is_cheap_to_look_at(level: DataArray) -> bool:
-    """Whether a few pixels of a level can be had without loading one huge block."""
-    return loaded_px(level.data) <= HUGE_BLOCK_PX
 
 
 def _check_holes(levels: Sequence[ImageLevel], image_key: str) -> None:

@@ -18,11 +18,12 @@ from xarray import DataArray
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import DataError
 
-from ._arrays import computed
+from ._arrays import computed, loaded_px
 
 if TYPE_CHECKING:
     from xarray import DataTree
 
+HUGE_BLOCK_PX = 64e6  # blocks of more pixels are slow to load for one tile
 _WHOLE_PX = 2**20  # a level of so many pixels is read whole
 _WINDOW_PX, _WINDOWS = 128, 6  # of a larger one, windows spread over it, so many along each side
 _BRIGHT, _WHITE, _DARK = 90.0, 110.0, 80.0  # of 255
@@ -70,8 +71,19 @@ def pixel_sample(element: DataArray | DataTree) -> NDArray[Any]:
     return sample
 
 
-def is_bright_field(sample: NDArray[Any]) -> bool | None:
-    """Whether pixels, (channels, n), are those of tissue on a bright ground (True), a dark one (False), or neither."""
+def is_cheap_to_look_at(level: DataArray) -> bool:
+    """Whether a few pixels of a level can be had without loading one huge block."""
+    return loaded_px(level.data) <= HUGE_BLOCK_PX
+
+
+def is_bright_field(element: DataArray | DataTree, at_any_cost: bool = False) -> bool | None:
+    """Whether an image shows tissue on a bright ground (True) or a dark one (False); None for neither.
+
+    None also where only loading a huge block would tell, which is done ``at_any_cost``.
+    """
+    if not at_any_cost and not is_cheap_to_look_at(levels_of(element)[-1]):
+        return None
+    sample = pixel_sample(element)
     pixels = sample[:3, :: max(1, sample.shape[1] // _ENOUGH)].astype(np.float32)
     if sample.dtype != np.uint8:
         pixels = np.nan_to_num(pixels, nan=0.0, posinf=np.inf, neginf=0.0)
