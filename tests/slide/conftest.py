@@ -160,29 +160,12 @@ def make_visium(*, mpp: float = 0.5, diameter_um: float = 65.0, pitch_um: float 
     return SpatialData(images={"tissue_full_image": image}, shapes={"spots": spots}, tables={"table": table})
 
 
-@pytest.fixture
-def image() -> Callable[..., Any]:
-    return make_image
-
-
-@pytest.fixture
-def table() -> Callable[..., ad.AnnData]:
-    return make_table
-
-
-@pytest.fixture
-def visium_hd() -> Callable[..., SpatialData]:
-    return make_visium_hd
-
-
-@pytest.fixture
-def visium() -> Callable[..., SpatialData]:
-    return make_visium
-
-
-@pytest.fixture
-def frame() -> type[StubFrame]:
-    return StubFrame
+# what makes them, for tests to ask for by name
+image = pytest.fixture(lambda: make_image)
+table = pytest.fixture(lambda: make_table)
+visium_hd = pytest.fixture(lambda: make_visium_hd)
+visium = pytest.fixture(lambda: make_visium)
+frame = pytest.fixture(lambda: StubFrame)
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import dask.array as da
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import Affine
+from tests.slide.conftest import make_image
 
 from pixnet_sd.slide import Slide, open_slide, read_picture
 
@@ -79,19 +80,20 @@ def test_a_mark_is_where_it_was_drawn(in_memory: SpatialData, backed: SpatialDat
     from_memory = open_slide(in_memory, mpp=MPP, working_mpp=working_mpp)
     assert (slide.is_backed, from_memory.is_backed) == (True, False)
     np.testing.assert_array_equal(whole(from_memory), pixels)
+    if working_mpp == MPP:
+        np.testing.assert_array_equal(whole(slide.at(MPP * (1 - 1e-10))), picture().transpose(1, 2, 0))  # no pixel more
 
 
-def test_at_the_image_resolution_the_pixels_are_the_image(backed: SpatialData) -> None:
-    slide = open_slide(backed, mpp=0.5 * (1 + 1e-10))  # a rounding error adds no pixel
-    np.testing.assert_array_equal(whole(slide), picture().transpose(1, 2, 0))
+def test_a_picture_is_read_box_by_box() -> None:
+    slide = open_slide(SpatialData(images={"he": make_image(40, 9000)}), mpp=0.3)
+    height, width = slide.working_shape
+    np.testing.assert_array_equal(read_picture(slide, 2, height, 7, width), whole(slide)[2:, 7:])
 
 
-@settings(deadline=None, max_examples=25)
-@given(data=st.data(), mpp=st.sampled_from([0.25, 0.2738, 0.5, 0.7]))
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), mpp=st.sampled_from([0.25, 0.5]) | st.floats(0.1, 1.7))
 def test_a_box_is_cut_from_the_same_picture_and_white_around_it(data: st.DataObject, mpp: float) -> None:
-    pixels = np.random.default_rng(5).integers(0, 256, (3, 61, 87), dtype=np.uint8)
-    image = Image2DModel.parse(pixels, c_coords=["r", "g", "b"], scale_factors=[2])
-    slide = open_slide(SpatialData(images={"he": image}), mpp=mpp)
+    slide = open_slide(SpatialData(images={"he": make_image(61, 87, scale_factors=[2])}), mpp=mpp)
     height, width = slide.working_shape
     row0, col0 = data.draw(st.tuples(st.integers(-20, height + 5), st.integers(-20, width + 5)))
     rows, cols = data.draw(st.tuples(st.integers(0, 60), st.integers(0, 60)))
@@ -113,13 +115,6 @@ def test_threads_and_unpickled_slides_read_the_same(backed: SpatialData) -> None
             np.testing.assert_array_equal(tile, full[row0:row1, col0:col1])
 
 
-def test_a_picture_is_read_box_by_box() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 9000), dtype=np.uint8)
-    slide = open_slide(SpatialData(images={"he": Image2DModel.parse(pixels, c_coords=["r", "g", "b"])}), mpp=0.3)
-    height, width = slide.working_shape
-    np.testing.assert_array_equal(read_picture(slide, 2, height, 7, width), whole(slide)[2:, 7:])
-
-
 def test_what_was_chosen_is_in_the_slide_and_shapes_round_up(backed: SpatialData) -> None:
     slide = open_slide(backed, mpp=MPP).named("first")
     assert (slide.name, slide.image_key, slide.coordinate_system) == ("first", "he", "here")
@@ -131,10 +126,9 @@ def test_what_was_chosen_is_in_the_slide_and_shapes_round_up(backed: SpatialData
 
 
 def test_an_image_coarser_than_working_is_enlarged_and_said_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "pixnet_sd"):
-        slide = open_slide(objects(None), mpp=1.0)
-        slide.read(0, 100, 0, 100)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    slide = open_slide(objects(None), mpp=1.0)
+    slide.read(0, 100, 0, 100)
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
     assert "enlarged" in caplog.text
     assert slide.working_shape == (2 * HEIGHT, 2 * WIDTH)
 
@@ -143,11 +137,6 @@ def test_huge_blocks_are_warned_of_and_not_loaded(caplog: pytest.LogCaptureFixtu
     for side in (7_000, 9_000):
         pixels = da.zeros((3, side, side), np.uint8, chunks=-1).map_blocks(lambda block: 1 / 0, dtype=np.uint8)
         image = Image2DModel.parse(pixels, c_coords=["r", "g", "b"], chunks=(3, 1024, 1024))
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "pixnet_sd"):
-            if side == 7_000:
-                with pytest.raises(ZeroDivisionError):  # it is looked at
-                    open_slide(SpatialData(images={"he": image}), mpp=0.5)
-            else:
-                open_slide(SpatialData(images={"he": image}), mpp=0.5)
+        with pytest.raises(ZeroDivisionError) if side == 7_000 else nullcontext():  # it is looked at, or not
+            open_slide(SpatialData(images={"he": image}), mpp=0.5)
         assert ("write the object first" in caplog.text) == (side == 9_000)

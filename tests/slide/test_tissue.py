@@ -16,10 +16,8 @@ HEIGHT, WIDTH = 300, 420
 def textured(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     """Pink with violet dots and some noise, (h, w, 3)."""
     rng = np.random.default_rng(0)
-    tissue = np.empty((height, width, 3))
-    tissue[:] = STROMA
-    tissue[rng.random((height, width)) < 0.25] = NUCLEUS
-    return tissue + rng.normal(0, 4, tissue.shape)
+    is_nucleus = rng.random((height, width, 1)) < 0.25
+    return np.where(is_nucleus, NUCLEUS, STROMA) + rng.normal(0, 4, (height, width, 3))
 
 
 def glass(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -42,31 +40,23 @@ def mask_of(picture: np.ndarray, mpp: float = 4.0, working_mpp: float = 1.0) -> 
     slide = open_slide(sdata, mpp=mpp, working_mpp=working_mpp, allow_any_mpp=True)
     mask = tissue_mask(slide)
     assert (mask.dtype, mask.shape) == (bool, slide.map_shape)
-    assert set(sdata.images) == {"he"}
-    assert not len(sdata.labels)
     return mask
 
 
-def test_two_pieces_on_glass_are_found() -> None:
+def test_two_pieces_on_glass_are_found_and_lie_on_the_map_grid() -> None:
     tissue = disk(140, 150, 100) | disk(340, 220, 50)
     wrong = mask_of(picture(tissue)) != tissue
     edge = (disk(140, 150, 105) & ~disk(140, 150, 95)) | (disk(340, 220, 55) & ~disk(340, 220, 45))
     assert not (wrong & ~edge).any()
     assert wrong.mean() < 0.02
-
-
-def test_it_lies_on_the_map_grid_where_the_tissue_is() -> None:
     rows, cols = np.nonzero(mask_of(picture(disk(140, 150, 100)), mpp=2.1, working_mpp=0.5))
     centre_um = np.array([cols.mean() + 0.5, rows.mean() + 0.5]) * 2.0
     np.testing.assert_allclose(centre_um, np.array([140, 150]) * 2.1, atol=4)
 
 
-@pytest.mark.parametrize("noise", [0.0, 1.0])
-def test_a_blank_slide_has_none(noise: float) -> None:
-    assert not mask_of(GLASS + (glass(200, 240) - GLASS) * noise).any()
-
-
-def test_a_slide_without_glass_is_all_tissue() -> None:
+def test_a_blank_slide_has_none_and_one_without_glass_is_all_tissue() -> None:
+    for pixels in (glass(200, 240), np.broadcast_to(np.array(GLASS, float), (200, 240, 3))):
+        assert not mask_of(pixels).any()
     dark_and_pale = textured(200, 240)
     dark_and_pale[:, :110] *= 0.6
     even = np.broadcast_to(np.array(STROMA, float), (150, 150, 3))  # of one colour that is not glass
@@ -87,7 +77,7 @@ def test_dust_and_what_was_not_scanned_are_left_out_and_small_holes_are_filled()
 
 
 def test_a_large_slide_is_looked_at_in_a_small_picture() -> None:
-    tissue = np.kron(disk(140, 150, 100), np.ones((6, 6), bool))
+    tissue = disk(140, 150, 100).repeat(6, axis=0).repeat(6, axis=1)
     pixels = np.where(tissue[..., None], np.uint8(STROMA), np.uint8(GLASS))  # 4.5 megapixels of 8 µm
     assert (mask_of(pixels, mpp=8.0, working_mpp=2.0) != tissue).mean() < 0.02
 

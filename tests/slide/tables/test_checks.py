@@ -45,7 +45,6 @@ def stripes(n: int) -> np.ndarray:
 
 NORMALISED = {
     "scaled": lambda x: x * 500.3,
-    "scaled down": lambda x: x * 0.01,
     "shares": shares,
     "per million": lambda x: 1e6 * shares(x),
     "to the median": lambda x: shares(x) * np.median(x.sum(axis=1)),

@@ -29,10 +29,8 @@ def backed(path: Any, make: Callable[[Any], Any]) -> Any:
 
 KINDS: dict[str, Callable[[Any], Any]] = {
     "dense": lambda path: X,
-    "csr": lambda path: sparse.csr_matrix(X),
-    "csc": lambda path: sparse.csc_matrix(X),
     "csr_array": lambda path: sparse.csr_array(X),
-    "integers": lambda path: X.astype(np.int32),
+    "csc": lambda path: sparse.csc_matrix(X),
     "dask": lambda path: da.from_array(X, chunks=(4, 6)),
     "dask_sparse": lambda path: da.from_array(X, chunks=(4, 6)).map_blocks(sparse.csr_matrix),
     "zarr": lambda path: zarr.create_array(str(path), data=X, chunks=(5, 3)),

@@ -140,10 +140,5 @@ def test_features_that_are_no_genes(opened) -> None:
         table.var_names = ["GENE0", "GENE0", "GENE2", "GENE3", "GENE3"]
 
     assert list(opened(alike).var_names) == GENES  # an antibody may be called like a gene
-
-
-@pytest.mark.parametrize(
-    "names", [["NEGR1", "BLNK", "FALSE1X", "SYS1", "NEGATIVE"], ["A1", "Blank", "Neg", "x-1", "B"]]
-)
-def test_names_that_only_resemble_controls_are_genes(opened, names) -> None:
-    assert list(opened(renamed(names)).var_names) == names
+    for like_controls in (["NEGR1", "BLNK", "FALSE1X", "SYS1", "NEGATIVE"], ["A1", "Blank", "Neg", "x-1", "B"]):
+        assert list(opened(renamed(like_controls)).var_names) == like_controls

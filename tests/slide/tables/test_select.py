@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from spatialdata import SpatialData
 from spatialdata.transformations import Identity, Scale, Translation, set_transformation
-from tests.slide.conftest import make_image
+from tests.slide.conftest import make_image, make_table
 
 from pixnet_sd.errors import DataError, ElementError
 from pixnet_sd.slide.elements import table_link
@@ -63,22 +63,22 @@ def test_link(circles, table) -> None:
         table_link(sdata, table_key="t", coordinate_system="C")
 
 
+UNLINKED = {
+    "no region": (ad.AnnData(np.ones((2, 2))), {}, ElementError, "'t'"),
+    "region is gone": (make_table("gone", [0]), {}, ElementError, "'t'.*'gone'"),
+    "no rows": (ad.AnnData(np.ones((0, 5))), {}, DataError, "'t'.*0 rows x 5 genes"),
+    "no genes": (make_table("spots", [0], genes=0), {}, DataError, "'t'.*1 rows x 0 genes"),
+    "no row": (make_table("spots", [0]), {"region": pd.Categorical(["other"])}, DataError, "'t'.*'spots'"),
+    "id twice": (make_table("spots", [0, 1]), {"location_id": [1, 1]}, DataError, "'t'.*1"),
+    "no id": (make_table("spots", [0, 1]), {"location_id": [0.0, np.nan]}, DataError, "'t'.*1"),
+    "bytes": (make_table("spots", [0, 1]), {"location_id": [b"a", b"b"]}, DataError, "'t'"),
+}
+
+
 @pytest.mark.filterwarnings("ignore:The table is annotating")
-@pytest.mark.parametrize(
-    ("make", "obs", "error", "names"),
-    [
-        (lambda table: ad.AnnData(np.ones((2, 2))), {}, ElementError, "'t'"),
-        (lambda table: table("gone", [0]), {}, ElementError, "'t'.*'gone'"),
-        (lambda table: ad.AnnData(np.ones((0, 5))), {}, DataError, "'t'.*0 rows x 5 genes"),
-        (lambda table: table("spots", [0])[:, :0].copy(), {}, DataError, "'t'.*1 rows x 0 genes"),
-        (lambda table: table("spots", [0]), {"region": pd.Categorical(["other"])}, DataError, "'t'.*'spots'"),
-        (lambda table: table("spots", [0, 1]), {"location_id": [1, 1]}, DataError, "'t'.*1"),
-        (lambda table: table("spots", [0, 1]), {"location_id": [0.0, np.nan]}, DataError, "'t'.*1"),
-    ],
-    ids=["no region", "region is gone", "no rows", "no genes", "no row of the region", "id twice", "no id"],
-)
-def test_tables_that_cannot_be_linked(circles, table, make, obs, error, names) -> None:
-    sdata = SpatialData(shapes={"spots": circles([[1, 2], [3, 4]])}, tables={"t": make(table)})
+@pytest.mark.parametrize(("made", "obs", "error", "names"), UNLINKED.values(), ids=UNLINKED)
+def test_tables_that_cannot_be_linked(circles, made, obs, error, names) -> None:
+    sdata = SpatialData(shapes={"spots": circles([[1, 2], [3, 4]])}, tables={"t": made})
     for name, values in obs.items():
         sdata.tables["t"].obs[name] = values
     with pytest.raises(error, match=names):

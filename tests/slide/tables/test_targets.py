@@ -78,24 +78,22 @@ def test_bad_counts_and_logarithms_are_said_also_when_the_copy_is_there(tmp_path
 
 
 COARSE, FINE = of([[1, 9, 5]], "ABC", radius=50), of([[9, 1]], "AB", radius=5)
+TWO, MANY = {"a": [of(X, "ABC")], "b": [of(X, "CBA")]}, of([[8, 2]] * 50, "AB")
+CHOSEN = {  # slides, arguments, genes
+    # A has more counts in all, but B is high in more regions
+    "mean of logarithms": ({"": [of([[90, 1, 0], [0, 1, 1], [0, 1, 1]], "ABC")]}, {"n_genes": 2}, ["B", "C"]),
+    "ties by name": ({"": [of([[1, 1, 0, 1]] * 2, ["z", "b", "zero", "a"])]}, {"n_genes": 4}, ["a", "b", "z"]),
+    # over regions A would win; over slides B does
+    "slides": ({"many": [MANY], "few": [of([[1, 99]], "AB")]}, {"n_genes": 1, "target_sum": 10}, ["B"]),
+    "coarsest": ({"s": [FINE, COARSE]}, {"n_genes": 2}, ["B", "A"]),
+    "named": (TWO, {"genes": ["C", "A"]}, ["C", "A"]),
+    "one": (TWO, {"genes": "B"}, ["B"]),
+    # held-out slides must have the genes, but do not rank them
+    "held out": ({"": [of([[3, 2, 1]], "ABC")]}, {"held_out": {"b": [of([[0, 1, 9]], "BZC")]}}, ["B", "C"]),
+}
 
 
-@pytest.mark.parametrize(
-    ("slides", "arguments", "genes"),
-    [
-        # A has more counts in all, but B is high in more regions
-        ({"": [of([[90, 1, 0], [0, 1, 1], [0, 1, 1]], "ABC")]}, {"n_genes": 2}, ["B", "C"]),
-        ({"": [of([[1, 1, 0, 1]] * 2, ["z", "b", "zero", "a"])]}, {"n_genes": 4}, ["a", "b", "z"]),
-        # over regions A would win; over slides B does
-        ({"many": [of([[8, 2]] * 50, "AB")], "few": [of([[1, 99]], "AB")]}, {"n_genes": 1, "target_sum": 10}, ["B"]),
-        ({"s": [FINE, COARSE]}, {"n_genes": 2}, ["B", "A"]),
-        ({"a": [of(X, "ABC")], "b": [of(X, "CBA")]}, {"genes": ["C", "A"]}, ["C", "A"]),
-        ({"a": [of(X, "ABC")], "b": [of(X, "CBA")]}, {"genes": "B"}, ["B"]),
-        # held-out slides must have the genes, but do not rank them
-        ({"": [of([[3, 2, 1]], "ABC")]}, {"n_genes": 2, "held_out": {"test": [of([[0, 1, 9]], "BZC")]}}, ["B", "C"]),
-    ],
-    ids=["mean of logarithms", "ties by name", "slides weigh the same", "coarsest", "named", "one", "held out"],
-)
+@pytest.mark.parametrize(("slides", "arguments", "genes"), CHOSEN.values(), ids=CHOSEN)
 @pytest.mark.filterwarnings("error")
 def test_genes_that_are_chosen(slides, arguments, genes) -> None:
     assert list(choose_genes(slides, **arguments)) == genes
