@@ -66,6 +66,13 @@ def test_any_rows_come_back(x: np.ndarray, cuts: list[int], data: st.DataObject)
             np.testing.assert_array_equal(np.concatenate([x[:0], *blocks]), x if chosen is None else x[index])
 
 
+@pytest.mark.parametrize(("largest", "kind"), [(256, "<u2"), (65_536, "<u4"), (2**33, "<f4"), (0.5, "<f4")])
+def test_counts_get_wider_while_they_are_written(tmp_path, largest: float, kind: str) -> None:
+    counts = write(tmp_path, np.array([[1, 2], [0, largest]]), [1])
+    assert counts.count.str == kind
+    np.testing.assert_array_equal(counts.rows(np.arange(2))[0].toarray(), [[1, 2], [0, largest]])
+
+
 @pytest.mark.parametrize("name", ["total.bin", "indptr.bin", "gene.bin", "count.bin", "meta.json"])
 def test_damage_and_content_of_others_are_seen(tmp_path, name: str) -> None:
     counts = write(tmp_path, np.random.default_rng(0).poisson(1, (10, 5)))
