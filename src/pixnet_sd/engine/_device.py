@@ -58,6 +58,7 @@ def make_fabric(device: str | torch.device | None = None) -> Fabric:
 @contextmanager
 def fixed_shapes(device: torch.device) -> Iterator[None]:
     """Let cuDNN try its kernels on the first tile and keep the fastest, for a run whose tiles have one size."""
+    # TF32 is left as it is set: convolutions are in bf16, and the float32 of aggregation and head stays exact.
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or device.type == "cuda"
     try:
@@ -135,6 +136,7 @@ class Copies:
         if not self.gpu:
             yield from batches
             return
+        # Most steps wait for nothing on the device: steps would queue there, and batches be held, without end.
         queued: deque[torch.cuda.Event] = deque()
         for batch in batches:
             while len(queued) >= _UNDER_WAY:
@@ -235,7 +237,7 @@ AHEAD = WORKERS + 1
 
 
 def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Iterator[T]:
-    """Run tasks in threads, a few ahead of the consumer, and yield their results in order; so do exceptions."""
+    """Run tasks in threads, a few ahead of the consumer; yield results, and raise exceptions, in order."""
     with ThreadPoolExecutor(max_workers=min(ahead, WORKERS)) as pool:
         waiting: deque[Future[T]] = deque()
         try:

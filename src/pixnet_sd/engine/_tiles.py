@@ -43,6 +43,7 @@ def jitter_stain(image: Tensor, strength: float, generator: torch.Generator) -> 
     """Scale (log scale of standard deviation `strength`) and shift the density of tiles (B, 3, H, W), 0 to 255."""
     if strength == 0:
         return image
+    # Drawn on the CPU, so that a seed gives the same on every device; the shift has a tenth of the deviation.
     noise = torch.randn(2, len(image), 3, 1, 1, generator=generator)
     noise = (noise.pin_memory() if image.is_cuda else noise).to(image.device, non_blocking=True) * strength
     density = -torch.log((image + 1) / 256)
@@ -53,11 +54,20 @@ class LazyTargets(Protocol):
     """Targets (n, M) on disk, read when they are asked for (index ascending), from several threads at once."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
-    def __getitem__(self, index: NDArray[np.intp]) -> NDArray[np.float32]: ...
-    def rows(self, index: NDArray[np.intp]) -> Any: ...
-    def mean(self, axis: int) -> NDArray[Any]: ...
-    def subset(self, index: NDArray[np.intp]) -> Self: ...
+    def shape(self) -> tuple[int, ...]:
+        """(n, M)."""
+
+    def __getitem__(self, index: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Read the targets of regions, (k, M)."""
+
+    def rows(self, index: NDArray[np.intp]) -> Any:
+        """Read the same as SciPy's compressed rows."""
+
+    def mean(self, axis: int) -> NDArray[Any]:
+        """Compute the mean over regions (axis 0), (M,)."""
+
+    def subset(self, index: NDArray[np.intp]) -> Self:
+        """Pick regions without reading them."""
 
 
 @dataclass(frozen=True)

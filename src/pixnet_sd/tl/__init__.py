@@ -23,23 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["CrossValidation", "cross_validate", "evaluate", "fit", "predict"]
 
-_LATER = {
-    "CrossValidation": "_cross_validate",
-    "Source": "_training_data",
-    "Validation": "_training_data",
-    "cross_validate": "_cross_validate",
-    "evaluate": "_evaluate",
-    "fit": "_fit",
-    "matched_values": "_evaluate",
-    "moments": "_evaluate",
-    "open_sources": "_training_data",
-    "pooled": "_evaluate",
-    "predict": "_predict",
-    "predict_regions": "_predict",
-    "read_scores": "_cross_validate",
-    "split_slides": "_training_data",
-    "write_scores": "_cross_validate",
+_NAMES = {
+    "_cross_validate": ("CrossValidation", "cross_validate", "read_scores", "write_scores"),
+    "_evaluate": ("evaluate", "matched_values", "moments", "pooled"),
+    "_fit": ("fit",),
+    "_predict": ("predict", "predict_regions"),
+    "_training_data": ("Source", "Validation", "open_sources", "split_slides"),
 }
+_LATER = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

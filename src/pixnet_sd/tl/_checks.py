@@ -30,6 +30,13 @@ def pixels_of(sdata: SpatialData, slide: Slide) -> PixelContent:
     return pixel_content(slide, stored_note(sdata, "content", slide.image_key))
 
 
+def slide_note(slide: Slide) -> dict[str, Any]:
+    """Say which image a model or a result is of, and how it was read."""
+    how = {name: getattr(slide, name) for name in ("coordinate_system", "mpp", "mpp_rule")}
+    size_px = [slide.height_px, slide.width_px]
+    return {"image": slide.image_key, "image_px": size_px, "channels": list(slide.channels), **how}
+
+
 def slide_parts(slide: Slide, pixels: PixelContent) -> dict[str, Any]:
     """Parts of a slide that the network reads: pixels, and the resolution at which they are read."""
     size_px = [slide.height_px, slide.width_px]
@@ -155,9 +162,17 @@ def _memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_memory()
 
 
-def check_map_um(map_um: float, factor: int, slide: Slide, n_values: int) -> None:
-    """Refuse map pixels, of ``factor`` native ones along a side and ``n_values`` values, too large to be averaged."""
+def map_factor(map_um: float | None, slide: Slide, n_values: int) -> int:
+    """Return the native map pixels along a pixel of the map, a whole number; `n_values` is what a native one holds."""
+    if map_um is None:
+        return 1
     native, (height, width) = MAP_STRIDE * slide.working_mpp, slide.map_shape
+    factor = max(round(map_um / native), 1)
+    if abs(map_um / native - factor) > 1e-6:
+        raise PixNetError(
+            f"map_um={map_um}: map pixels are whole multiples of the native {native:g} µm. Give map_um="
+            f"{factor * native:g}."
+        )
     available = available_memory()
     needed = 4 * n_values * min(_LEAST_BLOCK_PX * factor, height) * min(_LEAST_BLOCK_PX * factor, width)
     if factor > max(height, width):
@@ -166,7 +181,7 @@ def check_map_um(map_um: float, factor: int, slide: Slide, n_values: int) -> Non
         most = max(1, int(math.sqrt(available / (4 * n_values))) // _LEAST_BLOCK_PX)
         why = f"what is averaged at once takes {size_text(needed)} of memory, and {size_text(available)} are free"
     else:
-        return
+        return factor
     raise PixNetError(f"map_um={map_um:g}: {why}. Give map_um={most * native:g} at most.")
 
 

@@ -8,13 +8,14 @@ away while the next is computed, and a transaction moves all results in at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
@@ -71,7 +72,16 @@ from pixnet_sd.store.gene_map import (
     tissue_labels,
 )
 
-from ._checks import check_batch, check_map_um, check_working_size, map_parts, pixels_of, values_per_px, why_poor
+from ._checks import (
+    check_batch,
+    check_working_size,
+    map_factor,
+    map_parts,
+    pixels_of,
+    slide_note,
+    values_per_px,
+    why_poor,
+)
 from ._regions import RegionRequest, check_together, express, request_regions, units_of
 
 _TILE_PX = 1024
@@ -206,7 +216,7 @@ def predict(  # noqa: PLR0913
     )
     check_on_disk(sdata, slide.image_key, shapes_key)
     tiling = _tiling(trained, slide, params, batch_size, fabric)
-    factor = _map_factor(map_um, slide, trained.network.head.in_features + len(names))
+    factor = map_factor(map_um, slide, trained.network.head.in_features + len(names))
     if write == "factors" and factor != 1:
         raise PixNetError(
             f"Factors are kept at the native pitch only: leave out map_um={map_um:g}, or write='factors'."
@@ -288,8 +298,7 @@ class _Job:
     @property
     def index(self) -> list[int]:
         """Genes of this call among the model's."""
-        place = {gene: k for k, gene in enumerate(self.model.genes)}
-        return [place[gene] for gene in self.genes]
+        return pd.Index(self.model.genes).get_indexer(self.genes).tolist()
 
     @property
     def outputs(self) -> list[str]:
@@ -327,82 +336,62 @@ class _Job:
     def channels(self) -> list[str]:
         return factor_names(self.model.network.head.in_features) if self.write == "factors" else self.outputs
 
+    def identity(self, **parts: Any) -> str:
+        """Hash what decides about a map or a table: equal for two calls that write the same."""
+        transforms = image_transforms(self.sdata, self.slide.image_key)
+        place = {name: each.to_affine_matrix(("x", "y"), ("x", "y")).tolist() for name, each in transforms.items()}
+        return fingerprint({"map": self.fingerprint, "place": place, **parts})
+
     @property
     def map_identity(self) -> str:
-        """Equal for two calls that write the same map."""
-        parts = {"map": self.fingerprint, "factor": self.factor, "store": self.write, "outputs": self.outputs}
-        return fingerprint(parts | {"place": self._place})
+        return self.identity(factor=self.factor, store=self.write, outputs=self.outputs)
 
     @property
     def table_identity(self) -> str:
-        """Equal for two calls that write the same table."""
         if self.request is None:
             return ""
-        parts = {"map": self.fingerprint, "diameter_um": self.request.diameter_um, "genes": self.genes}
-        return fingerprint(parts | self.request.parts | {"place": self._place})
-
-    @property
-    def _place(self) -> dict[str, Any]:
-        """Where the image lies, and with it the results."""
-        transforms = image_transforms(self.sdata, self.slide.image_key)
-        return {name: each.to_affine_matrix(("x", "y"), ("x", "y")).tolist() for name, each in transforms.items()}
+        return self.identity(diameter_um=self.request.diameter_um, genes=self.genes, **self.request.parts)
 
     @property
     def provenance(self) -> dict[str, Any]:
         """What maps and tables note of where they come from."""
-        slide, record = self.slide, self.model.record
-        return {
-            "model_sha256": self.parts["model"]["weights"],
-            "image": slide.image_key,
-            "image_px": [slide.height_px, slide.width_px],
-            "channels": list(slide.channels),
-            "coordinate_system": slide.coordinate_system,
-            "mpp": slide.mpp,
-            "mpp_rule": slide.mpp_rule,
-            "working_mpp": record.working_mpp,
-            "objective": record.objective,
-            "aggregation": record.aggregation,
-            "target_sum": record.target_sum,
-            "log_base": record.log_base,
-        }
+        named = ("working_mpp", "objective", "aggregation", "target_sum", "log_base")
+        of_model = {name: getattr(self.model.record, name) for name in named}
+        return {"model_sha256": self.parts["model"]["weights"], **slide_note(self.slide), **of_model}
 
     def without_results(self, stored: Mapping[str, StoredMap]) -> _Job:
         """Leave out a native map that can be read back, and what this call left when cut off as results moved in."""
         write, request = self.write, self.request
-        if write and self.factor == 1 and self.map_key in stored:
+        is_read_back = self.factor == 1 and self.map_key in stored
+        if is_read_back or self._is_there("maps", self.map_key, self.map_names):
             write = None
-        if write and self._is_written("maps", self.map_key, self.map_identity, self.map_names):
-            write = None
-        if not write and request and self._is_written("tables", request.table_key, self.table_identity, request.names):
+        if not write and request and self._is_there("tables", request.table_key, request.names):
             request = None
         return replace(self, write=write, request=request)
 
-    def _is_written(self, section: str, key: str, identity: str, names: dict[str, str]) -> bool:
-        written = written_by(self.sdata, section, key, identity, names)
-        if written and self.overwrite:  # they replace what is in memory
+    def _is_there(self, section: str, key: str, names: dict[str, str]) -> bool:
+        identity = self.map_identity if section == "maps" else self.table_identity
+        is_there = bool(names) and written_by(self.sdata, section, key, identity, names)
+        if is_there and self.overwrite:  # they replace what is in memory
             attach_written(self.sdata, names, again=True)
-        return written
+        return is_there
 
 
 def _stored_maps(job: _Job) -> dict[str, StoredMap]:
     """Find the maps of earlier calls from which this one can be had exactly; factors, which have all genes, first."""
+    # Of the same model, image and tissue, at the native pitch, where the image still lies, and untouched since.
     stored = {}
     for key, has_features in ((factors_key(job.key_added), True), (map_key(job.key_added), False)):
         note = stored_note(job.sdata, "maps", key)
         if not note or key not in job.sdata.images:
             continue
-        why_not = _why_not(job, key, note)
-        if why_not:
+        if why_not := _why_not(job, key, note):
             logger.info("map %r is not read back, but computed anew: %s", key, why_not)
             continue
         reader = open_map(job.sdata, key)
-        if has_features:
-            channels = list(range(len(reader.genes) - 1))
-        elif set(job.outputs) <= set(reader.genes):
-            channels = [reader.genes.index(gene) for gene in job.outputs]
-        else:
-            continue
-        stored[key] = StoredMap(partial(reader.read, channels), reader.shape, has_features)
+        channels = pd.Index(reader.genes).get_indexer(reader.genes[:-1] if has_features else job.outputs)
+        if (channels >= 0).all():
+            stored[key] = StoredMap(partial(reader.read, channels.tolist()), reader.shape, has_features)
     return stored
 
 
@@ -414,13 +403,11 @@ def _why_not(job: _Job, key: str, note: Mapping[str, Any]) -> str:
     if note.get("factor") != 1:
         return "it is coarser than the native pitch"  # and has lost what the bilinear resize needs
     pitch = MAP_STRIDE * job.slide.working_scale
-    try:
+    with suppress(ElementError):  # it may not be in this coordinate system
         matrix = affine_matrix(job.sdata.images[key], job.slide.coordinate_system)
-    except ElementError:
-        matrix = np.full((3, 3), np.nan)
-    if not np.allclose(matrix, job.slide.to_system @ np.diag([pitch, pitch, 1.0]), rtol=1e-6):
-        return "the image was aligned anew since"
-    return "" if is_as_written(job.sdata, key) else "it is not as it was written"
+        if np.allclose(matrix, job.slide.to_system @ np.diag([pitch, pitch, 1.0]), rtol=1e-6):
+            return "" if is_as_written(job.sdata, key) else "it is not as it was written"
+    return "the image was aligned anew since"
 
 
 def _head(model: PixNet, index: Sequence[int]) -> Head:
@@ -467,19 +454,21 @@ def _run(
                 fingerprint=fingerprint({"map": job.fingerprint, "window": side, **request.parts}),
             )
             stack.enter_context(rows)
-        n_bytes = sum(writer.missing_bytes for writer in (blocks, rows) if writer is not None)
+        writers = [writer for writer in (blocks, rows) if writer is not None]
+        n_bytes = sum(writer.missing_bytes for writer in writers)
         out.check_room(n_bytes, _OTHER_FILES + (0 if blocks is None else blocks.missing_files))
         regions = Circles(np.empty((0, 2)), np.empty(0)) if request is None else request.regions
-        region_plan = plan_regions(regions, Grid(*job.slide.map_shape, MAP_STRIDE), job.tissue, side)
+        height, width = job.slide.map_shape
+        region_plan = plan_regions(regions, Grid(height, width, MAP_STRIDE), job.tissue, side)
         shown = Factors(head.in_features) if job.write == "factors" else head
         plan = PredictPlan(region_plan, tiling, side, head, shown, pooled, stored)
         to_write = {}  # native map pixels of each block of the map → the block
         for block in () if blocks is None else blocks.pending:
             row0, row1, col0, col1 = (v * job.factor for v in block)
-            to_write[row0, min(row1, job.slide.map_shape[0]), col0, min(col1, job.slide.map_shape[1])] = block
+            to_write[row0, min(row1, height), col0, min(col1, width)] = block
         visits = plan.visits(list(to_write), None if rows is None else rows.is_done)
         with Walk(job.model.network, job.slide.read, plan, visits, fabric) as walk:
-            _announce(walk, blocks, rows)
+            _announce(walk, n_bytes, writers)
             _put_away(walk.results(show_progress_bar=show_progress_bar), rows, blocks, to_write, job.factor)
         if reused is not None and request is not None:
             logger.info(
@@ -491,9 +480,9 @@ def _run(
         check_same_pixels(job.slide, job.pixels)
         elements, notes = _map_results(job, blocks) if blocks is not None else ({}, {})
         if rows is not None and request is not None:
-            elements |= _region_results(job, request, rows, region_plan.on_glass)
-            identity = {"identity": job.table_identity}
-            notes["tables"] = {request.table_key: job.provenance | units_of(job.model.record).table | identity}
+            about = job.provenance | units_of(job.model.record).table
+            elements |= _region_results(job, request, rows, region_plan.on_glass, about)
+            notes["tables"] = {request.table_key: about | {"identity": job.table_identity}}
         if job.pixels.is_settled:
             notes["content"] = {job.slide.image_key: job.pixels.note()}
         out.commit(elements, provenance=notes)
@@ -536,10 +525,9 @@ def _averaged(values: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
     return squares.mean(axis=(2, 4), dtype=np.float32)
 
 
-def _announce(walk: Walk, blocks: GeneMapWriter | None, rows: RegionWriter | None) -> None:
+def _announce(walk: Walk, n_bytes: int, writers: Sequence[GeneMapWriter | RegionWriter]) -> None:
     """Log how much is to be computed and written, and how long that will take."""
-    writers = [writer for writer in (blocks, rows) if writer is not None]
-    n_bytes, time = sum(writer.missing_bytes for writer in writers), ""
+    time = ""
     if walk.n_tiles >= _MANY_TILES:
         seconds = walk.n_tiles * walk.seconds_per_tile() + n_bytes / _WRITTEN_PER_S
         hours = f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -567,21 +555,20 @@ def _map_results(job: _Job, blocks: GeneMapWriter) -> tuple[dict[str, Any], dict
 
 
 def _region_results(
-    job: _Job, request: RegionRequest, rows: RegionWriter, on_glass: NDArray[np.bool_]
+    job: _Job, request: RegionRequest, rows: RegionWriter, on_glass: NDArray[np.bool_], about: dict[str, Any]
 ) -> dict[str, Any]:
     """Table, and shapes where they are not there."""
-    record, slide = job.model.record, job.slide
-    # what the values depend on and may change later: `check_current` compares it
+    slide = job.slide
+    # what the values depend on and may change later: `evaluate` compares it
     depends_on = {"pixels": job.pixels.sha256, **({} if request.make_shapes is not None else request.parts)}
-    about = job.provenance | units_of(record).table | {"depends_on": depends_on}
     picture = thumbnail(job.sdata, slide.image_key, channels=slide.pyramid.levels[0].channels)
-    diameter_px = request.diameter_um / slide.mpp
+    spatial = spatial_library(slide.coordinate_system, request.diameter_um / slide.mpp, picture)
     make_table = partial(
         region_table,
         genes=job.genes,
         region=request.element_key,
-        var=record.var,
-        uns=table_uns(about) | {"spatial": spatial_library(slide.coordinate_system, diameter_px, picture)},
+        var=job.model.record.var,
+        uns=table_uns(about | {"depends_on": depends_on}) | {"spatial": spatial},
     )
     return rows.results(
         partial(request.describe, on_glass),
@@ -621,21 +608,6 @@ def _check_quality(model: PixNet, allow_poor_model: bool) -> None:
             f"{model.record.training.get('lr')} or for longer; "
             "predict_params={'allow_poor_model': True} predicts all the same."
         )
-
-
-def _map_factor(map_um: float | None, slide: Slide, n_values: int) -> int:
-    """Return the native map pixels per pixel of the map, a whole number; `n_values` is what a native one holds."""
-    if map_um is None:
-        return 1
-    native = MAP_STRIDE * slide.working_mpp
-    factor = map_um / native
-    if factor < 1 - 1e-6 or abs(factor - round(factor)) > 1e-6:
-        near = max(round(factor), 1) * native
-        raise PixNetError(
-            f"map_um={map_um}: map pixels are whole multiples of the native {native:g} µm. Give map_um={near:g}."
-        )
-    check_map_um(map_um, round(factor), slide, n_values)
-    return round(factor)
 
 
 def _tissue(slide: Slide) -> NDArray[np.bool_]:

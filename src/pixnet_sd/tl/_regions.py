@@ -75,25 +75,47 @@ def request_regions(
     key_added: str,
 ) -> RegionRequest | None:
     """Turn the arguments of `predict` into regions; None when none are asked for."""
+    name, per_width = ("bin_um", 1.0) if radius_um is None else ("radius_um", 0.5)
+    width_um = bin_um if radius_um is None else 2 * radius_um
+    least_um = slide.working_mpp / 2
+    if width_um is not None and width_um < least_um:  # most would hold no pixel that the network sees
+        raise PixNetError(
+            f"{name}={width_um * per_width:g}: smaller than the model's pixels, {slide.working_mpp:g} µm. Give "
+            f"{name}={least_um * per_width:g} or more."
+        )
+    regions: Regions
     if shapes_key is not None:
-        return _at_shapes(sdata, slide, shapes_key, radius_um, key_added)
-    if radius_um is not None:
-        spacing = spacing_um if spacing_um is not None else 2 * radius_um
-        pitch = f"radius_um={radius_um:g}" if spacing_um is None else f"spacing_um={spacing:g}"
-        check_regions(pitch, spacing, slide, tissue)
-        _check_size("radius_um", radius_um, 2 * radius_um, slide)
-        grid = _grid_on_tissue(slide, tissue, spacing, f"radius_um={radius_um:g}, spacing_um={spacing:g}")
-        ids = pd.RangeIndex(len(grid))
-        return _circles(sdata, slide, grid, radius_um, f"{key_added}_circles_{radius_um:g}um", ids)
-    if bin_um is not None:
-        check_regions(f"bin_um={bin_um:g}", bin_um, slide, tissue)
-        _check_size("bin_um", bin_um, bin_um, slide)
-        grid = _grid_on_tissue(slide, tissue, bin_um, f"bin_um={bin_um:g}")
-        transforms = image_transforms(sdata, slide.image_key)
-        make = partial(squares_element, side_px=bin_um / slide.mpp, transforms=transforms)
-        key = f"{key_added}_bins_{bin_um:g}um"
-        return RegionRequest(key, f"{key}_shapes", make, grid, pd.RangeIndex(len(grid)), bin_um, slide)
-    return None
+        key = f"{key_added}_{shapes_key}"
+        regions, ids = placed_regions(sdata, slide, shapes_key)
+        if width_um is None:
+            area = regions.subset(np.unique(np.linspace(0, len(regions) - 1, _SAMPLE).astype(np.int64))).area
+            diameter_um = 2 * float(np.sqrt(np.median(area) / np.pi)) * slide.working_mpp
+            return RegionRequest(key, shapes_key, None, regions, ids, diameter_um, slide)
+        corners_um = float(np.hypot(*slide.working_shape)) * slide.working_mpp
+        if width_um > 2 * corners_um:
+            why = f"the slide is {corners_um:.0f} µm from corner to corner"
+            raise PixNetError(f"radius_um={radius_um:g}: {why}. Give less.")
+    elif width_um is None:
+        return None
+    else:
+        key, pitch_um = key_added, width_um if spacing_um is None else spacing_um
+        pitch = f"{name}={width_um * per_width:g}" if spacing_um is None else f"spacing_um={spacing_um:g}"
+        check_regions(pitch, pitch_um, slide, tissue)
+        regions = _grid_on_tissue(slide, tissue, pitch_um, pitch)
+        ids = pd.RangeIndex(len(regions))
+    transforms = image_transforms(sdata, slide.image_key)
+    if radius_um is None:
+        key += f"_bins_{width_um:g}um"
+        make = partial(squares_element, side_px=width_um / slide.mpp, transforms=transforms)
+    else:
+        key += f"_circles_{radius_um:g}um"
+        make = partial(circles_element, radius_px=radius_um / slide.mpp, transforms=transforms)
+        radius = radius_um / slide.working_mpp
+        if isinstance(regions, Lattice):
+            regions = replace(regions, radius=radius)
+        else:
+            regions = Circles(regions.centre_xy, np.full(len(regions), radius))
+    return RegionRequest(key, f"{key}_shapes", make, regions, ids, width_um, slide)
 
 
 def check_together(
@@ -104,16 +126,6 @@ def check_together(
         raise PixNetError("bin_um asks for bins over the tissue: leave out radius_um and shapes_key, or call twice.")
     if spacing_um is not None and (radius_um is None or shapes_key is not None):
         raise PixNetError("spacing_um is the pitch of a grid of circles: give it with radius_um, without shapes_key.")
-
-
-def _check_size(name: str, value: float, width_um: float, slide: Slide) -> None:
-    """Refuse regions of which most hold no pixel that the network sees."""
-    if width_um < slide.working_mpp / 2:
-        least = slide.working_mpp / 2 * value / width_um
-        raise PixNetError(
-            f"{name}={value:g}: smaller than the model's pixels, {slide.working_mpp:g} µm. Give {name}={least:g} or "
-            "more."
-        )
 
 
 def _grid_on_tissue(slide: Slide, tissue: NDArray[np.bool_], pitch_um: float, what: str) -> Lattice:
@@ -128,36 +140,6 @@ def _grid_on_tissue(slide: Slide, tissue: NDArray[np.bool_], pitch_um: float, wh
             f"µm, of which {100 * tissue.mean():.1f} % was found to be tissue."
         )
     return Lattice(row, col, np.diag([pitch, pitch, 1.0]))
-
-
-def _circles(
-    sdata: SpatialData, slide: Slide, centred: Regions, radius_um: float, key: str, ids: pd.Index
-) -> RegionRequest:
-    """Circles about the centres of other regions."""
-    transforms = image_transforms(sdata, slide.image_key)
-    make = partial(circles_element, radius_px=radius_um / slide.mpp, transforms=transforms)
-    radius = radius_um / slide.working_mpp
-    if isinstance(centred, Lattice):
-        about: Regions = replace(centred, radius=radius)
-    else:
-        about = Circles(centred.centre_xy, np.full(len(centred), radius))
-    return RegionRequest(key, f"{key}_shapes", make, about, ids, 2 * radius_um, slide)
-
-
-def _at_shapes(
-    sdata: SpatialData, slide: Slide, shapes_key: str, radius_um: float | None, key_added: str
-) -> RegionRequest:
-    regions, ids = placed_regions(sdata, slide, shapes_key)
-    key = f"{key_added}_{shapes_key}"
-    if radius_um is not None:
-        _check_size("radius_um", radius_um, 2 * radius_um, slide)
-        most = float(np.hypot(*slide.working_shape)) * slide.working_mpp
-        if radius_um > most:
-            raise PixNetError(f"radius_um={radius_um:g}: the slide is {most:.0f} µm from corner to corner. Give less.")
-        return _circles(sdata, slide, regions, radius_um, f"{key}_circles_{radius_um:g}um", ids)
-    area = regions.subset(np.unique(np.linspace(0, len(regions) - 1, _SAMPLE).astype(np.int64))).area
-    diameter_um = 2 * float(np.sqrt(np.median(area) / np.pi)) * slide.working_mpp
-    return RegionRequest(key, shapes_key, None, regions, ids, diameter_um, slide)
 
 
 def placed_regions(sdata: SpatialData, slide: Slide, shapes_key: str) -> tuple[Regions, pd.Index]:

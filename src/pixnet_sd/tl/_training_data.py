@@ -20,7 +20,7 @@ from pixnet_sd.params import ObjectiveName
 from pixnet_sd.slide import Slide, open_slide, regions_sha256
 from pixnet_sd.slide.tables import Measured, StoredTargets, choose_genes, measured, measured_regions, targets_of
 
-from ._checks import check_working_size
+from ._checks import check_working_size, slide_note
 
 Validation = float | Sequence[str] | None
 
@@ -128,10 +128,7 @@ def describe(sources: Mapping[str, Source], data: TrainingData) -> dict[str, Any
     )
     return {
         name: {
-            "image": slide.image_key,
-            "image_px": [slide.height_px, slide.width_px],
-            "channels": list(slide.channels),
-            **{field: getattr(slide, field) for field in ("coordinate_system", "mpp", "mpp_rule")},
+            **slide_note(slide),
             "tables": {m.table_key: m.element_key for m in tables},
             "training_regions": training.get(name, {}),
             "held_out_regions": held_out.get(name, {}),

@@ -58,9 +58,7 @@ class WindowRegions:
 
     def moved(self, move: Move) -> WindowRegions:
         """Move every tensor."""
-        on_glass = self.on_glass
-        if on_glass is not None:
-            on_glass = move(torch.as_tensor(on_glass[0])), on_glass[1].moved(move)
+        on_glass = self.on_glass and (move(torch.as_tensor(self.on_glass[0])), self.on_glass[1].moved(move))
         tissue = move(torch.as_tensor(self.tissue))
         return replace(self, operator=self.operator.moved(move), on_glass=on_glass, tissue=tissue)
 

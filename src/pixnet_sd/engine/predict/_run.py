@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -114,22 +114,19 @@ class Walk:
         inputs: Iterator[Any] = prefetch(self._tasks(), ahead=max(AHEAD, self.batch_size + 1))
         waiting: deque[_OpenWindow] = deque()
         images: list[Tensor] = []
-        n_tiles = self.n_tiles
+        n_left = n_tiles = self.n_tiles
         with bar_class()(total=n_tiles, unit="tile", disable=not show_progress_bar or not n_tiles) as bar:
             for visit in self._visits:
                 waiting.append(_OpenWindow(visit, next(inputs) if visit.regions else None))
                 for _ in visit.tiles:
+                    n_left -= 1
                     images.append(next(inputs))
-                    if len(images) == self.batch_size:
+                    if len(images) == self.batch_size or not n_left:
                         self._place(images, waiting)
                         bar.update(len(images))
                         images = []
                         yield from self._whole(waiting)
                 yield from self._whole(waiting)
-            if images:
-                self._place(images, waiting)
-                bar.update(len(images))
-            yield from self._whole(waiting)
 
     def _tasks(self) -> Iterator[Callable[[], Any]]:
         """List what is prepared ahead, in the order in which `results` takes it: a window's regions, then its tiles."""
@@ -179,8 +176,8 @@ class Walk:
         missing = (opened for opened in list(waiting) for _ in opened.visit.tiles[opened.n_tiles :])
         for d, opened in zip(self._features(images), missing, strict=False):
             window, step = opened.visit.window, self._tiling.tile_px // MAP_STRIDE
-            row, col = (v // MAP_STRIDE for v in opened.visit.tiles[opened.n_tiles])
-            r, c = row - window.row0, col - window.col0
+            row, col = opened.visit.tiles[opened.n_tiles]
+            r, c = row // MAP_STRIDE - window.row0, col // MAP_STRIDE - window.col0
             opened.n_tiles += 1
             if d.shape[1:] == window.shape and (r, c) == (0, 0):
                 opened.d = d
@@ -235,7 +232,7 @@ class Walk:
         """Start to sum a window's values, or its D, over its regions."""
         window, regions = opened.visit.window, opened.regions
         if regions is None:
-            return partial(_lend_as_is, RegionShare.empty(window, self._plan.n_columns))
+            return partial(nullcontext, RegionShare.empty(window, self._plan.n_columns))
         if self._reads_values(opened.visit):
             sums, weight = regions.share(values.flatten(1).T)
         else:
@@ -262,8 +259,3 @@ class Walk:
             return total.contiguous(), weight
         sums = torch.mm(total, self._head.weight.T, out=self._output(len(total), self._head.n_outputs))
         return sums.addr_(weight, self._head.bias), weight
-
-
-@contextmanager
-def _lend_as_is(share: RegionShare) -> Iterator[RegionShare]:
-    yield share
