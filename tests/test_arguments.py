@@ -17,7 +17,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pixnet_sd as ps
@@ -242,6 +242,7 @@ def test_numbers_of_any_type_are_taken(value, scalar, n, whole):
     assert taken(validation=scalar(value / 128))["validation"] == pytest.approx(value / 128, rel=1e-2)
 
 
+@settings(max_examples=30)
 @given(st.lists(TEXT, min_size=1, max_size=5), LISTS)
 def test_names_in_any_list_are_taken(names, kind):
     read = taken(genes=kind(names), validation=kind(names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -51,23 +52,13 @@ def test_no_function_is_long() -> None:
     assert long == []
 
 
-def touches_notes(node: ast.AST) -> bool:
-    """Whether an expression reads, writes or looks for the key of the notes in a mapping."""
-    keys: list[ast.expr | None] = []
-    if isinstance(node, ast.Subscript):
-        keys = [node.slice]
-    elif isinstance(node, ast.Dict):
-        keys = node.keys
-    elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("get", "pop", "setdefault"):
-        keys = list(node.args[:1])
-    elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
-        keys = [node.left]
-    is_named = getattr(node, "id", getattr(node, "name", "")) == "ATTRS_KEY"
-    return is_named or any(isinstance(key, ast.Constant) and key.value == "pixnet_sd" for key in keys)
+def touches_notes(code: str) -> bool:
+    """Whether code reads, writes or looks for the key of the notes in a mapping; what ``...`` quotes is no code."""
+    pattern = r'[\[{]"pixnet_sd"[\]:]|\b(get|pop|setdefault)\("pixnet_sd"|"pixnet_sd" (not )?in |\bATTRS_KEY\b'
+    return re.search(pattern, re.sub("``.*?``", "", code)) is not None
 
 
 def test_notes_are_touched_in_one_place() -> None:
-    trees = {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text()) for path in FILES}
-    assert {name for name, tree in trees.items() if any(map(touches_notes, ast.walk(tree)))} == NOTES
+    assert {path.relative_to(SOURCE).as_posix() for path in FILES if touches_notes(path.read_text())} == NOTES
     for code in ('a["pixnet_sd"]', '{"pixnet_sd": 1}', 'a.get("pixnet_sd")', '"pixnet_sd" in a', "ATTRS_KEY"):
-        assert any(map(touches_notes, ast.walk(ast.parse(code))))
+        assert touches_notes(code)

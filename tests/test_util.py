@@ -49,30 +49,18 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "seconds", "first", "last", "most"),
+    ("total", "initial", "seconds", "first", "last", "most"),
     [
-        ({"total": 100}, 1, "10 of 100 tiles, 00:10 gone, about 01:30 left", "100 of 100 tiles, 01:40 gone", 10),
+        (100, 0, 1, "10 of 100 tiles, 00:10 gone, about 01:30 left", "100 of 100 tiles, 01:40 gone", 10),
         # long runs: minutes apart
-        (
-            {"total": 1440},
-            10,
-            "1 of 1440 tiles, 00:10 gone, about 3:59:50 left",
-            "1440 of 1440 tiles, 4:00:00 gone",
-            120,
-        ),
+        (1440, 0, 10, "1 of 1440 tiles, 00:10 gone, about 3:59:50 left", "1440 of 1440 tiles, 4:00:00 gone", 120),
         # a resumed run is not thought fast
-        (
-            {"total": 52, "initial": 50},
-            60,
-            "51 of 52 tiles, 01:00 gone, about 01:00 left",
-            "52 of 52 tiles, 02:00 gone",
-            2,
-        ),
+        (52, 50, 60, "51 of 52 tiles, 01:00 gone, about 01:00 left", "52 of 52 tiles, 02:00 gone", 2),
     ],
 )
-def test_a_line_every_so_often(clock, caplog, capsys, options, seconds, first, last, most):
-    with LineBar(**options, unit="tile") as bar:
-        for _ in range(options["total"] - options.get("initial", 0)):
+def test_a_line_every_so_often(clock, caplog, capsys, total, initial, seconds, first, last, most):
+    with LineBar(total=total, initial=initial, unit="tile") as bar:
+        for _ in range(total - initial):
             clock[0] += seconds
             bar.update()
     assert (caplog.messages[0], caplog.messages[-1]) == (first, last)

@@ -53,7 +53,10 @@ def replace_files(
     directory. `durable` files are on disk before they are in their places, so that a power cut leaves no empty file
     there. When the block raises, nothing is replaced.
     """
-    with folder_for(directory), _private_folder(directory if aside is None else aside) as folder:
+    with contextlib.ExitStack() as held:
+        held.enter_context(no_empty_folders_left(directory))
+        directory.mkdir(parents=True, exist_ok=True)
+        folder = held.enter_context(_private_folder(directory if aside is None else aside))
         with _opened(folder / ".mode", os.O_CREAT | os.O_EXCL) as handle:
             # the umask itself cannot be read without changing it for all threads
             usual = stat.S_IMODE(os.fstat(handle).st_mode)
@@ -73,35 +76,15 @@ def replace_files(
 
 
 @contextlib.contextmanager
-def folder_for(directory: Path) -> Iterator[None]:
-    """Make a folder with those around it, and take back those that stay empty."""
-    missing = _missing(directory)
+def no_empty_folders_left(folder: Path) -> Iterator[None]:
+    """In the end remove ``folder`` and those above it, as far as they were made inside and nothing is in them."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        _remove_empty(missing)
-
-
-@contextlib.contextmanager
-def no_empty_folders_left(folder: Path) -> Iterator[None]:
-    """On an error, remove ``folder`` and those above it, as far as they were made inside and nothing is in them."""
-    missing = _missing(folder)
-    try:
-        yield
-    except BaseException:
-        _remove_empty(missing)
-        raise
-
-
-def _missing(folder: Path) -> list[Path]:
-    return [each for each in (folder, *folder.parents) if not each.exists()]
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        for each in missing:
+            with contextlib.suppress(OSError):
+                each.rmdir()
 
 
 def open_regular(path: Path, *, most_bytes: int | None = None) -> BinaryIO:
@@ -125,14 +108,6 @@ def open_regular(path: Path, *, most_bytes: int | None = None) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
-
-
-def home_expanded(path: str | Path) -> Path:
-    """Replace ``~`` in a path; a CheckpointError says that there is no such user."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise CheckpointError(f"{str(path)!r} cannot be found: {error}") from error
 
 
 def read_regular(path: Path, *, most_bytes: int) -> bytes:

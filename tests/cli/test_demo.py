@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
+from matplotlib.figure import Figure
 from PIL import Image
 
 import pixnet_sd as ps
@@ -72,6 +73,9 @@ def test_scores_are_of_the_held_out_bins(output, printed):
 
 def test_fails_when_too_little_is_learnt(output, printed, tmp_path, capsys, monkeypatch):
     """Also when the correlation is no number, which is never at least anything."""
-    monkeypatch.setattr(ps.tl, "fit", lambda *_, **__: ps.PixNet.load(output / "model"))  # what it would learn again
+    monkeypatch.setattr(ps.tl, "fit", lambda *_, **__: ps.PixNet.load(output / "model"))  # all as it was found before
+    monkeypatch.setattr(ps.datasets, "sample", lambda **_: sd.read_zarr(output / "sample.zarr"))
+    monkeypatch.setattr(ps.tl, "predict", lambda *_, **__: None)
+    monkeypatch.setattr(ps.pl, "gene_map", lambda *_, **__: Figure())
     assert main(["demo", *SMALL, "--min-pcc=nan", f"--output={tmp_path}"]) == 1
     assert "FAILED" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from spatialdata import SpatialData
-from tests.slide.conftest import make_visium, make_visium_hd
+from tests.slide.conftest import make_visium_hd
 
 from pixnet_sd.store import Transaction
 from pixnet_sd.store.gene_map import GeneMapWriter, image_transforms, map_layout, tissue_labels
@@ -56,13 +56,6 @@ def hd() -> Callable[..., tuple[SpatialData, np.ndarray[Any, Any]]]:
         return sdata, add_map(sdata, "sample_full_image", "sample", mpp=0.5, genes=list(genes), **(note or {}))
 
     return make
-
-
-@pytest.fixture
-def spots() -> tuple[SpatialData, np.ndarray[Any, Any]]:
-    """A Visium slide with a map."""
-    sdata = make_visium()
-    return sdata, add_map(sdata, "tissue_full_image", "global", mpp=0.5, genes=["GENE0"])
 
 
 @pytest.fixture(autouse=True)

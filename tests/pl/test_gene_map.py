@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib_scalebar.scalebar import ScaleBar
 from spatialdata.models import ShapesModel
 from spatialdata.transformations import Affine, Identity, get_transformation, set_transformation
-from tests.slide.conftest import make_table
+from tests.pl.conftest import add_map
+from tests.slide.conftest import make_table, make_visium
 from zarr.storage import LocalStore
 
 import pixnet_sd as ps
@@ -126,8 +127,9 @@ def test_bins_finer_than_the_screen_are_averaged(hd):
     np.testing.assert_allclose(image.get_array(), bins.reshape(6, 2, 8, 2).mean(axis=(1, 3)), rtol=1e-5)
 
 
-def test_spots_are_circles(spots):
-    sdata, _ = spots
+def test_spots_are_circles():
+    sdata = make_visium()
+    add_map(sdata, "tissue_full_image", "global", mpp=0.5, genes=["GENE0"])
     axes = draw(sdata, vmin=0.5, vmax=2)
     (circles,) = axes[0, 1].collections
     assert isinstance(circles, EllipseCollection)
@@ -224,8 +226,6 @@ def test_counts_are_densities(hd):
 
 
 def test_reads_only_the_channels_and_the_crop(hd, tmp_path, monkeypatch):
-    from tests.pl.conftest import add_map
-
     sdata, _ = hd()
     sdata = sd.SpatialData(images={"he": sdata.images["sample_full_image"]})
     sdata.write(tmp_path / "slide.zarr")

@@ -216,13 +216,12 @@ def _rules(owner: str, annotations: Mapping[str, str]) -> dict[str, r.Rule]:
 
 
 def _read_all(rules: Mapping[str, r.Rule], given: Mapping[str, Any], error: type[PixNetError]) -> dict[str, Any]:
-    return {name: _read(rules[name], name, value, error) if name in rules else value for name, value in given.items()}
-
-
-def _read(rule: r.Rule, name: str, value: Any, error: type[PixNetError]) -> Any:
-    try:
-        return rule.read(value)
-    except r.Unfit as unfit:
-        why = f" ({unfit})" if str(unfit) else ""
-        message = f"{name}={shown(value)}: give {rule.needed}{why}."
-        raise (rule.error or error)(message, argument=name) from None
+    plain = dict(given)
+    for name, rule in ((name, rules[name]) for name in given if name in rules):
+        try:
+            plain[name] = rule.read(given[name])
+        except r.Unfit as unfit:
+            why = f" ({unfit})" if str(unfit) else ""
+            message = f"{name}={shown(given[name])}: give {rule.needed}{why}."
+            raise (rule.error or error)(message, argument=name) from None
+    return plain

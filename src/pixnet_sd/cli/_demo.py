@@ -24,8 +24,6 @@ from spatialdata.models import get_table_keys
 
 import pixnet_sd as ps
 
-from ._commands import COMMANDS
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -43,7 +41,7 @@ DRAWN = ("COL1A1", "MKI67", "SCGB2A2", "MS4A1")  # of stroma, rims of tumour nes
 
 def demo(call: Call) -> int:
     """Run the demo; returns its exit status, which is 1 when the mean correlation with the truth is too low."""
-    defaults = {name: flag.default for name, flag in COMMANDS["demo"].flags.items() if not flag.own}
+    defaults = {name: flag.default for name, flag in call.command.flags.items() if not flag.own}
     options: dict[str, Any] = defaults | call.options
     folder, cut_um = Path(options["output"]).expanduser(), TRAINING_SHARE * options["size_um"]
     drawing = {"size_um": options["size_um"], "mpp": MPP, "seed": options["seed"]}

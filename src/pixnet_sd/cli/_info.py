@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixnet_sd._notes import table_note
+from pixnet_sd._notes import memory_note, table_note
 from pixnet_sd._util import logger
 from pixnet_sd.errors import PixNetError
 from pixnet_sd.params import ModelParams
@@ -96,24 +96,14 @@ def _checkpoint(folder: Path) -> list[str]:
 def _store(store: Path, model: str | None, place: Mapping[str, Any]) -> list[str]:
     """Describe elements, the slide image, and the map that `model`, or the one that `fit` noted, would make of it."""
     from pixnet_sd.slide import open_slide
-    from pixnet_sd.slide.elements import open_store, shapes_of, tables_of
-    from pixnet_sd.store import recorded
+    from pixnet_sd.slide.elements import open_store
 
     level = logger.level
     logger.setLevel(logging.WARNING)  # what is found is printed, and needs no log
     try:
         sdata = open_store(store)
-        regions = {key: f"{len(each):,} shapes{_bins(sdata, key)}" for key, each in shapes_of(sdata).items()}
-        regions |= {key: f"labels, {_raster(each)}{_bins(sdata, key)}" for key, each in sdata.labels.items()}
-        sections = {
-            "images": {key: _raster(each) for key, each in sdata.images.items()},
-            "shapes and labels": regions,
-            "tables": {key: _table(sdata, each) for key, each in tables_of(sdata).items()},
-        }
-        lines = [f"{store}: SpatialData store"]
-        for title, entries in sections.items():
-            lines += [f"{title}:{'' if entries else ' none'}", *(f"  {key}: {text}" for key, text in entries.items())]
-        folder = model or recorded(sdata, "model")
+        lines = [f"{store}: SpatialData store", *_elements(sdata)]
+        folder = model or memory_note(sdata, "model")
         gone = " (not there)" if folder and not Path(folder).exists() else ""
         lines.append(f"model: {folder or 'none recorded'}{gone}")
         try:
@@ -125,32 +115,39 @@ def _store(store: Path, model: str | None, place: Mapping[str, Any]) -> list[str
     return [*lines, *_prediction(slide, folder)]
 
 
-def _raster(element: Any) -> str:
-    from pixnet_sd.slide.elements import coordinate_systems, names, scale0
+def _elements(sdata: SpatialData) -> list[str]:
+    """Describe images, regions and tables, in a line each."""
+    from pixnet_sd.slide.elements import bin_lattice, coordinate_systems, names, scale0, shapes_of, tables_of
 
-    image = scale0(element)
-    sizes = " x ".join(f"{image.sizes[axis]:,}" for axis in ("y", "x"))
-    channels = f"{image.sizes['c']} channels, " if "c" in image.sizes else ""
-    levels = len(element.children) if hasattr(element, "children") else 1
-    systems = names(coordinate_systems(element))
-    return f"{sizes} px, {channels}{image.dtype}, {levels} level{'s' * (levels > 1)}, in {systems}"
+    def bins(key: str) -> str:
+        lattice = bin_lattice(sdata, key)
+        return f", bins of {lattice.size_um} µm" if lattice else ""
 
+    def raster(element: Any) -> str:
+        image, n = scale0(element), len(element.children) if hasattr(element, "children") else 1
+        sizes = " x ".join(f"{image.sizes[axis]:,}" for axis in ("y", "x"))
+        channels = f"{image.sizes['c']} channels, " if "c" in image.sizes else ""
+        systems = names(coordinate_systems(element))
+        return f"{sizes} px, {channels}{image.dtype}, {n} level{'s' * (n > 1)}, in {systems}"
 
-def _bins(sdata: SpatialData, key: str) -> str:
-    from pixnet_sd.slide.elements import bin_lattice
+    def rows(table: Any) -> str:
+        region = table.uns.get("spatialdata_attrs", {}).get("region")
+        regions = [region] if isinstance(region, str) else [*map(str, region if region is not None else [])]
+        of = f"annotates {names(regions)}{bins(regions[0])}" if regions else "annotates nothing"
+        origin = "predicted by pixnet_sd" if table_note(table) is not None else "measured"
+        return f"{table.n_obs:,} rows x {table.n_vars:,} genes, {origin}, {of}"
 
-    bins = bin_lattice(sdata, key)
-    return f", bins of {bins.size_um} µm" if bins else ""
-
-
-def _table(sdata: SpatialData, table: Any) -> str:
-    from pixnet_sd.slide.elements import names
-
-    region = table.uns.get("spatialdata_attrs", {}).get("region")
-    regions = [region] if isinstance(region, str) else list(region if region is not None else [])
-    of = "annotates nothing" if not regions else f"annotates {names(map(str, regions))}{_bins(sdata, str(regions[0]))}"
-    origin = "predicted by pixnet_sd" if table_note(table) is not None else "measured"
-    return f"{table.n_obs:,} rows x {table.n_vars:,} genes, {origin}, {of}"
+    regions = {key: f"{len(shapes):,} shapes{bins(key)}" for key, shapes in shapes_of(sdata).items()}
+    regions |= {key: f"labels, {raster(labels)}{bins(key)}" for key, labels in sdata.labels.items()}
+    sections = {
+        "images": {key: raster(image) for key, image in sdata.images.items()},
+        "shapes and labels": regions,
+        "tables": {key: rows(table) for key, table in tables_of(sdata).items()},
+    }
+    lines = []
+    for title, entries in sections.items():
+        lines += [f"{title}:{'' if entries else ' none'}", *(f"  {key}: {text}" for key, text in entries.items())]
+    return lines
 
 
 def _prediction(slide: Slide, folder: str | None) -> list[str]:

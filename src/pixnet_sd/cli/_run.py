@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pixnet_sd as ps
+from pixnet_sd._notes import memory_note
 from pixnet_sd._util import logger
 from pixnet_sd.errors import PixNetError, StoreError
 from pixnet_sd.io import changed_files, is_visium, is_visium_hd, visium_advice
@@ -111,11 +112,10 @@ def _open_slides(call: Call) -> dict[str, SpatialData]:
 
 def _open_slide(path: Path, store: str | None) -> SpatialData:
     """Open a store, or make one of a Space Ranger folder, at `store` or beside it."""
-    if is_store(path):
-        if store is not None:
-            raise PixNetError(f"--zarr is for Space Ranger folders, and {str(path)!r} is none. Leave it out.")
-    else:
+    if not is_store(path):
         path = _converted(space_ranger_folder(path), store)
+    elif store is not None:
+        raise PixNetError(f"--zarr is for Space Ranger folders, and {str(path)!r} is none. Leave it out.")
     logger.info("reading %s", path)
     return ps.io.open_store(path)
 
@@ -158,20 +158,18 @@ def fit(call: Call) -> None:
     if known:
         logger.info("held-out PCC over %d genes: mean %.3f", len(known), sum(known) / len(known))
     if call.options.get("record_model", True):
-        from pixnet_sd.store import recorded
-
-        print(recorded(next(iter(slides.values())), "model"))
+        print(memory_note(next(iter(slides.values())), "model"))
 
 
 def predict(call: Call) -> None:
     """Predict, and print the names of what was written."""
     arguments = _arguments(call, predict_params=PredictParams)
     sdata = _open_slide(Path(call.slides[0]).expanduser(), call.own.get("zarr"))
-    from pixnet_sd.store import WRITTEN, recorded
+    from pixnet_sd.store import WRITTEN
 
-    before = recorded(sdata, WRITTEN) or {}
+    before = memory_note(sdata, WRITTEN) or {}
     ps.tl.predict(sdata, **arguments)
-    stamps = recorded(sdata, WRITTEN) or {}
+    stamps = memory_note(sdata, WRITTEN) or {}
     store = Path(str(sdata.path))
     written = [path for name in stamps if stamps[name] != before.get(name) for path in store.glob(f"*/{name}")]
     for path in sorted(written):

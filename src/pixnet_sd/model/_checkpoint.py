@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, errors
 from safetensors import SafetensorError, safe_open
 
 from pixnet_sd._arguments import checked
-from pixnet_sd._files import home_expanded, read_regular, replace_file, replace_files
+from pixnet_sd._files import read_regular, replace_file, replace_files
 from pixnet_sd._util import logger
 from pixnet_sd.errors import CheckpointError, PixNetError
 
@@ -131,7 +131,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         CheckpointError
             No checkpoint, a damaged one, or one of another kind.
         """
-        directory = home_expanded(directory)
+        directory = Path(directory).expanduser()
         record = read_record(directory)
         return cls(_read_network(directory, record), record)
 

@@ -21,7 +21,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pixnet_sd._files import home_expanded, open_regular
+from pixnet_sd._files import open_regular
 from pixnet_sd._util import logger
 from pixnet_sd.errors import CheckpointError, PixNetError
 from pixnet_sd.geometry import STRIDES
@@ -214,7 +214,7 @@ def _bare(key: str) -> str:
 
 def _read_weights(path: str | Path, *, most_bytes: int) -> dict[str, Tensor]:
     """Read tensors by key from a safetensors or torch file; a ``state_dict`` (Lightning) or ``model`` is unwrapped."""
-    path = home_expanded(path)
+    path = Path(path).expanduser()
     try:
         open_regular(path, most_bytes=most_bytes).close()  # before a library opens it, and waits for a pipe
     except (FileNotFoundError, NotADirectoryError) as error:

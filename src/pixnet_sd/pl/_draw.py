@@ -28,17 +28,13 @@ from pixnet_sd.slide import Slide, read_picture
 Panels = np.ndarray[Any, Any]  # Axes, in rows and columns
 AxesLike = Axes | Sequence[Axes] | Panels | None  # what ``ax=`` takes: one Axes, or as many as there are panels
 Drawn = Figure | Axes | Panels | None  # what a plot returns
+Size = tuple[float, float]  # width and height, inches
 
 _MOST_PX = 2**16  # of a side of the raster that matplotlib draws on
 
 
 def axes_grid(
-    ax: AxesLike,
-    shape: tuple[int, int],
-    *,
-    figsize: tuple[float, float] | None,
-    panel_in: tuple[float, float],
-    dpi: float | None,
+    ax: AxesLike, shape: tuple[int, int], *, figsize: Size | None, panel_in: Size, dpi: float | None
 ) -> Panels:
     """Arrange the caller's Axes, or those of a new figure of panels of `panel_in` inches, in rows and columns."""
     if ax is None:
@@ -117,13 +113,7 @@ class View:
 
 
 def view_of(
-    slide: Slide,
-    crop_um: Sequence[float] | None,
-    *,
-    ax: AxesLike,
-    panel_in: float,
-    dpi: float | None,
-    save: str | Path | None,
+    slide: Slide, crop_um: Sequence[float] | None, *, ax: AxesLike, panel_in: float, dpi: float | None, save: Any
 ) -> View:
     """Clip what is asked for, x0, y0, x1, y1 in µm or all, to the slide's image, in the pixels of its panel.
 

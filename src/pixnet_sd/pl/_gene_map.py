@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +20,11 @@ from xarray import DataArray, DataTree
 
 from pixnet_sd import get
 from pixnet_sd._arguments import checked
+from pixnet_sd._notes import memory_note
 from pixnet_sd.errors import ElementError, PixNetError
 from pixnet_sd.get import stored_key
-from pixnet_sd.slide import Slide, open_slide, select_coordinate_system
+from pixnet_sd.slide import Slide, open_slide, select_coordinate_system, slide_at
 from pixnet_sd.slide.elements import affine_matrix, bin_lattice
-from pixnet_sd.slide.image import ImagePyramid
 from pixnet_sd.slide.tables import (
     Measured,
     checked_blocks,
@@ -34,7 +34,6 @@ from pixnet_sd.slide.tables import (
     measured_tables,
     select_tables,
 )
-from pixnet_sd.store import recorded
 
 from ._draw import (
     AxesLike,
@@ -149,7 +148,7 @@ def gene_map(  # noqa: PLR0913
     """
     names = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
     tree, key = get.gene_map(sdata, names, key_added=key_added), stored_key(sdata, names, key_added)
-    note: dict[str, Any] = recorded(sdata, "maps", key) or {}
+    note: dict[str, Any] = memory_note(sdata, "maps", key) or {}
     slide = _slide(sdata, note, key)
     view = view_of(slide, crop_um, ax=ax, panel_in=_PANEL_IN, dpi=dpi, save=save)
     asked: Any = _PANELS if panels is None else [panels] if isinstance(panels, str) else panels
@@ -257,29 +256,21 @@ def _predicted(
 
     `tissue` is the labels element of its tissue (0: none); with None, pixels that are 0 in all channels are off tissue.
     """
-    levels, ratios = _levels(tree)
+    levels = list(get_pyramid_levels(tree))
     to_um = scaled(slide.mpp) @ np.linalg.inv(slide.to_system) @ affine_matrix(tree, slide.coordinate_system)
     pitch = float(np.sqrt(abs(np.linalg.det(to_um[:2, :2]))))
     names = [f"scale{k}" for k in range(len(levels))]
     if scale not in (None, "full", *names):
         raise PixNetError(f"scale={scale!r}: the map has {', '.join(map(repr, names))}; 'full' is the first of them.")
-    fine_enough = coarsest_level([pitch * max(r) for r in ratios], view.um_per_px)
+    fine_enough = coarsest_level([pitch * 2**k for k in range(len(levels))], view.um_per_px)
     k = fine_enough if scale is None else 0 if scale == "full" else names.index(scale)
-    level, ratio = levels[k], ratios[k]
-    from_level = to_um @ np.diag([ratio[1], ratio[0], 1.0])
-    rows, cols = view.pixels_in(from_level, (level.sizes["y"], level.sizes["x"]))
-    values = _computed(level.data[:, rows, cols]).astype(np.float32, copy=False)
-    off = ~values.any(axis=0) if tissue is None else ~_on_tissue(tissue, ratio, rows, cols)
+    from_level = to_um @ scaled(2.0**k)
+    rows, cols = view.pixels_in(from_level, levels[k].shape[1:])
+    values = _computed(levels[k].data[:, rows, cols]).astype(np.float32, copy=False)
+    off = ~values.any(axis=0) if tissue is None else ~_on_tissue(tissue, k, rows, cols)
     draw = partial(draw_raster, to_um=from_level @ scaled(1, cols.start, rows.start))
     units = f"{_units(note)}, share of a pixel" if _is_sum(note) else _units(note)
     return _Layer(np.where(off, np.float32(np.nan), values), draw, "predicted", "no tissue", units)
-
-
-def _levels(element: Any) -> tuple[list[DataArray], list[tuple[float, float]]]:
-    """Return levels, finest first, and the pixels of the finest per pixel of each, (y, x)."""
-    levels = [element] if isinstance(element, DataArray) else list(get_pyramid_levels(element))
-    finest = levels[0].sizes
-    return levels, [(finest["y"] / level.sizes["y"], finest["x"] / level.sizes["x"]) for level in levels]
 
 
 def _computed(block: Any) -> NDArray[Any]:
@@ -287,37 +278,29 @@ def _computed(block: Any) -> NDArray[Any]:
     return np.asarray(block.compute(scheduler="threads") if hasattr(block, "compute") else block)
 
 
-def _on_tissue(labels: Any, ratio: tuple[float, float], rows: slice, cols: slice) -> NDArray[np.bool_]:
-    """Tell whether the centres of pixels of a level of the map are on tissue."""
-    levels, own = _levels(labels)
-    k = coarsest_level([max(r) for r in own], max(ratio))
-    row, col = (
-        np.clip(((np.arange(s.start, s.stop) + 0.5) * r / mine).astype(np.int64), 0, size - 1)
-        for s, r, mine, size in zip((rows, cols), ratio, own[k], levels[k].shape, strict=True)
-    )
-    if not len(row) or not len(col):
-        return np.zeros((len(row), len(col)), bool)
-    block = _computed(levels[k].data[row[0] : row[-1] + 1, col[0] : col[-1] + 1])
-    return block[np.ix_(row - row[0], col - col[0])] > 0
+def _on_tissue(labels: Any, k: int, rows: slice, cols: slice) -> NDArray[np.bool_]:
+    """Tell whether the centres of pixels of level k of the map are on tissue, whose levels start at the same pixels."""
+    levels = [labels] if isinstance(labels, DataArray) else list(get_pyramid_levels(labels))
+    step = 2 ** max(k + 1 - len(levels), 0)  # pixels of the level that is read per pixel of the map's
+    centres = tuple(slice(s.start * step + step // 2, s.stop * step, step) for s in (rows, cols))
+    mask = _computed(levels[min(k, len(levels) - 1)].data[centres]) > 0
+    lacking = [(0, max(s.stop - s.start - n, 0)) for s, n in zip((rows, cols), mask.shape, strict=True)]
+    return np.pad(mask, lacking)  # the map may be filled up to whole blocks further out than its tissue
 
 
 def _slide(sdata: SpatialData, note: dict[str, Any], map_key: str) -> Slide:
     """Open the slide that a map was predicted from, with its image's own pixels; find it anew if nothing is noted."""
     if not note:
         slide = open_slide(sdata)
-        return replace(slide, working_mpp=slide.mpp)
+        return slide.at(slide.mpp)
     image_key = note["image"]
     if image_key not in sdata.images:
         raise ElementError(
             f"Image {image_key!r}, from which {map_key!r} was predicted, is not in this object. Add it, or predict "
             "again from the image that is there."
         )
-    system = _system(sdata, image_key, map_key, note["coordinate_system"])
-    pyramid, mpp = ImagePyramid.of(sdata.images[image_key], image_key), float(note["mpp"])
-    names = {"image_key": image_key, "coordinate_system": system, "mpp_rule": str(note.get("mpp_rule", ""))}
-    sizes: dict[str, Any] = dict(zip(("height_px", "width_px"), pyramid.shape, strict=True))
-    to_system = affine_matrix(sdata.images[image_key], system)
-    return Slide(**names, **sizes, mpp=mpp, working_mpp=mpp, to_system=to_system, pyramid=pyramid)
+    system, mpp = _system(sdata, image_key, map_key, note["coordinate_system"]), float(note["mpp"])
+    return slide_at(sdata, image_key=image_key, coordinate_system=system, mpp=mpp, working_mpp=mpp)
 
 
 def _system(sdata: SpatialData, image_key: str, map_key: str, noted: str) -> str:

@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from spatialdata import SpatialData
 
 from pixnet_sd._arguments import checked
-from pixnet_sd._files import folder_for, home_expanded, no_empty_folders_left
+from pixnet_sd._files import no_empty_folders_left
 from pixnet_sd._fingerprint import as_json, differing_parts, fingerprint
 from pixnet_sd._notes import remember
 from pixnet_sd._util import logger, warn
@@ -92,7 +92,8 @@ def _alone_in(directory: Path) -> Iterator[None]:
     )
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(folder_for(directory))
+            held.enter_context(no_empty_folders_left(directory))
+            directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):  # `os.access` is wrong for network mounts and the superuser
                 pass
             held.enter_context(hold_lock(directory / _LOCK, wait_s=0, busy=busy))
@@ -211,7 +212,7 @@ def fit(  # noqa: PLR0913
     batch_size = batch_size or _BATCH_SIZE[fabric.device.type]
     settings: dict[str, Any] = {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed}
     settings |= {"objective": objective, "target_sum": params.target_sum}
-    folder = None if checkpoint_dir is None else home_expanded(checkpoint_dir)
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
     stores = [Path(sdata.path).parent for sdata in slides.values() if sdata.path is not None]
     home = [*stores, Path.cwd()][0] / "pixnet_sd_models" if folder is None else folder.parent
     with contextlib.ExitStack() as held:
