@@ -43,6 +43,8 @@ def jitter_stain(image: Tensor, strength: float, generator: torch.Generator) -> 
     """Scale (log scale of standard deviation `strength`) and shift the density of tiles (B, 3, H, W), 0 to 255."""
     if strength == 0:
         return image
+    # The generator is the CPU's, so that every device gets the same noise. The shift is a tenth of the strength:
+    # density is in natural logarithms and mostly below 1.
     noise = torch.randn(2, len(image), 3, 1, 1, generator=generator)
     noise = (noise.pin_memory() if image.is_cuda else noise).to(image.device, non_blocking=True) * strength
     density = -torch.log((image + 1) / 256)
