@@ -21,7 +21,7 @@ from pixnet_sd.model import Operator, TiledOperator, build_operator, count_pixel
 
 GRID = Grid(6, 5, 4)  # 24 × 20 px
 WIDE = Grid(11, 13, 4)
-SLIDE = WIDE.window.times(4)
+SLIDE = Window(0, 44, 0, 52)
 
 
 def dense(operator: Operator, n_columns: int = 11 * 13) -> NDArray[np.float32]:

@@ -30,10 +30,6 @@ class Window(NamedTuple):
         """Rows, columns."""
         return self.row1 - self.row0, self.col1 - self.col0
 
-    def times(self, factor: int) -> Window:
-        """Return the same rectangle on a grid that is `factor` times as fine."""
-        return Window(*(v * factor for v in self))
-
 
 class RegionShare(NamedTuple):
     """One window's share of the sums over k regions that it touches."""

@@ -118,8 +118,6 @@ class Lattice(Regions):
     @cached_property
     def _table(self) -> tuple[NDArray[np.int32], tuple[int, int]]:
         """Index of the region on every position of the lattice's box, -1 for none, and the box's first row, column."""
-        if not len(self):
-            return np.full((1, 1), -1, np.int32), (0, 0)
         row0, col0 = int(self.row.min()), int(self.col.min())
         table = np.full((int(self.row.max()) - row0 + 1, int(self.col.max()) - col0 + 1), -1, np.int32)
         table[self.row - np.int32(row0), self.col - np.int32(col0)] = np.arange(len(self), dtype=np.int32)

@@ -67,17 +67,13 @@ class Regions(Protocol):
 
     def touching(self, x0: float, y0: float, x1: float, y1: float) -> Index:
         """Return the regions whose bounding box meets a closed box, ascending."""
-        left, top, right, bottom = self._boxes.T
+        left, top, right, bottom = self.bounds.T
         return np.flatnonzero((right >= x0) & (left <= x1) & (bottom >= y0) & (top <= y1))
 
     def within(self, x0: float, y0: float, x1: float, y1: float) -> Index:
         """Return the regions whose bounding box lies inside a closed box, ascending."""
-        left, top, right, bottom = self._boxes.T
+        left, top, right, bottom = self.bounds.T
         return np.flatnonzero((left >= x0) & (right <= x1) & (top >= y0) & (bottom <= y1))
-
-    @cached_property
-    def _boxes(self) -> Float:
-        return self.bounds
 
 
 def chunks(regions: Regions, size: int = 2**16) -> Iterator[tuple[slice, Regions]]:
@@ -119,7 +115,7 @@ class Circles(Regions):
     def __len__(self) -> int:
         return len(self.radius)
 
-    @property
+    @cached_property
     def bounds(self) -> Float:
         """Bounding boxes, shape (n, 4)."""
         return np.concatenate([self.centre_xy - self.radius[:, None], self.centre_xy + self.radius[:, None]], axis=1)
@@ -284,7 +280,7 @@ class LabelGrid(Regions):
     @cached_property
     def _sorted_ids(self) -> tuple[Int, Int]:
         order = np.argsort(self.ids, kind="stable")
-        return np.asarray(self.ids)[order], order
+        return self.ids[order], order
 
     def _region_of(self, values: NDArray[Any]) -> Int:
         """Return the region of each label value, -1 for values that are no region."""
@@ -324,7 +320,7 @@ class LabelGrid(Regions):
         """Mean of each region's pixel centres, shape (n, 2); NaN for a label that the image does not hold."""
         return _apply(self.to_grid, self._extent[1])
 
-    @property
+    @cached_property
     def bounds(self) -> Float:
         """Boxes around the regions (around their boxes, when the grid is rotated), shape (n, 4); NaN as the centre."""
         x0, y0, x1, y1 = self._extent[2].T
@@ -337,10 +333,8 @@ class LabelGrid(Regions):
 
     def subset(self, index: ArrayLike) -> LabelGrid:
         """See `Regions.subset`."""
-        index = np.asarray(index)
-        area, centre, box = self._extent
-        extent = area[index], centre[index], box[index]
-        return LabelGrid(self.labels, np.asarray(self.ids)[index], self.to_grid, extent)
+        area, centre, box = (values[np.asarray(index)] for values in self._extent)
+        return LabelGrid(self.labels, self.ids[np.asarray(index)], self.to_grid, (area, centre, box))
 
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
         """Look up the label under each pixel centre, see `Regions.spans`."""

@@ -13,7 +13,7 @@ lie along rows and columns, A is the product of a matrix for the rows and one fo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,10 +68,13 @@ def build_operator(
     such as a circle of radius 0). `n_px` is `count_pixels` of the regions, when already known.
     """
     window = grid.window if window is None else window
-    box = slide = grid.window.times(grid.stride)
+    box = slide = Window(0, grid.height * grid.stride, 0, grid.width * grid.stride)
     if inside is not None:
-        lows, highs = (tuple(map(f, slide, inside)) for f in (max, min))
-        box = Window(lows[0], highs[1], lows[2], highs[3])
+        rows, cols = (
+            (max(inside.row0, 0), min(inside.row1, slide.row1)),
+            (max(inside.col0, 0), min(inside.col1, slide.col1)),
+        )
+        box = Window(*rows, *cols)
     if isinstance(regions, Lattice) and (closed := _lattice_operator(regions, grid, window, box)) is not None:
         return closed
     rows = reach(window.row0, window.row1, grid.height, grid.stride)
@@ -96,10 +99,8 @@ def _column_steps(first: int, last: int, col0: int, col1: int, grid: Grid) -> sp
     is taken as constant, which cancels between the ends of a run, and right of it as zero.
     """
     stride, n_cols = grid.stride, col1 - col0
-    cumulated = np.zeros((n_cols + 2, 3 * stride + 1))
-    cumulated[1:-1] = cumulated_weights(col0, col1, grid.width, stride)
+    cumulated = np.pad(cumulated_weights(col0, col1, grid.width, stride), ((1, 1), (0, 0)))
     cumulated[0] = stride
-
     position = np.arange(first, last + 1)[:, None]
     column = position // stride + np.arange(-2, 3)
     reached = np.clip(position - (column - 1) * stride, 0, 3 * stride)
@@ -197,14 +198,6 @@ def _point_matrix(regions: Regions, empty: Int, grid: Grid, window: Window) -> t
 # Lattices, in closed form
 
 
-class _Runs(NamedTuple):
-    """Runs of pixels ``[start, stop)`` on K rows from `row0` on, of every region; empty ones stop where they start."""
-
-    row0: Whole
-    start: Whole
-    stop: Whole
-
-
 def _lattice_operator(lattice: Lattice, grid: Grid, window: Window, inside: Window) -> Operator | None:
     """Build A of a lattice; None for regions too small or too large, or where one holds no pixel centre."""
     smallest = lattice.reach if lattice.radius is not None else lattice.pitch / 2
@@ -212,8 +205,9 @@ def _lattice_operator(lattice: Lattice, grid: Grid, window: Window, inside: Wind
         return None
     operator: Operator | None = _separable(lattice, grid, window, inside) if lattice.is_aligned else None
     if operator is None:
-        runs = _runs(lattice, inside)
-        operator = SparseOperator(_placed(*_blocks(runs, grid), window), (runs.stop - runs.start).sum(1).astype(float))
+        row0, start, stop = _runs(lattice, inside)
+        n_px = (stop - start).sum(axis=1).astype(np.float64)
+        operator = SparseOperator(_placed(*_blocks(row0, start, stop, grid), window), n_px)
     return operator if operator.n_px.all() else None
 
 
@@ -236,22 +230,22 @@ def _one_axis(
     edges: Float, inside: tuple[int, int], window: tuple[int, int], size: int, stride: int
 ) -> tuple[sparse.csr_array, Float]:
     """Weigh the intervals between edges, px, on the window's pixels of one axis; also count the pixels in each."""
-    low0, low1 = window
-    edge = np.clip(first_centre(edges), inside[0], inside[1])
-    cumulated = cumulated_weights(low0, low1, size, stride)
-    low = np.arange(low1 - low0)
-    before = cumulated[low, np.clip(edge[:, None] - (low0 + low - 1) * stride, 0, 3 * stride)]
+    edge = np.clip(first_centre(edges), *inside)
+    low = np.arange(*window)
+    before = cumulated_weights(*window, size, stride)[
+        low - window[0], np.clip(edge[:, None] - (low - 1) * stride, 0, 3 * stride)
+    ]
     return sparse.csr_array(np.diff(before, axis=0)), np.diff(edge).astype(np.float64)
 
 
-def _runs(lattice: Lattice, inside: Window) -> _Runs:
-    """Find the runs of each region inside a box of pixels."""
+def _runs(lattice: Lattice, inside: Window) -> tuple[Whole, Whole, Whole]:
+    """Find each region's first row, (n,), and starts and stops of its runs in a box of pixels, on K rows, (n, K)."""
     row0 = first_centre(lattice.centre_xy[:, 1] - lattice.reach).astype(np.int32)
     row: Whole = np.add(row0[:, None], np.arange(int(np.ceil(2 * lattice.reach)) + 1), dtype=np.int32)
     ends = (_square_ends if lattice.radius is None else _circle_ends)(lattice, row)
     start, stop = (np.clip(v, inside.col0, inside.col1) for v in ends)
     outside = (stop <= start) | (row < inside.row0) | (row >= inside.row1)
-    return _Runs(row0, start, np.where(outside, start, stop))
+    return row0, start, np.where(outside, start, stop)
 
 
 def _square_ends(lattice: Lattice, row: Whole) -> Iterable[Whole]:
@@ -273,48 +267,36 @@ def _square_ends(lattice: Lattice, row: Whole) -> Iterable[Whole]:
 
 def _circle_ends(lattice: Lattice, row: Whole) -> Iterable[Whole]:
     """Put the runs of the literal inequality of Eq. 5, by `Circles`, into rows."""
-    start, stop = np.zeros((2, *row.shape), np.int32)
+    ends = np.zeros((2, *row.shape), np.int32)
     far = int(_FAR)
-    spans = lattice.plain().spans(-far, far, -far, far)
-    place = spans.region, spans.row - row[spans.region, 0]
-    start[place], stop[place] = spans.start, spans.stop
-    return start, stop
+    region, y, *found = lattice.plain().spans(-far, far, -far, far)
+    ends[:, region, y - row[region, 0]] = found
+    return ends
 
 
-def _blocks(runs: _Runs, grid: Grid) -> tuple[NDArray[np.float32], Int, Int]:
+def _blocks(row0: Whole, start: Whole, stop: Whole, grid: Grid) -> tuple[NDArray[np.float32], Int, Int]:
     """Weigh each region on a block of low-resolution pixels, (n, L, L); also return the block's row and column."""
-    n_rows = runs.start.shape[1]
-    side = (n_rows - 1) // grid.stride + 3
-    row = np.clip(runs.row0[:, None] + np.arange(n_rows), 0, grid.height * grid.stride - 1)
-    low, high, weight = resize_taps(row + 0.5, grid.height, grid.stride)
+    stride, n_rows = grid.stride, start.shape[1]
+    side = (n_rows - 1) // stride + 3
+    offset = np.arange(side, dtype=np.int32)
+    row = np.clip(row0[:, None] + np.arange(n_rows), 0, grid.height * stride - 1)
+    low, high, weight = resize_taps(row + 0.5, grid.height, stride)
     first_row = low[:, :1]
-    offset = np.arange(side)
     share = weight.astype(np.float32)[:, :, None]
     down = (offset == (low - first_row)[:, :, None]) * (1 - share)
     down += (offset == (high - first_row)[:, :, None]) * share
-    empty = runs.stop == runs.start
-    leftmost = np.where(empty, np.iinfo(np.int32).max, runs.start).min(axis=1)
-    first_col = resize_taps(np.where(empty.all(axis=1), 0, leftmost) + 0.5, grid.width, grid.stride)[0]
-    across = _between(runs, first_col, side, grid)
-    return np.matmul(down.transpose(0, 2, 1), across), first_row[:, 0], first_col
 
-
-def _between(runs: _Runs, first_col: Int, side: int, grid: Grid) -> NDArray[np.float32]:
-    """Weigh each run on the low-resolution columns of its block, (n, K, L)."""
-    stride = grid.stride
-    whole = cumulated_weights(0, grid.width, grid.width, stride)
-    cumulated = np.pad(whole, ((0, side), (0, 0))).astype(np.float32)  # blocks reach beyond the grid
-    column = (first_col[:, None] + np.arange(side)).astype(np.int32)
-    row = (column * (3 * stride + 1))[:, None]
-    base = ((column - 1) * stride)[:, None]
-
-    def before(position: Whole) -> NDArray[np.float32]:
-        place = position[:, :, None] - base
-        np.clip(place, 0, 3 * stride, out=place)
-        place += row
-        return cumulated.take(place)
-
-    return before(runs.stop) - before(runs.start)
+    empty = stop == start
+    leftmost = np.where(empty, np.iinfo(np.int32).max, start).min(axis=1)
+    first_col = resize_taps(np.where(empty.all(axis=1), 0, leftmost) + 0.5, grid.width, stride)[0]
+    column = (first_col[:, None, None] + offset).astype(np.int32)
+    cumulated = cumulated_weights(0, grid.width, grid.width, stride).astype(np.float32)
+    cumulated = np.pad(cumulated, ((0, side), (0, 0)))  # blocks reach beyond the grid
+    before, after = (
+        cumulated.take(np.clip(position[:, :, None] - (column - 1) * stride, 0, 3 * stride) + column * (3 * stride + 1))
+        for position in (start, stop)
+    )
+    return np.matmul(down.transpose(0, 2, 1), after - before), first_row[:, 0], first_col
 
 
 def _placed(blocks: NDArray[np.float32], first_row: Int, first_col: Int, window: Window) -> sparse.csr_array:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ from ._record import (
 _WEIGHTS = "model.safetensors"
 _CARD = "README.md"
 _CARD_BYTES = 4 << 20
-_TAGS = ["histology", "pixnet", "spatial-transcriptomics", "spatialdata"]
 _HEADER_BYTES = 1 << 20
 _BYTES_A_TENSOR = 1 << 10  # the most that a tensor takes in the header: name, type, shape and place
 
@@ -177,24 +175,21 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         if Path(name).expanduser().exists() or name.startswith(("~", "/", "./", "../")):  # could be nothing else
             return cls.load(name)
         # Not through the mixin: it would first hand our constructor what any foreign config.json holds.
-        fetch = partial(
-            huggingface_hub.snapshot_download,
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        unavailable = f"{name!r} is no folder here, and cannot be fetched from the hub"
-        with _hub_errors(unavailable):
-            folder = Path(fetch(allow_patterns=[CONFIG, CHECKSUMS]))
-        try:
-            read_record(folder)  # before the weights come, which of a foreign model can be any size
-        except CheckpointError as error:
-            raise CheckpointError(f"{name!r} on the hub is no model of pixnet_sd: {error}") from error
-        with _hub_errors(unavailable):
-            fetch(allow_patterns=[CONFIG, CHECKSUMS, _WEIGHTS])
+        for files in ([CONFIG, CHECKSUMS], [CONFIG, CHECKSUMS, _WEIGHTS]):
+            with _hub_errors(f"{name!r} is no folder here, and cannot be fetched from the hub"):
+                folder = huggingface_hub.snapshot_download(
+                    name,
+                    allow_patterns=files,
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                )
+            try:
+                read_record(Path(folder))  # before the weights come, which of a foreign model can be any size
+            except CheckpointError as error:
+                raise CheckpointError(f"{name!r} on the hub is no model of pixnet_sd: {error}") from error
         return cls.load(folder)
 
     @checked(CheckpointError, options_of=ModelHubMixin.push_to_hub)
@@ -319,7 +314,7 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
             datasets=datasets,
             language=language,
             metrics=["pearsonr"],
-            tags=_TAGS,
+            tags=["histology", "pixnet", "spatial-transcriptomics", "spatialdata"],
         )
         stated = license_name or license
         return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{card_text(self.record, repo_id=repo_id, license=stated)}")
@@ -436,7 +431,6 @@ def _cause(error: Exception) -> str:
     if isinstance(error, errors.HfHubHTTPError):
         status = getattr(error.response, "status_code", None)
         return _BY_STATUS.get(status or 0, f"the hub answered with status {status} ({type(error).__name__})")
-    from_network = isinstance(error, ConnectionError | TimeoutError)
-    if from_network or type(error).__module__.split(".")[0] in _HTTP_LIBRARIES:
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in _HTTP_LIBRARIES:
         return _UNREACHABLE
     return f"{type(error).__name__}: {error}"

@@ -95,21 +95,14 @@ def build_encoder(name: str = "resnet18", weights: str | Path | None = "imagenet
     """Build an encoder of a timm model, a ConvNet with maps at strides 4 to 32 or a ViT, in training mode.
 
     `weights` are ``"imagenet"`` (timm's own, fetched from its hub), None (random), or a safetensors or torch file.
-
-    Raises
-    ------
-    PixNetError
-        timm does not know the model, its strides do not fit, or it takes images of one size only.
-    CheckpointError
-        The weights cannot be fetched, opened or matched.
+    PixNetError for a model that timm does not know or that does not fit, CheckpointError for weights.
     """
     info: Any = _probe(name).feature_info
     strides: list[int] = info.reduction()
-    options: dict[str, Any] = {}
     if is_vit := len(set(strides)) == 1:
         depth, n_levels = len(info.info), len(STRIDES)
         indices = [round((k + 1) * depth / n_levels) - 1 for k in range(n_levels)]
-        options = {"out_indices": indices, "dynamic_img_size": True}
+        options: dict[str, Any] = {"out_indices": indices, "dynamic_img_size": True}
         try:
             _probe(name, **options)
         except TypeError as error:

@@ -92,9 +92,8 @@ class Head(nn.Module):
         index = torch.as_tensor(index)
         chosen = Head(self.in_features, len(index), self.link)
         for name in ("weight", "bias", *([] if self.is_linear else ["unit", "is_total"])):
-            value = getattr(self, name).detach()
-            picked = value[index.to(value.device)]
-            getattr(chosen, name).data = picked if value.dtype == torch.bool else picked.float()
+            value = getattr(self, name).detach()[index.to(self.weight.device)]
+            getattr(chosen, name).data = value if name == "is_total" else value.float()
         if not self.is_linear:
             chosen.unit *= scale
             whole, chosen._whole = self._whole or self, Head(self.in_features, 1)
@@ -259,21 +258,17 @@ class Network(nn.Module):
             return apply_head(inputs, n_px, weight, bias, self.aggregation)
 
     @torch.no_grad()
-    def start_from(self, mean_expression: Tensor, n_px: float) -> None:
-        """Start the head at the mean target of each gene, (M,), so that the first steps do not go into finding it.
+    def start_from(self, mean: Tensor, n_px: float = 1.0) -> None:
+        """Start the head at the mean of each output, (M,), so that the first steps do not go into finding it.
 
-        `n_px` are the typical pixels of a region: a sum is that much larger than a mean.
+        It is that of the regions' targets, of typically `n_px` pixels each: a sum is that much larger than a mean. Of
+        densities it is the mean per working pixel.
         """
         per_pixel = 1.0 if self.aggregation == "mean" else max(n_px, 1.0)
-        self.head.bias.copy_(mean_expression / per_pixel)
+        (self.head.bias if self.head.is_linear else self.head.unit).copy_(mean / per_pixel)
+        if not self.head.is_linear:
+            self.head.bias.zero_()
         self.head.weight.mul_(0.1 / per_pixel)
-
-    @torch.no_grad()
-    def start_at(self, density: Tensor) -> None:
-        """Start a head of densities at the mean of each output per working pixel, shape (M,)."""
-        self.head.unit.copy_(density)
-        self.head.bias.zero_()
-        self.head.weight.mul_(0.1)
 
     @property
     def has_laterals(self) -> bool:
@@ -395,10 +390,9 @@ class Part:
 
 
 class Objective(nn.Module, ABC):
-    """A loss, with the link of the head that it needs; `has_total`: the last output is the sum over all genes."""
+    """A loss."""
 
-    link: Link
-    has_total: bool
+    has_total: bool  # whether the last output is the sum over all genes
 
     @abstractmethod
     def n_varying(self, measured: Iterable[Tensor]) -> Tensor | None:
@@ -419,7 +413,6 @@ class MsePcc(Objective):
     It is taken of log-normalised expression.
     """
 
-    link: Link = "identity"
     has_total = False
 
     def __init__(self, pcc_weight: float) -> None:
@@ -456,7 +449,6 @@ class CountLoss(Objective):
     regions are those measured, while dispersion would leave them to the smallest.
     """
 
-    link: Link = "softplus"
     has_total = True
 
     def __init__(self, likelihood: Literal["poisson", "nb"], target_sum: float, n_sizes: int, n_outputs: int) -> None:

@@ -204,10 +204,7 @@ class TiledOperator(Operator):
 
 def _block_diagonal(matrices: Sequence[sparse.csr_array]) -> sparse.csr_array:
     """Join matrices of one width, each with rows and columns of its own; SciPy's block_diag goes by way of COO."""
-    n_cols = matrices[0].shape[1]
-    starts = np.cumsum([0, *(m.nnz for m in matrices)])
-    index = sparse.get_index_dtype(maxval=max(int(starts[-1]), n_cols * len(matrices)))
-    columns = [m.indices.astype(index) + index(k * n_cols) for k, m in enumerate(matrices)]
-    pointers = [np.zeros(1, index), *((m.indptr[1:] + n).astype(index) for m, n in zip(matrices, starts, strict=False))]
-    data, column, pointer = (np.concatenate(piece) for piece in ([m.data for m in matrices], columns, pointers))
-    return sparse.csr_array((data, column, pointer), shape=(len(pointer) - 1, n_cols * len(matrices)))
+    n, n_cols, stacked = len(matrices), matrices[0].shape[1], sparse.vstack(matrices, "csr")
+    index = sparse.get_index_dtype(maxval=max(stacked.nnz, n * n_cols))
+    columns = stacked.indices + np.repeat(np.arange(n, dtype=index) * index(n_cols), [m.nnz for m in matrices])
+    return sparse.csr_array((stacked.data, columns, stacked.indptr), shape=(stacked.shape[0], n * n_cols))

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from pydantic import BaseModel, TypeAdapter
 from pydantic_core import to_json
 
 from pixnet_sd._files import hash_regular, read_regular
-from pixnet_sd._schemas import ChecksumsSchema, FileSchema, RecordSchema, parse_json, what_is_wrong
+from pixnet_sd._schemas import ChecksumsSchema, RecordSchema, parse_json, what_is_wrong
 from pixnet_sd._util import shown
 from pixnet_sd.errors import CheckpointError
 from pixnet_sd.geometry import MAP_STRIDE
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     import pandas  # noqa: ICN001 - as the pages link it
 
 Link = Literal["identity", "softplus"]
+_Schema = TypeVar("_Schema", bound=BaseModel)
 
 CHECKSUMS = "checksums.json"
 CONFIG = "config.json"
@@ -143,12 +146,6 @@ class ModelRecord:
     versions: dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
 
-    def __post_init__(self) -> None:
-        if isinstance(self.decoder, dict):
-            shape: dict[str, Any] = self.decoder
-            sides = {name: value and tuple(value) for name, value in shape.items() if name in ("widths", "hidden")}
-            self.decoder = DecoderConfig(**{**shape, **sides})
-
     @property
     def outputs(self) -> list[str]:
         """Names of the outputs of the head."""
@@ -167,8 +164,7 @@ class ModelRecord:
     def to_json(self) -> str:
         """Write ``config.json``'s text; NaN becomes null."""
         # The fallback is for NumPy's numbers and arrays.
-        text = to_json(asdict(self), indent=2, inf_nan_mode="null", fallback=lambda value: value.tolist())
-        return text.decode()
+        return to_json(asdict(self), indent=2, inf_nan_mode="null", fallback=lambda value: value.tolist()).decode()
 
     def check(self) -> None:
         """Raise CheckpointError where `read_record` will not take what `to_json` gives."""
@@ -181,40 +177,43 @@ class ModelRecord:
 def read_record(folder: Path) -> ModelRecord:
     """Read ``config.json``; CheckpointError where it is missing, damaged, or of something else than a model of ours."""
     path = folder / CONFIG
-    content = _content(path)
-    try:
-        RecordSchema.model_validate(content)
-    except ValueError as error:
-        raise damaged(path, what_is_wrong(error)) from error
-    check_file(path)
-    return ModelRecord(**{f.name: content[f.name] for f in fields(ModelRecord)})
-
-
-def _content(path: Path) -> dict[str, Any]:
-    """Read what ``config.json`` holds, if it says that it is of our format."""
-    try:
-        text = read_regular(path, most_bytes=_MOST_CONFIG_BYTES)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        folder = path.parent
-        why = f"{str(folder)!r} is no pixnet_sd checkpoint: it has no config.json."
-        if not folder.is_dir():
-            why = f"{str(folder)!r} is a file." if folder.exists() else f"There is no folder {str(folder)!r}."
-        raise CheckpointError(f"{why} Give the folder that fit left.") from error
-    try:
-        content = parse_json(text, allow_nan=True)  # so that the schema names the field that has it
-    except ValueError as error:
-        raise damaged(path, what_is_wrong(error)) from error
+    why = f"{str(folder)!r} is no pixnet_sd checkpoint: it has no config.json."
+    if not os.path.isdir(folder):  # unlike those of a path these raise for no folder
+        why = f"{str(folder)!r} is a file." if os.path.exists(folder) else f"There is no folder {str(folder)!r}."
+    # NaN is taken here, so that the schema names the field that has it.
+    content = _read_json(path, _MOST_CONFIG_BYTES, f"{why} Give the folder that fit left.", allow_nan=True)
     stated = content.get("format") if isinstance(content, dict) else None
-    if stated == FORMAT:
-        return dict(content)
-    if isinstance(stated, str) and stated.startswith(FORMAT.partition("/")[0] + "/"):
-        remedy = "Train again, or install the version of pixnet_sd that it was made with."
-    else:
+    if stated != FORMAT:
         remedy = "Weights of an encoder alone go to fit(encoder_weights=...)."
-    raise CheckpointError(
-        f"{str(path)!r} is not a checkpoint of this package: its format is {shown(stated)}, and {FORMAT!r} is needed. "
-        f"{remedy}"
-    )
+        if isinstance(stated, str) and stated.startswith(FORMAT.partition("/")[0] + "/"):
+            remedy = "Train again, or install the version of pixnet_sd that it was made with."
+        raise CheckpointError(
+            f"{str(path)!r} is not a checkpoint of this package: its format is {shown(stated)}, and {FORMAT!r} is "
+            f"needed. {remedy}"
+        )
+    _validated(RecordSchema, content, path)
+    check_file(path)
+    known = {f.name: content[f.name] for f in fields(ModelRecord)}
+    return ModelRecord(**known | {"decoder": TypeAdapter(DecoderConfig).validate_python(known["decoder"])})
+
+
+def _read_json(path: Path, most_bytes: int, if_missing: str, *, allow_nan: bool = False) -> Any:
+    """Read a JSON file of a checkpoint, or raise CheckpointError."""
+    try:
+        text = read_regular(path, most_bytes=most_bytes)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(if_missing) from error
+    try:
+        return parse_json(text, allow_nan=allow_nan)
+    except ValueError as error:
+        raise damaged(path, what_is_wrong(error)) from error
+
+
+def _validated(schema: type[_Schema], content: Any, path: Path) -> _Schema:
+    try:
+        return schema.model_validate(content)
+    except ValueError as error:
+        raise damaged(path, what_is_wrong(error)) from error
 
 
 def damaged(path: Path, why: str) -> CheckpointError:
@@ -232,40 +231,28 @@ def library_versions() -> dict[str, str]:
 
 
 def write_checksums(folder: Path, names: Sequence[str]) -> None:
-    """Write the hashes of files of a folder beside them."""
-    files = {name: _checksum(folder / name).model_dump() for name in names}
+    """Write sizes and hashes of files of a folder beside them."""
+    files = {name: dict(zip(("bytes", "sha256"), hash_regular(folder / name), strict=True)) for name in names}
     (folder / CHECKSUMS).write_text(json.dumps({"files": files}, indent=2), encoding="utf-8")
 
 
 def check_file(path: Path, *, most_bytes: int | None = None) -> None:
-    """Compare a model's file with what was noted when it was written, or raise CheckpointError; see `_checksum`."""
+    """Compare a model's file with what was noted when it was written; CheckpointError also where it is larger."""
     checksums = path.with_name(CHECKSUMS)
-    try:
-        noted = ChecksumsSchema.model_validate(parse_json(read_regular(checksums, most_bytes=_MOST_CHECKSUMS_BYTES)))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(
-            f"{str(path.parent)!r} has no {CHECKSUMS}, so nobody knows whether the model in it is whole: it was copied "
-            f"in part, or saving was cut off. {_REMEDY}"
-        ) from error
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise damaged(checksums, what_is_wrong(error)) from error
-    if path.name not in noted.files:
+    missing = (
+        f"{str(path.parent)!r} has no {CHECKSUMS}, so nobody knows whether the model in it is whole: it was copied in "
+        f"part, or saving was cut off. {_REMEDY}"
+    )
+    content = _read_json(checksums, _MOST_CHECKSUMS_BYTES, missing)
+    wanted = _validated(ChecksumsSchema, content, checksums).files.get(path.name)
+    if wanted is None:
         raise damaged(checksums, f"{path.name} is not in it")
-    wanted = noted.files[path.name]
     try:
-        actual = _checksum(path, most_bytes=wanted.bytes if most_bytes is None else min(wanted.bytes, most_bytes))
+        actual = hash_regular(path, most_bytes=min(wanted.bytes, wanted.bytes if most_bytes is None else most_bytes))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{str(path)!r} is missing, and a model has it. {_REMEDY}") from error
-    if actual != wanted:
+    if actual != (wanted.bytes, wanted.sha256):
         raise damaged(path, f"its hash is not that in {CHECKSUMS}: it was truncated or replaced, or saving was cut off")
-
-
-def _checksum(path: Path, *, most_bytes: int | None = None) -> FileSchema:
-    """Hash a file; CheckpointError where it is larger than it can be, or no regular file."""
-    n_bytes, sha256 = hash_regular(path, most_bytes=most_bytes)
-    return FileSchema(bytes=n_bytes, sha256=sha256)
 
 
 # The model card

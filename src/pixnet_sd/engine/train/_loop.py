@@ -61,7 +61,7 @@ def _start_head(network: Network, slides: Sequence[TrainingSlide], means: list[l
     if network.head.is_linear:
         network.start_from(torch.from_numpy(np.mean(every, axis=0)), float(np.median(typical)))
     else:
-        network.start_at(torch.from_numpy(np.mean(density, axis=0)))
+        network.start_from(torch.from_numpy(np.mean(density, axis=0)))
 
 
 def _trained(network: Network) -> dict[str, Tensor]:
