@@ -98,45 +98,33 @@ def gene_map(known) -> NDArray[np.float32]:
     return known("mean")[2]
 
 
-def some_circles() -> Circles:
-    """Anywhere, partly outside, on glass, off the slide, and one between pixel centres."""
-    rng = np.random.default_rng(4)
-    centres = rng.uniform([0, 0], [WIDTH, HEIGHT], (25, 2))
-    special = [[0, 150], [360, 280], [350, 20], [-90, 50], [100.0, 100.0]]
-    return Circles(np.concatenate([centres, special]), np.r_[rng.uniform(2, 40, 25), 30, 18, 6, 20, 0.3])
+def star(x: float, y: float, radius: float) -> NDArray[np.float64]:
+    angle = np.arange(18) * np.pi / 9 + 0.1
+    reach = np.where(np.arange(18) % 2, 0.6, 1.0) * radius
+    return np.stack([x + reach * np.cos(angle), y + reach * np.sin(angle)], 1)
 
 
-def star(centre: tuple[float, float], radius: float, n: int = 9) -> NDArray[np.float64]:
-    angle = np.arange(2 * n) * np.pi / n + 0.1
-    reach = np.where(np.arange(2 * n) % 2, 0.6, 1.0) * radius
-    return np.stack([centre[0] + reach * np.cos(angle), centre[1] + reach * np.sin(angle)], 1)
+ANYWHERE = np.random.default_rng(4).uniform([0, 0, 2], [WIDTH, HEIGHT, 40], (25, 3))
+SPECIAL = [[0, 150, 30], [360, 280, 18], [350, 20, 6], [-90, 50, 20], [100, 100, 0.3]]
+"""x, y and radius: partly outside, twice on glass, off the slide, and between pixel centres."""
+XYR = np.concatenate([ANYWHERE, SPECIAL])
 
-
-RINGS = [[star((170, 140), 150), star((160, 120), 50)], [star((40, 260), 30)], [star((345, 60), 20)]]
+RINGS = [star(170, 140, 150), star(160, 120, 50), star(40, 260, 30), star(345, 60, 20)]
+OWNER = np.array([0, 0, 1, 2])
 """Of three polygons: one larger than most tiles, with a hole; one on a border of the tissue; one on glass."""
 
+ROW, COL = np.mgrid[: HEIGHT // 2, : WIDTH // 2]
+LABELS = np.where((COL * 7 + ROW * 3) % 11 < 8, (ROW // 40 * 5 + COL // 37) * 10 + 5, 0).astype(np.int32)
+"""Half the resolution of the slide: patches of 3 to 40 pixels, with ids that are no counts."""
 
-def some_polygons() -> Polygons:
-    rings = [ring for polygon in RINGS for ring in polygon]
-    owner = [k for k, polygon in enumerate(RINGS) for _ in polygon]
-    offsets = np.concatenate([[0], np.cumsum([len(r) for r in rings])])
-    return Polygons(np.concatenate(rings), offsets, np.array(owner), len(RINGS))
-
-
-def label_image() -> NDArray[np.int32]:
-    """Half the resolution of the slide: patches of 3 to 40 pixels, with ids that are no counts."""
-    y, x = np.mgrid[: HEIGHT // 2, : WIDTH // 2]
-    patch = (y // 40) * 5 + x // 37
-    return np.where((x * 7 + y * 3) % 11 < 8, patch * 10 + 5, 0).astype(np.int32)
-
-
-def some_labels() -> LabelGrid:
-    labels = label_image()
-    return LabelGrid(labels, np.unique(labels)[1:].astype(np.int64), np.diag([2.0, 2.0, 1.0]))
-
-
+CIRCLES = Circles(XYR[:, :2], XYR[:, 2])
+POLYGONS = Polygons(np.concatenate(RINGS), np.arange(0, 18 * 5, 18), OWNER, 3)
+KINDS = {
+    "circles": CIRCLES,
+    "polygons": POLYGONS,
+    "labels": LabelGrid(LABELS, np.unique(LABELS)[1:].astype(np.int64), np.diag([2.0, 2.0, 1.0])),
+}
 NO_REGIONS = Circles(np.empty((0, 2)), np.empty(0))
-KINDS = {"circles": some_circles, "polygons": some_polygons, "labels": some_labels}
 
 
 def mask_of(regions: Any, k: int) -> NDArray[np.bool_]:
@@ -146,11 +134,10 @@ def mask_of(regions: Any, k: int) -> NDArray[np.bool_]:
         cx, cy = regions.centre_xy[k]
         return (x - cx) ** 2 + (y - cy) ** 2 <= regions.radius[k] ** 2
     if isinstance(regions, Polygons):
-        return shapely.contains_xy(shapely.Polygon(RINGS[k][0], RINGS[k][1:]), x, y)
-    full = np.zeros(x.shape, np.int64)
-    twice = np.kron(label_image(), np.ones((2, 2), np.int64))
-    full[: twice.shape[0], : twice.shape[1]] = twice
-    return full == regions.ids[k]
+        rings = [shapely.Polygon(RINGS[ring]) for ring in np.flatnonzero(k == OWNER)]
+        return np.logical_xor.reduce([shapely.contains_xy(ring, x, y) for ring in rings])
+    of_label = np.kron(regions.ids[k] == LABELS, np.ones((2, 2), bool))
+    return np.pad(of_label, [(0, n - m) for n, m in zip(x.shape, of_label.shape, strict=True)])
 
 
 def resized(low: NDArray[Any]) -> NDArray[np.float64]:
@@ -234,7 +221,7 @@ def walk(known, pixels, reader, fabric, tissue) -> Callable[..., Walked]:
     network, halo_px, _ = known("mean")
 
     def run(
-        regions: Any = None,
+        regions: Any = NO_REGIONS,
         tile_px: int = 64,
         batch_size: int = 1,
         block_px: int | None = None,
@@ -250,7 +237,7 @@ def walk(known, pixels, reader, fabric, tissue) -> Callable[..., Walked]:
         **options: Any,
     ) -> Walked:
         sink = sink or (Map(block_px) if block_px else None)
-        plan = plan or plan_regions(NO_REGIONS if regions is None else regions, GRID, tissue, 16)
+        plan = plan or plan_regions(regions, GRID, tissue, 16)
         tiling, side = Tiling(tile_px, halo, batch_size, n_symmetries), window_side(tile_px, sink and sink.block_px)
         head = net.head.select(GENES)
         whole = PredictPlan(plan, tiling, side, head, **({"shown": head} | options))
@@ -291,7 +278,7 @@ def test_neither_map_nor_regions_depend_on_the_walk(
 
     Densities are summed over the map after the link.
     """
-    (net, halo, whole), regions = known(name), KINDS[kind]()
+    (net, halo, whole), regions = known(name), KINDS[kind]
     found = walk(regions, tile_px, batch_size, block_px, net=net, halo=halo)
     expected, n_px = literal(regions, whole, tissue, net.aggregation), 1
     if net.aggregation == "sum":
@@ -308,7 +295,7 @@ def test_neither_map_nor_regions_depend_on_the_walk(
 
 @pytest.mark.parametrize("aggregation", ["mean", "sum"])
 def test_sums_of_d_become_those_of_the_genes(make_network, walk, aggregation) -> None:
-    net, regions = make_network(aggregation=aggregation), some_circles()
+    net, regions = make_network(aggregation=aggregation), CIRCLES
     found = walk(regions, net=net, pooled=True, block_px=16)
     on_slide = found.weight > 0
     weight, n_px = net.head.weight.detach()[GENES], torch.from_numpy(found.weight[on_slide]).float()[:, None]
@@ -320,7 +307,7 @@ def test_sums_of_d_become_those_of_the_genes(make_network, walk, aggregation) ->
 
 
 def test_two_threads_take_a_tile_each(walk, gene_map, tissue) -> None:
-    regions, before = some_circles(), torch.get_num_threads()
+    regions, before = CIRCLES, torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         found = walk(regions, 64, block_px=16)
@@ -374,7 +361,7 @@ def stored(walk) -> NDArray[np.float32]:
 )
 def test_a_stored_map_gives_the_same_values(walk, stored, gene_map, tissue, kind, columns) -> None:
     """Of a whole one no tile is run, unless regions lie on glass, which the map knows nothing of."""
-    regions, values = KINDS[kind](), stored.copy()
+    regions, values = KINDS[kind], stored.copy()
     values[:, :, columns:] = 1e6  # not to be read
     found = walk(regions, stored=stored_map(values, columns))
     assert_close(found.values, literal(regions, gene_map, tissue, "mean"), gene_map.std())
@@ -397,7 +384,7 @@ def test_stored_factors_give_map_and_regions(make_network, walk, tissue, link, p
     np.testing.assert_array_equal(values[-1], tissue)
     assert not values[:, ~tissue].any()
 
-    regions = some_polygons()
+    regions = POLYGONS
     on_tissue = regions.subset(np.flatnonzero(~plan_regions(regions, GRID, tissue, 16).on_glass))
     options = {"net": net, "block_px": 16, "pooled": pooled}
     expected = walk(on_tissue, **options)
@@ -410,11 +397,11 @@ def test_stored_factors_give_map_and_regions(make_network, walk, tissue, link, p
 @pytest.mark.parametrize("block_px", [8, 16])
 def test_a_map_that_was_cut_off_goes_on(walk, gene_map, tissue, block_px: int) -> None:
     """Blocks that are done are left alone; regions over them are predicted all the same."""
-    regions, sink = some_circles(), Map(block_px)
+    regions, sink = CIRCLES, Map(block_px)
     sink.done = set(sink.blocks[::3])
     found = walk(regions, 64, sink=sink)
     assert not set(sink.written) & sink.done
-    assert walk(None, 64, sink=Map(block_px, done=set(sink.blocks))).tiles_run == 0
+    assert walk(sink=Map(block_px, done=set(sink.blocks))).tiles_run == 0
     assert set(sink.written) | sink.done >= {b for b in sink.blocks if tissue[b[0] : b[1], b[2] : b[3]].any()}
     assert_close(found.values, literal(regions, gene_map, tissue, "mean"), gene_map.std())
     there = tissue & ~np.isnan(sink.values[0])
@@ -467,14 +454,14 @@ def test_a_read_that_fails_surfaces(walk, pixels, reader) -> None:
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_few_tiles_are_held_at_once(walk, pixels, reader, batch_size: int) -> None:
     read = reader(pixels)
-    assert walk(None, 32, batch_size, 64, read=read).tiles_run > 5 * batch_size + 35
+    assert walk(NO_REGIONS, 32, batch_size, 64, read=read).tiles_run > 5 * batch_size + 35
     assert read.most_alive <= batch_size + max(AHEAD, batch_size + 1) + 3
 
 
 def test_the_network_is_left_in_evaluation_mode_without_gradients(make_network, walk) -> None:
     net = make_network(dropout=0.5).train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    once, again = (walk(some_circles(), 64, net=net.train()).values for _ in range(2))
+    once, again = (walk(CIRCLES, 64, net=net.train()).values for _ in range(2))
     np.testing.assert_array_equal(once, again)
     assert not net.training
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -482,7 +469,7 @@ def test_the_network_is_left_in_evaluation_mode_without_gradients(make_network, 
 
 
 def test_windows_that_are_done_are_left_alone(walk) -> None:
-    regions = some_circles()
+    regions = CIRCLES
     windows = walk(regions).windows
     found = walk(regions, done=lambda window: window in windows[:7])
     assert found.windows == windows[7:]
@@ -515,7 +502,7 @@ def test_lattices_equal_their_plain_regions(walk, gene_map, angle: float, radius
 @pytest.mark.gpu
 def test_on_a_gpu(network, walk, gene_map, tissue) -> None:
     """bf16 rounds, and that is all."""
-    regions = some_circles()
+    regions = CIRCLES
     found = walk(regions, 64, 4, 16, net=copy.deepcopy(network), fabric=make_fabric("cuda"))
     assert_close(found.map.values[:, tissue], gene_map[:, tissue], gene_map.std(), 0.1)
     assert_close(found.values, literal(regions, gene_map, tissue, "mean"), gene_map.std(), 0.1)
