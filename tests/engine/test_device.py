@@ -8,8 +8,9 @@ import itertools
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from pixnet_sd.errors import PixNetError
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
+@pytest.mark.parametrize("device", [torch.device("cpu"), None])
 def test_cpu_in_full_precision(monkeypatch, device) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     fabric = make_fabric(device)
@@ -67,36 +68,23 @@ def raise_within(run: contextlib.AbstractContextManager[object], look: Callable[
         fail_within()
 
 
-@pytest.mark.parametrize(("device", "inside"), [("cuda", True), ("cpu", False)])
-def test_kernels_are_tried_on_a_gpu_and_the_setting_is_put_back(device: str, inside: bool) -> None:
+def test_kernels_are_tried_on_a_gpu_and_the_setting_is_put_back() -> None:
     seen: list[bool] = []
-    raise_within(fixed_shapes(torch.device(device)), lambda: seen.append(torch.backends.cudnn.benchmark))
-    assert [*seen, torch.backends.cudnn.benchmark] == [inside, False]
-
-
-class Libc:
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, ...]] = []
-
-    def mallopt(self, name: int, value: int) -> None:
-        self.calls.append((name, value))
-
-    def malloc_trim(self, keep: int) -> None:
-        self.calls.append((keep,))
+    for device in ("cuda", "cpu"):
+        raise_within(fixed_shapes(torch.device(device)), lambda: seen.append(torch.backends.cudnn.benchmark))
+        seen.append(torch.backends.cudnn.benchmark)
+    assert seen == [True, False, False, False]
 
 
 @pytest.mark.parametrize(("device", "library"), [("cpu", "glibc"), ("cuda", "glibc"), ("cpu", "")])
 def test_memory_is_kept_and_given_back(monkeypatch, device: str, library: str) -> None:
-    libc = Libc()
+    libc = Mock()
     monkeypatch.setattr(platform, "libc_ver", lambda: (library, ""))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
-    during: list[tuple[int, ...]] = []
-    raise_within(kept_memory(torch.device(device)), lambda: during.extend(libc.calls))
-    if (device, library) == ("cpu", "glibc"):
-        assert dict(during) == {-3: 2**30, -1: 2**31 - 1}
-        assert libc.calls[2:] == [(-3, 2**25), (-1, 2**26), (0,)]
-    else:
-        assert not libc.calls
+    raise_within(kept_memory(torch.device(device)), libc.inside)
+    expected = [call.mallopt(-3, 2**30), call.mallopt(-1, 2**31 - 1), call.inside()]
+    expected += [call.mallopt(-3, 2**25), call.mallopt(-1, 2**26), call.malloc_trim(0)]
+    assert libc.mock_calls == (expected if (device, library) == ("cpu", "glibc") else [call.inside()])
 
 
 @dataclass
@@ -134,13 +122,15 @@ def test_pairs_keep_the_order_and_give_threads_back() -> None:
     assert not Pairs(torch.device("cpu"))  # one thread
     assert not Pairs(torch.device("cuda"))
     before, seen = torch.get_num_threads(), []
+
+    def stack(images: list[Tensor]) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return torch.stack(images)
+
     torch.set_num_threads(2)
     try:
         pairs = Pairs(torch.device("cpu"))
-        values = pairs.map(
-            lambda images: seen.append(torch.get_num_threads()) or torch.stack(images),
-            [torch.full((2,), k) for k in range(5)],
-        )
+        values = pairs.map(stack, [torch.full((2,), k) for k in range(5)])
         pairs.close()
         assert torch.get_num_threads() == 2
     finally:
@@ -226,18 +216,12 @@ def test_prefetch_keeps_the_order_and_raises_at_its_place() -> None:
     assert list(prefetch([])) == []
 
 
-def endless(started: list[int]) -> Iterator[Callable[[], int]]:
-    return (lambda k=k: started.append(k) or k for k in itertools.count())
-
-
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_prefetch_does_not_run_away_and_closes_with_the_consumer(ahead: int) -> None:
     started, before = [], threading.active_count()
-    results = prefetch(endless(started), ahead)
+    results = prefetch((lambda k=k: started.append(k) for k in itertools.count()), ahead)
     for taken in range(1, 6):
         next(results)
         assert len(started) <= taken + ahead
     results.close()
-    at_close = len(started)
     assert threading.active_count() == before
-    assert len(started) == at_close

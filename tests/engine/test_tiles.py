@@ -50,10 +50,6 @@ def test_turning_the_map_back_equals_moving_the_regions(k: int) -> None:
     d = torch.rand(2, height, width)
     turned = apply_symmetry(d, k)  # what a network makes of a turned tile
     assert torch.equal(undo_symmetry(turned, k), d)
-    assert (
-        sum(other.shape == d.shape and torch.equal(other, d) for other in map(apply_symmetry, [d] * 8, range(8))) == 1
-    )
-
     back = build_operator(regions, Grid(height, width, stride))
     there = build_operator(moved(regions, k, height * stride, width * stride), Grid(*turned.shape[-2:], stride))
     assert back.n_px.sum() > 200
@@ -62,7 +58,7 @@ def test_turning_the_map_back_equals_moving_the_regions(k: int) -> None:
     torch.testing.assert_close(undone, there.apply(turned.flatten(1).T), rtol=1e-5, atol=1e-4)
 
 
-def test_jitter_keeps_the_range_and_white_nearly_white() -> None:
+def test_jitter_keeps_the_range_and_white_nearly_white_and_follows_the_generator() -> None:
     image = torch.rand(16, 3, 4, 4).mul(255)
     image[:, :, 0] = 255
     changed = jitter_stain(image, 0.5, generator())
@@ -72,8 +68,6 @@ def test_jitter_keeps_the_range_and_white_nearly_white() -> None:
     assert torch.equal(jitter_stain(image, 0.0, generator()), image)
     torch.testing.assert_close(jitter_stain(image, 1e-9, generator()), image, rtol=0, atol=1e-3)
 
-
-def test_jitter_changes_each_tile_and_channel_by_the_generator() -> None:
     image = torch.full((2, 3, 2, 2), 100.0)
     once, again, other = (jitter_stain(image, 0.1, generator(seed)) for seed in (3, 3, 4))
     assert len(once[:, :, 0, 0].unique()) == 6
@@ -137,6 +131,7 @@ def test_every_region_lies_in_a_tile_with_its_margin(slide_of, fine, coarse, til
     assert all(0 < side <= tile_px and side % ALIGN_PX == 0 for side in tiling.tiles[0][2:])
 
 
+@settings(max_examples=50)
 @given(
     extent=st.floats(92, 128), place=st.floats(0, 40), shift=st.tuples(SHARE, SHARE), far=st.sampled_from([0, 40, 900])
 )
@@ -152,15 +147,10 @@ def test_regions_nearly_as_large_as_a_tile_are_held_or_refused(slide_of, extent,
         assert set(covered(tiling)) == {0, 1}
 
 
-def test_one_tile_no_larger_than_needed(slide_of) -> None:
+def test_tiles_are_no_larger_and_no_more_than_needed(slide_of) -> None:
+    assert len(training_tiles(slide_of(Circles([[-3, 2], [5000, 5000]], [10, 5])), 128).tiles) == 2
     (tile,) = training_tiles(slide_of(Circles([[-7.3, -7.3], [52.7, 2.7]], [9, 9])), 512).tiles
     assert tile[2:] == (128, 192)  # 28 and 78 pixels, 32 on each side, and up to 64 of alignment
-
-
-def test_tiles_without_regions_are_left_out_and_off_the_slide_covered(slide_of) -> None:
-    tiling = training_tiles(slide_of(Circles([[-3, 2], [5000, 5000]], [10, 5])), 128)
-    assert len(tiling.tiles) == 2
-    assert set(covered(tiling)) == {0, 1}
 
 
 def test_shift_moves_tiles(slide_of) -> None:

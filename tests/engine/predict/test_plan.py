@@ -41,14 +41,6 @@ def resized(low: np.ndarray) -> np.ndarray:
     return interpolate(full, (HEIGHT, WIDTH), mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
-def test_windows_tile_the_grid_once() -> None:
-    times = np.zeros((GRID.height, GRID.width), int)
-    for row0, row1, col0, col1 in windows_of(GRID, 7):
-        assert max(row1 - row0, col1 - col0) <= 7
-        times[row0:row1, col0:col1] += 1
-    assert (times == 1).all()
-
-
 def test_weight_counts_tissue_or_all_pixels_of_glass(tissue, circles) -> None:
     plan = plan_regions(circles, GRID, tissue, WHOLE)
     seen, weights = resized(tissue), dense(plan, WHOLE).sum(axis=1)

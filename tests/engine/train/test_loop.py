@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -129,8 +130,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     monkeypatch.undo()
     found = run(resumed, *data, **options)
     assert same(straight, resumed)
-    for row, other in zip(found.history, expected.history, strict=True):
-        assert row | {"seconds": 0} == other | {"seconds": 0}
+    one, other = ([row | {"seconds": 0} for row in result.history] for result in (found, expected))
+    assert one == other
     assert found.best_epoch == expected.best_epoch
 
 
@@ -178,7 +179,7 @@ def test_the_state_of_another_network_is_refused(make_network, run, learnable) -
 def scripted(monkeypatch: pytest.MonkeyPatch, *pccs: float, mse: tuple[float, ...] = ()) -> None:
     """Let validation find these scores, epoch by epoch, where the gene means have an error of 1."""
     errors = mse or (1.0,) * len(pccs)
-    scores = iter(Scores(r, e, [r, 0.25, float("nan")], 1.0, 1.0) for r, e in zip(pccs, errors, strict=True))
+    scores = iter(Scores(r, e, [r, 0.25, float("nan")], 1.0, 1.0) for r, e in zip(pccs, errors, strict=False))
     monkeypatch.setattr(Trainer, "score", lambda *_: next(scores))
 
 
@@ -213,7 +214,7 @@ def test_a_frozen_encoder_sees_each_tile_once_a_symmetry(make_network, run, lear
     slide, passes = learnable(), []
     network = make_network(frozen=True)
     network.encoder.register_forward_hook(lambda *_: passes.append(1))
-    run(network, [slide], max_epochs=12)
+    run(network, [slide], max_epochs=8)
     n_tiles = len(set(slide.read.calls))
     assert n_tiles < len(slide.read.calls) == len(passes) <= 8 * n_tiles
 
@@ -229,17 +230,15 @@ def test_the_head_starts_at_the_mean_target(make_network, run, learnable, aggreg
 
 
 def test_the_papers_optimizer(make_network, run, learnable, monkeypatch) -> None:
-    made, adam = [], torch.optim.Adam
-    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: made.append(options) or adam(*args, **options))
+    adam = Mock(wraps=torch.optim.Adam)
+    monkeypatch.setattr(torch.optim, "Adam", adam)
     options = {"optimizer": "adam", "lr": 1e-3, "weight_decay": 1e-4}
-    history = run(make_network(laterals=False, aggregation="sum"), [learnable()], max_epochs=2, **options).history
-    assert made == [{"lr": 1e-3, "weight_decay": 1e-4}]
-    assert {row["lr"] for row in history} == {1e-3}
+    run(make_network(laterals=False, aggregation="sum"), [learnable()], max_epochs=1, **options)
+    assert adam.call_args.kwargs == {"lr": 1e-3, "weight_decay": 1e-4}
 
 
 def test_steps_are_counted_and_rates_annealed_over_them(make_network, run, learnable) -> None:
-    history = run(make_network(), [learnable()], anneal=True, max_epochs=100, max_steps=9).history
-    rates = [row["lr"] for row in history]
+    rates = [row["lr"] for row in run(make_network(), [learnable()], anneal=True, max_epochs=100, max_steps=9).history]
     assert np.argmax(rates) in (0, 1)
     assert rates[-1] < 0.1 * max(rates)
 
@@ -292,7 +291,7 @@ def test_a_good_epoch_before_a_divergence_is_the_model(make_network, run, learna
 
 @pytest.mark.parametrize(("mse", "keep_best"), [((float("nan"),), True), ((0.8, 1e16), False)])
 def test_a_divergence_without_a_good_epoch(make_network, run, learnable, monkeypatch, mse, keep_best) -> None:
-    scripted(monkeypatch, *(0.1 * k for k in range(len(mse))), mse=mse)
+    scripted(monkeypatch, 0.0, 0.1, mse=mse)
     with pytest.raises(DivergenceError):
         run(make_network(), [learnable()], [learnable()], keep_best=keep_best)
 

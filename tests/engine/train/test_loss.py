@@ -11,7 +11,7 @@ from scipy import sparse
 
 from pixnet_sd.engine.train import BatchLoss, output_blocks
 from pixnet_sd.geometry import Circles, Grid
-from pixnet_sd.model import Network, build_operator, make_objective
+from pixnet_sd.model import Network, Operator, build_operator, make_objective
 
 M = 150
 GRID = Grid(8, 8, 4)
@@ -60,21 +60,18 @@ def test_outputs_are_held_within_128_mib(n_outputs: int, n_rows: int, n_blocks: 
 
 
 @pytest.mark.parametrize("name", ["mse_pcc", "poisson"])
-def test_sizes_weigh_the_same(network, fabric, name: str) -> None:
+def test_sizes_weigh_the_same_and_one_without_regions_nothing(network, fabric, name: str) -> None:
     net = network(name)
     both = loss_of(net, name)
-    each = [
-        run(net, BatchLoss(net, both.objective, [both.operators[k]], [both.targets[k]], [k]), fabric)[0] for k in (0, 1)
-    ]
-    assert run(net, both, fabric)[0] == pytest.approx(np.mean(each), rel=1e-5)
 
+    def loss(operators: list[Operator], targets: list[torch.Tensor], sizes: list[int]) -> float:
+        return run(net, BatchLoss(net, both.objective, operators, targets, sizes), fabric)[0]
 
-def test_a_size_without_regions_takes_no_part(network, fabric) -> None:
-    net = network("mse_pcc")
-    loss = loss_of(net, "mse_pcc")
-    operators = [*loss.operators, build_operator(Circles(np.empty((0, 2)), np.empty(0)), GRID)]
-    more = BatchLoss(net, loss.objective, operators, [*loss.targets, torch.empty(0, M)], [0, 1, 2])
-    assert run(net, more, fabric)[0] == run(net, loss, fabric)[0]
+    each = [loss([both.operators[k]], [both.targets[k]], [k]) for k in (0, 1)]
+    expected = run(net, both, fabric)[0]
+    assert expected == pytest.approx(np.mean(each), rel=1e-5)
+    empty = build_operator(Circles(np.empty((0, 2)), np.empty(0)), GRID)
+    assert loss([*both.operators, empty], [*both.targets, torch.empty(0, M)], [0, 1, 2]) == expected
 
 
 def test_depth_scales_what_is_expected(network, fabric) -> None:

@@ -69,12 +69,13 @@ def test_round_trip(state, tmp_path: Path, caplog) -> None:
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("library", "warns"), [("torch", True), ("anndata", False)])
-def test_other_versions_are_warned_of_and_do_not_end_a_run(state, tmp_path: Path, caplog, library, warns) -> None:
-    state.versions[library] = "0.0.1"
+def test_other_versions_are_warned_of_and_do_not_end_a_run(state, tmp_path: Path, caplog) -> None:
+    """Of what computes, not of what reads."""
+    state.versions |= {"torch": "0.0.1", "anndata": "0.0.2"}
     state.save(tmp_path)
     assert RunState.load(tmp_path, "abc").epoch == 4
-    assert ("torch 0.0.1" in caplog.text) == bool(caplog.records) == warns
+    assert "torch 0.0.1" in caplog.text
+    assert "anndata" not in caplog.text
 
 
 def test_state_of_another_run(state, tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_damaged(state, tmp_path: Path) -> None:
     path = tmp_path / FILE
     whole = path.read_bytes()
     damaged = [whole[:size] for size in (0, 1, 100, len(whole) // 2, len(whole) - 64, len(whole) - 1)]
-    for bit in range(0, 8 * len(whole), 8 * len(whole) // 50):
+    for bit in range(0, 8 * len(whole), 8 * len(whole) // 30):
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8
         damaged.append(bytes(content))

@@ -30,7 +30,7 @@ def kept(slide: TrainingSlide, size: int = 0) -> np.ndarray:
     return measured.values[:, 0].astype(int)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(fraction=st.floats(0.02, 0.9), seed=st.integers(0, 1000))
 def test_blocks_hold_together(slide_of, fraction: float, seed: int) -> None:
     fine, coarse = lattice(10, 4), lattice(25, 20)
