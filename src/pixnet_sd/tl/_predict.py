@@ -298,7 +298,7 @@ class _Job:
     @property
     def index(self) -> list[int]:
         """Genes of this call among the model's."""
-        return pd.Index(self.model.genes).get_indexer(self.genes).tolist()
+        return pd.Index(self.model.genes).get_indexer(pd.Index(self.genes)).tolist()
 
     @property
     def outputs(self) -> list[str]:
@@ -389,7 +389,7 @@ def _stored_maps(job: _Job) -> dict[str, StoredMap]:
             logger.info("map %r is not read back, but computed anew: %s", key, why_not)
             continue
         reader = open_map(job.sdata, key)
-        channels = pd.Index(reader.genes).get_indexer(reader.genes[:-1] if has_features else job.outputs)
+        channels = pd.Index(reader.genes).get_indexer(pd.Index(reader.genes[:-1] if has_features else job.outputs))
         if (channels >= 0).all():
             stored[key] = StoredMap(partial(reader.read, channels.tolist()), reader.shape, has_features)
     return stored
