@@ -9,13 +9,14 @@ import pytest
 import spatialdata as sd
 import zarr
 from spatialdata.models import Image2DModel
-from spatialdata.transformations import get_transformation
+from spatialdata.transformations import Identity, get_transformation
 from tests.store.putting import own_chunks
 
 from pixnet_sd.errors import DataError, ElementError, StoreError
 from pixnet_sd.store import Transaction, work_folder
 from pixnet_sd.store.gene_map import (
     GeneMapWriter,
+    image_pyramid,
     image_transforms,
     map_layout,
     map_transforms,
@@ -233,3 +234,16 @@ def test_reader_prefers_what_is_in_memory_over_a_stale_store(slide, in_memory):
     write_map(in_memory, values=VALUES * 2)
     slide.images[KEY] = in_memory.images[KEY]
     np.testing.assert_array_equal(open_map(slide, KEY).read([3], (0, 5, 0, 5)), VALUES[3:4, :5, :5] * 2)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda image: image * 2, lambda image: image[:, ::-1], lambda image: image[:, 8:40, 8:40]]
+)
+def test_reader_takes_what_is_computed_from_the_store_as_it_is(slide, change):
+    """A stored map that was changed lazily still has no other files than the store's."""
+    write_map(slide)
+    image = slide.images[KEY]["scale0"]["image"]
+    changed = change(image)
+    slide.images[KEY] = image_pyramid([changed.data], GENES, {"global": Identity()})
+    assert open_map(slide, KEY).shape == changed.shape[1:]
+    np.testing.assert_array_equal(open_map(slide, KEY).read([3], (0, 5, 0, 5)), changed.values[3:4, :5, :5])

@@ -232,7 +232,7 @@ class Walk:
         """Start to sum a window's values, or its D, over its regions."""
         window, regions = opened.visit.window, opened.regions
         if regions is None:
-            return partial(nullcontext[RegionShare], RegionShare.empty(window, self._plan.n_columns))
+            return lambda: nullcontext(RegionShare.empty(window, self._plan.n_columns))
         if self._reads_values(opened.visit):
             sums, weight = regions.share(values.flatten(1).T)
         else:

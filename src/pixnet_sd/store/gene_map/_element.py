@@ -23,11 +23,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import zarr
-from spatialdata import get_dask_backing_files
 from spatialdata.models import Image2DModel, Labels2DModel, TableModel
 from spatialdata.transformations import Scale, get_transformation, set_transformation
 from spatialdata.transformations import Sequence as InTurn
 from xarray import DataArray, Dataset, DataTree
+from zarr.storage import LocalStore
 
 from pixnet_sd._notes import note_of, stored_note, table_note, table_uns
 from pixnet_sd.errors import DataError, ElementError, StoreError
@@ -323,13 +323,24 @@ def is_as_written(sdata: SpatialData, key: str) -> bool:
 
 
 def _folder(sdata: SpatialData, key: str) -> Path | None:
-    """Folder of a map whose pixels are, chunk by chunk, read from the object's store; None for one in memory."""
+    """Folder of a map whose levels are read as they lie in the object's store; None for one in memory, or computed."""
     store = local_store(sdata)
     if store is None:
         return None
     folder = store / "images" / key
-    files = [Path(file).resolve() for file in get_dask_backing_files(sdata.images[key])]
-    return folder if files and all(file.is_relative_to(folder) for file in files) else None
+    levels = getattr(sdata.images[key], "children", {})
+    sources = [_source(level["image"].data) for level in levels.values()]
+    return folder if sources and all(source and source.resolve().is_relative_to(folder) for source in sources) else None
+
+
+def _source(array: Any) -> Path | None:
+    """Folder of the Zarr array that a dask array reads, all of it and nothing else; None where there is none."""
+    # As `dask.array.from_zarr` names it; a look at every node, as spatialdata's, takes a second on a large map.
+    layers, name = getattr(getattr(array, "dask", None), "layers", {}), f"original-{getattr(array, 'name', '')}"
+    source = layers[name][name] if layers.keys() == {name, array.name} else None
+    if isinstance(source, zarr.Array) and isinstance(source.store, LocalStore):
+        return Path(source.store.root) / source.path
+    return None
 
 
 def _level0(folder: Path) -> Any:
