@@ -20,12 +20,12 @@ TABLE, BINS = "square_008um", "sample_square_008um"
 METRICS = ["MSE", "MAE", "PCC@F", "PCC@S", "PCC@M"]
 
 
-def content(store: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+def content(slides: dict[str, sd.SpatialData]) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for sdata in slides.values() for path in sdata.path.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
-def stores(_drawn: Path, tmp_path_factory) -> dict[str, Path]:
+def slides(_drawn: Path, tmp_path_factory) -> dict[str, sd.SpatialData]:
     """Three slides with the same image; in the third, other genes are the most expressed."""
     folder = tmp_path_factory.mktemp("slides")
     paths = {name: folder / f"{name}.zarr" for name in "ABC"}
@@ -35,41 +35,40 @@ def stores(_drawn: Path, tmp_path_factory) -> dict[str, Path]:
     table = other.tables[TABLE]
     other.tables[TABLE] = ad.AnnData(table.X[:, ::-1], obs=table.obs, var=table.var, obsm=table.obsm, uns=table.uns)
     other.write(paths["C"])
-    return paths
+    return {name: sd.read_zarr(path) for name, path in paths.items()}
 
 
-def run(stores, fast, folder, fit_params=None, **arguments):
-    slides = {name: sd.read_zarr(store) for name, store in stores.items()}
+def run(slides, fast, folder, fit_params=None, **arguments):
     params = fast | {"validation": 0.25, "max_epochs": 1} | (fit_params or {})
     del params["show_progress_bar"]
     arguments = {"groups": {"A": "one", "B": "one", "C": "two"}, "checkpoint_dir": folder} | arguments
-    return ps.tl.cross_validate(slides, fit_params=params, show_progress_bar=False, **arguments)
+    options = {"predict_tile_px": 256, "show_progress_bar": False}
+    return ps.tl.cross_validate(slides, fit_params=params, **options, **arguments)
 
 
 @pytest.fixture(scope="module")
-def finished(stores, fast, tmp_path_factory):
+def finished(slides, fast, tmp_path_factory):
     """Result for two groups, {A, B} and {C}, its folder, and the stores' content before."""
-    before = {name: content(store) for name, store in stores.items()}
-    folder = tmp_path_factory.mktemp("folds") / "cv"
-    return run(stores, fast, folder), folder, before
+    before, folder = content(slides), tmp_path_factory.mktemp("folds") / "cv"
+    return run(slides, fast, folder), folder, before
 
 
-def test_a_fold_knows_nothing_of_what_it_leaves_out(finished, stores):
+def test_a_fold_knows_nothing_of_what_it_leaves_out(finished, slides):
     result, _, before = finished
     models = {fold: ps.PixNet.load(folder) for fold, folder in result.folders.items()}
     assert {fold: set(model.record.slides) for fold, model in models.items()} == {"one": {"C"}, "two": {"A", "B"}}
     for fold, slide in {"one": "C", "two": "A"}.items():
-        table = sd.read_zarr(stores[slide]).tables[TABLE]
+        table = slides[slide].tables[TABLE]
         counts = table.X.toarray()
         counts = counts[counts.sum(axis=1) > 0]
         top = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True)).mean(axis=0).argsort()[-6:]
         assert set(models[fold].genes) == set(table.var_names[top])
-    assert {name: content(store) for name, store in stores.items()} == before  # slides are not changed
+    assert content(slides) == before  # slides are not changed
 
 
-def test_scores_are_those_of_predict_and_evaluate(finished, stores, predict, tmp_path):
+def test_scores_are_those_of_predict_and_evaluate(finished, slides, predict, tmp_path):
     result, folder, _ = finished
-    sdata = sd.read_zarr(shutil.copytree(stores["A"], tmp_path / "A.zarr"))
+    sdata = sd.read_zarr(shutil.copytree(slides["A"].path, tmp_path / "A.zarr"))
     predict(sdata, folder / "one", shapes_key=BINS, write=None)
     expected = ps.tl.evaluate(sdata, table_key=TABLE, predicted_key=f"pixnet_{BINS}")
     of_genes = result.per_gene.query("slide == 'A'").set_index("gene")
@@ -89,21 +88,21 @@ def test_summary(finished):
     pd.testing.assert_frame_equal(pd.read_csv(folder / "summary.csv"), result.summary)
 
 
-def test_finished_folds_are_taken_as_they_are_and_damaged_scores_made_anew(finished, stores, fast, tmp_path, caplog):
+def test_finished_folds_are_taken_as_they_are_and_damaged_scores_made_anew(finished, slides, fast, tmp_path, caplog):
     result, folder, _ = finished
     caplog.set_level("INFO", "pixnet_sd")
     copy = shutil.copytree(folder, tmp_path / "cv")
     (copy / "two" / "scores.json").write_text("{")
-    again = run(stores, fast, copy)
+    again = run(slides, fast, copy)
     assert caplog.text.count("has finished before") == 2
     assert caplog.text.count("scores taken from") == 1
     for name in ("per_gene", "per_slide", "summary"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(result, name))
-    one = run(stores, fast, copy, folds="two")
+    one = run(slides, fast, copy, folds="two")
     assert caplog.text.count("scores taken from") == 2
     pd.testing.assert_frame_equal(one.per_slide, result.per_slide.query("fold == 'two'").reset_index(drop=True))
     with pytest.raises(CheckpointError):  # of other options
-        run(stores, fast, folder, {"train_params": {"lr": 1e-3}})
+        run(slides, fast, copy, {"train_params": {"lr": 1e-3}})
 
 
 @pytest.mark.parametrize(
@@ -121,9 +120,9 @@ def test_finished_folds_are_taken_as_they_are_and_damaged_scores_made_anew(finis
         ({}, PixNetError, "sdatas="),  # of one slide
     ],
 )
-def test_refused(stores, fast, tmp_path, arguments, error, names):
+def test_refused(slides, fast, tmp_path, arguments, error, names):
     with pytest.raises(error, match=names):
-        run(stores if arguments else {"A": stores["A"]}, fast, tmp_path / "cv", **arguments)
+        run(slides if arguments else {"A": slides["A"]}, fast, tmp_path / "cv", **arguments)
     assert not (tmp_path / "cv").exists()
 
 

@@ -126,7 +126,6 @@ def test_tables_that_do_not_go_together(sdata, table_key, predicted_key, names):
         (lambda m, p: setattr(m, "X", m.X * np.nan), "'counts'.*NaN"),
         (lambda m, p: setattr(m, "var_names", ["A", "A", "C", "D", "E", "X"]), "'counts'.*'A'"),
     ],
-    ids=["regions", "genes", "no counts", "NaN", "twice"],
 )
 def test_nothing_to_compare(sdata, spoil, names):
     spoil(sdata.tables["counts"], sdata.tables["predicted"])

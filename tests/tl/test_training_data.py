@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("bins") / "slide.zarr"
-    ps.datasets.sample(size_um=150, mpp=1.0, bin_um=(2, 8, 16)).write(path)
+    ps.datasets.sample(size_um=120, mpp=1.0, bin_um=(2, 8, 16)).write(path)
     return path
 
 

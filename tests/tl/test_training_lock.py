@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -42,16 +43,16 @@ def test_a_finished_model_is_read_where_nothing_can_be_written(slide, fit, check
     fit(slide, checkpoint_dir=checkpoint, validation=0.25, record_model=False)
 
 
-@pytest.mark.parametrize("last", ["checksums.json", None])
-def test_killed_when_the_model_was_trained(slide, fit, tmp_path: Path, monkeypatch, last: str | None) -> None:
-    """The same call finishes, and tidies up."""
+def test_killed_when_the_model_was_trained(slide, fit, tmp_path: Path, monkeypatch) -> None:
+    """The same call finishes, and tidies up, whether the model is whole or lacks its last file."""
     folder = tmp_path / "model"
     with monkeypatch.context() as patched:
         patched.setattr(RunState, "remove", lambda directory: None)
         first = fit(slide, checkpoint_dir=folder, max_epochs=1)
-    (folder / ".training.lock").touch()
-    (folder / "training" / ".pixnet_sd-a.partial").mkdir()
-    if last is not None:
-        (folder / last).unlink()
-    assert fit(slide, checkpoint_dir=folder, max_epochs=1).record == first.record
-    assert {path.name for path in folder.rglob("*")} == MODEL
+    shutil.copytree(folder, tmp_path / "lacking")
+    (tmp_path / "lacking" / "checksums.json").unlink()
+    for left in (folder, tmp_path / "lacking"):
+        (left / ".training.lock").touch()
+        (left / "training" / ".pixnet_sd-a.partial").mkdir()
+        assert fit(slide, checkpoint_dir=left, max_epochs=1).record == first.record
+        assert {path.name for path in left.rglob("*")} == MODEL
