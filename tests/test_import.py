@@ -10,16 +10,22 @@ import pytest
 
 import pixnet_sd
 
+ROOMS = ("anndata", "dask", "geopandas", "pandas", "shapely", "spatialdata", "xarray", "zarr")
 HEAVY = ("torch", "timm", "spatialdata", "anndata", "zarr", "squidpy", "pydantic")
 
 
 def test_import_loads_nothing_heavy_and_what_needs_no_torch_loads_none():
     names = "datasets.sample get.gene_map io.convert_visium_hd io.open_store pl.training_regions settings.verbosity"
-    code = "import operator, sys, pixnet_sd as ps\ndir(ps)\n"
-    code += f"print([m for m in {HEAVY} if m in sys.modules])\n"
-    code += f"print([n for n in {names.split()} if operator.attrgetter(n)(ps) is None or 'torch' in sys.modules])"
+    code = f"""
+import operator, sys, pixnet_sd as ps
+dir(ps)
+print([m for m in {HEAVY} if m in sys.modules])
+from pixnet_sd.model import ModelRecord, read_record
+print([m for m in {(*ROOMS, "torch", "timm")} if m in sys.modules])
+print([n for n in {names.split()} if operator.attrgetter(n)(ps) is None or 'torch' in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["[]", "[]"]
+    assert done.stdout.splitlines() == ["[]"] * 3
 
 
 def test_public_names_resolve():

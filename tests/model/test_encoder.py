@@ -58,10 +58,9 @@ def test_convnet_sees_the_normalised_image() -> None:
     torch.testing.assert_close([encoder.state_dict()[key] for key in ("mean", "std")], [mean, std])
 
 
-@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224"])
-def test_vit_levels_are_timms_intermediates_resampled(name: str) -> None:
-    encoder = build_encoder(name, None).eval()
-    plain = timm.create_model(name, dynamic_img_size=True).eval()
+def test_vit_levels_are_timms_intermediates_resampled() -> None:
+    encoder = build_encoder("test_vit", None).eval()
+    plain = timm.create_model("test_vit", dynamic_img_size=True).eval()
     state = {key.removeprefix("model."): value for key, value in encoder.body.state_dict().items()}
     assert not plain.load_state_dict(state, strict=False).unexpected_keys
     quarters = [round(len(plain.blocks) * k / 4) - 1 for k in (1, 2, 3, 4)]
@@ -154,14 +153,6 @@ def test_a_hub_without_the_weights(hub: Hub, monkeypatch: pytest.MonkeyPatch, ca
     assert hub.asked == (0 if case == "cached" else 1)
 
 
-def test_offline_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What ``HF_HUB_OFFLINE=1`` sets, with the real client."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="'resnet10t'"):
-        build_encoder("resnet10t")
-
-
 # Weights of a file
 
 
@@ -173,10 +164,6 @@ def plain(name: str = "test_resnet") -> nn.Module:
 def without_head(name: str = "test_resnet") -> dict[str, Tensor]:
     head = timm.get_pretrained_cfg(name).classifier
     return {key: value for key, value in plain(name).state_dict().items() if not key.startswith(head)}
-
-
-def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {prefix + key: value for key, value in state.items()}
 
 
 def assert_has(body: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -196,14 +183,15 @@ def test_plain_timm_weights(tmp_path: Path, name: str, suffix: str) -> None:
     assert_has(build_encoder(name, path).body, state)
 
 
-@pytest.mark.parametrize("prefix", ["model.", "resnet.", "model.resnet.", "module.", "module.encoder.", "backbone."])
+@pytest.mark.parametrize("prefix", ["model.resnet.", "module.encoder.", "backbone."])
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
-def test_prefixes_and_nested_states(tmp_path: Path, caplog: Any, prefix: str, key: str | None) -> None:
-    """Such as Lightning's layout, as of the pathology SimCLR ResNet18."""
-    state = prefixed(without_head(), prefix)
+def test_prefixes_and_nested_states(tmp_path: Path, caplog: Any, monkeypatch, prefix: str, key: str | None) -> None:
+    """Such as Lightning's layout, as of the pathology SimCLR ResNet18; in the home folder."""
+    state = {prefix + name: value for name, value in without_head().items()}
     torch.save(state if key is None else {"epoch": 3, key: state, "hparams": {"lr": 0.1}}, tmp_path / "w.ckpt")
+    monkeypatch.setenv("HOME", str(tmp_path))
     with caplog.at_level(logging.INFO, logger="pixnet_sd"):
-        assert_has(build_encoder("test_resnet", tmp_path / "w.ckpt").body, without_head())
+        assert_has(build_encoder("test_resnet", "~/w.ckpt").body, without_head())
     assert [record.levelno for record in caplog.records] == [logging.INFO]
 
 
@@ -279,24 +267,16 @@ def test_no_named_tensors(tmp_path: Path, content: Any) -> None:
         build_encoder("test_resnet", tmp_path / "w.pt")
 
 
-@pytest.mark.parametrize("name", ["nowhere.pt", ".", "pipe.pt", "pipe.safetensors", "loop.pt", "device.pt", "huge.pt"])
+@pytest.mark.parametrize("name", ["nowhere.pt", ".", "pipe.pt", "pipe.safetensors", "huge.pt"])
 def test_not_a_file(tmp_path: Path, name: str) -> None:
-    """A pipe would be waited for, a device never ends, and of a huge file the size is enough to know."""
+    """A pipe would be waited for, and of a huge file the size is enough to know."""
     for pipe in ("pipe.pt", "pipe.safetensors"):
         os.mkfifo(tmp_path / pipe)
-    (tmp_path / "loop.pt").symlink_to("loop.pt")
-    (tmp_path / "device.pt").symlink_to("/dev/zero")
     with (tmp_path / "huge.pt").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(CheckpointError, match="encoder_weights=") as refused:
         build_encoder("test_resnet", tmp_path / name)
     assert str(tmp_path / name) in str(refused.value)
-
-
-def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    save_file(without_head(), tmp_path / "w.safetensors")
-    assert_has(build_encoder("test_resnet", "~/w.safetensors").body, without_head())
 
 
 def test_hash_is_of_names_and_values() -> None:

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.geometry.strategies import grid_and_regions
 from tests.model.literal import aggregates
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pixnet_sd.geometry import MAP_STRIDE, STRIDES, Circles, Grid, LabelGrid, Regions
+from pixnet_sd.geometry import MAP_STRIDE, STRIDES, Circles, Grid, Regions
 from pixnet_sd.model import (
     Decoder,
     DecoderConfig,
@@ -82,24 +81,6 @@ def test_regions_and_gradients_are_the_literal_ones(name: str, example: tuple[Gr
     gradients = [torch.autograd.grad((values * weights).sum(), inputs, retain_graph=True) for values in (fast, slow)]
     for ours, theirs in zip(*gradients, strict=True):
         assert_close(ours, theirs)
-
-
-@settings(deadline=None, max_examples=40)
-@given(example=grid_and_regions(), cut=st.integers(0, 60))
-def test_expected_counts_of_disjoint_regions_add_up(example: tuple[Grid, Regions], cut: int) -> None:
-    """Circles, bins and polygons, each cut in two: the whole has the counts of both."""
-    grid, regions = example
-    height, width = grid.height * grid.stride, grid.width * grid.stride
-    features = feature_map(grid)
-    expected = NETWORKS["densities"].predict_regions(features, build_operator(regions, grid))
-    spans = regions.spans(0, height, 0, width)
-    for k in np.unique(spans.region):
-        labels = np.zeros((height, width), np.int64)
-        mine = spans.region == k
-        for row, start, stop in zip(spans.row[mine], spans.start[mine], spans.stop[mine], strict=True):
-            labels[row, start:stop] = np.where(np.arange(start, stop) < cut, 1, 2)
-        halves = build_operator(LabelGrid(labels, np.unique(labels[labels > 0])), grid)
-        assert_close(NETWORKS["densities"].predict_regions(features, halves).sum(0), expected[k])
 
 
 def test_batches_have_their_columns_one_after_the_other() -> None:
@@ -223,21 +204,16 @@ def shaken(module: nn.Module) -> nn.Module:
     return module
 
 
-def test_papers_decoder_is_eq_3() -> None:
-    decoder = shaken(Decoder(PYRAMID, None, hidden=(4, 6, 8)))
-    assert decoder(pyramid()).shape == (2, 3, 16, 32)
-    torch.testing.assert_close(decoder(pyramid()), eq_3(decoder, pyramid()))
-    with pytest.raises(ValueError, match="zip"):  # a level too few
-        decoder(pyramid()[1:])
-
-
-def test_decoder_with_laterals_is_eq_3_and_drops_only_in_training() -> None:
-    decoder = shaken(Decoder(PYRAMID, (4, 4, 6, 6), hidden=(4, 6, 8), dropout=0.5)).eval()
+@pytest.mark.parametrize("widths", [None, (4, 4, 6, 6)])
+def test_decoder_is_eq_3_and_drops_only_in_training(widths: tuple[int, ...] | None) -> None:
+    decoder = shaken(Decoder(PYRAMID, widths, hidden=(4, 6, 8), dropout=0.5)).eval()
     levels = [lateral(level) for lateral, level in zip(decoder.laterals, pyramid(), strict=True)]
-    assert [level.shape[1] for level in levels] == [4, 4, 6, 6]
+    assert [level.shape[1] for level in levels] == list(widths or PYRAMID)
+    assert decoder(pyramid()).shape == (2, levels[0].shape[1], 16, 32)
     torch.testing.assert_close(decoder(pyramid()), eq_3(decoder, levels))
-    assert torch.equal(decoder(pyramid()), decoder(pyramid()))
-    assert not torch.equal(decoder.train()(pyramid()), decoder(pyramid()))
+    with pytest.raises((RuntimeError, ValueError)):  # a level too few
+        decoder(pyramid()[1:])
+    assert torch.equal(decoder.train()(pyramid()), decoder(pyramid())) == (widths is None)
 
 
 def test_decoder_starts_with_the_size_of_signals_and_without_a_grid() -> None:
