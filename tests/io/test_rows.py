@@ -100,22 +100,15 @@ def test_pieces_of_a_matrix_cover_it_and_are_small(
         assert sizes[start:stop].sum() <= PIECE_ENTRIES or stop == start + 1
 
 
-@pytest.mark.parametrize(
-    ("rows", "places"), [([1, 2, 3], [1, 3]), ([1, 2], [2, 1, 2]), ([3, 2, 2, 1], [1, 2, 3])], ids=str
-)
-def test_missing_and_repeated_barcodes_and_other_columns_are_refused(
-    tmp_path: Path, rows: list[int], places: list[int]
-) -> None:
-    write_matrix(tmp_path / "m.h5", rows)
-    write_positions(tmp_path / "p.parquet", places)
-    with open_matrix(tmp_path / "m.h5") as matrix, pytest.raises(DataError, match=r"m\.h5.*p\.parquet"):
-        list(placed_bins(matrix, tmp_path / "p.parquet"))
+def test_missing_and_repeated_barcodes_other_columns_and_damaged_matrices_are_refused(tmp_path: Path) -> None:
+    for rows, places in (([1, 2, 3], [1, 3]), ([1, 2], [2, 1, 2]), ([3, 2, 2, 1], [1, 2, 3])):
+        write_matrix(tmp_path / "m.h5", rows)
+        write_positions(tmp_path / "p.parquet", places)
+        with open_matrix(tmp_path / "m.h5") as matrix, pytest.raises(DataError, match=r"m\.h5.*p\.parquet"):
+            list(placed_bins(matrix, tmp_path / "p.parquet"))
     pq.write_table(pa.table({"barcode": ["a"], "x": [1]}), tmp_path / "p.parquet")
     with pytest.raises(DataError, match="barcode, x"):
         open_positions(tmp_path / "p.parquet")
-
-
-def test_damaged_matrices_are_refused(tmp_path: Path) -> None:
     for numbers, part in (([1, 2], "matrix/data"), ([1, 2], "matrix"), ([], "matrix/features")):
         write_matrix(tmp_path / "m.h5", numbers)
         with h5py.File(tmp_path / "m.h5", "r+") as file:

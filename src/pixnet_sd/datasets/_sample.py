@@ -157,7 +157,6 @@ def _bin_elements(
 
 
 def _cell_elements(slide: drawn.DrawnSlide, bands: Sequence[drawn.Band]) -> tuple[GeoDataFrame, AnnData]:
-    """Outlines and table of the cells."""
     import shapely
     from anndata import AnnData
     from geopandas import GeoDataFrame
@@ -236,10 +235,7 @@ def sample_truth(
 def truth_map(
     density: Any, size_um: float, varying: pd.Series, profile: Any, pitch_um: float, window_um: Any = None
 ) -> DataArray:
-    """Expected counts at the pixels of a window, or of the whole slide, of genes: whether each varies, by name.
-
-    ``profile`` is (sources, genes). DataError if no pixel is met, or memory does not hold the values.
-    """
+    """Expected counts at the pixels of a window; ``varying`` tells of each gene, by name, ``profile`` its rates."""
     from xarray import DataArray
 
     if pitch_um > size_um:

@@ -89,36 +89,31 @@ def write_visium(
         previews = _write_image(folder / f"{prefix}tissue_image.tif", slide, None)
         previews.save(folder / "spatial")
         _write_scalefactors(folder / "spatial", slide, spot_um=_SPOT_UM)
-        positions, x_um, y_um = _spots(slide)
-        positions.to_csv(folder / "spatial" / "tissue_positions.csv", index=False)
-        covered = np.flatnonzero(positions["in_tissue"])
-        barcodes, row, col = (positions[key].to_numpy()[covered] for key in ("barcode", "array_row", "array_col"))
-        x_um, y_um = x_um[covered], y_um[covered]
-        integrals = drawn.integrate_shapes(slide.density.astype(np.float32), x_um, y_um, _SPOT_UM, disk=True)
-        caught = integrals * drawn.library_size(slide.tissue, row, col, x_um, y_um)[:, None]
+        spots = _spots(slide)
+        spots.to_csv(folder / "spatial" / "tissue_positions.csv", index=False, columns=_POSITIONS.names)
+        covered = spots[spots["in_tissue"] == 1]
+        barcodes, *place = (covered[name].to_numpy() for name in ("barcode", "array_row", "array_col", "x_um", "y_um"))
+        integrals = drawn.integrate_shapes(slide.density.astype(np.float32), *place[2:], _SPOT_UM, disk=True)
+        caught = integrals * drawn.library_size(slide.tissue, *place)[:, None]
         with _matrix_file(folder / f"{prefix}filtered_feature_bc_matrix.h5", slide.panel, dataset_id) as append:
             append(barcodes.astype("S"), drawn.draw_counts(caught, slide.panel, (seed, 8)))
     return Path(path)
 
 
-def _spots(slide: drawn.DrawnSlide) -> tuple[pd.DataFrame, NDArray[np.float64], NDArray[np.float64]]:
-    """Positions of all spots that lie on the slide as a whole, by barcode, and their centres (x, y) in µm.
-
-    In odd rows the columns are odd, as the format counts.
-    """
+def _spots(slide: drawn.DrawnSlide) -> pd.DataFrame:
+    """Positions of all spots that lie on the slide as a whole, by barcode, with their centres in µm too."""
     row_um, col_um = _PITCH_UM * np.sqrt(3) / 2, _PITCH_UM / 2
     room_um = slide.size_um - _SPOT_UM
     row, col = (index.ravel() for index in np.indices((int(room_um // row_um) + 1, int(room_um // col_um) + 1)))
-    row, col = row[(row + col) % 2 == 0], col[(row + col) % 2 == 0]
-    barcodes = drawn.spot_barcodes(np.arange(len(row)))
-    order = np.argsort(barcodes)
-    barcodes, row, col = barcodes[order], row[order], col[order]
+    row, col = row[(row + col) % 2 == 0], col[(row + col) % 2 == 0]  # in odd rows odd columns: so the format counts
+    barcodes = drawn.spot_barcodes(np.arange(len(row))).astype(str)
     x_um, y_um = _SPOT_UM / 2 + col * col_um, _SPOT_UM / 2 + row * row_um
     side = int(np.ceil(slide.size_um))
-    edge_um = slide.tissue.edge_um(drawn.Grid(0, 0, side, side))
-    in_tissue = edge_um[np.floor(y_um).astype(np.int64), np.floor(x_um).astype(np.int64)] > 0
-    columns = (barcodes.astype(str), in_tissue.astype(np.int64), row, col, y_um / slide.mpp, x_um / slide.mpp)
-    return pd.DataFrame(dict(zip(_POSITIONS.names, columns, strict=True))), x_um, y_um
+    grid = drawn.Grid(0, 0, side, side)
+    in_tissue = (slide.tissue.edge_um(grid)[grid.pixel(x_um, y_um)] > 0).astype(np.int64)
+    columns = (barcodes, in_tissue, row, col, y_um / slide.mpp, x_um / slide.mpp)
+    frame = pd.DataFrame(dict(zip(_POSITIONS.names, columns, strict=True))).assign(x_um=x_um, y_um=y_um)
+    return frame.sort_values("barcode")
 
 
 @checked(DataError)
@@ -275,10 +270,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
 def _matrix_file(
     path: Path, panel: drawn.Panel, library_id: str
 ) -> Iterator[Callable[[NDArray[np.bytes_], sp.csr_matrix], None]]:
-    """Count matrix as ``scanpy.read_10x_h5`` reads it; yields what appends barcodes and their counts (n, genes).
-
-    Beside what Space Ranger writes, its features have ``spatially_varying``, which scanpy puts into ``var``.
-    """
+    """Count matrix as ``scanpy.read_10x_h5`` reads it; yields what appends barcodes and their counts (n, genes)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         about = {"filetype": "matrix", "version": 2, "chemistry_description": "drawn", "software_version": "pixnet_sd"}
@@ -287,6 +279,7 @@ def _matrix_file(
         features, var = matrix.create_group("features"), panel.var.reset_index(names="name")
         keys = {"id": "gene_ids", "feature_type": "feature_types", "genome": "genome", "name": "name"}
         features.update({name: np.array(var[key], dtype="S") for name, key in keys.items()})
+        # Space Ranger writes no "spatially_varying", which scanpy puts into ``var``
         features.update(spatially_varying=panel.varying, _all_tag_keys=np.array([b"genome"]))
         _append(matrix, "indptr", np.zeros(1, dtype=np.int64))
 
@@ -329,7 +322,7 @@ def _geojson_file(path: Path) -> Iterator[Callable[[NDArray[np.int64], NDArray[n
 
 
 def _text(names: NDArray[np.bytes_], missing: NDArray[np.bool_] | None = None) -> pa.Array:
-    """Names as a text column, with nulls where ``missing`` holds; no Python text is made for them."""
+    """Names as a text column, null where ``missing``; no Python text is made for them."""
     return pa.array(names, pa.binary(), mask=missing).cast(pa.string())
 
 

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import anndata as ad
 import dask
 import geopandas as gpd
 import h5py
@@ -39,6 +38,7 @@ from pixnet_sd.store import (
     DISK_MARGIN,
     RowInfo,
     TableArrays,
+    chunks_as_given,
     consolidate,
     hold_lock,
     record,
@@ -47,7 +47,7 @@ from pixnet_sd.store import (
     write_shapes,
 )
 
-from ._folder import CONVERTED_FROM, BinFiles, CellFiles, HDFolder, find_files, read_scalefactors
+from ._folder import CONVERTED_FROM, BinFiles, CellFiles, HDFolder, find_files
 from ._read import (
     CountMatrix,
     check_places,
@@ -146,7 +146,7 @@ def _check_image(files: HDFolder, shape: tuple[int, ...]) -> None:
         return
     with Image.open(files.previews["tissue_hires_image.png"]) as opened:
         preview_shape = np.array(opened.size[::-1])
-    scale = read_scalefactors(files.bins[0].scalefactors)["tissue_hires_scalef"]
+    scale = files.bins[0].factors["tissue_hires_scalef"]
     if (np.abs(preview_shape / (np.array(shape[1:]) * scale) - 1) > _PREVIEW_TOLERANCE).any():
         height, width = (preview_shape / scale).round().astype(int)
         raise DataError(
@@ -170,10 +170,7 @@ def _announce(files: HDFolder, pixels: da.Array) -> tuple[int, int]:
 
 @contextmanager
 def _scratch_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
-    """Empty folder beside ``target``, for one run at a time; gone at the end.
-
-    StoreError when there is too little disk, another run is at work, or reading or writing fails.
-    """
+    """Empty folder beside ``target``, for one run at a time, gone at the end; failures become a StoreError."""
     work = work_folder(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -198,24 +195,23 @@ def _scratch_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
         ) from error
 
 
-def _read_cells(files: CellFiles) -> tuple[NDArray[np.bool_], gpd.GeoDataFrame]:
-    """Which cells of the matrix have an outline, and these, in its order, in pixels of the full image."""
+def _read_cells(files: CellFiles) -> gpd.GeoDataFrame:
+    """Outlines of those cells of the matrix that have one, in its order, in pixels of the full image."""
     outlines = read_outlines(files.outlines)
     with open_matrix(files.matrix) as matrix:
         names = matrix.barcodes(0, matrix.n_rows).to_pylist()
-    keep = np.array([name in outlines for name in names], dtype=bool)
-    if not keep.any():
+    kept = [name for name in names if name in outlines]
+    if not kept:
         raise DataError(
             f"None of the {len(names)} cells of {files.matrix} has an outline in {files.outlines.name}: the two are of "
             "different runs. Restore both, or move segmented_outputs away to convert without cells."
         )
-    kept = [name for name in names if name in outlines]
-    return keep, gpd.GeoDataFrame({"cell_id": kept, "geometry": [outlines[name] for name in kept]}, index=kept)
+    return gpd.GeoDataFrame({"cell_id": kept, "geometry": [outlines[name] for name in kept]}, index=kept)
 
 
 def _build_store(files: HDFolder, pixels: da.Array, scratch: Path, n_rows: int, show_progress_bar: bool) -> Path:
     """Make the store, complete with metadata, in an empty folder; ``pixels`` (3, height, width) are chunked."""
-    keep, cells = (None, None) if files.cells is None else _read_cells(files.cells)
+    cells = None if files.cells is None else _read_cells(files.cells)
     sdata = _read_miniature(files, scratch / "miniature", cells, pixels.dtype)
     store = scratch / "store.zarr"
     image_key = next(key for key in sdata.images if key.endswith("_full_image"))
@@ -226,20 +222,14 @@ def _build_store(files: HDFolder, pixels: da.Array, scratch: Path, n_rows: int, 
         transformations = get_transformation(sdata.shapes[region], get_all=True)
         sdata.shapes[region] = ShapesModel.parse(cells, transformations=transformations)
     record(sdata, CONVERTED_FROM, None, files.states())
-    # anndata warns that it will leave the shards to zarr, unless it is told
-    told = {"auto_shard_zarr_v3": False} if hasattr(ad.settings, "auto_shard_zarr_v3") else {}  # since 0.12.3
-    with ad.settings.override(**told):
+    with chunks_as_given():
         sdata.write(store)
     with bar_class()(total=n_rows, desc="counts", unit="row", disable=not show_progress_bar) as bar:
         for bins in files.bins:
             region = _region(sdata, bins.name)
             _fill_bins(store, bins, region, sdata.shapes[region], bar.update)
-        if files.cells is not None and cells is not None and keep is not None:
-            with open_matrix(files.cells.matrix) as matrix:
-                names, n_entries = cells.index.to_numpy(object), int(np.diff(matrix.indptr)[keep].sum())
-                table = TableArrays(store / "tables" / cells_key, len(names), matrix.n_genes, n_entries)
-                table.add_rows(names, {"cell_id": names})
-                _copy_counts(matrix, table, keep, bar.update)
+        if files.cells is not None and cells is not None:
+            _fill_cells(store / "tables" / cells_key, files.cells, cells.index.to_numpy(object), bar.update)
     sdata.images[image_key] = Image2DModel.parse(
         pixels,
         dims=("c", "y", "x"),
@@ -279,12 +269,22 @@ def _fill_bins(store: Path, files: BinFiles, shapes_key: str, one: gpd.GeoDataFr
     def describe(start: int, stop: int, _: object) -> RowInfo:
         return RowInfo(np.arange(start, stop), table.centres_px(start, stop))
 
-    radius = read_scalefactors(files.scalefactors)["spot_diameter_fullres"] / 2
+    radius = files.factors["spot_diameter_fullres"] / 2
     # written beside the store, then put in the place of the one bin's
     beside, file = store.with_name("shapes.zarr"), Path("shapes") / shapes_key / "shapes.parquet"
     write_shapes(beside, shapes_key, describe, every, partial(_squares, one=one, radius=radius))
     (beside / file).replace(store / file)
     shutil.rmtree(beside)
+
+
+def _fill_cells(folder: Path, files: CellFiles, names: NDArray[Any], progress: Progress) -> None:
+    """Give the table in a folder, which holds one cell, all those named (n,)."""
+    with open_matrix(files.matrix) as matrix:
+        keep = pd.Index(matrix.barcodes(0, matrix.n_rows).to_pylist()).isin(names)
+        n_entries = int(np.diff(matrix.indptr)[keep].sum())
+        table = TableArrays(folder, len(names), matrix.n_genes, n_entries)
+        table.add_rows(names, {"cell_id": names})
+        _copy_counts(matrix, table, keep, progress)
 
 
 def _squares(
@@ -316,10 +316,7 @@ def _copy_counts(matrix: CountMatrix, table: TableArrays, keep: NDArray[np.bool_
 def _read_miniature(
     files: HDFolder, target: Path, cells: gpd.GeoDataFrame | None, image_dtype: np.dtype[Any]
 ) -> SpatialData:
-    """Write a folder of one bin of each size and the first cell, and read it as the reader does.
-
-    The folder has to stay until the result is written, which reads previews from it.
-    """
+    """Write a folder of one bin of each size and the first cell, and read it; previews are read from it later."""
     try:
         from spatialdata_io import visium_hd
     except ImportError as error:

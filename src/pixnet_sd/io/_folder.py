@@ -39,10 +39,7 @@ def visium_advice(folder: Path) -> str:
 
 
 def changed_files(folder: Path, store: Path) -> list[str]:
-    """Files of a Space Ranger folder that are not those that a store was converted from.
-
-    A store that says nothing about where it is from, made by other means, has none.
-    """
+    """Files of a Space Ranger folder other than those a store was converted from; none if the store does not tell."""
     states = file_note(store, CONVERTED_FROM) or {}
     return [name for name, state in states.items() if _file_state(folder / name) != state]
 
@@ -64,17 +61,7 @@ class BinFiles:
     matrix: Path
     positions: Path
     scalefactors: Path
-
-    @classmethod
-    def within(cls, folder: Path) -> BinFiles:
-        """The files where Space Ranger puts them, whether they are there or not."""
-        return cls(
-            um=int(folder.name[7:10]),
-            name=folder.name,
-            matrix=folder / "filtered_feature_bc_matrix.h5",
-            positions=folder / "spatial" / "tissue_positions.parquet",
-            scalefactors=folder / _SCALEFACTORS,
-        )
+    factors: dict[str, Any]  # what ``scalefactors`` holds
 
 
 @dataclass(frozen=True)
@@ -116,45 +103,25 @@ class HDFolder:
 def find_files(
     folder: Path, dataset_id: str | None, bin_um: int | Sequence[int] | None, image: str | Path | None
 ) -> HDFolder:
-    """Find all that is converted, where ``spatialdata_io.visium_hd`` would find it.
-
-    DataError when the folder is of Visium, or a file is missing or of another kind.
-    """
+    """Find all that is converted, where ``spatialdata_io.visium_hd`` would; DataError when one is missing or amiss."""
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}. Give the output folder of Space Ranger (`outs`).")
     if is_visium(folder):
         raise DataError(visium_advice(folder))
     slice_file = _slice_file(folder, dataset_id)
-    bins = _bins(folder, bin_um)
     segmented = folder / "segmented_outputs"
-    cells = CellFiles(
-        matrix=segmented / "filtered_feature_cell_matrix.h5",
-        outlines=segmented / "cell_segmentations.geojson",
-        scalefactors=segmented / _SCALEFACTORS,
-    )
-    previews = {
-        name: next((path for path in sorted(folder.rglob(name)) if path.is_file()), None)
-        for name in ("tissue_hires_image.png", "tissue_lowres_image.png")
-    }
+    cell_names = ("filtered_feature_cell_matrix.h5", "cell_segmentations.geojson", _SCALEFACTORS)
+    cells = CellFiles(*(segmented / name for name in cell_names))
+    previews = [folder.rglob(name) for name in ("tissue_hires_image.png", "tissue_lowres_image.png")]
     return HDFolder(
         slice_file=slice_file,
         dataset_id=dataset_id,
-        bins=bins,
+        bins=_bins(folder, bin_um),
         cells=cells if cells.matrix.is_file() and cells.outlines.is_file() else None,
         image=_image(folder, slice_file.name.removesuffix(_SLICE_FILE), image),
-        previews={name: path for name, path in previews.items() if path is not None},
+        # of several of one name the first
+        previews={path.name: path for paths in previews for path in sorted(paths, reverse=True) if path.is_file()},
     )
-
-
-def read_scalefactors(path: Path) -> dict[str, Any]:
-    """Scale factors of a bin size or of the cells; DataError when the file is missing or is no JSON object."""
-    try:
-        factors = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"The scale factors {path} cannot be read ({error}). Restore the file.") from error
-    if not isinstance(factors, dict):
-        raise DataError(f"The scale factors {path} are not a JSON object. Restore the file.")
-    return factors
 
 
 def _slice_file(folder: Path, dataset_id: str | None) -> Path:
@@ -175,8 +142,8 @@ def _slice_file(folder: Path, dataset_id: str | None) -> Path:
 
 def _bins(folder: Path, bin_um: int | Sequence[int] | None) -> tuple[BinFiles, ...]:
     binned = next((path for path in sorted(folder.rglob("binned_outputs")) if path.is_dir()), folder)
-    folders = (path for path in sorted(binned.glob("square_[0-9][0-9][0-9]um")) if path.is_dir())
-    present = {bins.um: bins for bins in map(BinFiles.within, folders)}
+    folders = sorted(path for path in binned.glob("square_[0-9][0-9][0-9]um") if path.is_dir())
+    present = {int(path.name[7:10]): path for path in folders}
     asked = sorted(present) if bin_um is None else [bin_um] if isinstance(bin_um, int) else sorted(set(bin_um))
     if not asked or any(um not in present for um in asked):
         raise DataError(
@@ -184,24 +151,30 @@ def _bins(folder: Path, bin_um: int | Sequence[int] | None) -> tuple[BinFiles, .
             f"{', '.join(map(str, present)) or 'no'} µm ('square_008um' and the like). Give the output folder of Space "
             "Ranger for Visium HD, and in `bin_um=` sizes that it has."
         )
-    for um in asked:
-        _check_bins(present[um])
-    return tuple(present[um] for um in asked)
+    return tuple(_bin_files(um, present[um]) for um in asked)
 
 
-def _check_bins(files: BinFiles) -> None:
-    for path in (files.matrix, files.positions):
+def _bin_files(um: int, folder: Path) -> BinFiles:
+    """Find the files of a bin size where Space Ranger puts them; DataError when one is missing or of another size."""
+    matrix, positions = folder / "filtered_feature_bc_matrix.h5", folder / "spatial" / "tissue_positions.parquet"
+    for path in (matrix, positions):
         if not path.is_file():
             raise DataError(f"{path} is missing. Restore it, or leave out its bin size (`bin_um=`).")
-    factors = read_scalefactors(files.scalefactors)
-    missing = {"bin_size_um", "spot_diameter_fullres", "microns_per_pixel", "tissue_hires_scalef"} - set(factors)
+    path = folder / _SCALEFACTORS
+    try:
+        factors = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"The scale factors {path} cannot be read ({error}). Restore the file.") from error
+    needed = {"bin_size_um", "spot_diameter_fullres", "microns_per_pixel", "tissue_hires_scalef"}
+    missing = needed.difference(factors if isinstance(factors, dict) else ())
     if missing:
-        raise DataError(f"{files.scalefactors} lacks {', '.join(sorted(missing))}: it is not of Visium HD bins.")
-    if factors["bin_size_um"] != files.um:
+        raise DataError(f"{path} lacks {', '.join(sorted(missing))}: it is not of Visium HD bins.")
+    if factors["bin_size_um"] != um:
         raise DataError(
-            f"{files.scalefactors} is of bins of {factors['bin_size_um']} µm: files of different bin sizes were "
-            "swapped. Restore the folder."
+            f"{path} is of bins of {factors['bin_size_um']} µm: files of different bin sizes were swapped. Restore the "
+            "folder."
         )
+    return BinFiles(um, folder.name, matrix, positions, path, factors)
 
 
 def _image(folder: Path, prefix: str, given: str | Path | None) -> Path:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
+from tifffile import TiffFile, TiffFileError, memmap
 
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import DataError
@@ -24,7 +25,7 @@ from pixnet_sd.errors import DataError
 if TYPE_CHECKING:
     import dask.array as da
     import h5py
-    from tifffile import TiffPage, TiffPageSeries
+    from tifffile import TiffPageSeries
 
 _PIECE_ENTRIES, _PIECE_ROWS = 2**21, 2**17
 _COLUMNS = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")  # behind ``barcode``
@@ -140,10 +141,8 @@ def check_places(matrix: CountMatrix, positions: Path) -> None:
 
 
 def placed_bins(matrix: CountMatrix, positions: Path) -> Iterator[PlacedBins]:
-    """The rows of a matrix with their places, in its order; DataError when a barcode has no place, or two.
-
-    Space Ranger writes both files in the order of the lattice: one pass over both is enough, hashes join what differs.
-    """
+    """The rows of a matrix with their places, in its order; DataError when a barcode has no place, or two."""
+    # Space Ranger writes both files in the order of the lattice: one pass is enough, hashes join what differs
     at = 0
     with open_positions(positions) as file:
         for batch in file.iter_batches(batch_size=_PIECE_ROWS):
@@ -238,13 +237,7 @@ def _features(path: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def open_image(path: Path, chunk_px: int) -> Iterator[da.Array]:
-    """Open an RGB image, (3, height, width) in chunks of ``chunk_px``, valid as long as the context.
-
-    TIFF files of any kind, and what Pillow reads. DataError when it cannot be read or is not RGB; a warning when the
-    file can only be read in large pieces, or as a whole.
-    """
-    from tifffile import TiffFile, TiffFileError
-
+    """Open an RGB image, TIFF or what Pillow reads, (3, height, width) in chunks, valid as long as the context."""
     try:
         tiff = TiffFile(path)
     except TiffFileError:
@@ -279,31 +272,26 @@ def _rows(path: Path, series: TiffPageSeries) -> Any:
     """Array of the finest level, of which rows can be read."""
     import zarr
 
-    page = series.keyframe
     pixels: Any = zarr.open_array(series.aszarr(level=0), mode="r")
     piece = int(np.prod(pixels.chunks)) * pixels.dtype.itemsize
     if piece > _LARGE_PIECE_BYTES:
-        if page.is_contiguous and page.compression == 1 and len(series) == 1 and page.planarconfig == 1:
-            return _RawRows(path, page)
+        if series.dataoffset is not None:
+            return _RawPixels(path)
         _warn_of_size(path, "is compressed in pieces", piece)
     return pixels
 
 
-class _RawRows:
-    """Rows of an uncompressed image in one piece."""
+class _RawPixels:
+    """An uncompressed image in one piece, mapped anew for each part of it: what was read is not held any longer."""
 
     ndim = 3
 
-    def __init__(self, path: Path, page: TiffPage) -> None:
-        self._path, self._offset, self.shape = path, page.dataoffsets[0], page.shape
-        self.dtype = np.dtype(page.dtype).newbyteorder(page.parent.byteorder)
+    def __init__(self, path: Path) -> None:
+        pixels = memmap(path, mode="r")
+        self._path, self.shape, self.dtype = path, pixels.shape, pixels.dtype
 
     def __getitem__(self, key: tuple[slice, slice, slice]) -> NDArray[Any]:
-        start, stop, _ = key[0].indices(self.shape[0])
-        row = int(np.prod(self.shape[1:]))
-        offset = self._offset + start * row * self.dtype.itemsize
-        pixels = np.fromfile(self._path, self.dtype, (stop - start) * row, offset=offset)
-        return pixels.reshape(stop - start, *self.shape[1:])[(slice(None), *key[1:])]
+        return np.array(memmap(self._path, mode="r")[key])
 
 
 def _whole(path: Path) -> NDArray[Any]:

@@ -19,7 +19,7 @@ from ._disk import (
 )
 from ._notes import WRITTEN, attach_written, element_stamp, image_stamp, record, recorded, written_by
 from ._regions import RegionWriter, estimate_table_bytes
-from ._stream import Staged, TableArrays, consolidate, stretch, write_scratch_store, write_shapes
+from ._stream import Staged, TableArrays, chunks_as_given, consolidate, stretch, write_scratch_store, write_shapes
 from ._sums import FileSums, MemorySums
 from ._tables import (
     Express,
@@ -51,6 +51,7 @@ __all__ = [
     "attach_written",
     "available_memory",
     "check_same_folder",
+    "chunks_as_given",
     "circles_element",
     "consolidate",
     "delete_folder",

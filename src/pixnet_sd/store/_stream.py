@@ -57,7 +57,7 @@ def element_type(element: Any) -> str:
 
 def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged, ...]:
     """Write elements completely into a new store at ``path`` with spatialdata's own writer."""
-    with warnings.catch_warnings(), _chunks_as_given():
+    with warnings.catch_warnings(), chunks_as_given():
         # a table of ours may annotate an element that is already in the user's store
         warnings.filterwarnings("ignore", message="The table is annotating")
         holder = sd.SpatialData.init_from_elements(dict(elements))
@@ -67,7 +67,7 @@ def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged
     return tuple(Staged(name, element_type(element), path) for name, element in elements.items())
 
 
-def _chunks_as_given() -> contextlib.AbstractContextManager[Any]:
+def chunks_as_given() -> contextlib.AbstractContextManager[Any]:
     """Keep anndata from leaving the shards to zarr, which it otherwise does, or warns that it will."""
     known = hasattr(ad.settings, "auto_shard_zarr_v3")  # since anndata 0.12.3
     return ad.settings.override(auto_shard_zarr_v3=False) if known else contextlib.nullcontext()

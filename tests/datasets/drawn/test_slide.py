@@ -25,25 +25,19 @@ def slide() -> DrawnSlide:
 
 
 @pytest.fixture(scope="module")
-def bands(slide):
-    return list(slide.bands(slide.density))
-
-
-@pytest.fixture(scope="module")
 def cells(slide):
     return slide.cells()
 
 
 @pytest.fixture(scope="module")
-def on_tissue(bands):
-    return np.concatenate([band.on_tissue for band in bands])
+def on_tissue(slide):
+    return slide.expected(library=False)[0]
 
 
 @pytest.fixture(scope="module")
-def owners(slide, cells, on_tissue):
-    """Owner, whether in the nucleus, and centres in pixels of every bin on tissue."""
-    base = slide.lattice.bins(BASE_UM, on_tissue)
-    return *cells.of_bins(0, on_tissue), shapely.points(base["x_um"] / MPP, base["y_um"] / MPP)
+def owners(cells, on_tissue):
+    """Owner of every bin on tissue, and whether it lies in the nucleus."""
+    return cells.of_bins(0, on_tissue)
 
 
 def outlines(cells, *, nucleus: bool) -> np.ndarray:
@@ -73,7 +67,9 @@ def test_expectations_of_blocks_are_those_of_the_whole_lattice(slide, on_tissue,
     np.testing.assert_allclose(caught, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_counts_of_blocks_follow_the_expectations_in_their_order(slide, bands):
+def test_counts_of_blocks_follow_the_expectations_in_their_order(slide, on_tissue):
+    bands = list(slide.bands(slide.density))
+    np.testing.assert_array_equal(np.concatenate([band.on_tissue for band in bands]), on_tissue)
     assert [band.first_row for band in bands] == [0, 256]
     counts = np.concatenate([band.counts.toarray() for band in bands])
     means = slide.expected(library=True)[1] @ slide.panel.profile
@@ -100,8 +96,9 @@ def test_outlines_are_sound(cells):
     assert (shapely.area(cell) > 1.2 * shapely.area(nucleus)).mean() > 0.95
 
 
-def test_bins_lie_in_the_outline_that_owns_them_and_others_in_none(cells, owners):
-    owner, in_nucleus, centre = owners
+def test_bins_lie_in_the_outline_that_owns_them_and_others_in_none(slide, cells, owners, on_tissue):
+    owner, in_nucleus = owners
+    centre = shapely.points(slide.lattice.bins(BASE_UM, on_tissue)[["x_um", "y_um"]] / MPP)
     owned = owner >= 0
     assert 0.2 < owned.mean() < 0.9
     # outlines have straight sides between their corners
@@ -119,5 +116,5 @@ def test_bins_lie_in_the_outline_that_owns_them_and_others_in_none(cells, owners
 @pytest.mark.parametrize("rows", [8, 24])
 def test_bins_have_the_same_cell_whichever_rows_are_asked(cells, owners, on_tissue, rows):
     parts = [cells.of_bins(row, on_tissue[row : row + rows]) for row in range(0, len(on_tissue), rows)]
-    for whole, pieces in zip(owners, zip(*parts, strict=True), strict=False):
+    for whole, pieces in zip(owners, zip(*parts, strict=True), strict=True):
         np.testing.assert_array_equal(np.concatenate(pieces), whole)

@@ -139,10 +139,8 @@ def density_shape(size_um: float) -> tuple[int, int, int]:
 
 
 def fill_density(tissue: Tissue, out: Any, n_workers: int | None) -> Any:
-    """Draw the density into an array or a zarr array of :func:`density_shape`, and return it.
-
-    Rounded to 16 bits, which the last bits of the blur, that the machine decides, do not survive.
-    """
+    """Draw the density into an array or a zarr array of :func:`density_shape`, and return it."""
+    # rounded to 16 bits, which the last bits of the blur, that the machine decides, do not survive
     grids = list(windows(out.shape[1], DENSITY_WINDOW))
     drawn = in_order(lambda grid: draw_density(tissue, grid).astype(np.float16), grids, n_workers)
     for grid, values in zip(grids, drawn, strict=True):
@@ -174,10 +172,7 @@ def integrate_shapes(
 
 
 def integrate_on_grid(density: Any, size_um: float, pitch_um: float, rows: range, cols: range) -> Singles:
-    """Integral of each source over pixels of a grid from the slide's upper left corner, (sources, rows, cols).
-
-    ``density`` is that of the whole slide, an array or a zarr array of which only what is needed is read.
-    """
+    """Integral of each source of a density, in memory or on disk, over pixels of a grid, (sources, rows, cols)."""
     (y, down), (x, across) = (_intervals(density.shape[1], size_um, pitch_um, pixels) for pixels in (rows, cols))
     planes = np.asarray(density[:, y, x])
     integrals = np.empty((len(planes), len(rows), len(cols)), dtype=np.float32)
@@ -202,10 +197,8 @@ def _intervals(length: int, size_um: float, pitch_um: float, pixels: range) -> t
 
 
 def library_size(tissue: Tissue, row: Ints, col: Ints, x_um: Floats, y_um: Floats) -> Floats:
-    """Share that each place catches of what lies there, relative to the mean, (n,): log-normal with mean 1.
-
-    A field that is smooth over the slide times a number that belongs to the place's row and column.
-    """
+    """Share that each place catches of what lies there, relative to the mean, (n,): log-normal with mean 1."""
+    # a field that is smooth over the slide times a number that belongs to the place's row and column
     field = tissue.noise.at(x_um, y_um, _FIELD_UM, _FIELD_CHANNEL).astype(np.float64)
     place = ndtri(hash_unit(tissue.seed, row, col, _PLACE_CHANNEL))
     return np.exp(_FIELD_SIGMA * field + _PLACE_SIGMA * place - (_FIELD_SIGMA**2 + _PLACE_SIGMA**2) / 2)

@@ -148,10 +148,8 @@ class Cells:
         return int(np.searchsorted(self.row, row))
 
     def of_bins(self, first_row: int, on_tissue: Mask) -> tuple[Ints, Mask]:
-        """Cell of each bin on tissue of a few rows of the lattice, -1 for none, and whether its nucleus covers it.
-
-        A bin belongs to the nucleus that covers its centre, else to the cell with the nearest centre if that covers it.
-        """
+        """Cell of each bin on tissue of a few rows of the lattice, -1 for none, and whether its nucleus covers it."""
+        # the nucleus that covers a bin's centre owns it, else the cell with the nearest centre if that covers it
         owner = self._nuclei_over(first_row, on_tissue.shape)[on_tissue]
         in_nucleus = owner >= 0
         row, col = (index[~in_nucleus] for index in np.nonzero(on_tissue))
@@ -192,10 +190,8 @@ class Cells:
         return np.hypot(along, across / (own.short_um + margin_um))
 
     def outlines_px(self, which: Ints, mpp: float, *, nucleus: bool) -> Floats:
-        """Closed outlines of some cells or of their nuclei in pixels, (n, corners + 1, 2), to two decimals.
-
-        A cell is its nucleus's ellipse, grown, up to where another nucleus's centre is nearer.
-        """
+        """Closed outlines of some cells or of their nuclei in pixels, (n, corners + 1, 2), to two decimals."""
+        # a cell is its nucleus's ellipse, grown, up to where another nucleus's centre is nearer
         own = self.nuclei.subset(which[:, None])
         margin_um = 0.0 if nucleus else _CELL_MARGIN_UM
         long_um, short_um = own.long_um + margin_um, own.short_um + margin_um
@@ -291,10 +287,7 @@ class DrawnSlide:
             yield Band(first_row, on_tissue, sp.vstack(counts, format="csr")[order])
 
     def expected(self, *, library: bool) -> tuple[Mask, Floats]:
-        """Whether each 2 µm bin lies on tissue, and the integral of each source over those that do, (n, sources).
-
-        With ``library`` it is what the bin catches: times its library size.
-        """
+        """Mask of the 2 µm bins on tissue; the integral of each source over these, (n, sources), or what is caught."""
 
         def catch(corner: tuple[int, int]) -> tuple[Mask, Floats]:
             on_tissue, integrals, sizes = self._expected(self.density, corner)
@@ -307,10 +300,7 @@ class DrawnSlide:
     def _bands(
         self, work: Callable[[tuple[int, int]], tuple[Mask, Any]], n_workers: int | None
     ) -> Iterator[tuple[int, Mask, Sequence[Any], Ints]]:
-        """First row, mask, blocks' values, and these values' order row by row, of each band.
-
-        ``work`` makes mask and values of a block from its corner.
-        """
+        """First row, mask, values by block, and their order row by row, of each band; ``work`` draws a block."""
         first = range(0, self.lattice.n_base, _BLOCK)
         done = in_order(work, product(first, first), n_workers)
         for first_row in first:

@@ -163,11 +163,9 @@ Result = TypeVar("Result")
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], n_workers: int | None) -> Iterator[Result]:
-    """Results of ``work`` in the order of ``items``, never many more than workers at once.
-
-    Threads and not processes: nearly all of the time goes to numpy and scipy loops that let other threads run, and a
-    script without a main guard or a process that holds a GPU cannot be forked or spawned from safely.
-    """
+    """Results of ``work`` in the order of ``items``, never many more than workers at once."""
+    # Threads and not processes: nearly all of the time goes to numpy and scipy loops that let other threads run, and a
+    # script without a main guard or a process that holds a GPU cannot be forked or spawned from safely.
     n_workers = n_workers or os.cpu_count() or 1
     ahead: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(n_workers) as pool:
