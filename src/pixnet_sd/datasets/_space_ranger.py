@@ -92,11 +92,11 @@ def write_visium(
         spots = _spots(slide)
         spots.to_csv(folder / "spatial" / "tissue_positions.csv", index=False, columns=_POSITIONS.names)
         covered = spots[spots["in_tissue"] == 1]
-        barcodes, *place = (covered[name].to_numpy() for name in ("barcode", "array_row", "array_col", "x_um", "y_um"))
-        integrals = drawn.integrate_shapes(slide.density.astype(np.float32), *place[2:], _SPOT_UM, disk=True)
-        caught = integrals * drawn.library_size(slide.tissue, *place)[:, None]
+        row, col, x_um, y_um = (covered[name].to_numpy() for name in ("array_row", "array_col", "x_um", "y_um"))
+        integrals = drawn.integrate_shapes(slide.density.astype(np.float32), x_um, y_um, _SPOT_UM, disk=True)
+        caught = integrals * drawn.library_size(slide.tissue, row, col, x_um, y_um)[:, None]
         with _matrix_file(folder / f"{prefix}filtered_feature_bc_matrix.h5", slide.panel, dataset_id) as append:
-            append(barcodes.astype("S"), drawn.draw_counts(caught, slide.panel, (seed, 8)))
+            append(covered["barcode"].to_numpy().astype("S"), drawn.draw_counts(caught, slide.panel, (seed, 8)))
     return Path(path)
 
 
