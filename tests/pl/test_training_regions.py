@@ -8,7 +8,6 @@ import matplotlib.colors
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import get_transformation
 from tests.slide.conftest import make_visium, make_visium_hd
@@ -43,17 +42,9 @@ def legend(ax: plt.Axes) -> list[str]:
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-def half_tissue() -> SpatialData:
-    """A slide with tissue in the left half of its image."""
-    sdata, rng = make_visium_hd(small_images=False), np.random.default_rng(0)
-    element = sdata.images["sample_full_image"]
-    pixels = rng.integers(238, 244, element["scale0"].image.shape, dtype=np.uint8)
-    pixels[..., :160] = rng.integers([[[120]], [[40]], [[120]]], [[[200]], [[120]], [[200]]], (3, 240, 160))
-    systems = get_transformation(element, get_all=True)
-    sdata.images["sample_full_image"] = Image2DModel.parse(
-        pixels, dims=("c", "y", "x"), c_coords=["r", "g", "b"], scale_factors=[2, 2], transformations=systems
-    )
-    return sdata
+def draw(slides: Any, tile_px: int = 64, **options: Any) -> np.ndarray:
+    network, training = {"working_mpp": 1.0}, {"tile_px": tile_px}
+    return ps.pl.training_regions(slides, model_params=network, train_params=training, **options, show=False)
 
 
 def test_tiles_and_regions_are_those_of_fit() -> None:
@@ -61,9 +52,7 @@ def test_tiles_and_regions_are_those_of_fit() -> None:
     counts = sdata.tables["square_016um"].X.tolil()
     counts[:3] = 0  # regions without counts are left out
     sdata.tables["square_016um"].X = counts.tocsr()
-    tiles, regions = ps.pl.training_regions(
-        sdata, model_params={"working_mpp": 1.0}, train_params={"tile_px": 64}, validation=0.3, show=False
-    )[0]
+    tiles, regions = draw(sdata, validation=0.3)[0]
     with pytest.warns(UserWarning, match="square_016um"):
         record = of_fit(sdata, tile_px=64, validation=0.3)["slide"]
     trained, held_out = record["training_regions"], record["held_out_regions"]
@@ -87,10 +76,15 @@ def test_tiles_and_regions_are_those_of_fit() -> None:
 
 
 def test_tissue_is_outlined() -> None:
-    network, training = {"working_mpp": 1.0}, {"tile_px": 64}
-    slide = half_tissue()
-    axes = ps.pl.training_regions(slide, model_params=network, train_params=training, validation=None, show=False)
-    ax = axes[0, 0]
+    """In the left half of an image."""
+    sdata, rng = make_visium_hd(small_images=False), np.random.default_rng(0)
+    element = sdata.images["sample_full_image"]
+    pixels = rng.integers(238, 244, element["scale0"].image.shape, dtype=np.uint8)
+    pixels[..., :160] = rng.integers([[[120]], [[40]], [[120]]], [[[200]], [[120]], [[200]]], (3, 240, 160))
+    parsed = {"dims": ("c", "y", "x"), "c_coords": ["r", "g", "b"], "scale_factors": [2, 2]}
+    systems = get_transformation(element, get_all=True)
+    sdata.images["sample_full_image"] = Image2DModel.parse(pixels, **parsed, transformations=systems)
+    ax = draw(sdata, validation=None)[0, 0]
     (outline,) = (drawn for drawn in ax.collections if len(drawn.get_paths()[0]) > 10)
     np.testing.assert_allclose(outline.get_paths()[0].get_extents().extents, [0, 0, 80, 120], atol=6)
     assert not len(boxes(ax, ORANGE))
@@ -99,10 +93,7 @@ def test_tissue_is_outlined() -> None:
 def test_slides_are_rows() -> None:
     slides = {"a": make_visium_hd(bins=(16,)), "b": make_visium()}
     slides["b"].attrs["pixnet_sd"] = {"mpp": {"tissue_full_image": 0.5}}  # to measure spots takes squidpy, and seconds
-    options = {"objective": "poisson", "validation": ["b"]}
-    axes = ps.pl.training_regions(
-        slides, model_params={"working_mpp": 1.0}, train_params={"tile_px": 256}, **options, show=False
-    )
+    axes = draw(slides, tile_px=256, objective="poisson", validation=["b"])
     assert axes.shape == (2, 2)
     assert [(len(boxes(ax, BLUE)) > 0, len(boxes(ax, ORANGE)) > 0) for ax in axes[:, 0]] == [(1, 0), (0, 1)]
     assert [legend(ax)[0].split(":")[0] for ax in axes[:, 1]] == ["training", "held out"]
