@@ -52,7 +52,7 @@ USERS = (
 SMALL: dict[str, Any] = {
     "genes": 6,
     "validation": 0.25,
-    "max_epochs": 4,
+    "max_epochs": 3,
     "batch_size": 4,
     "model_params": {"encoder": "test_resnet", "encoder_weights": None, "decoder_width": 16, "working_mpp": 1.0},
     "train_params": {"tile_px": 128},
@@ -83,7 +83,7 @@ def fit(store: Path, checkpoint: Path) -> None:
 
 def draw(folder: Path) -> None:
     """A slide, the same with a model, and that one with other results."""
-    ps.datasets.sample(size_um=250, mpp=1.0, bin_um=(8,)).write(folder / "slide.zarr")
+    ps.datasets.sample(size_um=200, mpp=1.0, bin_um=(8,)).write(folder / "slide.zarr")
     shutil.copytree(folder / "slide.zarr", folder / "fresh.zarr")
     fit(folder / "fresh.zarr", folder / "fitted")
     for kind in ("overwrite", "factors"):

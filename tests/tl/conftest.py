@@ -19,8 +19,6 @@ import pixnet_sd as ps
 from pixnet_sd.engine.train import Trainer
 from pixnet_sd.model import Network
 
-FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
-
 FAST: dict[str, Any] = {
     "encoder": "test_resnet",
     "encoder_weights": None,
@@ -52,49 +50,39 @@ def _drawn(tmp_path_factory) -> Path:
     return store
 
 
+def _trained(drawn: Path, folder: Path, **options: Any) -> tuple[Path, Path]:
+    """The slide after `fit`, and the checkpoint."""
+    sdata = sd.read_zarr(shutil.copytree(drawn, folder / "slide.zarr"))
+    ps.tl.fit(sdata, checkpoint_dir=folder / "model", **options, **grouped(FIT, **FAST))
+    return folder / "slide.zarr", folder / "model"
+
+
 @pytest.fixture(scope="session")
 def _fitted(_drawn: Path, tmp_path_factory) -> tuple[Path, Path]:
-    """The slide after `fit`, and the checkpoint."""
-    folder = tmp_path_factory.mktemp("fitted")
-    shutil.copytree(_drawn, folder / "slide.zarr")
-    sdata = sd.read_zarr(folder / "slide.zarr")
-    ps.tl.fit(sdata, checkpoint_dir=folder / "model", validation=0.25, **grouped(FIT, **FAST))
-    return folder / "slide.zarr", folder / "model"
+    return _trained(_drawn, tmp_path_factory.mktemp("fitted"), validation=0.25)
+
+
+@pytest.fixture(scope="session")
+def _counted(_drawn: Path, tmp_path_factory) -> tuple[Path, Path]:
+    return _trained(_drawn, tmp_path_factory.mktemp("counted"), objective="poisson")
 
 
 @pytest.fixture
 def slide(_drawn: Path, tmp_path: Path) -> sd.SpatialData:
     """Backed slide that nothing was done with yet."""
-    shutil.copytree(_drawn, tmp_path / "slide.zarr")
-    return sd.read_zarr(tmp_path / "slide.zarr")
+    return sd.read_zarr(shutil.copytree(_drawn, tmp_path / "slide.zarr"))
 
 
 @pytest.fixture
 def fitted(_fitted: tuple[Path, Path], tmp_path: Path) -> sd.SpatialData:
     """Backed slide with a model recorded."""
-    shutil.copytree(_fitted[0], tmp_path / "fitted.zarr")
-    return sd.read_zarr(tmp_path / "fitted.zarr")
-
-
-@pytest.fixture(scope="session")
-def _counted(_drawn: Path, tmp_path_factory) -> Path:
-    """Folder of a slide and of a model of its counts."""
-    folder = tmp_path_factory.mktemp("counted")
-    shutil.copytree(_drawn, folder / "slide.zarr")
-    ps.tl.fit(
-        sd.read_zarr(folder / "slide.zarr"),
-        checkpoint_dir=folder / "model",
-        objective="poisson",
-        **grouped(FIT, **FAST),
-    )
-    return folder
+    return sd.read_zarr(shutil.copytree(_fitted[0], tmp_path / "fitted.zarr"))
 
 
 @pytest.fixture
-def counted(_counted: Path, tmp_path: Path) -> sd.SpatialData:
+def counted(_counted: tuple[Path, Path], tmp_path: Path) -> sd.SpatialData:
     """Backed slide with a model of counts recorded."""
-    shutil.copytree(_counted / "slide.zarr", tmp_path / "counted.zarr")
-    return sd.read_zarr(tmp_path / "counted.zarr")
+    return sd.read_zarr(shutil.copytree(_counted[0], tmp_path / "counted.zarr"))
 
 
 @pytest.fixture
@@ -164,22 +152,18 @@ def darkness(model) -> ps.PixNet:
     return ps.PixNet(network, record)
 
 
-def user_files(store: Path) -> dict[str, str]:
-    """Path → hash of every file of the sample's own elements."""
-    folders = (f"images/{FULL}", f"shapes/{BINS}", f"tables/{TABLE}")
-    files = [path for folder in folders for path in sorted((store / folder).rglob("*")) if path.is_file()]
-    return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+@pytest.fixture
+def user_files() -> Callable[[Path], dict[str, str]]:
+    """Path → hash of every file of elements that are not the package's own."""
+
+    def hashes(store: Path) -> dict[str, str]:
+        folders = [path for path in store.glob("*/*") if path.is_dir() and not path.name.startswith("pixnet_")]
+        files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    return hashes
 
 
-@pytest.fixture(name="user_files")
-def _user_files() -> Callable[[Path], dict[str, str]]:
-    return user_files
-
-
-def map_values(sdata: sd.SpatialData, key: str = "pixnet_map") -> np.ndarray:
-    return sdata.images[key]["scale0"]["image"].values
-
-
-@pytest.fixture(name="map_values")
-def _map_values() -> Callable[..., np.ndarray]:
-    return map_values
+@pytest.fixture
+def map_values() -> Callable[..., np.ndarray]:
+    return lambda sdata, key="pixnet_map": sdata.images[key]["scale0"]["image"].values

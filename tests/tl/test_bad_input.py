@@ -57,14 +57,10 @@ def pixels_of(sdata) -> np.ndarray:
     return sdata.images[FULL]["scale0"]["image"].values
 
 
-def no_images(sdata):
-    sdata.images.clear()
-
-
 def only_our_own(sdata):
-    sdata.images["pixnet_map"] = sdata.images.pop(FULL)
-    for name in set(sdata.images) - {"pixnet_map"}:
-        del sdata.images[name]
+    gene_map = sdata.images.pop(FULL)
+    sdata.images.clear()
+    sdata.images["pixnet_map"] = gene_map
     sdata.attrs["pixnet_sd"]["maps"] = {"pixnet_map": {}}
 
 
@@ -76,16 +72,21 @@ def with_pixels(change: Callable[..., Any], names="rgb") -> Callable[..., None]:
     return lambda sdata: replaced(sdata, change(pixels_of(sdata)), names)
 
 
+def four(pixels):
+    return np.concatenate([pixels, pixels[:1]])
+
+
 def glass(pixels):
     return np.random.default_rng(0).integers(238, 243, pixels.shape).astype(np.uint8)
 
 
-def sheared(sdata):
-    set_transformation(sdata.images[FULL], Affine([[1, 0.3, 0], [0, 1, 0], [0, 0, 1]], *[("x", "y")] * 2), "sample")
+def placed(key: str, transformation: Any, system: str | None = "sample", **options: Any) -> Callable[..., None]:
+    return lambda sdata: set_transformation(sdata[key], transformation, system, **options)
 
 
-def moved_regions(sdata):
-    set_transformation(sdata.shapes[BINS], Translation([5000, 0], axes=("x", "y")), "sample")
+sheared = placed(FULL, Affine([[1, 0.3, 0], [0, 1, 0], [0, 0, 1]], *[("x", "y")] * 2))
+elsewhere = placed(BINS, {"elsewhere": Identity()}, None, set_all=True)
+moved_regions = placed(BINS, Translation([5000, 0], axes=("x", "y")))
 
 
 def with_ids(change: Any) -> Callable[..., None]:
@@ -100,10 +101,6 @@ def twice(sdata):
     bins = sdata.shapes[BINS]
     frame = gpd.GeoDataFrame(geometry=[*bins.geometry, bins.geometry.iloc[0]], index=[*bins.index, bins.index[0]])
     sdata.shapes[BINS] = ShapesModel.parse(frame, transformations=get_transformation(bins, get_all=True))
-
-
-def elsewhere(sdata):
-    set_transformation(sdata.shapes[BINS], {"elsewhere": Identity()}, set_all=True)
 
 
 def renamed_bins(sdata):
@@ -154,17 +151,11 @@ class Bad(NamedTuple):
 BINS_ASKED, IMAGE_ASKED = {"shapes_key": BINS}, {"image_key": FULL}
 TABLE_ASKED, CELLS_ASKED = {"table_key": TABLE}, {"shapes_key": "cells"}
 BAD = {
-    "no image": Bad(no_images, ElementError, "Image2DModel"),
+    "no image": Bad(lambda sdata: sdata.images.clear(), ElementError, "Image2DModel"),
     "only maps": Bad(only_our_own, ElementError, "pixnet_map"),
     "several images": Bad(two_images, ElementError, "one.*image_key="),
     "no such image": Bad(nothing, ElementError, FULL, "", {"image_key": "full"}),
-    "4 stains": Bad(
-        with_pixels(lambda p: np.concatenate([p, p[:1]]), ["DAPI", "CD3", "CD20", "CK"]),
-        DataError,
-        "CD3",
-        "",
-        IMAGE_ASKED,
-    ),
+    "4 stains": Bad(with_pixels(four, ["DAPI", "CD3", "CD20", "CK"]), DataError, "CD3", "", IMAGE_ASKED),
     "uint16": Bad(with_pixels(lambda p: p.astype(np.uint16) * 257), DataError, "uint16", "", IMAGE_ASKED),
     "glass": Bad(with_pixels(glass), DataError, "image_key=", "predict"),
     "mpp unknown": Bad(renamed_bins, ResolutionError, "bins.*mpp=", "predict"),
@@ -173,7 +164,6 @@ BAD = {
     "no such system": Bad(nothing, ElementError, "global", "", {"coordinate_system": "global"}),
     "off the image": Bad(moved_regions, ResolutionError, BINS, "predict", BINS_ASKED),
     "off the image, fit": Bad(moved_regions, ResolutionError, BINS, "fit"),
-    "image as shapes": Bad(nothing, ElementError, FULL, "predict", {"shapes_key": FULL}),
     "mixed ids": Bad(with_ids(lambda k: "a" if k == 3 else k), DataError, "cells", "predict", CELLS_ASKED),
     "missing id": Bad(with_ids(lambda k: None if k == 3 else k), DataError, "cells", "predict", CELLS_ASKED),
     "a bin twice": Bad(twice, DataError, BINS),
@@ -218,14 +208,6 @@ def test_conversion_that_the_message_gives_works(fitted, fit, tmp_path):
     assert fitted.images[f"{FULL}_uint8"]["scale0"]["image"].dtype == np.uint8
 
 
-def no_model(sdata, _checkpoint, _folder):
-    sdata.attrs.clear()
-
-
-def model_is_gone(sdata, _checkpoint, folder):
-    sdata.attrs["pixnet_sd"]["model"] = str(folder / "moved")
-
-
 def truncated(_sdata, checkpoint, folder):
     weights = Path(shutil.copytree(checkpoint, folder / "cut")) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
@@ -237,20 +219,16 @@ def of_another_kind(_sdata, _checkpoint, folder):
     return folder
 
 
-def a_file(_sdata, checkpoint, _folder):
-    return checkpoint / "model.safetensors"
+MODELS = {
+    "model=": lambda sdata, _checkpoint, _folder: sdata.attrs.clear(),
+    "moved": lambda sdata, _checkpoint, folder: sdata.attrs["pixnet_sd"].update(model=str(folder / "moved")),
+    "cut": truncated,
+    "checkpoint": of_another_kind,
+    "safetensors": lambda _sdata, checkpoint, _folder: checkpoint / "model.safetensors",
+}
 
 
-@pytest.mark.parametrize(
-    ("change", "names"),
-    [
-        (no_model, "model="),
-        (model_is_gone, "moved"),
-        (truncated, "cut"),
-        (of_another_kind, "checkpoint"),
-        (a_file, "safetensors"),
-    ],
-)
+@pytest.mark.parametrize(("names", "change"), MODELS.items(), ids=MODELS)
 def test_models(fitted, checkpoint, predict, tmp_path, change, names):
     (tmp_path / "models").mkdir()
     model = change(fitted, checkpoint, tmp_path / "models")
@@ -258,9 +236,43 @@ def test_models(fitted, checkpoint, predict, tmp_path, change, names):
         predict(in_memory(fitted), model, radius_um=8)
 
 
-def test_unknown_gene(fitted, model, predict):
-    with pytest.raises(DataError, match=model.genes[0].lower()):
-        predict(fitted, genes=[model.genes[1], model.genes[0].lower()])
+@pytest.fixture(scope="module")
+def untouched(_fitted):
+    return sd.read_zarr(_fitted[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"write": None}, "write=None"),
+        ({"radius_um": 8, "bin_um": 8}, "bin_um"),
+        ({"spacing_um": 8}, "radius_um"),
+        ({"radius_um": 1e-9}, "radius_um=1e-09"),
+        ({"radius_um": 8, "spacing_um": 1e-6}, "spacing_um=1e-06"),
+        ({"bin_um": 1e-300}, "bin_um=1e-300"),
+        ({"bin_um": 0.2}, "bin_um=0.2.*bin_um=0.5"),
+        ({"radius_um": 1e-3, "shapes_key": BINS}, "radius_um=0.001"),
+        ({"radius_um": 1e9, "shapes_key": BINS}, r"radius_um=1e\+09"),
+        ({"radius_um": 4000}, "radius_um=4000"),
+        ({"map_um": 10}, "map_um=8"),
+        ({"map_um": 2}, "map_um=4"),
+        ({"map_um": 1e9}, "map_um=200"),
+        ({"map_um": 400}, "map_um=200"),
+        ({"map_um": 8, "write": "factors"}, "map_um=8"),
+        ({"tile_px": 2**20}, "tile_px=1048576"),
+        ({"batch_size": 2**16}, "batch_size=65536"),
+        ({"mpp": 1e9, "allow_any_mpp": True}, "mpp=1e"),
+        ({"mpp": 1e-9, "allow_any_mpp": True}, "mpp=1e-09"),
+        ({"shapes_key": "cells"}, "shapes_key="),
+        ({"shapes_key": FULL}, FULL),
+        ({"genes": ["actb"]}, "actb"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:mpp = ")
+def test_arguments_that_do_not_fit(untouched, predict, arguments, names):
+    """Calls of one slide that nothing is wrong with."""
+    with pytest.raises(PixNetError, match=f"(?s){names}"):
+        predict(untouched, **arguments)
 
 
 def test_read_only(fitted, predict, monkeypatch):
@@ -276,7 +288,7 @@ def test_read_only(fitted, predict, monkeypatch):
         predict(fitted, radius_um=8)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"radius_um": 8}, {"map_um": 8}, {"write": None, "radius_um": 8}], ids=str)
+@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"write": None, "radius_um": 8}], ids=str)
 def test_disk_too_small(fitted, predict, monkeypatch, arguments):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
@@ -298,8 +310,7 @@ def test_not_a_folder(fitted, predict, tmp_path):
     fitted.path = store
 
 
-def moved_image(sdata):
-    set_transformation(sdata.images[FULL], Translation([40, 0], axes=("x", "y")), "again")
+moved_image = placed(FULL, Translation([40, 0], axes=("x", "y")), "again")
 
 
 def other_pixels(sdata):

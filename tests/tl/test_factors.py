@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import spatialdata as sd
+from spatialdata.transformations import get_transformation
 
 import pixnet_sd as ps
 from pixnet_sd.errors import StoreError
-
-BINS = "sample_square_008um"
 
 
 @pytest.fixture(params=["fitted", "counted"])
@@ -31,55 +30,37 @@ def assert_same_image(found, expected) -> None:
         assert (np.abs(a.values - b.values) <= 1e-5 * spread).all()
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
-def test_factors_give_the_map(backed, predict, in_memory) -> None:
-    sdata = backed
-    if in_memory:
-        elements = {name: element for _, name, element in backed.gen_elements()}
-        sdata = sd.SpatialData.init_from_elements(elements, attrs=dict(backed.attrs))
-    predict(sdata)
-    predict(sdata, write="factors", key_added="lean")
-    full = sdata.images["pixnet_map"]
-    genes = [str(gene) for gene in full["scale0"]["image"].c.values]
-    for wanted in (None, genes[::-2]):
-        expected = ps.get.gene_map(sdata, wanted)
-        assert_same_image(ps.get.gene_map(sdata, wanted, key_added="lean"), expected)
-    assert_same_image(expected, full.map_over_datasets(lambda level: level.sel(c=genes[::-2]) if level else level))
-    np.testing.assert_array_equal(
-        sdata.labels["lean_factors_tissue"]["scale0"]["image"], sdata.labels["pixnet_map_tissue"]["scale0"]["image"]
-    )
-
-
-def test_read_back_and_kept_as_an_element(backed, predict) -> None:
+def test_factors_give_the_map(backed, predict, forward_passes) -> None:
+    predict(backed, key_added="direct")
     predict(backed, write="factors")
-    gene = ps.PixNet.load(backed.attrs["pixnet_sd"]["model"]).genes[1]
     again = sd.read_zarr(backed.path)
-    expected = ps.get.gene_map(backed, gene)
-    assert_same_image(ps.get.gene_map(again, gene), expected)
-    again.images["gene"] = ps.get.gene_map(again, gene)
+    full = backed.images["direct_map"]
+    genes = [str(gene) for gene in full["scale0"]["image"].c.values]
+    for sdata, wanted in ((backed, None), (again, genes[::-2])):
+        expected = ps.get.gene_map(sdata, wanted, key_added="direct")
+        assert_same_image(ps.get.gene_map(sdata, wanted), expected)
+    assert_same_image(expected, full.map_over_datasets(lambda level: level.sel(c=genes[::-2]) if level else level))
+    tissue, expected_tissue = (again.labels[f"{key}_tissue"]["scale0"] for key in ("pixnet_factors", "direct_map"))
+    np.testing.assert_array_equal(tissue["image"], expected_tissue["image"])
+
+    again.images["gene"] = ps.get.gene_map(again, genes[1])
     again.write_element("gene")
-    assert_same_image(sd.read_zarr(backed.path).images["gene"], expected)
-    systems = sd.transformations.get_transformation(again.images["gene"], get_all=True)
-    assert set(systems) == set(sd.transformations.get_transformation(again.images["sample_full_image"], get_all=True))
+    kept = sd.read_zarr(backed.path).images["gene"]
+    assert_same_image(kept, ps.get.gene_map(backed, genes[1]))
+    image = again.images["sample_full_image"]
+    assert set(get_transformation(kept, get_all=True)) == set(get_transformation(image, get_all=True))
 
-
-def test_regions_and_map_come_from_factors(backed, predict, forward_passes) -> None:
-    predict(backed, shapes_key=BINS, key_added="direct")
-    predict(backed, write="factors")
     del forward_passes[:]
-    predict(backed, shapes_key=BINS)
-    assert not forward_passes
-    assert_same_image(backed.images["pixnet_map"], backed.images["direct_map"])
-    found, expected = (backed.tables[f"{key}_{BINS}"].X for key in ("pixnet", "direct"))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    predict(backed, map_um=8, key_added="pixnet", overwrite=True)
+    predict(again)  # the map comes from the factors
+    assert_same_image(again.images["pixnet_map"], full)
+    predict(again, map_um=8, overwrite=True)
     assert not forward_passes
 
 
 def test_all_genes_whatever_regions_are_predicted_for(fitted, predict) -> None:
     genes = ps.PixNet.load(fitted.attrs["pixnet_sd"]["model"]).genes
-    predict(fitted, write="factors", genes=genes[:1], shapes_key=BINS)
-    assert list(fitted.tables[f"pixnet_{BINS}"].var_names) == genes[:1]
+    predict(fitted, write="factors", genes=genes[:1], radius_um=16)
+    assert list(fitted.tables["pixnet_circles_16um"].var_names) == genes[:1]
     assert list(ps.get.gene_map(fitted)["scale0"]["image"].c.values) == genes
 
 

@@ -7,9 +7,7 @@ is, and no training blurs that.
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -17,7 +15,7 @@ import pytest
 import shapely
 import spatialdata as sd
 from spatialdata.models import Image2DModel, ShapesModel
-from spatialdata.transformations import Affine, Identity, get_transformation, set_transformation
+from spatialdata.transformations import Affine, get_transformation, set_transformation
 
 import pixnet_sd as ps
 
@@ -38,23 +36,23 @@ def affine(matrix: np.ndarray) -> Affine:
     return Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))
 
 
-def to_system(element, xy: np.ndarray, system: str = SYSTEM) -> np.ndarray:
-    """Points of an element, (n, 2), in the coordinate system."""
-    matrix = get_transformation(element, to_coordinate_system=system).to_affine_matrix(("x", "y"), ("x", "y"))
+def at(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Points, (n, 2), where a matrix moves them."""
     return np.column_stack([xy, np.ones(len(xy))]) @ matrix[:2].T
+
+
+def to_system(element, xy: np.ndarray) -> np.ndarray:
+    """Points of an element in the coordinate system."""
+    return at(get_transformation(element, SYSTEM).to_affine_matrix(("x", "y"), ("x", "y")), xy)
 
 
 def centres(shapes: gpd.GeoDataFrame) -> np.ndarray:
     return shapely.get_coordinates(shapely.centroid(shapes.geometry.to_numpy()))
 
 
-@pytest.fixture
-def sharp(model) -> ps.PixNet:
-    """The model as if trained at a third of the resolution, which makes the slide larger than a tile."""
-    return ps.PixNet(model.network, replace(model.record, working_mpp=1 / 3))
-
-
-def test_tile_size_leaves_no_trace(fitted, sharp, predict, map_values, forward_passes):
+def test_tile_size_leaves_no_trace(fitted, model, predict, map_values, forward_passes):
+    """At a third of the resolution the slide is larger than a tile."""
+    sharp = ps.PixNet(model.network, replace(model.record, working_mpp=1 / 3))
     maps, passes = [], []
     for tile_px in (256, 512, 1024):
         predict(fitted, sharp, tile_px=tile_px, key_added=f"t{tile_px}")
@@ -68,61 +66,34 @@ def test_tile_size_leaves_no_trace(fitted, sharp, predict, map_values, forward_p
         assert np.abs(other - maps[0]).max() <= 1e-4 * spread
 
 
-@pytest.fixture(scope="module")
-def _at_rest(_fitted, tmp_path_factory) -> Path:
-    """The slide with a map, bins and circles of before it is moved."""
-    store = shutil.copytree(_fitted[0], tmp_path_factory.mktemp("at_rest") / "slide.zarr")
-    sdata = sd.read_zarr(store)
+def test_slide_moved_in_its_coordinate_system(fitted, predict, map_values):
     for regions in ({"shapes_key": BINS}, {"radius_um": 12, "write": None}):
-        ps.tl.predict(
-            sdata, **regions, predict_params={"tile_px": 256}, device="cpu", key_added="before", show_progress_bar=False
-        )
-    return store
-
-
-@pytest.fixture
-def at_rest(_at_rest: Path, tmp_path: Path) -> sd.SpatialData:
-    shutil.copytree(_at_rest, tmp_path / "slide.zarr")
-    return sd.read_zarr(tmp_path / "slide.zarr")
-
-
-@pytest.mark.parametrize(
-    "moved",
-    [
-        pytest.param(similarity(degrees=90, shift=(500.0, 20.0)), id="rotated"),
-        pytest.param(similarity(mirror=True), id="mirrored"),
-        pytest.param(similarity(degrees=-33, scale=0.4, mirror=True, shift=(-70.0, 10.0)), id="all"),
-    ],
-)
-def test_slide_moved_in_its_coordinate_system(at_rest, predict, map_values, moved):
-    for element in (at_rest.images[FULL], at_rest.shapes[BINS]):
+        predict(fitted, key_added="before", **regions)
+    moved = similarity(degrees=-33, scale=0.4, mirror=True, shift=(-70.0, 10.0))
+    for element in (fitted.images[FULL], fitted.shapes[BINS]):
         set_transformation(element, affine(moved), SYSTEM)
-    del at_rest.images["sample_hires_image"], at_rest.images["sample_lowres_image"]  # they were not moved
-    at_rest.write_transformations()
-    predict(at_rest, shapes_key=BINS, key_added="after", coordinate_system=SYSTEM)
-    predict(at_rest, radius_um=12, key_added="after", coordinate_system=SYSTEM, write=None)
-
+    del fitted.images["sample_hires_image"], fitted.images["sample_lowres_image"]  # they were not moved
+    fitted.write_transformations()
+    for regions in ({"shapes_key": BINS}, {"radius_um": 12, "write": None}):
+        predict(fitted, key_added="after", coordinate_system=SYSTEM, **regions)
     for name in (BINS, "circles_12um"):
-        before, after = (at_rest.tables[f"{when}_{name}"] for when in ("before", "after"))
+        before, after = (fitted.tables[f"{when}_{name}"] for when in ("before", "after"))
         np.testing.assert_allclose(after.X, before.X, atol=1e-5)
         np.testing.assert_allclose(after.obs["area_um2"], before.obs["area_um2"], rtol=1e-6)
-    np.testing.assert_allclose(map_values(at_rest, "after_map"), map_values(at_rest, "before_map"), atol=1e-6)
-    old, new = (at_rest.shapes[f"{when}_circles_12um_shapes"] for when in ("before", "after"))
-    landed = np.column_stack([to_system(old, centres(old)), np.ones(len(old))]) @ moved[:2].T
-    np.testing.assert_allclose(to_system(new, centres(new)), landed, atol=1e-6)
+    np.testing.assert_allclose(map_values(fitted, "after_map"), map_values(fitted, "before_map"), atol=1e-6)
+    old, new = (fitted.shapes[f"{when}_circles_12um_shapes"] for when in ("before", "after"))
+    np.testing.assert_allclose(to_system(new, centres(new)), at(moved, to_system(old, centres(old))), atol=1e-6)
 
 
 def test_shapes_moved_alone_are_followed(fitted, predict):
     """Squares given in other units, as another tool would give them, are still the same squares."""
-    drawn = gpd.GeoDataFrame(geometry=fitted.shapes[BINS].geometry.to_numpy())
-    fitted.shapes["here"] = ShapesModel.parse(drawn, transformations={SYSTEM: Identity()})
+    drawn = fitted.shapes[BINS].geometry.to_numpy()
     away = similarity(degrees=20, scale=3, shift=(5.0, 7.0))
-    there = shapely.transform(
-        drawn.geometry.to_numpy(), lambda xy: np.column_stack([xy, np.ones(len(xy))]) @ away[:2].T
-    )
-    moved = gpd.GeoDataFrame(geometry=there)
-    fitted.shapes["elsewhere"] = ShapesModel.parse(moved, transformations={SYSTEM: affine(np.linalg.inv(away))})
-    fitted.write_element(["here", "elsewhere"])
+    moved = shapely.transform(drawn, lambda xy: at(away, xy))
+    for key, outlines, back in (("here", drawn, np.eye(3)), ("elsewhere", moved, np.linalg.inv(away))):
+        frame = gpd.GeoDataFrame(geometry=outlines)
+        fitted.shapes[key] = ShapesModel.parse(frame, transformations={SYSTEM: affine(back)})
+        fitted.write_element(key)
     for key in ("here", "elsewhere", BINS):
         predict(fitted, shapes_key=key, write=None)
     here, elsewhere, bins = (fitted.tables[f"pixnet_{key}"].X for key in ("here", "elsewhere", BINS))
@@ -154,7 +125,7 @@ def spotted_image(transformation: Affine):
 def landmark_slide(request) -> tuple[sd.SpatialData, np.ndarray]:
     """A slide, rotated, scaled and shifted in its system, and shapes that are drawn in the system itself."""
     matrix = similarity(degrees=25, scale=MPP, shift=(130.0, -60.0), mirror=request.param == "mirrored")
-    there = np.column_stack([LANDMARKS, np.ones(len(LANDMARKS))]) @ matrix[:2].T
+    there = at(matrix, LANDMARKS)
     shapes = gpd.GeoDataFrame({"radius": np.full(len(there), 6.0)}, geometry=shapely.points(there))
     shapes = ShapesModel.parse(shapes, transformations={SYSTEM: affine(np.eye(3))})
     sdata = sd.SpatialData(images={"he": spotted_image(affine(matrix))}, shapes={"landmarks": shapes})
@@ -208,27 +179,22 @@ def test_values_are_means_over_the_pixels_below(landmark_slide, darkness, predic
     np.testing.assert_allclose(sdata.tables["pixnet_landmarks"].X[:, 0], expected, rtol=0.03)
 
 
-@pytest.mark.parametrize("n_symmetries", [4, 8])
-def test_averaged_copies_are_turned_back(landmark_slide, darkness, predict, map_values, n_symmetries):
+def test_averaged_copies_are_turned_back(landmark_slide, darkness, predict, map_values):
     sdata, _ = landmark_slide
     predict(sdata, darkness, mpp="coordinate_system")
-    predict(sdata, darkness, mpp="coordinate_system", key_added="averaged", n_symmetries=n_symmetries)
+    predict(sdata, darkness, mpp="coordinate_system", key_added="averaged", n_symmetries=8)
     np.testing.assert_allclose(map_values(sdata, "averaged_map"), map_values(sdata), atol=1e-3)
 
 
-@pytest.mark.parametrize("factor", [2, 3])
-def test_coarser_map_in_several_blocks(darkness, predict, map_values, factor):
+def test_coarser_map_in_several_blocks(darkness, predict, map_values):
     """A strip wider than a block of the native map, 512 pixels of 4 working ones."""
     rng = np.random.default_rng(0)
     pixels = np.repeat(rng.integers(100, 180, (3, 60, 150), dtype=np.uint8), 16, axis=2)
     sdata = sd.SpatialData(images={"he": Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=list("rgb"))})
     predict(sdata, darkness, mpp=1.0)
-    predict(sdata, darkness, mpp=1.0, key_added="coarse", map_um=4.0 * factor, tile_px=64)
-    native = map_values(sdata)[0, :15, :600]
-    native = np.pad(native, [(0, -side % factor) for side in native.shape])
-    height, width = (side // factor for side in native.shape)
-    expected = native.reshape(height, factor, width, factor).mean(axis=(1, 3))
-    np.testing.assert_allclose(map_values(sdata, "coarse_map")[0, :height, :width], expected, atol=1e-3)
+    predict(sdata, darkness, mpp=1.0, key_added="coarse", map_um=12.0, tile_px=64)
+    expected = map_values(sdata)[0, :15, :600].reshape(5, 3, 200, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(map_values(sdata, "coarse_map")[0, :5, :200], expected, atol=1e-3)
 
 
 def test_map_read_back_in_several_windows(landmark_slide, darkness, predict, caplog):

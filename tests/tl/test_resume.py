@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import spatialdata as sd
 import torch
+from spatialdata.models import Image2DModel
 
 from pixnet_sd.errors import StoreError
 from pixnet_sd.model import Network
 
 
 @pytest.fixture
-def four_blocks(monkeypatch):
-    """Blocks of 32 map pixels: the slide has four, and a tile of 128 working pixels is one."""
-    monkeypatch.setattr("pixnet_sd.store.gene_map._element.BLOCK_PX", (32, 32))
+def strip(tmp_path) -> sd.SpatialData:
+    """Backed slide of two blocks of the map, of 512 map pixels, and a little more: 17 tiles of 256 px in a row."""
+    pixels = np.random.default_rng(0).integers(100, 170, (3, 32, 135), dtype=np.uint8).repeat(32, axis=2)
+    sdata = sd.SpatialData(images={"he": Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=list("rgb"))})
+    sdata.write(tmp_path / "strip.zarr")
+    return sd.read_zarr(tmp_path / "strip.zarr")
 
 
 @pytest.fixture
@@ -42,44 +46,34 @@ def names(sdata) -> set[str]:
     return {name for _, name, _ in sdata.gen_elements()}
 
 
-@pytest.fixture
-def uninterrupted(fitted, predict, four_blocks, tmp_path):
-    """Results of a run that nothing disturbed, in a copy of the slide."""
-    shutil.copytree(fitted.path, tmp_path / "uninterrupted.zarr")
-    sdata = sd.read_zarr(tmp_path / "uninterrupted.zarr")
-    predict(sdata, radius_um=8, tile_px=128)
-    return sdata
-
-
 @pytest.mark.parametrize("regions", [{}, {"radius_um": 8}], ids=["map", "map and circles"])
-def test_predict_interrupted(fitted, uninterrupted, predict, forward_passes, break_at, map_values, user_files, regions):
-    before, there = user_files(fitted.path), names(fitted)
-    break_at(4)
+def test_predict_interrupted(
+    strip, model, predict, forward_passes, break_at, map_values, user_files, tmp_path, regions
+):
+    """What was done is not done again, unless the settings are others."""
+    whole = sd.read_zarr(shutil.copytree(strip.path, strip.path.with_name("whole.zarr")))
+    before = user_files(strip.path)
+    predict(whole, model, mpp=1.0, **regions)
+    assert len(forward_passes) == 17
+    break_at(12)
     with pytest.raises(KeyboardInterrupt):
-        predict(fitted, tile_px=128, **regions)
-    assert names(sd.read_zarr(fitted.path)) == there
-    assert user_files(fitted.path) == before
+        predict(strip, model, mpp=1.0, **regions)
+    assert names(sd.read_zarr(strip.path)) == {"he"}
+    assert user_files(strip.path) == before
 
+    break_at(1000)
+    if not regions:
+        predict(strip, model, mpp=1.0, n_symmetries=4)
+        assert np.abs(map_values(strip) - map_values(whole)).max() > 1e-4
+        return
     del forward_passes[:]
-    break_at(1000)
-    again = sd.read_zarr(fitted.path)
-    predict(again, tile_px=128, **regions)
-    assert 1 <= len(forward_passes) <= 3  # of four: what was done is not done again
-    np.testing.assert_array_equal(map_values(again), map_values(uninterrupted))
-    if regions:
-        tables = [s.tables["pixnet_circles_8um"] for s in (again, uninterrupted)]
-        np.testing.assert_allclose(tables[0].X, tables[1].X, atol=1e-5)
-    assert user_files(fitted.path) == before
-    assert not list(Path(fitted.path).parent.glob(".*.pixnet_sd/*"))
-
-
-def test_other_settings_do_not_take_up_a_partial_map(fitted, uninterrupted, predict, break_at, map_values):
-    break_at(4)
-    with pytest.raises(KeyboardInterrupt):
-        predict(fitted, tile_px=128, n_symmetries=1)
-    break_at(1000)
-    predict(fitted, tile_px=128, n_symmetries=4)
-    assert np.abs(map_values(fitted) - map_values(uninterrupted)).max() > 1e-4
+    again = sd.read_zarr(strip.path)
+    predict(again, model, mpp=1.0, **regions)
+    assert 1 <= len(forward_passes) <= 17 - 8  # a block is eight tiles
+    np.testing.assert_array_equal(map_values(again), map_values(whole))
+    np.testing.assert_allclose(*(s.tables["pixnet_circles_8um"].X for s in (again, whole)), atol=1e-5)
+    assert user_files(strip.path) == before
+    assert not list(Path(strip.path).parent.glob(".*.pixnet_sd/*"))
 
 
 def test_fit_interrupted(slide, fit, break_at, tmp_path):
@@ -93,18 +87,14 @@ def test_fit_interrupted(slide, fit, break_at, tmp_path):
         assert slide.attrs["pixnet_sd"]["model"].endswith("whole")
     break_at(1000)
     parts = fit(slide, checkpoint_dir=tmp_path / "parts", validation=0.25, max_epochs=3)
-    assert_same_model(parts, whole)
+    mine, theirs = parts.network.state_dict(), whole.network.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
+    assert parts.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
     assert not list((tmp_path / "parts" / "training").glob("*"))
 
 
-def assert_same_model(one, other) -> None:
-    mine, theirs = one.network.state_dict(), other.network.state_dict()
-    assert mine.keys() == theirs.keys()
-    assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
-    assert one.history.drop(columns="seconds").equals(other.history.drop(columns="seconds"))
-
-
-@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"radius_um": 16, "write": None}, {"write": "factors"}])
+@pytest.mark.parametrize("arguments", [{"radius_um": 16, "write": None}, {"write": "factors"}])
 @pytest.mark.parametrize("when", ["moving", "attaching"])
 def test_interrupted_while_results_are_moved_in(fitted, predict, forward_passes, monkeypatch, arguments, when):
     """Ctrl-C waits until store and object agree; the same call then has nothing to do."""
@@ -138,7 +128,7 @@ def test_interrupted_while_results_are_moved_in(fitted, predict, forward_passes,
     assert not list(Path(fitted.path).parent.glob(".*.pixnet_sd"))
 
 
-@pytest.mark.parametrize("arguments", [{"map_um": 8}, {"radius_um": 16, "write": None}, {"write": "factors"}])
+@pytest.mark.parametrize("arguments", [{"radius_um": 16, "write": None}, {"write": "factors"}])
 def test_disk_full_while_results_are_moved_in(fitted, predict, forward_passes, monkeypatch, arguments):
     """The same call finishes what is there, and returns; another one is still told that the name is taken."""
     rename = Path.rename
