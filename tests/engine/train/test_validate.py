@@ -36,8 +36,9 @@ def score(make_network, make_run, fabric):
     """Scores of a network whose head takes colours for genes, against genes whose mean is 1."""
 
     def found(slides: list[TrainingSlide], objective=MSE, weight: Tensor = KNOWS, n_batches=None):
-        network = make_network(link=objective.link)
-        network.head = Head(3, 3, objective.link)
+        link = "softplus" if objective.has_total else "identity"
+        network = make_network(link=link)
+        network.head = Head(3, 3, link)
         network.head.bias.data, network.head.weight.data = torch.zeros(3), weight
         means = {"": np.ones(3 - objective.has_total)}
         return score_regions(network, objective, Colours(network, make_run(), fabric), slides, means, n_batches)
