@@ -34,9 +34,6 @@ def test_public_names_resolve():
         assert getattr(pixnet_sd, name) is not None
     assert {"fit", "predict", "evaluate"} <= set(dir(pixnet_sd.tl))
     assert pixnet_sd.PixNet.__module__.startswith("pixnet_sd.model")
-
-
-def test_unknown_name():
     with pytest.raises(AttributeError, match=r"module 'pixnet_sd' has no attribute 'predcit'"):
         pixnet_sd.predcit  # noqa: B018
 

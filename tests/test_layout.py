@@ -15,16 +15,12 @@ ROOMS = sorted({path.parent for path in FILES})
 MOST_FILES, MOST_FLOORS, MOST_LINES = 8, 4, 80
 NOTES = {"_notes.py", "store/_notes.py"}
 
-each_room = pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.relative_to(SOURCE.parent).as_posix())
-
 
 @cache
 def neighbours(path: Path) -> frozenset[Path]:
     """Files of the same room that a file imports."""
-    imports = [
-        node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom) and node.level == 1
-    ]
-    names = {name for node in imports for name in ([node.module] if node.module else [a.name for a in node.names])}
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom) and node.level == 1]
+    names = {name for node in nodes for name in ([node.module] if node.module else [a.name for a in node.names])}
     return frozenset(path.with_name(f"{name}.py") for name in names if path.with_name(f"{name}.py").exists())
 
 
@@ -33,7 +29,7 @@ def floor(path: Path) -> int:
     return 1 + max(map(floor, neighbours(path)), default=0)
 
 
-@each_room
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.relative_to(SOURCE.parent).as_posix())
 def test_a_room_has_few_files_on_few_floors(room: Path) -> None:
     files = sorted(room.glob("*.py"))
     assert len(files) <= MOST_FILES

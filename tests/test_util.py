@@ -14,30 +14,25 @@ import pixnet_sd as ps
 from pixnet_sd._util import LineBar, bar_class
 from pixnet_sd.errors import PixNetError
 
-LOGGER = logging.getLogger("pixnet_sd")
-
 
 @pytest.mark.parametrize(
     ("verbosity", "level", "read"),
     [("warning", 30, "warning"), ("DEBUG", 10, "debug"), (40, 40, "error"), (25, 25, 25)],
 )
-def test_verbosity_is_the_level_of_the_logger(verbosity, level, read):
-    assert repr(ps.settings) == "Settings(verbosity='info')"
+def test_verbosity_is_the_level_of_the_logger(verbosity, level, read, monkeypatch):
     root = logging.getLogger().level
-    try:
-        ps.settings.verbosity = verbosity
-        assert (LOGGER.level, ps.settings.verbosity, logging.getLogger().level) == (level, read, root)
-    finally:
-        ps.settings.verbosity = "info"
+    monkeypatch.setattr(ps.settings, "verbosity", verbosity)
+    assert (logging.getLogger("pixnet_sd").level, repr(ps.settings)) == (level, f"Settings(verbosity={read!r})")
+    assert logging.getLogger().level == root
 
 
 @pytest.mark.parametrize("verbosity", ["loud", "", 2.5, None, True, -1])
 def test_what_is_no_verbosity(verbosity):
     with pytest.raises(PixNetError, match="verbosity"):
         ps.settings.verbosity = verbosity
+    assert ps.settings.verbosity == "info"
     with pytest.raises(AttributeError):
         ps.settings.verbosty = "debug"
-    assert ps.settings.verbosity == "info"
 
 
 @pytest.fixture
@@ -94,9 +89,7 @@ def test_a_bar_on_a_terminal_only(watched, bar, monkeypatch):
 
 
 def test_warnings_are_of_the_first_caller_outside_the_package() -> None:
-    sdata = make_visium_hd()
+    small = {"model_params": {"working_mpp": 1.0}, "train_params": {"tile_px": 64}, "validation": None}
     with pytest.warns(UserWarning, match="disagrees with 0.5 µm/px") as raised:
-        ps.pl.training_regions(
-            sdata, mpp=0.6, model_params={"working_mpp": 1.0}, train_params={"tile_px": 64}, validation=None, show=False
-        )
+        ps.pl.training_regions(make_visium_hd(), mpp=0.6, **small, show=False)
     assert [w.filename for w in raised if "disagrees" in str(w.message)] == [__file__]

@@ -18,20 +18,13 @@ from pixnet_sd.errors import CheckpointError
 
 _PREFIX, _SUFFIX = ".pixnet_sd-", ".partial"
 
-_KINDS = {
-    stat.S_IFLNK: "a link",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-    stat.S_IFREG: "a file",
-}
+# by the first letter of ``ls -l``
+_KINDS = {"l": "link", "p": "pipe", "s": "socket", "c": "device", "b": "device", "d": "folder", "-": "file"}
 
 
 def file_kind(mode: int) -> str:
     """Name the kind of what has a mode: ``"a link"``, ``"a pipe"`` and so on."""
-    return _KINDS.get(stat.S_IFMT(mode), "a special file")
+    return f"a {_KINDS.get(stat.filemode(mode)[0], 'special file')}"
 
 
 @contextlib.contextmanager

@@ -31,15 +31,11 @@ _LEVELS, _ALIGN_PX = 4, 32  # of the feature pyramid, and its coarsest stride
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Text = Annotated[str, StringConstraints(max_length=4096)]
 Hash = Annotated[str, StringConstraints(max_length=128)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Width = Annotated[int, Field(ge=1, le=1 << 13)]  # a decoder this wide takes gigabytes
-Micrometres = Annotated[float, Field(ge=1e-3, le=100)]
-Counts = Annotated[float, Field(ge=1e-6, le=1e15)]
 Side = Annotated[int, Field(ge=0, le=1 << 15, multiple_of=_ALIGN_PX)]
 Pcc = Annotated[float, Field(ge=-1.001, le=1.001)]  # 1 with the rounding of 32 bits
-Row = dict[Name, float | None]
 
 
 class _Strict(BaseModel):
@@ -53,7 +49,7 @@ class DecoderSchema(_Strict):
 
     widths: Annotated[list[Width], Field(min_length=_LEVELS, max_length=_LEVELS)] | None
     hidden: Annotated[list[Width], Field(min_length=_LEVELS - 1, max_length=_LEVELS - 1)]
-    dropout: Share = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class SlideSchema(_Strict):
@@ -72,11 +68,11 @@ class RecordSchema(_Strict):
     """``config.json``; fields of later versions are passed over."""
 
     genes: Annotated[list[Name], Field(min_length=1, max_length=_MAX_GENES), FailFast()]
-    target_sum: Counts
+    target_sum: Annotated[float, Field(ge=1e-6, le=1e15)]
     log_base: Literal["e"]
     objective: Literal["mse_pcc", "poisson", "nb"]
     aggregation: Literal["mean", "sum"]
-    working_mpp: Micrometres
+    working_mpp: Annotated[float, Field(ge=1e-3, le=100)]
     encoder: Name
     encoder_weights: Text | None
     encoder_sha256: Hash
@@ -89,7 +85,7 @@ class RecordSchema(_Strict):
     training: dict[Name, JsonValue]
     slides: dict[Name, SlideSchema]
     held_out_pcc: Annotated[list[Pcc | None], Field(max_length=_MAX_GENES), FailFast()]
-    history: Annotated[list[Row], FailFast()]
+    history: Annotated[list[dict[Name, float | None]], FailFast()]
     versions: dict[Name, Text]
     depends_on: dict[Name, JsonValue]
     format: Text

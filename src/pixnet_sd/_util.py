@@ -18,18 +18,11 @@ from tqdm import auto, std
 
 from pixnet_sd.errors import PixNetError
 
-
-class _UnlessConfigured(logging.StreamHandler):  # type: ignore[type-arg]
-    """Prints to stderr, unless the application has set up logging and prints for itself."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
-            super().emit(record)
-
-
 logger = logging.getLogger("pixnet_sd")
 if not logger.handlers:
-    _handler = _UnlessConfigured()
+    _handler = logging.StreamHandler()
+    # an application that has set up logging prints for itself
+    _handler.addFilter(lambda _: not logging.getLogger().handlers)
     _handler.setFormatter(logging.Formatter("pixnet_sd: %(message)s"))
     logger.addHandler(_handler)
     logger.setLevel(logging.INFO)

@@ -5,13 +5,23 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 import pixnet_sd as ps
+from pixnet_sd.cli import main
 
 LOGGERS = [logging.getLogger(name) for name in ("pixnet_sd", "spatialdata._logging", "spatialdata_plot._logging")]
+
+
+def printed(*arguments: object) -> str:
+    """Run a command, by default that of this process, and return what it prints."""
+    with redirect_stdout(StringIO()) as stdout:
+        assert main([*map(str, arguments)] or None) == 0
+    return stdout.getvalue()
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import pytest
 from spatialdata import SpatialData
 from tests.slide.conftest import make_visium_hd
 
+from pixnet_sd.slide.elements import scale0
 from pixnet_sd.store import Transaction
 from pixnet_sd.store.gene_map import GeneMapWriter, image_transforms, map_layout, tissue_labels
 
@@ -24,16 +25,12 @@ MAP_UM = 2.0
 def add_map(
     sdata: SpatialData, image_key: str, system: str, *, mpp: float, genes: list[str], **note: Any
 ) -> np.ndarray[Any, Any]:
-    """Write a gene map over all of an image, off tissue in its last 20 columns; returns its values, 0 there."""
-    image = sdata.images[image_key]
-    image = image["scale0"]["image"] if hasattr(image, "children") else image
-    shape = tuple(round(image.sizes[axis] * mpp / MAP_UM) for axis in "yx")
+    """Write a gene map over all of an image, off tissue in its last 20 columns; returns its values, NaN there."""
+    sizes, pitch = scale0(sdata.images[image_key]).sizes, MAP_UM / mpp
+    shape = tuple(round(sizes[axis] / pitch) for axis in "yx")
     row, col = np.indices(shape, dtype=np.float32)
-    values = np.stack([(k + 1) + (col if k % 2 else row) / 10 for k in range(len(genes))])
-    tissue = np.ones(shape, bool)
-    tissue[:, -20:] = False
-    values = (values * tissue).astype(np.float32)
-    pitch = MAP_UM / mpp
+    tissue = col < shape[1] - 20
+    values = np.stack([tissue * (k + 1 + (col if k % 2 else row) / 10) for k in range(len(genes))])
     layout, transforms = map_layout(len(genes), shape, block_px=32), image_transforms(sdata, image_key)
     noted = {"image": image_key, "coordinate_system": system, "mpp": mpp, "objective": "mse_pcc"}
     noted |= {"aggregation": "mean", "target_sum": 100.0, **note}
@@ -44,7 +41,7 @@ def add_map(
             writer.write(block, values[:, block[0] : block[1], block[2] : block[3]])
         elements = {"pixnet_map": writer.element(), "pixnet_map_tissue": tissue_labels(tissue, pitch, transforms)}
         out.commit(elements, provenance={"maps": {"pixnet_map": noted}})
-    return values
+    return np.where(tissue, values, np.nan)
 
 
 @pytest.fixture

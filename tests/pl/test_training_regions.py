@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.colors
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import same_color
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import get_transformation
 from tests.slide.conftest import make_visium, make_visium_hd
@@ -16,25 +16,14 @@ import pixnet_sd as ps
 from pixnet_sd.errors import DataError, PixNetError
 
 BLUE, ORANGE = "#0072b2", "#d55e00"
+SMALL = {"genes": 3, "max_epochs": 1, "batch_size": 2, "device": "cpu", "show_progress_bar": False}
 NETWORK = {"encoder": "test_resnet", "encoder_weights": None, "decoder_width": 16, "working_mpp": 1.0}
-
-
-def of_fit(slides: Any, **arguments: Any) -> dict[str, dict[str, dict[str, int]]]:
-    """By slide, what the record of a model says of its regions."""
-    train = {"tile_px": arguments.pop("tile_px")}
-    small = {"genes": 3, "max_epochs": 1, "batch_size": 2, "device": "cpu", "show_progress_bar": False}
-    model = ps.tl.fit(slides, **small, **arguments, model_params=NETWORK, train_params=train, record_model=False)
-    return model.record.slides
 
 
 def boxes(ax: plt.Axes, colour: str) -> np.ndarray:
     """Outlines of tiles of a colour, (n, 4): x0, y0, x1, y1 in µm."""
-    found = [
-        path.get_extents().extents
-        for drawn in ax.collections
-        if len(edge := drawn.get_edgecolor()) and tuple(edge[0]) == matplotlib.colors.to_rgba(colour)
-        for path in drawn.get_paths()
-    ]
+    collections = [drawn for drawn in ax.collections if same_color(drawn.get_edgecolor()[:1], [colour])]
+    found = [path.get_extents().extents for drawn in collections for path in drawn.get_paths()]
     return np.array(found).reshape(-1, 4)
 
 
@@ -42,20 +31,20 @@ def legend(ax: plt.Axes) -> list[str]:
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-def draw(slides: Any, tile_px: int = 64, **options: Any) -> np.ndarray:
-    network, training = {"working_mpp": 1.0}, {"tile_px": tile_px}
-    return ps.pl.training_regions(slides, model_params=network, train_params=training, **options, show=False)
+def draw(slides: Any, **options: Any) -> np.ndarray:
+    options = {"train_params": {"tile_px": 64}, "model_params": {"working_mpp": 1.0}} | options
+    return ps.pl.training_regions(slides, **options, show=False)
 
 
 def test_tiles_and_regions_are_those_of_fit() -> None:
     sdata = make_visium_hd()
-    counts = sdata.tables["square_016um"].X.tolil()
-    counts[:3] = 0  # regions without counts are left out
-    sdata.tables["square_016um"].X = counts.tocsr()
-    tiles, regions = draw(sdata, validation=0.3)[0]
+    counts = sdata.tables["square_016um"].X
+    counts.data[: counts.indptr[3]] = 0  # regions without counts are left out
+    arguments = {"validation": 0.3, "train_params": {"tile_px": 64}}
+    tiles, regions = draw(sdata, **arguments)[0]
     with pytest.warns(UserWarning, match="square_016um"):
-        record = of_fit(sdata, tile_px=64, validation=0.3)["slide"]
-    trained, held_out = record["training_regions"], record["held_out_regions"]
+        model = ps.tl.fit(sdata, **arguments, **SMALL, model_params=NETWORK, record_model=False)
+    trained, held_out = (model.record.slides["slide"][f"{use}_regions"] for use in ("training", "held_out"))
     total = {"square_008um": sdata.tables["square_008um"].n_obs, "square_016um": sdata.tables["square_016um"].n_obs - 3}
     left = {name: total[name] - trained[name] - held_out[name] for name in total}
     assert legend(regions) == [
@@ -93,7 +82,7 @@ def test_tissue_is_outlined() -> None:
 def test_slides_are_rows() -> None:
     slides = {"a": make_visium_hd(bins=(16,)), "b": make_visium()}
     slides["b"].attrs["pixnet_sd"] = {"mpp": {"tissue_full_image": 0.5}}  # to measure spots takes squidpy, and seconds
-    axes = draw(slides, tile_px=256, objective="poisson", validation=["b"])
+    axes = draw(slides, train_params={"tile_px": 256}, objective="poisson", validation=["b"])
     assert axes.shape == (2, 2)
     assert [(len(boxes(ax, BLUE)) > 0, len(boxes(ax, ORANGE)) > 0) for ax in axes[:, 0]] == [(1, 0), (0, 1)]
     assert [legend(ax)[0].split(":")[0] for ax in axes[:, 1]] == ["training", "held out"]
@@ -106,8 +95,8 @@ def test_slides_are_rows() -> None:
 def test_bad_input() -> None:
     sdata = make_visium_hd(bins=(16,))
     with pytest.raises(PixNetError, match="tile_px"):
-        ps.pl.training_regions(sdata, train_params={"tile_px": 64}, show=False)
+        draw(sdata, model_params=None)
     sdata.tables["square_016um"].X *= 0
     with pytest.raises(DataError, match="square_016um"):
-        ps.pl.training_regions(sdata)
+        draw(sdata)
     assert not plt.get_fignums()

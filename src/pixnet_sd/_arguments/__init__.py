@@ -49,13 +49,11 @@ _BIN_UM = r.whole(1, 10_000)
 _DRAWN_BIN = r.choice(2, 4, 8, 16)
 _DRAWN_BINS = r.each(_DRAWN_BIN, "one or more of 2, 4, 8 and 16, in a list")
 _DRAWN_MPP = r.number("a number of µm per pixel from 0.1 to 2", lambda x: 0.1 <= x <= 2)
-_DRAWN_SIDE = r.number("a number of µm from 100 to 100,000", lambda x: 100 <= x <= 100_000)  # no glass is longer
 _BOX_UM = r.where(
     r.each(r.number(), "(x0, y0, x1, y1) in µm, with x0 < x1 and y0 < y1", n=4),
     lambda box: box[0] < box[2] and box[1] < box[3],
 )
-_FIGURE_SIDE = r.number("", lambda x: 0 < x <= 400)
-_FIGURE_SIZE = r.each(_FIGURE_SIDE, "width and height in inches, two positive numbers up to 400", n=2)
+_SIDE = r.number("", lambda x: 0 < x <= 400)
 _DEVICE = r.either(
     r.instance("torch.device", "a torch.device"), r.text("'cpu', 'cuda', 'cuda:1' or 'mps'", empty=False)
 )
@@ -125,7 +123,7 @@ _TABLE: list[tuple[r.Rule, str]] = [
     (r.choice("right"), "colorbar_loc"),
     (r.names("names of columns"), "keys"),
     (r.whole(0, _MOST_AT_ONCE), "n_labels"),
-    (_FIGURE_SIZE, "figsize"),
+    (r.each(_SIDE, "width and height in inches, two positive numbers up to 400", n=2), "figsize"),
     (r.axes(), "ax"),
     (r.figure_file(), "save"),
     # stores, Space Ranger's folders and drawn slides
@@ -137,7 +135,7 @@ _TABLE: list[tuple[r.Rule, str]] = [
     (r.raising(StoreError, r.whole(64, 2**14)), "chunk_px"),
     (r.text("a prefix of names"), "convert_visium_hd.dataset_id"),
     (r.either(_BIN_UM, r.each(_BIN_UM, "sizes of bins in whole µm")), "convert_visium_hd.bin_um"),
-    (_DRAWN_SIDE, "size_um"),
+    (r.number("a number of µm from 100 to 100,000", lambda x: 100 <= x <= 100_000), "size_um"),  # no glass is longer
     (r.element_name("a prefix of names", empty=True), "dataset_id"),
     (r.whole(1, 1024), "n_workers"),
     (r.names("names of sections", one=False), "sections"),

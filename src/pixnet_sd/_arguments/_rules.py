@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,8 @@ def either(*rules: Rule, needed: str = "") -> Rule:
 
     def read(value: Any) -> Any:
         for rule in rules[:-1]:
-            try:
+            with suppress(Unfit):
                 return rule.read(value)
-            except Unfit:
-                continue
         return rules[-1].read(value)
 
     return Rule(needed or " or ".join(rule.needed for rule in rules), read)
@@ -293,10 +292,9 @@ def colour_limit() -> Rule:
     """Take a number, a percentile such as ``"p99"``, or one for each gene."""
 
     def is_percentile(given: str) -> bool:
-        try:
+        with suppress(ValueError):
             return given.startswith("p") and 0 <= float(given[1:]) <= 100
-        except ValueError:
-            return False
+        return False
 
     one = optional(either(number(), where(text(), is_percentile)))
     return either(one, each(one, ""), needed="a number, a percentile from 'p0' to 'p100', or one for each gene")

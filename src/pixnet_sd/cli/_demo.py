@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import spatialdata as sd
+from anndata import AnnData
 from numpy.typing import NDArray
 from spatialdata import SpatialData
-from spatialdata.models import get_table_keys
 
 import pixnet_sd as ps
 
@@ -33,7 +33,6 @@ BIN_UM = 8
 TABLE, SHAPES = "square_008um", "sample_square_008um"
 PREDICTED = f"pixnet_{SHAPES}"
 MPP = 0.5
-TARGET_SUM = 1e4
 TRAINING_SHARE = 0.7
 GAP_UM = 32.0  # between the bins that train and those that score: neighbours would give one another away
 DRAWN = ("COL1A1", "MKI67", "SCGB2A2", "MS4A1")  # of stroma, rims of tumour nests, glands, and swarms of immune cells
@@ -58,7 +57,7 @@ def demo(call: Call) -> int:
         ps.tl.predict(slide, model, radius_um=8)
         ps.tl.predict(slide, model, shapes_key=SHAPES)  # read back from the map: the network does not run again
     with step("Scoring"):
-        truth = ps.datasets.sample_truth_bins(BIN_UM, **drawing)
+        truth = as_counts(ps.datasets.sample_truth_bins(BIN_UM, **drawing), slide.tables[TABLE])
         scores = score(slide, truth, cut_um)
     with step("Drawing the picture"):
         draw_picture(slide, truth, cut_um).savefig(folder / "demo.png", dpi=100)
@@ -117,26 +116,23 @@ def fit(slide: SpatialData, limit_um: float, epochs: int, **options: Any) -> ps.
     )
 
 
-def score(slide: SpatialData, truth: pd.DataFrame, cut_um: float) -> pd.DataFrame:
+def as_counts(truth: pd.DataFrame, measured: AnnData) -> AnnData:
+    """Make a table of the truth in place of what was measured, in millionths, since counts are whole numbers."""
+    table = measured.copy()
+    table.X = np.rint(1e6 * truth.loc[table.obs_names, table.var_names].to_numpy())
+    return table
+
+
+def score(slide: SpatialData, truth: AnnData, cut_um: float) -> pd.DataFrame:
     """Correlate each spatially varying gene with counts and truth on the held-out part, and average."""
-    measured, predicted = slide.tables[TABLE], slide.tables[PREDICTED]
-    held_out = measured[x_um(measured) >= cut_um]
-    genes = measured.var_names[measured.var["spatially_varying"]]
-    right = SpatialData(shapes={SHAPES: slide.shapes[SHAPES]}, tables={TABLE: held_out.copy(), PREDICTED: predicted})
-    against_counts = ps.tl.evaluate(right, table_key=TABLE, predicted_key=PREDICTED).loc[genes, "pcc"]
-    name_of = pd.Series(measured.obs_names, index=instances(measured))
-    bins = pd.DataFrame(predicted.X, index=name_of[instances(predicted)], columns=predicted.var_names)
-    shares: Any = truth.div(truth.sum(axis=1), axis=0)
-    expected = np.log1p(TARGET_SUM * shares).loc[held_out.obs_names, genes]
-    against_truth = bins.loc[held_out.obs_names, genes].corrwith(expected).fillna(0)  # 0 where it predicts a constant
-    scores = pd.DataFrame({"counts": against_counts, "truth": against_truth})
+    scores = pd.DataFrame()
+    for name, table in (("counts", slide.tables[TABLE]), ("truth", truth)):
+        tables = {TABLE: table[x_um(table) >= cut_um].copy(), PREDICTED: slide.tables[PREDICTED]}
+        right = SpatialData(shapes={SHAPES: slide.shapes[SHAPES]}, tables=tables)
+        pcc = ps.tl.evaluate(right, table_key=TABLE, predicted_key=PREDICTED)["pcc"]
+        scores[name] = pcc[table.var_names[table.var["spatially_varying"]]]
     scores.loc["mean"] = scores.mean()
-    return scores
-
-
-def instances(table: Any) -> NDArray[Any]:
-    """Ids of the regions that the rows of a table annotate."""
-    return np.asarray(table.obs[get_table_keys(table)[2]])
+    return scores.rename_axis(None)
 
 
 def x_um(table: Any) -> NDArray[np.float64]:
@@ -144,12 +140,10 @@ def x_um(table: Any) -> NDArray[np.float64]:
     return np.asarray(table.obsm["spatial"][:, 0] * MPP)
 
 
-def draw_picture(slide: SpatialData, truth: pd.DataFrame, cut_um: float) -> Figure:
+def draw_picture(slide: SpatialData, truth: AnnData, cut_um: float) -> Figure:
     """Draw H&E beside truth and prediction of a few genes."""
-    expected = slide.tables[TABLE].copy()
-    expected.X = np.rint(1e3 * truth.loc[expected.obs_names, expected.var_names].to_numpy())  # as counts, finely
     rest = {"images": dict(slide.images), "labels": dict(slide.labels), "shapes": dict(slide.shapes)}
-    drawn = SpatialData(**rest, tables={TABLE: expected}, attrs=slide.attrs)
+    drawn = SpatialData(**rest, tables={TABLE: truth}, attrs=slide.attrs)
     figure: Any = ps.pl.gene_map(drawn, DRAWN, table_key=TABLE, return_fig=True)
     for axes in figure.axes:
         if title := axes.get_title():

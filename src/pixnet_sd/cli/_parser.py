@@ -122,11 +122,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-_EVERY = (
-    Flag("config", str | None, "", own=True),
-    Flag("verbose", bool, "", own=True),
-    Flag("quiet", bool, "", own=True),
-)
+_EVERY = tuple(Flag(name, takes, "", own=True) for name, takes in (("config", str), ("verbose", bool), ("quiet", bool)))
 _EVERY_HELP = "Every command: --config FILE.toml (options; those given here win), --verbose, --quiet, --help"
 
 
@@ -231,16 +227,14 @@ def _exit_without_command(arguments: Sequence[str], commands: Mapping[str, Comma
     parser.exit(2, f"pixnet-sd: error: there is no command {first!r}{near}\n")
 
 
-def _configured(
-    parser: _Parser, arguments: Sequence[str], commands: Mapping[str, Command]
-) -> tuple[list[str], list[str]]:
+def _configured(parser: _Parser, given: Sequence[str], commands: Mapping[str, Command]) -> tuple[list[str], list[str]]:
     """Turn a config file into options, so that it can do what they can and no more, and slides.
 
     A table named as a command, ``[fit]``, is for that command alone, so that one file can serve several.
     """
     scan = argparse.ArgumentParser(parser.prog, add_help=False, allow_abbrev=False)
     scan.add_argument("--config", type=Path)
-    path: Path | None = scan.parse_known_args(arguments)[0].config
+    path: Path | None = scan.parse_known_args(given)[0].config
     if path is None:
         return [], []
     file, command = f"the config file {str(path)!r}", parser.command
