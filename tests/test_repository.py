@@ -1,4 +1,4 @@
-"""Files beside the code agree with each other: versions, licence, citations, workflows."""
+"""Files beside the code agree with each other: versions, licence, workflows, packages."""
 
 from __future__ import annotations
 
@@ -53,18 +53,6 @@ def test_workflows_run_pinned_actions_without_secrets_and_what_is_there():
     assert set(TESTS["pinned"]["strategy"]["matrix"]["target"]) <= targets
     assert scripts
     assert all((ROOT / script).exists() for script in scripts)
-
-
-def test_everything_cited_is_in_the_references_and_has_an_identifier():
-    entries = re.split(r"^@", read("docs/references.bib"), flags=re.MULTILINE)[1:]
-    known = {re.match(r"\w+\{([^,]+),", entry)[1]: entry for entry in entries}
-    assert len(known) == len(entries)
-    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/*/*.md"), *ROOT.glob("notebooks/*.ipynb")]
-    text = "".join(path.read_text(encoding="utf-8") for path in pages)
-    cited = {key.strip() for keys in re.findall(r"\{cite:\w+\}`([^`]+)`", text) for key in keys.split(",")}
-    assert cited
-    assert cited <= set(known)
-    assert [key for key, entry in known.items() if "doi = {10." not in entry and "url = {" not in entry] == []
 
 
 @pytest.mark.parametrize(

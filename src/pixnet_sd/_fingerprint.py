@@ -14,15 +14,11 @@ from numpy.typing import NDArray
 
 
 def content_sha256(*pieces: str | bytes | NDArray[Any]) -> str:
-    """Hash pieces of text, bytes and arrays of numbers, as hex.
-
-    Each piece is framed by its kind and size, so that no two lists of pieces share a hash; arrays of equal values and
-    type do, however they lie in memory.
-    """
+    """Hash texts, bytes and arrays, each framed by kind and size so that no two lists of them share a hash; as hex."""
     digest = hashlib.sha256()
     for piece in pieces:
         if isinstance(piece, np.ndarray):
-            array = np.ascontiguousarray(piece)
+            array = np.ascontiguousarray(piece)  # arrays of equal values are equal, however they lie in memory
             digest.update(f"array {array.dtype.str} {array.shape} ".encode())
             digest.update(array.reshape(-1).view(np.uint8).data)
             continue

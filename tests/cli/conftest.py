@@ -14,8 +14,6 @@ import pytest
 import pixnet_sd as ps
 from pixnet_sd.cli import main
 
-LOGGERS = [logging.getLogger(name) for name in ("pixnet_sd", "spatialdata._logging", "spatialdata_plot._logging")]
-
 
 def printed(*arguments: object) -> str:
     """Run a command, by default that of this process, and return what it prints."""
@@ -25,16 +23,15 @@ def printed(*arguments: object) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
+def _logging_as_before(monkeypatch) -> Iterator[None]:
     """`main` sets up the logging of a process, and here it is not alone in it."""
-    before = [(logger.level, list(logger.filters), [h.formatter for h in logger.handlers]) for logger in LOGGERS]
+    monkeypatch.setattr(ps.settings, "verbosity", ps.settings.verbosity)
+    for logger in map(logging.getLogger, ("pixnet_sd", "spatialdata._logging", "spatialdata_plot._logging")):
+        monkeypatch.setattr(logger, "filters", list(logger.filters))
+        for handler in logger.handlers:
+            monkeypatch.setattr(handler, "formatter", handler.formatter)
     with warnings.catch_warnings():
         yield
-    for logger, (level, filters, formatters) in zip(LOGGERS, before, strict=True):
-        logger.setLevel(level)
-        logger.filters = filters
-        for handler, formatter in zip(logger.handlers, formatters, strict=True):
-            handler.setFormatter(formatter)
 
 
 @pytest.fixture(scope="session")

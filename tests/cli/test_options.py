@@ -89,13 +89,9 @@ genes = ["A", "B"]
 lr = 1e-3
 validation = "none"
 freeze-encoder = true
-[predict]
-model = "m"
-[fit]
-seed = 3
-zarr = "s.zarr"
-[cross-validate]
-groups = {C2 = "C", B4 = "B"}
+predict.model = "m"
+fit = {seed = 3, zarr = "s.zarr"}
+cross-validate.groups = {C2 = "C", B4 = "B"}
 """
 
 
