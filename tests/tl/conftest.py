@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import spatialdata as sd
 import torch
-from tests.grouped import FIT, PREDICT, grouped
 
 import pixnet_sd as ps
 from pixnet_sd.engine.train import Trainer
 from pixnet_sd.model import Network
 
+FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
 FAST: dict[str, Any] = {
     "encoder": "test_resnet",
     "encoder_weights": None,
@@ -32,6 +32,26 @@ FAST: dict[str, Any] = {
     "show_progress_bar": False,
 }
 """Parameters of `fit`, flat, that make it take half a second."""
+FIT = {"model_params": ps.ModelParams, "train_params": ps.TrainParams}
+PREDICT = {"predict_params": ps.PredictParams}
+
+
+def grouped(groups: dict[str, type], **flat: Any) -> dict[str, Any]:
+    """Put parameters given flat, as tests like them, into the groups that the verbs take."""
+    for name, group in groups.items():
+        if own := {f.name: flat.pop(f.name) for f in fields(group) if f.name in flat}:
+            flat[name] = own | flat.get(name, {})
+    return flat
+
+
+def in_memory(sdata: sd.SpatialData) -> sd.SpatialData:
+    """The same object without a store: of a backed one, what is only in memory is refused."""
+    elements = {name: element for _, name, element in sdata.gen_elements()}
+    return sd.SpatialData.init_from_elements(elements, attrs=sdata.attrs)
+
+
+def names(sdata: sd.SpatialData) -> set[str]:
+    return {name for _, name, _ in sdata.gen_elements()}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -97,14 +117,16 @@ def checkpoint(_fitted: tuple[Path, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fast() -> dict[str, Any]:
-    return grouped(FIT, **FAST)
-
-
-@pytest.fixture
 def fit() -> Callable[..., ps.PixNet]:
     """`tl.fit`, small, of flat parameters."""
     return lambda sdata, **flat: ps.tl.fit(sdata, **grouped(FIT, **(FAST | flat)))
+
+
+@pytest.fixture(scope="session")
+def predict() -> Callable[..., None]:
+    """`tl.predict` without a bar, on small tiles, of flat parameters."""
+    small = {"tile_px": 256, "device": "cpu", "show_progress_bar": False}
+    return lambda sdata, model=None, **flat: ps.tl.predict(sdata, model, **grouped(PREDICT, **(small | flat)))
 
 
 @pytest.fixture
@@ -114,24 +136,27 @@ def no_training(monkeypatch) -> None:
 
 
 @pytest.fixture
-def predict() -> Callable[..., None]:
-    """`tl.predict` without a bar, on small tiles, of flat parameters."""
-    small = {"tile_px": 256, "device": "cpu", "show_progress_bar": False}
-    return lambda sdata, model=None, **flat: ps.tl.predict(sdata, model, **grouped(PREDICT, **(small | flat)))
+def each_pass(monkeypatch) -> Callable[[Callable[[torch.Tensor], Any]], None]:
+    """Takes what is to be done before every forward pass of a network that trains or predicts."""
+
+    def arrange(act: Callable[[torch.Tensor], Any]) -> None:
+        forward = Network.forward
+
+        def acting(self: Network, image: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled() or torch.is_inference_mode_enabled():  # not when its reach is measured
+                act(image)
+            return forward(self, image)
+
+        monkeypatch.setattr(Network, "forward", acting)
+
+    return arrange
 
 
 @pytest.fixture
-def forward_passes(monkeypatch) -> list[int]:
-    """Grows by one number, the tiles in it, for every forward pass of a network that trains or predicts."""
+def forward_passes(each_pass) -> list[int]:
+    """Grows by one number, the tiles in it, for every forward pass."""
     passes: list[int] = []
-    forward = Network.forward
-
-    def counting(self: Network, image: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():  # not when its reach is measured
-            passes.append(len(image))
-        return forward(self, image)
-
-    monkeypatch.setattr(Network, "forward", counting)
+    each_pass(lambda image: passes.append(len(image)))
     return passes
 
 

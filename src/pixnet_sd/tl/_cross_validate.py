@@ -31,13 +31,13 @@ from pixnet_sd.slide import Slide, open_slide
 from pixnet_sd.slide.elements import tables_of
 from pixnet_sd.slide.tables import Measured, checked_totals, measured, measured_regions, select_tables
 
-from ._checks import model_parts, pixels_of, slide_parts
+from ._checks import model_parts, models_folder, pixels_of, slide_parts
 from ._evaluate import METRICS, Matched, pooled, summary
 from ._fit import fit
 from ._predict import predict_regions
 from ._regions import region_parts
 
-FoldScores: TypeAlias = dict[tuple[str, str], pd.DataFrame]  # `moments` by slide and table
+FoldScores: TypeAlias = dict[tuple[str, str], pd.DataFrame]  # `Moments` of genes by slide and table
 
 _FOLDER_NAME = re.compile(r"[\w.-]+")
 _MOST_ROWS = 500_000
@@ -145,7 +145,11 @@ def cross_validate(  # noqa: PLR0913
     tables = [key] if isinstance(key, str) else key if key is None else list(key)
     scoring = _Scoring(where, tables, is_named, params, device, show_progress_bar)
     scoring.check(slides)
-    directory = _directory(slides, members, options) if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
+    if checkpoint_dir is None:
+        text = json.dumps([members, dict(sorted(options.items()))], default=str)
+        name = f"cross_validation_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        checkpoint_dir = models_folder(slides.values()) / name
+    directory = Path(checkpoint_dir).expanduser()
     scores = {}
     for k, fold in enumerate(chosen, start=1):
         training = {name: sdata for name, sdata in slides.items() if name not in members[fold]}
@@ -202,13 +206,6 @@ def _folds(slides: Mapping[str, SpatialData], groups: Mapping[str, str] | None) 
     if bad:
         raise PixNetError(f"Folds become folders, and {bad} cannot: use letters, digits, '_', '-' and '.' in names.")
     return members
-
-
-def _directory(slides: Mapping[str, SpatialData], members: Any, options: Mapping[str, Any]) -> Path:
-    stores = [Path(sdata.path).parent for sdata in slides.values() if sdata.path is not None]
-    text = json.dumps([members, dict(sorted(options.items()))], default=str)
-    name = f"cross_validation_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    return [*stores, Path.cwd()][0] / "pixnet_sd_models" / name
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
+from skimage.measure import block_reduce
 from spatialdata import SpatialData
 
 from pixnet_sd._arguments import checked
@@ -72,16 +73,7 @@ from pixnet_sd.store.gene_map import (
     tissue_labels,
 )
 
-from ._checks import (
-    check_batch,
-    check_working_size,
-    map_factor,
-    map_parts,
-    pixels_of,
-    slide_note,
-    values_per_px,
-    why_poor,
-)
+from ._checks import check_batch, check_working_size, map_factor, map_parts, pixels_of, slide_note, why_poor
 from ._regions import RegionRequest, check_together, express, request_regions, units_of
 
 _TILE_PX = 1024
@@ -480,7 +472,8 @@ def _run(
         check_same_pixels(job.slide, job.pixels)
         elements, notes = _map_results(job, blocks) if blocks is not None else ({}, {})
         if rows is not None and request is not None:
-            about = job.provenance | units_of(job.model.record).table
+            units = units_of(job.model.record)
+            about = job.provenance | {"X": units.x, "layers": units.layers}
             elements |= _region_results(job, request, rows, region_plan.on_glass, about)
             notes["tables"] = {request.table_key: about | {"identity": job.table_identity}}
         if job.pixels.is_settled:
@@ -500,7 +493,10 @@ def _put_away(
     def write(block: Block, lent: Lent[NDArray[np.float32]]) -> None:
         assert blocks is not None  # blocks are only planned with it
         with lent() as values:
-            blocks.write(to_write[block], _averaged(values, factor))
+            if factor != 1:  # over the far edge the squares are filled up with 0
+                mean = partial(np.mean, dtype=np.float32)
+                values = block_reduce(values, (1, factor, factor), mean)  # type: ignore[no-untyped-call]
+            blocks.write(to_write[block], values)
 
     def add(lent: Lent[RegionShare]) -> None:
         assert rows is not None  # regions are only planned with them
@@ -513,16 +509,6 @@ def _put_away(
                 block_writer.submit(write, block, values)
             if result.share is not None:
                 row_writer.submit(add, result.share)
-
-
-def _averaged(values: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
-    """Average (n, rows, columns) over squares of pixels, those over the far edge filled up with 0."""
-    if factor == 1:
-        return values
-    padded = np.pad(values, ((0, 0), *((0, -side % factor) for side in values.shape[1:])))
-    n, height, width = padded.shape
-    squares = padded.reshape(n, height // factor, factor, width // factor, factor)
-    return squares.mean(axis=(2, 4), dtype=np.float32)
 
 
 def _announce(walk: Walk, n_bytes: int, writers: Sequence[GeneMapWriter | RegionWriter]) -> None:
@@ -631,7 +617,6 @@ def _tiling(model: PixNet, slide: Slide, params: PredictParams, batch_size: int 
             *(record.encoder, tile_px, record.tile_px),
         )
     batch_size = _BATCH_SIZE.get(fabric.device.type, 1) if batch_size is None else batch_size
-    side = tile_px + 2 * record.halo_px
-    values = values_per_px(model.network.encoder.channels, record.decoder)
-    check_batch([(side, side)], batch_size, tile_px, values, fabric.device)
+    side, channels = tile_px + 2 * record.halo_px, model.network.encoder.channels
+    check_batch([(side, side)], batch_size, tile_px, channels, record.decoder, fabric.device)
     return Tiling(tile_px, record.halo_px, batch_size, params.n_symmetries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -166,11 +166,6 @@ class Units:
     map: str
     x: str
     layers: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def table(self) -> dict[str, Any]:
-        """Entries for a table's ``uns``."""
-        return {"X": self.x, "layers": self.layers}
 
 
 def units_of(record: ModelRecord) -> Units:
