@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -15,7 +15,7 @@ import spatialdata as sd
 import torch
 
 import pixnet_sd as ps
-from pixnet_sd.engine.train import Trainer
+from pixnet_sd.engine.train import Run, Trainer
 from pixnet_sd.model import Network
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
@@ -52,6 +52,21 @@ def in_memory(sdata: sd.SpatialData) -> sd.SpatialData:
 
 def names(sdata: sd.SpatialData) -> set[str]:
     return {name for _, name, _ in sdata.gen_elements()}
+
+
+def content(store: Path) -> dict[str, bytes]:
+    """Every file of a store."""
+    files = sorted(path for path in store.rglob("*") if path.is_file())
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
+
+
+def user_files(store: Path) -> dict[str, bytes]:
+    """Every file of elements that are not the package's own."""
+    return {name: held for name, held in content(store).items() if re.match("[^/]+/(?!pixnet_)[^/]+/", name)}
+
+
+def map_values(sdata: sd.SpatialData, key: str = "pixnet_map") -> np.ndarray:
+    return sdata.images[key]["scale0"]["image"].values
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -136,6 +151,25 @@ def no_training(monkeypatch) -> None:
 
 
 @pytest.fixture
+def run_of(fit, tmp_path, monkeypatch) -> Callable[..., Run]:
+    """Makes the run that `fit` makes, and starts it not."""
+    runs: list[Run] = []
+
+    def look(trainer: Trainer) -> None:
+        runs.append(trainer.run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "start", look)
+
+    def make(sdata: Any, folder: str = "cache", **arguments: Any) -> Run:
+        with pytest.raises(KeyboardInterrupt):
+            fit(sdata, checkpoint_dir=tmp_path / folder / "model", **({"validation": 0.25} | arguments))
+        return runs.pop()
+
+    return make
+
+
+@pytest.fixture
 def each_pass(monkeypatch) -> Callable[[Callable[[torch.Tensor], Any]], None]:
     """Takes what is to be done before every forward pass of a network that trains or predicts."""
 
@@ -175,20 +209,3 @@ def darkness(model) -> ps.PixNet:
     torch.nn.init.constant_(network.head.weight, 1 / network.head.in_features)
     torch.nn.init.zeros_(network.head.bias)
     return ps.PixNet(network, record)
-
-
-@pytest.fixture
-def user_files() -> Callable[[Path], dict[str, str]]:
-    """Path → hash of every file of elements that are not the package's own."""
-
-    def hashes(store: Path) -> dict[str, str]:
-        folders = [path for path in store.glob("*/*") if path.is_dir() and not path.name.startswith("pixnet_")]
-        files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
-        return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-    return hashes
-
-
-@pytest.fixture
-def map_values() -> Callable[..., np.ndarray]:
-    return lambda sdata, key="pixnet_map": sdata.images[key]["scale0"]["image"].values

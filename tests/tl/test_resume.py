@@ -1,8 +1,9 @@
-"""Runs that are cut off by an exception: the store is as it was, and the same call goes on."""
+"""Runs that are cut off leave store and folder as they were, and the same call goes on; no two train in one folder."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import pytest
 import spatialdata as sd
 import torch
 from spatialdata.models import Image2DModel
-from tests.tl.conftest import names
+from tests.tl.conftest import map_values, names, user_files
 
-from pixnet_sd.errors import StoreError
+from pixnet_sd.engine.train import RunState, Trainer
+from pixnet_sd.errors import CheckpointError, StoreError
+
+MODEL = {"checksums.json", "config.json", "model.safetensors"}
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def break_at(each_pass):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"radius_um": 8}, {"radius_um": 8, "write": None}], ids=str)
-def test_predict_interrupted(strip, model, predict, forward_passes, break_at, map_values, user_files, arguments):
+def test_predict_interrupted(strip, model, predict, forward_passes, break_at, arguments):
     """What was done is not done again, unless the settings are others."""
     whole = sd.read_zarr(shutil.copytree(strip.path, strip.path.with_name("whole.zarr")))
     before = user_files(strip.path)
@@ -130,7 +134,7 @@ def test_cut_off_while_results_are_moved_in(fitted, predict, forward_passes, mon
 
 
 @pytest.mark.parametrize("what", ["store", "work folder"])
-def test_moved_away_during_the_run(fitted, predict, each_pass, user_files, tmp_path, what):
+def test_moved_away_during_the_run(fitted, predict, each_pass, tmp_path, what):
     """Nothing is written in its place, and what was done is gone on from once it is back."""
     store = fitted.path
     work = store.parent / f".{store.name}.pixnet_sd"
@@ -158,3 +162,47 @@ def test_nothing_is_left_of_a_run_that_did_nothing(fitted, predict, fit, each_pa
     with pytest.raises(error):
         fit(fitted, genes=5)
     assert [path.name for path in fitted.path.parent.iterdir()] == ["fitted.zarr"]
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_the_second_run_is_refused(slide, fit, tmp_path: Path, monkeypatch, default: bool) -> None:
+    """A folder that was given is held before the encoder is looked at, which takes long."""
+    where = {"max_epochs": 1} | ({} if default else {"checkpoint_dir": tmp_path / "model"})
+    refused, start = [], Trainer.start
+
+    def in_between(trainer: Trainer) -> None:
+        with pytest.raises(CheckpointError, match="checkpoint_dir") as caught:
+            fit(slide, **where, **({} if default else {"encoder": "no such encoder"}))
+        refused.append(str(caught.value))
+        start(trainer)
+
+    monkeypatch.setattr(Trainer, "start", in_between)
+    fit(slide, **where)
+    folder = Path(slide.attrs["pixnet_sd"]["model"])
+    assert folder.name in refused[0]
+    assert folder.parent == (tmp_path.resolve() / "pixnet_sd_models" if default else tmp_path)
+    assert {path.name for path in folder.rglob("*")} == MODEL
+
+
+def test_a_finished_model_is_read_where_nothing_can_be_written(slide, fit, checkpoint, no_training, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    fit(slide, checkpoint_dir=checkpoint, validation=0.25, record_model=False)
+
+
+def test_killed_when_the_model_was_trained(slide, fit, tmp_path: Path, monkeypatch) -> None:
+    """The same call finishes, and tidies up, whether the model is whole or lacks its last file."""
+    folder = tmp_path / "model"
+    with monkeypatch.context() as patched:
+        patched.setattr(RunState, "remove", lambda directory: None)
+        first = fit(slide, checkpoint_dir=folder, max_epochs=1)
+    shutil.copytree(folder, tmp_path / "lacking")
+    (tmp_path / "lacking" / "checksums.json").unlink()
+    for left in (folder, tmp_path / "lacking"):
+        (left / ".training.lock").touch()
+        (left / "training" / ".pixnet_sd-a.partial").mkdir()
+        assert fit(slide, checkpoint_dir=left, max_epochs=1).record == first.record
+        assert {path.name for path in left.rglob("*")} == MODEL

@@ -143,7 +143,8 @@ def cross_validate(  # noqa: PLR0913
     where, table_key, device = _shared_with_fit(**options)
     key, is_named = (table_key, False) if score_table_key is None else (score_table_key, True)
     tables = [key] if isinstance(key, str) else key if key is None else list(key)
-    scoring = _Scoring(where, tables, is_named, params, device, show_progress_bar)
+    prediction = {"params": params, "device": device, "show_progress_bar": show_progress_bar}
+    scoring = _Scoring(where, tables, is_named, prediction)
     scoring.check(slides)
     if checkpoint_dir is None:
         text = json.dumps([members, dict(sorted(options.items()))], default=str)
@@ -215,9 +216,7 @@ class _Scoring:
     where: dict[str, Any]  # arguments of `fit` by which image and resolution are found
     tables: list[str] | None  # to score; None: found on each slide
     is_named: bool  # by `score_table_key`; else they are those that are trained on
-    params: PredictParams
-    device: str | torch.device | None
-    show_progress_bar: bool
+    prediction: dict[str, Any]  # options of `predict_regions`
 
     def check(self, slides: Mapping[str, SpatialData]) -> None:
         """Find out before hours of training whether every slide can be scored."""
@@ -244,8 +243,7 @@ class _Scoring:
 
     def moments(self, model: PixNet, slide: Slide, table: Measured) -> pd.DataFrame:
         """Predict the regions of a table, and compute what their scores are made of; a poor model's scores say it."""
-        options: Any = {"params": self.params, "device": self.device, "show_progress_bar": self.show_progress_bar}
-        predicted = predict_regions(model, slide, table.regions, **options)
+        predicted = predict_regions(model, slide, table.regions, **self.prediction)
         total = checked_totals(table.counts, table.var_names, table.what)
         genes = pd.Index(model.genes)
         shared = genes[genes.isin(table.var_names)]
@@ -269,7 +267,7 @@ def _fold_scores(model: PixNet, left_out: Mapping[str, SpatialData], scoring: _S
             counts = {"counts": table.content_key(table.var_names)}
             parts[name][table.table_key] = region_parts(table.regions, table.instances) | counts
             tables[name, table.table_key] = slide, table
-    how = {"tables": scoring.tables, "named": scoring.is_named, **asdict(scoring.params)}
+    how = {"tables": scoring.tables, "named": scoring.is_named, **asdict(scoring.prediction["params"])}
     identity = {"fingerprint": fingerprint({"model": model_parts(model), "slides": parts, "how": how})}
     scores = read_scores(folder, identity)
     if scores is None:
@@ -317,10 +315,12 @@ def read_scores(folder: Path, identity: Mapping[str, Any]) -> FoldScores | None:
     except ValueError as error:  # CheckpointError is one
         logger.warning("%s cannot be used, and is made anew: %s", path, what_is_wrong(error))
         return None
-    tables = content["scores"]
-    frames = [pd.DataFrame(table["moments"], index=pd.Index(table["genes"], name="gene")) for table in tables]
-    scores = {(table["slide"], table["table"]): frame for table, frame in zip(tables, frames, strict=True)}
-    return scores if content["identity"] == identity else None
+    if content["identity"] != identity:
+        return None
+    return {
+        (table["slide"], table["table"]): pd.DataFrame(table["moments"], index=pd.Index(table["genes"], name="gene"))
+        for table in content["scores"]
+    }
 
 
 def _hash(content: Mapping[str, Any]) -> str:

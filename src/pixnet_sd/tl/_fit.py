@@ -221,15 +221,9 @@ def fit(  # noqa: PLR0913
         encoder = build_encoder(params.encoder, params.encoder_weights, frozen=params.freeze_encoder)
         shape = decoder_config(params)
         check_decoder(encoder.channels, shape, params.decoder_width, fabric.device)
-        sources = open_sources(
-            slides,
-            image_key=image_key,
-            table_key=table_key,
-            coordinate_system=coordinate_system,
-            mpp=mpp,
-            allow_any_mpp=train_params.allow_any_mpp,
-            working_mpp=params.working_mpp,
-        )
+        where = {"image_key": image_key, "coordinate_system": coordinate_system, "mpp": mpp}
+        where |= {"allow_any_mpp": train_params.allow_any_mpp, "working_mpp": params.working_mpp}
+        sources = open_sources(slides, table_key=table_key, **where)
         tile_px = train_params.tile_px  # at most: a tile is no larger than the slide and the margins of its regions
         most_px = [np.array(s.slide.working_shape) + 2 * (tile_px // MARGIN_SHARE) for s in sources.values()]
         sides = np.minimum(tile_px, most_px).tolist()

@@ -7,7 +7,7 @@ away while the next is computed, and a transaction moves all results in at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -27,17 +27,7 @@ from pixnet_sd._fingerprint import differing_parts, fingerprint
 from pixnet_sd._notes import stored_note, table_uns
 from pixnet_sd._util import logger
 from pixnet_sd.engine import BLOCK_WRITERS, Writer, make_fabric
-from pixnet_sd.engine.predict import (
-    Block,
-    Lent,
-    PredictPlan,
-    StoredMap,
-    Tiling,
-    Walk,
-    WindowResult,
-    plan_regions,
-    window_side,
-)
+from pixnet_sd.engine.predict import Block, Lent, PredictPlan, StoredMap, Tiling, Walk, plan_regions, window_side
 from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError
 from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, Regions, RegionShare
 from pixnet_sd.model import Factors, Head, PixNet, outputs_of
@@ -188,8 +178,14 @@ def predict(  # noqa: PLR0913
         A name is taken, the store cannot be written, or the disk is too small; or image or regions are in memory
         otherwise than in the store.
     """
-    check_together(radius_um, spacing_um, bin_um, shapes_key)
-    if write is None and radius_um is None and bin_um is None and shapes_key is None:
+    asked: Any = {
+        "radius_um": radius_um,
+        "spacing_um": spacing_um,
+        "bin_um": bin_um,
+        "shapes_key": shapes_key,
+    }
+    check_together(**asked)
+    if write is None and all(value is None for value in asked.values()):
         raise PixNetError("Nothing to predict: write=None and no radius_um, bin_um or shapes_key.")
     params = PredictParams.read(predict_params)
     recover(sdata)
@@ -214,16 +210,7 @@ def predict(  # noqa: PLR0913
             f"Factors are kept at the native pitch only: leave out map_um={map_um:g}, or write='factors'."
         )
     tissue = _tissue(slide)
-    request = request_regions(
-        sdata,
-        slide,
-        tissue,
-        radius_um=radius_um,
-        spacing_um=spacing_um,
-        bin_um=bin_um,
-        shapes_key=shapes_key,
-        key_added=key_added,
-    )
+    request = request_regions(sdata, slide, tissue, key_added=key_added, **asked)
     pixels = pixels_of(sdata, slide)
     parts = map_parts(trained, slide, pixels, tissue, n_symmetries=params.n_symmetries, tile_px=tiling.tile_px)
     job = _Job(sdata, trained, slide, pixels, tissue, request, names, factor, parts, key_added, write, overwrite)
@@ -257,7 +244,7 @@ def predict_regions(
     n, n_genes = len(regions), len(model.genes)
     rows = MemorySums(n, plan.n_columns, n_genes * (1 + len(units_of(model.record).layers)))
     with Walk(model.network, slide.read, plan, plan.visits([], rows.is_done), fabric) as walk:
-        _put_away(walk.results(show_progress_bar=show_progress_bar), rows, None, {})
+        _put_away(walk, rows, None, {}, show_progress_bar=show_progress_bar)
     sums, weight = rows.rows(0, n)
     keep = weight > 0
     values = np.full((n, n_genes), np.nan, np.float32)
@@ -461,7 +448,7 @@ def _run(
         visits = plan.visits(list(to_write), None if rows is None else rows.is_done)
         with Walk(job.model.network, job.slide.read, plan, visits, fabric) as walk:
             _announce(walk, n_bytes, writers)
-            _put_away(walk.results(show_progress_bar=show_progress_bar), rows, blocks, to_write, job.factor)
+            _put_away(walk, rows, blocks, to_write, job.factor, show_progress_bar=show_progress_bar)
         if reused is not None and request is not None:
             logger.info(
                 "gene map %r reused for the regions: %d tiles run, %d windows read back",
@@ -482,11 +469,13 @@ def _run(
 
 
 def _put_away(
-    results: Iterable[WindowResult],
+    walk: Walk,
     rows: RegionWriter | MemorySums | None,
     blocks: GeneMapWriter | None,
     to_write: Mapping[Block, Block],
     factor: int = 1,
+    *,
+    show_progress_bar: bool,
 ) -> None:
     """Write the results of windows in threads, few at a time, while the next window is computed."""
 
@@ -504,7 +493,7 @@ def _put_away(
             rows.put(share)
 
     with Writer(BLOCK_WRITERS) as block_writer, Writer() as row_writer:
-        for result in results:
+        for result in walk.results(show_progress_bar=show_progress_bar):
             for block, values in result.blocks:
                 block_writer.submit(write, block, values)
             if result.share is not None:
