@@ -47,10 +47,7 @@ def run(slides, folder, fit_params=None, **arguments):
 @pytest.fixture(scope="module")
 def finished(slides, tmp_path_factory):
     """Result for two groups, {A, B} and {C}, its folder, and the stores' content before."""
-    before, folder = (
-        {name: content(slide.path) for name, slide in slides.items()},
-        tmp_path_factory.mktemp("folds") / "cv",
-    )
+    before, folder = [content(slide.path) for slide in slides.values()], tmp_path_factory.mktemp("folds") / "cv"
     return run(slides, folder), folder, before
 
 

@@ -146,11 +146,9 @@ def cross_validate(  # noqa: PLR0913
     prediction = {"params": params, "device": device, "show_progress_bar": show_progress_bar}
     scoring = _Scoring(where, tables, is_named, prediction)
     scoring.check(slides)
-    if checkpoint_dir is None:
-        text = json.dumps([members, dict(sorted(options.items()))], default=str)
-        name = f"cross_validation_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        checkpoint_dir = models_folder(slides.values()) / name
-    directory = Path(checkpoint_dir).expanduser()
+    text = json.dumps([members, dict(sorted(options.items()))], default=str)
+    own = models_folder(slides.values()) / f"cross_validation_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    directory = own if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
     scores = {}
     for k, fold in enumerate(chosen, start=1):
         training = {name: sdata for name, sdata in slides.items() if name not in members[fold]}
