@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import spatialdata as sd
 import torch
-from tests.grouped import FIT, PREDICT, grouped
 
 import pixnet_sd as ps
-from pixnet_sd.engine.train import Trainer
+from pixnet_sd.engine.train import Run, Trainer
 from pixnet_sd.model import Network
 
+FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
 FAST: dict[str, Any] = {
     "encoder": "test_resnet",
     "encoder_weights": None,
@@ -32,6 +32,41 @@ FAST: dict[str, Any] = {
     "show_progress_bar": False,
 }
 """Parameters of `fit`, flat, that make it take half a second."""
+FIT = {"model_params": ps.ModelParams, "train_params": ps.TrainParams}
+PREDICT = {"predict_params": ps.PredictParams}
+
+
+def grouped(groups: dict[str, type], **flat: Any) -> dict[str, Any]:
+    """Put parameters given flat, as tests like them, into the groups that the verbs take."""
+    for name, group in groups.items():
+        if own := {f.name: flat.pop(f.name) for f in fields(group) if f.name in flat}:
+            flat[name] = own | flat.get(name, {})
+    return flat
+
+
+def in_memory(sdata: sd.SpatialData) -> sd.SpatialData:
+    """The same object without a store: of a backed one, what is only in memory is refused."""
+    elements = {name: element for _, name, element in sdata.gen_elements()}
+    return sd.SpatialData.init_from_elements(elements, attrs=sdata.attrs)
+
+
+def names(sdata: sd.SpatialData) -> set[str]:
+    return {name for _, name, _ in sdata.gen_elements()}
+
+
+def content(store: Path) -> dict[str, bytes]:
+    """Every file of a store."""
+    files = sorted(path for path in store.rglob("*") if path.is_file())
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
+
+
+def user_files(store: Path) -> dict[str, bytes]:
+    """Every file of elements that are not the package's own."""
+    return {name: held for name, held in content(store).items() if re.match("[^/]+/(?!pixnet_)[^/]+/", name)}
+
+
+def map_values(sdata: sd.SpatialData, key: str = "pixnet_map") -> np.ndarray:
+    return sdata.images[key]["scale0"]["image"].values
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -97,14 +132,16 @@ def checkpoint(_fitted: tuple[Path, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fast() -> dict[str, Any]:
-    return grouped(FIT, **FAST)
-
-
-@pytest.fixture
 def fit() -> Callable[..., ps.PixNet]:
     """`tl.fit`, small, of flat parameters."""
     return lambda sdata, **flat: ps.tl.fit(sdata, **grouped(FIT, **(FAST | flat)))
+
+
+@pytest.fixture(scope="session")
+def predict() -> Callable[..., None]:
+    """`tl.predict` without a bar, on small tiles, of flat parameters."""
+    small = {"tile_px": 256, "device": "cpu", "show_progress_bar": False}
+    return lambda sdata, model=None, **flat: ps.tl.predict(sdata, model, **grouped(PREDICT, **(small | flat)))
 
 
 @pytest.fixture
@@ -114,24 +151,46 @@ def no_training(monkeypatch) -> None:
 
 
 @pytest.fixture
-def predict() -> Callable[..., None]:
-    """`tl.predict` without a bar, on small tiles, of flat parameters."""
-    small = {"tile_px": 256, "device": "cpu", "show_progress_bar": False}
-    return lambda sdata, model=None, **flat: ps.tl.predict(sdata, model, **grouped(PREDICT, **(small | flat)))
+def run_of(fit, tmp_path, monkeypatch) -> Callable[..., Run]:
+    """Makes the run that `fit` makes, and starts it not."""
+    runs: list[Run] = []
+
+    def look(trainer: Trainer) -> None:
+        runs.append(trainer.run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "start", look)
+
+    def make(sdata: Any, folder: str = "cache", **arguments: Any) -> Run:
+        with pytest.raises(KeyboardInterrupt):
+            fit(sdata, checkpoint_dir=tmp_path / folder / "model", **({"validation": 0.25} | arguments))
+        return runs.pop()
+
+    return make
 
 
 @pytest.fixture
-def forward_passes(monkeypatch) -> list[int]:
-    """Grows by one number, the tiles in it, for every forward pass of a network that trains or predicts."""
+def each_pass(monkeypatch) -> Callable[[Callable[[torch.Tensor], Any]], None]:
+    """Takes what is to be done before every forward pass of a network that trains or predicts."""
+
+    def arrange(act: Callable[[torch.Tensor], Any]) -> None:
+        forward = Network.forward
+
+        def acting(self: Network, image: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled() or torch.is_inference_mode_enabled():  # not when its reach is measured
+                act(image)
+            return forward(self, image)
+
+        monkeypatch.setattr(Network, "forward", acting)
+
+    return arrange
+
+
+@pytest.fixture
+def forward_passes(each_pass) -> list[int]:
+    """Grows by one number, the tiles in it, for every forward pass."""
     passes: list[int] = []
-    forward = Network.forward
-
-    def counting(self: Network, image: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():  # not when its reach is measured
-            passes.append(len(image))
-        return forward(self, image)
-
-    monkeypatch.setattr(Network, "forward", counting)
+    each_pass(lambda image: passes.append(len(image)))
     return passes
 
 
@@ -150,20 +209,3 @@ def darkness(model) -> ps.PixNet:
     torch.nn.init.constant_(network.head.weight, 1 / network.head.in_features)
     torch.nn.init.zeros_(network.head.bias)
     return ps.PixNet(network, record)
-
-
-@pytest.fixture
-def user_files() -> Callable[[Path], dict[str, str]]:
-    """Path → hash of every file of elements that are not the package's own."""
-
-    def hashes(store: Path) -> dict[str, str]:
-        folders = [path for path in store.glob("*/*") if path.is_dir() and not path.name.startswith("pixnet_")]
-        files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
-        return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-    return hashes
-
-
-@pytest.fixture
-def map_values() -> Callable[..., np.ndarray]:
-    return lambda sdata, key="pixnet_map": sdata.images[key]["scale0"]["image"].values

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import geopandas as gpd
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import spatialdata as sd
 import torch
 from spatialdata.models import Labels2DModel, ShapesModel
 from spatialdata.transformations import Identity, Scale, set_transformation
+from tests.tl.conftest import BINS, FULL, TABLE, in_memory, map_values
 from torch.nn.functional import interpolate
 
 import pixnet_sd as ps
@@ -21,26 +20,14 @@ from pixnet_sd.slide import open_slide, tissue_mask
 from pixnet_sd.slide.elements import regions_of
 from pixnet_sd.tl import predict_regions
 
-FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
-
 
 def genes_of(sdata, key):
     return list(sdata.images[key]["scale0"].coords["c"].values)
 
 
-def in_memory(sdata: sd.SpatialData) -> sd.SpatialData:
-    """The same object without a store: of a backed one, what is only in memory is refused."""
-    elements = {name: element for _, name, element in sdata.gen_elements()}
-    return sd.SpatialData.init_from_elements(elements, attrs=sdata.attrs)
-
-
 def with_shapes(sdata, key, data, **options):
     sdata.shapes[key] = ShapesModel.parse(data, transformations={"sample": Identity()}, **options)
     sdata.write_element(key)
-
-
-def with_circles(sdata, key, xy, radius, **options):
-    with_shapes(sdata, key, np.array(xy, float), geometry=0, radius=radius, **options)
 
 
 def with_regions(sdata) -> None:
@@ -147,43 +134,30 @@ def test_against_the_slide_in_one_piece(request, predict, forward_passes, model_
 
 def test_circles(fitted, predict, model):
     predict(fitted, radius_um=8)
-    key = "pixnet_circles_8um"
-    table, shapes = fitted.tables[key], fitted.shapes[f"{key}_shapes"]
-    assert list(table.var_names) == model.genes
-    assert table.X.dtype == np.float32
-    assert (shapes["radius"] == 8).all()
-    centres = shapely.get_coordinates(shapes.geometry.to_numpy())
-    assert set(np.diff(np.unique(centres[:, 0]))) == {16}  # touching
-    assert (centres[:, 0] % 16 == 8).all()
-    np.testing.assert_array_equal(table.obsm["spatial"], centres)
-    np.testing.assert_array_equal(table.var["held_out_pcc"].to_numpy(float), model.record.var["held_out_pcc"])
-    tissue = fitted.labels["pixnet_map_tissue"]["scale0"]["image"].values
-    col, row = (centres // 4).T.astype(int)
-    assert tissue[row, col].all()
     predict(fitted, radius_um=4, spacing_um=32, write=None)
-    apart = shapely.get_coordinates(fitted.shapes["pixnet_circles_4um_shapes"].geometry.to_numpy())
-    assert (apart % 32 == 16).all()
-    assert len(np.unique(apart, axis=0)) == len(apart)
+    tissue = fitted.labels["pixnet_map_tissue"]["scale0"]["image"].values
+    for radius, pitch in ((8, 16), (4, 32)):  # touching by default
+        key = f"pixnet_circles_{radius}um"
+        table, shapes = fitted.tables[key], fitted.shapes[f"{key}_shapes"]
+        assert (list(table.var_names), table.X.dtype) == (model.genes, np.float32)
+        np.testing.assert_array_equal(table.var["held_out_pcc"].to_numpy(float), model.record.var["held_out_pcc"])
+        assert (shapes["radius"] == radius).all()
+        centres = shapely.get_coordinates(shapes.geometry.to_numpy())
+        np.testing.assert_array_equal(table.obsm["spatial"], centres)
+        assert (centres % pitch == pitch / 2).all()
+        assert set(np.diff(np.unique(centres[:, 0]))) == {pitch}
+        assert len(np.unique(centres, axis=0)) == len(centres)
+        col, row = (centres // 4).T.astype(int)
+        assert tissue[row, col].all()
 
 
-def test_elements_that_tables_annotate(fitted, predict):
-    predict(fitted, shapes_key=BINS, write=None)
-    predict(fitted, shapes_key=BINS, radius_um=10, write=None)
-    for key, region in ((f"pixnet_{BINS}", BINS), (f"pixnet_{BINS}_circles_10um",) * 2):
-        element = region if region == BINS else f"{region}_shapes"
-        assert fitted.tables[key].uns["spatialdata_attrs"]["region"] == element
-        assert list(fitted.tables[key].obs["instance_id"]) == list(fitted.shapes[BINS].index)
-        assert list(fitted.shapes[element].index) == list(fitted.shapes[BINS].index)
-
-
-def test_some_genes(fitted, predict, model, map_values):
+def test_some_genes(fitted, predict, model):
     predict(fitted, bin_um=16)
     two = [model.genes[4], model.genes[1]]
     predict(fitted, bin_um=16, genes=two, key_added="two")
-    assert genes_of(fitted, "two_map") == two
-    np.testing.assert_allclose(map_values(fitted, "two_map"), map_values(fitted)[[4, 1]], rtol=1e-5)
     table = fitted.tables["two_bins_16um"]
-    assert list(table.var_names) == two
+    assert genes_of(fitted, "two_map") == list(table.var_names) == two
+    np.testing.assert_allclose(map_values(fitted, "two_map"), map_values(fitted)[[4, 1]], rtol=1e-5)
     np.testing.assert_allclose(table.X, fitted.tables["pixnet_bins_16um"].X[:, [4, 1]], atol=1e-6)
     assert table.var["held_out_pcc"].iloc[0] == pytest.approx(model.record.held_out_pcc[4], nan_ok=True)
     predict(fitted, genes=two[0], key_added="one")
@@ -205,27 +179,6 @@ def test_regions_in_memory_are_those_of_the_table(request, predict, model_of):
     off = Circles([[-500.0, 50.0], [100.0, 100.0]], [5.0, 5.0])
     rows = predict_regions(model, slide, off, device="cpu", show_progress_bar=False)
     assert np.isnan(rows).all(axis=1).tolist() == [True, False]
-
-
-def test_a_cut_off_run_goes_on(fitted, model, predict, forward_passes):
-    """At a third of the resolution the slide is larger than a tile; windows that are summed are not run again."""
-    sharp = ps.PixNet(model.network, replace(model.record, working_mpp=1 / 3))
-    predict(fitted, sharp, radius_um=8, write=None, key_added="whole")
-    n_whole = len(forward_passes)
-
-    def stop(*_):
-        if len(forward_passes) == n_whole + 5:
-            raise KeyboardInterrupt
-
-    handle = sharp.network.register_forward_hook(stop)
-    with pytest.raises(KeyboardInterrupt):
-        predict(fitted, sharp, radius_um=8, write=None)
-    handle.remove()
-    again = sd.read_zarr(fitted.path)
-    assert "pixnet_circles_8um" not in again.tables
-    predict(again, sharp, radius_um=8, write=None)
-    assert len(forward_passes) < n_whole + 5 + n_whole
-    np.testing.assert_array_equal(again.tables["pixnet_circles_8um"].X, fitted.tables["whole_circles_8um"].X)
 
 
 class TestReuse:
@@ -255,7 +208,7 @@ class TestReuse:
         predict(fitted, bin_um=16, write=None, key_added="two")  # nor are fewer genes
         assert len(forward_passes) == 4
         predict(fitted, overwrite=True)
-        with_circles(fitted, "corner", [[3.0, 3.0], [100.0, 100.0]], 3)
+        with_shapes(fitted, "corner", np.array([[3.0, 3.0], [100.0, 100.0]]), geometry=0, radius=3)
         predict(fitted, shapes_key="corner")  # nor is tissue for regions on glass
         assert len(forward_passes) == 6
         table = fitted.tables["pixnet_corner"]
@@ -266,23 +219,15 @@ class TestReuse:
         assert list(fitted.tables["pixnet_bins_16um"].var_names) == model.genes[2:4]
         assert genes_of(fitted, "pixnet_map") == model.genes
 
-    @pytest.mark.parametrize("change", ["model", "image", "symmetries"])
-    def test_something_else(self, fitted, predict, model, forward_passes, change):
-        fitted = in_memory(fitted)
+    def test_of_another_model_or_averaged(self, fitted, predict, model, forward_passes):
         predict(fitted)
         del forward_passes[:]
-        arguments = {}
-        if change == "model":
-            torch.nn.init.ones_(model.network.head.bias)  # its record still has the hash of before
-            arguments["model"] = model
-        elif change == "image":
-            fitted.images[FULL]["scale0"]["image"].data = 255 - fitted.images[FULL]["scale0"]["image"].data // 2
-        else:
-            arguments["n_symmetries"] = 4
-        with pytest.raises(StoreError, match="pixnet_map"):
-            predict(fitted, bin_um=16, **arguments)
+        torch.nn.init.ones_(model.network.head.bias)  # its record still has the hash of before
+        for arguments in ({"model": model}, {"n_symmetries": 4}):
+            with pytest.raises(StoreError, match="pixnet_map"):
+                predict(fitted, bin_um=16, **arguments)
         assert forward_passes == []
-        predict(fitted, bin_um=16, overwrite=True, **arguments)
+        predict(fitted, bin_um=16, n_symmetries=4, overwrite=True)
         assert forward_passes
 
     def test_map_stays_where_the_image_was(self, fitted, predict):
@@ -310,16 +255,6 @@ def test_overwrite(fitted, predict, model):
     assert genes_of(again, "pixnet_map") == list(again.tables["pixnet_bins_16um"].var_names) == model.genes[:2]
 
 
-def test_with_only_an_image(fitted, checkpoint, predict, map_values, tmp_path):
-    predict(fitted, radius_um=8)
-    sd.SpatialData(images={"he": fitted.images[FULL]}).write(tmp_path / "other.zarr")
-    other = sd.read_zarr(tmp_path / "other.zarr")
-    predict(other, str(checkpoint), radius_um=8, mpp=1.0)
-    np.testing.assert_array_equal(map_values(other), map_values(fitted))
-    np.testing.assert_array_equal(other.tables["pixnet_circles_8um"].X, fitted.tables["pixnet_circles_8um"].X)
-    assert other.attrs["pixnet_sd"]["maps"]["pixnet_map"]["mpp"] == 1.0
-
-
 def test_other_resolution(fitted, predict):
     """At twice the mpp the slide is twice as wide: as many circles as on a slide of that size."""
     predict(fitted, radius_um=8, write=None)
@@ -331,15 +266,17 @@ def test_other_resolution(fitted, predict):
 
 
 def test_shapes_partly_off_the_image_and_smaller_than_a_pixel(fitted, predict):
-    with_circles(fitted, "spots", [[100, 100], [198, 100], [500, 100]], 5, index=np.array([5, 6, 7]))
+    """A dot gets the pixel that it lies in."""
+    for key, x, radius in (("spots", [100, 198, 500], 5), ("dots", [100, 100.4], 0.05)):
+        xy = np.column_stack([x, np.full(len(x), 100.0)])
+        with_shapes(fitted, key, xy, geometry=0, radius=radius, index=np.arange(5, 5 + len(x)))
     with pytest.warns(UserWarning, match="1 of 3 regions"):
         predict(fitted, shapes_key="spots", radius_um=5, write=None)
-    assert list(fitted.tables["pixnet_spots_circles_5um"].obs["instance_id"]) == [5, 6]
-    assert list(fitted.shapes["pixnet_spots_circles_5um_shapes"].index) == [5, 6]
-    with_circles(fitted, "dots", [[100.0, 100.0], [100.4, 100.4]], 0.05)  # each gets the pixel that it lies in
     predict(fitted, shapes_key="dots", write=None)
-    assert np.isfinite(fitted.tables["pixnet_dots"].X).all()
-    assert fitted.tables["pixnet_dots"].n_obs == 2
+    for table in ("pixnet_spots_circles_5um", "pixnet_dots"):
+        assert list(fitted.tables[table].obs["instance_id"]) == [5, 6]
+        assert np.isfinite(fitted.tables[table].X).all()
+    assert list(fitted.shapes["pixnet_spots_circles_5um_shapes"].index) == [5, 6]
 
 
 def test_what_was_taken_is_said_and_recorded(fitted, predict, model, caplog):
@@ -347,9 +284,14 @@ def test_what_was_taken_is_said_and_recorded(fitted, predict, model, caplog):
     predict(fitted, bin_um=16)
     taken = {"image": FULL, "image_px": [200, 200], "channels": ["r", "g", "b"], "coordinate_system": "sample"}
     notes = fitted.attrs["pixnet_sd"]
-    for note in (model.record.slides["slide"], notes["maps"]["pixnet_map"], notes["tables"]["pixnet_bins_16um"]):
-        assert {key: note[key] for key in taken} == taken
+    written = [notes["maps"]["pixnet_map"], notes["tables"]["pixnet_bins_16um"]]
+    written.append(sd.read_zarr(fitted.path).tables["pixnet_bins_16um"].uns["pixnet_sd"])
+    for note in (model.record.slides["slide"], *written):
+        assert all(np.array_equal(note[key], taken[key]) for key in taken)
         assert BINS in note["mpp_rule"]
+    for note in written:
+        assert (note["model_sha256"], note["target_sum"]) == (model.record.weights_sha256, 1e4)
+        assert (note["log_base"], note["mpp"]) == ("e", 1.0)
     assert model.record.slides["slide"]["tables"] == {"square_008um": BINS}
     assert any(all(word in line for word in (FULL, "r, g, b", "'sample'", BINS)) for line in caplog.messages)
     assert len(caplog.messages) <= 10

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tests.tl.conftest import BINS
 
 import pixnet_sd as ps
 from pixnet_sd.errors import CheckpointError, DataError, DivergenceError
-
-BINS = "sample_square_008um"
 
 
 def rated(model, **said) -> ps.PixNet:

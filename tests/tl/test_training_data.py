@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import spatialdata as sd
 
 import pixnet_sd as ps
-from pixnet_sd.engine.train import Run, Trainer
 from pixnet_sd.slide.elements import open_store
 from pixnet_sd.slide.tables import StoredTargets, targets_of
 
@@ -36,25 +34,6 @@ def on_disk(monkeypatch) -> None:
 
 def light(store: Path) -> sd.SpatialData:
     return sd.read_zarr(store, selection=("images",))
-
-
-@pytest.fixture
-def run_of(fit, tmp_path, monkeypatch) -> Callable[..., Run]:
-    """The run that `fit` makes, not started."""
-    runs: list[Run] = []
-
-    def look(trainer: Trainer) -> None:
-        runs.append(trainer.run)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "start", look)
-
-    def make(sdata: sd.SpatialData, folder: str = "cache", **arguments) -> Run:
-        with pytest.raises(KeyboardInterrupt):
-            fit(sdata, checkpoint_dir=tmp_path / folder / "model", **({"validation": 0.25} | arguments))
-        return runs.pop()
-
-    return make
 
 
 def test_same_data_either_way(store, run_of, request) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import spatialdata as sd
+from tests.tl.conftest import BINS
 
 import pixnet_sd as ps
 from pixnet_sd.geometry import Lattice
@@ -20,9 +21,6 @@ from pixnet_sd.store.gene_map import image_transforms
 io = pytest.importorskip("spatialdata_io")
 
 DRAWN: dict[str, Any] = {"size_um": 160.0, "mpp": 1.0, "n_genes": 12}
-BINS = "sample_square_008um"
-
-
 CIRCLES, LABELS = {"bins_as_squares": False}, {"annotate_table_by_labels": True}
 VARIANTS = {
     "circles": ("sample", CIRCLES, "sample_square_008um"),
@@ -48,21 +46,19 @@ def read(folder: Path, store: Path, **options: Any) -> sd.SpatialData:
 
 
 @pytest.fixture(scope="module")
-def plain(folders, fast, tmp_path_factory) -> sd.SpatialData:
+def plain(folders, fit, predict, tmp_path_factory) -> sd.SpatialData:
     """The plainest variant, with a model and a prediction for its bins."""
     root = tmp_path_factory.mktemp("plain")
     sdata = read(folders["sample"], root / "slide.zarr")
-    ps.tl.fit(sdata, checkpoint_dir=root / "model", **fast)
-    ps.tl.predict(sdata, shapes_key=BINS, write=None, device="cpu", show_progress_bar=False)
+    predict(sdata, fit(sdata, checkpoint_dir=root / "model"), shapes_key=BINS, write=None)
     return sdata
 
 
 @pytest.fixture(scope="module")
 def expected(plain) -> tuple[str, np.ndarray]:
     """Hash of the model's weights, and the prediction."""
-    return ps.PixNet.load(plain.attrs["pixnet_sd"]["model"]).record.weights_sha256, by_id(
-        plain.tables[f"pixnet_{BINS}"]
-    )
+    table = plain.tables[f"pixnet_{BINS}"]
+    return table.uns["pixnet_sd"]["model_sha256"], by_id(table)
 
 
 def by_id(table: Any) -> np.ndarray:

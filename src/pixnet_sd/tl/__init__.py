@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from ._cross_validate import write_scores as write_scores
     from ._evaluate import evaluate
     from ._evaluate import matched_values as matched_values
-    from ._evaluate import moments as moments
     from ._evaluate import pooled as pooled
     from ._fit import fit
     from ._predict import predict
@@ -25,7 +24,7 @@ __all__ = ["CrossValidation", "cross_validate", "evaluate", "fit", "predict"]
 
 _NAMES = {
     "_cross_validate": ("CrossValidation", "cross_validate", "read_scores", "write_scores"),
-    "_evaluate": ("evaluate", "matched_values", "moments", "pooled"),
+    "_evaluate": ("evaluate", "matched_values", "pooled"),
     "_fit": ("fit",),
     "_predict": ("predict", "predict_regions"),
     "_training_data": ("Source", "Validation", "open_sources", "split_slides"),

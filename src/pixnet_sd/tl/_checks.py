@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,6 +101,12 @@ _TRAINED = 4  # a weight, its gradient, and the optimizer's two means
 _LEAST_BLOCK_PX = 32
 
 
+def models_folder(slides: Iterable[SpatialData]) -> Path:
+    """Name the default folder of checkpoints: beside the first backed slide, else in the working directory."""
+    stores = [Path(sdata.path).parent for sdata in slides if sdata.path is not None]
+    return [*stores, Path.cwd()][0] / "pixnet_sd_models"
+
+
 def check_working_size(slide: Slide) -> None:
     """Refuse a slide that at its working resolution is next to nothing, or more than memory holds a mask of."""
     rows, cols = (px * slide.mpp / slide.working_mpp for px in (slide.height_px, slide.width_px))
@@ -136,17 +143,18 @@ def check_decoder(channels: Sequence[int], config: DecoderConfig, decoder_width:
         )
 
 
-def values_per_px(channels: Sequence[int], config: DecoderConfig) -> float:
-    """Count the values that pyramid and decoder hold at once for a working pixel, at the least."""
-    widths = channels if config.widths is None else config.widths
-    hidden = (*config.hidden, 0)
-    return sum((c + w + h) / s**2 for c, w, h, s in zip(channels, widths, hidden, STRIDES, strict=True))
-
-
 def check_batch(
-    sides_px: Iterable[tuple[float, float]], batch_size: int, tile_px: int, values: float, device: torch.device
+    sides_px: Iterable[tuple[float, float]],
+    batch_size: int,
+    tile_px: int,
+    channels: Sequence[int],
+    config: DecoderConfig,
+    device: torch.device,
 ) -> None:
-    """Refuse a batch of which one forward pass does not fit: tiles of rows x columns, with `values_per_px`."""
+    """Refuse a batch of which one forward pass does not fit: tiles of rows x columns, working pixels."""
+    widths = channels if config.widths is None else config.widths
+    levels = zip(channels, widths, (*config.hidden, 0), STRIDES, strict=True)
+    values = sum((c + w + h) / s**2 for c, w, h, s in levels)  # of a pixel in pyramid and decoder at once, at the least
     n_px = max(rows * cols for rows, cols in sides_px) * batch_size
     needed = n_px * values * (2 if device.type == "cuda" else 4)
     if needed > (available := _memory(device)):

@@ -31,13 +31,13 @@ from pixnet_sd.slide import Slide, open_slide
 from pixnet_sd.slide.elements import tables_of
 from pixnet_sd.slide.tables import Measured, checked_totals, measured, measured_regions, select_tables
 
-from ._checks import model_parts, pixels_of, slide_parts
+from ._checks import model_parts, models_folder, pixels_of, slide_parts
 from ._evaluate import METRICS, Matched, pooled, summary
 from ._fit import fit
 from ._predict import predict_regions
 from ._regions import region_parts
 
-FoldScores: TypeAlias = dict[tuple[str, str], pd.DataFrame]  # `moments` by slide and table
+FoldScores: TypeAlias = dict[tuple[str, str], pd.DataFrame]  # `Moments` of genes by slide and table
 
 _FOLDER_NAME = re.compile(r"[\w.-]+")
 _MOST_ROWS = 500_000
@@ -143,9 +143,12 @@ def cross_validate(  # noqa: PLR0913
     where, table_key, device = _shared_with_fit(**options)
     key, is_named = (table_key, False) if score_table_key is None else (score_table_key, True)
     tables = [key] if isinstance(key, str) else key if key is None else list(key)
-    scoring = _Scoring(where, tables, is_named, params, device, show_progress_bar)
+    prediction = {"params": params, "device": device, "show_progress_bar": show_progress_bar}
+    scoring = _Scoring(where, tables, is_named, prediction)
     scoring.check(slides)
-    directory = _directory(slides, members, options) if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
+    text = json.dumps([members, dict(sorted(options.items()))], default=str)
+    own = models_folder(slides.values()) / f"cross_validation_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    directory = own if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
     scores = {}
     for k, fold in enumerate(chosen, start=1):
         training = {name: sdata for name, sdata in slides.items() if name not in members[fold]}
@@ -204,13 +207,6 @@ def _folds(slides: Mapping[str, SpatialData], groups: Mapping[str, str] | None) 
     return members
 
 
-def _directory(slides: Mapping[str, SpatialData], members: Any, options: Mapping[str, Any]) -> Path:
-    stores = [Path(sdata.path).parent for sdata in slides.values() if sdata.path is not None]
-    text = json.dumps([members, dict(sorted(options.items()))], default=str)
-    name = f"cross_validation_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    return [*stores, Path.cwd()][0] / "pixnet_sd_models" / name
-
-
 @dataclass(frozen=True)
 class _Scoring:
     """How left-out slides are opened, predicted and scored."""
@@ -218,9 +214,7 @@ class _Scoring:
     where: dict[str, Any]  # arguments of `fit` by which image and resolution are found
     tables: list[str] | None  # to score; None: found on each slide
     is_named: bool  # by `score_table_key`; else they are those that are trained on
-    params: PredictParams
-    device: str | torch.device | None
-    show_progress_bar: bool
+    prediction: dict[str, Any]  # options of `predict_regions`
 
     def check(self, slides: Mapping[str, SpatialData]) -> None:
         """Find out before hours of training whether every slide can be scored."""
@@ -247,8 +241,7 @@ class _Scoring:
 
     def moments(self, model: PixNet, slide: Slide, table: Measured) -> pd.DataFrame:
         """Predict the regions of a table, and compute what their scores are made of; a poor model's scores say it."""
-        options: Any = {"params": self.params, "device": self.device, "show_progress_bar": self.show_progress_bar}
-        predicted = predict_regions(model, slide, table.regions, **options)
+        predicted = predict_regions(model, slide, table.regions, **self.prediction)
         total = checked_totals(table.counts, table.var_names, table.what)
         genes = pd.Index(model.genes)
         shared = genes[genes.isin(table.var_names)]
@@ -272,7 +265,7 @@ def _fold_scores(model: PixNet, left_out: Mapping[str, SpatialData], scoring: _S
             counts = {"counts": table.content_key(table.var_names)}
             parts[name][table.table_key] = region_parts(table.regions, table.instances) | counts
             tables[name, table.table_key] = slide, table
-    how = {"tables": scoring.tables, "named": scoring.is_named, **asdict(scoring.params)}
+    how = {"tables": scoring.tables, "named": scoring.is_named, **asdict(scoring.prediction["params"])}
     identity = {"fingerprint": fingerprint({"model": model_parts(model), "slides": parts, "how": how})}
     scores = read_scores(folder, identity)
     if scores is None:
@@ -320,10 +313,12 @@ def read_scores(folder: Path, identity: Mapping[str, Any]) -> FoldScores | None:
     except ValueError as error:  # CheckpointError is one
         logger.warning("%s cannot be used, and is made anew: %s", path, what_is_wrong(error))
         return None
-    tables = content["scores"]
-    frames = [pd.DataFrame(table["moments"], index=pd.Index(table["genes"], name="gene")) for table in tables]
-    scores = {(table["slide"], table["table"]): frame for table, frame in zip(tables, frames, strict=True)}
-    return scores if content["identity"] == identity else None
+    if content["identity"] != identity:
+        return None
+    return {
+        (table["slide"], table["table"]): pd.DataFrame(table["moments"], index=pd.Index(table["genes"], name="gene"))
+        for table in content["scores"]
+    }
 
 
 def _hash(content: Mapping[str, Any]) -> str:

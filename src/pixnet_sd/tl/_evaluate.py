@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import zarr
 from numpy.typing import NDArray
 from scipy import sparse
@@ -21,6 +22,7 @@ from pixnet_sd._arguments import checked
 from pixnet_sd._fingerprint import differing_parts
 from pixnet_sd._notes import table_note
 from pixnet_sd._util import logger
+from pixnet_sd.engine.train import Moments
 from pixnet_sd.errors import DataError, ElementError
 from pixnet_sd.slide import slide_at
 from pixnet_sd.slide.elements import Table, check_instances, obs_column, table_link, tables_of
@@ -31,7 +33,6 @@ from ._regions import placed_regions, region_parts
 
 METRICS = ("MSE", "MAE", "PCC@F", "PCC@S", "PCC@M")
 
-_EPS = 1e-8  # as of `pearson_per_gene`
 _WIDE_VALUES = 2**22  # of expression in memory in 64 bits
 _BLOCK_VALUES = 2**25  # of predicted expression in memory: 128 MiB
 _PARTS = {"pixels": "pixels of the image", "regions": "outlines of the regions", "ids": "ids of the regions"}
@@ -68,7 +69,7 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
         Counts cannot be used, or the tables have no region with counts, or no gene, in common.
     """
     of_regions = matched_values(sdata, table_key=table_key, predicted_key=predicted_key).moments()
-    scores = scores_of(of_regions)
+    scores = pooled([of_regions])
     scores.attrs.update(summary(scores), n_regions=int(of_regions["n"].iloc[0]), n_genes=len(scores))
     return scores
 
@@ -80,53 +81,13 @@ def summary(scores: pd.DataFrame) -> dict[str, float]:
     return {name: float(value) for name, value in zip(METRICS, values, strict=True)}
 
 
-def moments(predicted: NDArray[np.float32], target: NDArray[np.float32], genes: pd.Index) -> pd.DataFrame:
-    """Compute what each gene's scores are made of from the expression of regions, (regions, genes) each."""
-    # Of a constant gene the mean is its value and the sum of squares 0, exactly, by which it is recognised.
-    p, m = predicted.astype(np.float64), target.astype(np.float64)
-    error = p - m
-    p_mean, m_mean = (np.where(np.ptp(x, axis=0) == 0, x[0], x.mean(axis=0)) for x in (p, m))
-    p, m = p - p_mean, m - m_mean
-    columns = {
-        "n": len(error),
-        "predicted_mean": p_mean,
-        "predicted_ss": (p**2).sum(axis=0),
-        "measured_mean": m_mean,
-        "measured_ss": (m**2).sum(axis=0),
-        "product": (p * m).sum(axis=0),
-        "mse": (error**2).mean(axis=0),
-        "mae": np.abs(error).mean(axis=0),
-    }
-    return pd.DataFrame(columns, index=pd.Index(genes, name="gene"))
-
-
-def merged(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """Merge `moments` of the same genes in two sets of regions (Chan, Golub and LeVeque, 1983)."""
-    n = one["n"] + other["n"]
-    share = other["n"] / n
-    apart = {name: other[f"{name}_mean"] - one[f"{name}_mean"] for name in ("predicted", "measured")}
-    product = one["product"] + other["product"] + apart["predicted"] * apart["measured"] * one["n"] * share
-    whole = pd.DataFrame({"n": n, "product": product})
-    for name, off in apart.items():  # 0 of a constant gene, whose mean stays what it is
-        whole[f"{name}_mean"] = one[f"{name}_mean"] + off * share
-        whole[f"{name}_ss"] = one[f"{name}_ss"] + other[f"{name}_ss"] + off**2 * one["n"] * share
-    for name in ("mse", "mae"):
-        whole[name] = one[name] + (other[name] - one[name]) * share
-    return whole
-
-
-def scores_of(of_regions: pd.DataFrame) -> pd.DataFrame:
-    """Score each gene by its `moments`: ``pcc`` (NaN where the measured gene is constant), ``mse``, ``mae``."""
-    predicted, measured = of_regions["predicted_ss"], of_regions["measured_ss"]
-    pcc = of_regions["product"] / (np.sqrt(predicted * measured) + _EPS)
-    pcc = pcc.mask(predicted == 0, 0.0).mask(measured == 0)
-    return pd.DataFrame({"pcc": pcc, "mse": of_regions["mse"], "mae": of_regions["mae"]})
-
-
 def pooled(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Score the regions of several slides together, as if they were one, over the genes that all of them have."""
+    """Score the regions of slides together, as if they were of one, by the `Moments` of genes that all of them have."""
     shared = [gene for gene in parts[0].index if all(gene in part.index for part in parts)]
-    return scores_of(reduce(merged, (part.loc[shared] for part in parts)))
+    own = (Moments(**{name: part.loc[shared, name].to_numpy() for name in Moments._fields}) for part in parts)
+    whole = reduce(Moments.merged, own)
+    scores = {"pcc": whole.pcc, "mse": whole.mse, "mae": whole.mae}
+    return pd.DataFrame(scores, index=pd.Index(shared, name="gene"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,14 +114,15 @@ class Matched:
                 yield predicted, log_normalise(counts[block][:, self.positions], total[block], self.target_sum)
 
     def moments(self) -> pd.DataFrame:
-        """Compute what scores are made of."""
+        """Compute what scores are made of, a row a gene."""
         step = max(1, _WIDE_VALUES // len(self.genes))
         parts = (
-            moments(predicted[start : start + step], measured[start : start + step], self.genes)
-            for predicted, measured in self.blocks()
-            for start in range(0, len(predicted), step)
+            Moments.of(*(torch.from_numpy(values[start : start + step]) for values in block))
+            for block in self.blocks()
+            for start in range(0, len(block[0]), step)
         )
-        return reduce(merged, parts)
+        columns = reduce(Moments.merged, parts)._asdict()
+        return pd.DataFrame(columns, index=pd.Index(self.genes, name="gene")).astype({"n": int})
 
 
 def _read_rows(matrix: Any, rows: NDArray[np.intp]) -> NDArray[np.float32]:

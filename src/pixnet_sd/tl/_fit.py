@@ -44,7 +44,7 @@ from pixnet_sd.slide import PixelContent, Slide, check_same_pixels
 from pixnet_sd.store import hold_lock
 from pixnet_sd.store import record as note
 
-from ._checks import check_batch, check_decoder, pixels_of, training_parts, values_per_px, why_poor
+from ._checks import check_batch, check_decoder, models_folder, pixels_of, training_parts, why_poor
 from ._training_data import data_parts, describe, held_out_names, open_sources, training_data
 
 _DROPOUT = 0.5  # of channels of the decoder's laterals
@@ -213,8 +213,7 @@ def fit(  # noqa: PLR0913
     settings: dict[str, Any] = {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed}
     settings |= {"objective": objective, "target_sum": params.target_sum}
     folder = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
-    stores = [Path(sdata.path).parent for sdata in slides.values() if sdata.path is not None]
-    home = [*stores, Path.cwd()][0] / "pixnet_sd_models" if folder is None else folder.parent
+    home = models_folder(slides.values()) if folder is None else folder.parent
     with contextlib.ExitStack() as held:
         if folder is not None:  # a folder that was given is held before anything that takes long
             held.enter_context(_alone_in(folder))
@@ -222,19 +221,13 @@ def fit(  # noqa: PLR0913
         encoder = build_encoder(params.encoder, params.encoder_weights, frozen=params.freeze_encoder)
         shape = decoder_config(params)
         check_decoder(encoder.channels, shape, params.decoder_width, fabric.device)
-        sources = open_sources(
-            slides,
-            image_key=image_key,
-            table_key=table_key,
-            coordinate_system=coordinate_system,
-            mpp=mpp,
-            allow_any_mpp=train_params.allow_any_mpp,
-            working_mpp=params.working_mpp,
-        )
+        where = {"image_key": image_key, "coordinate_system": coordinate_system, "mpp": mpp}
+        where |= {"allow_any_mpp": train_params.allow_any_mpp, "working_mpp": params.working_mpp}
+        sources = open_sources(slides, table_key=table_key, **where)
         tile_px = train_params.tile_px  # at most: a tile is no larger than the slide and the margins of its regions
         most_px = [np.array(s.slide.working_shape) + 2 * (tile_px // MARGIN_SHARE) for s in sources.values()]
         sides = np.minimum(tile_px, most_px).tolist()
-        check_batch(sides, batch_size, tile_px, values_per_px(encoder.channels, shape), fabric.device)
+        check_batch(sides, batch_size, tile_px, encoder.channels, shape, fabric.device)
         data = training_data(
             sources,
             genes=genes,

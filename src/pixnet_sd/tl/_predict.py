@@ -7,7 +7,7 @@ away while the next is computed, and a transaction moves all results in at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
+from skimage.measure import block_reduce
 from spatialdata import SpatialData
 
 from pixnet_sd._arguments import checked
@@ -26,17 +27,7 @@ from pixnet_sd._fingerprint import differing_parts, fingerprint
 from pixnet_sd._notes import stored_note, table_uns
 from pixnet_sd._util import logger
 from pixnet_sd.engine import BLOCK_WRITERS, Writer, make_fabric
-from pixnet_sd.engine.predict import (
-    Block,
-    Lent,
-    PredictPlan,
-    StoredMap,
-    Tiling,
-    Walk,
-    WindowResult,
-    plan_regions,
-    window_side,
-)
+from pixnet_sd.engine.predict import Block, Lent, PredictPlan, StoredMap, Tiling, Walk, plan_regions, window_side
 from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError
 from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, Regions, RegionShare
 from pixnet_sd.model import Factors, Head, PixNet, outputs_of
@@ -72,16 +63,7 @@ from pixnet_sd.store.gene_map import (
     tissue_labels,
 )
 
-from ._checks import (
-    check_batch,
-    check_working_size,
-    map_factor,
-    map_parts,
-    pixels_of,
-    slide_note,
-    values_per_px,
-    why_poor,
-)
+from ._checks import check_batch, check_working_size, map_factor, map_parts, pixels_of, slide_note, why_poor
 from ._regions import RegionRequest, check_together, express, request_regions, units_of
 
 _TILE_PX = 1024
@@ -196,8 +178,14 @@ def predict(  # noqa: PLR0913
         A name is taken, the store cannot be written, or the disk is too small; or image or regions are in memory
         otherwise than in the store.
     """
-    check_together(radius_um, spacing_um, bin_um, shapes_key)
-    if write is None and radius_um is None and bin_um is None and shapes_key is None:
+    asked: Any = {
+        "radius_um": radius_um,
+        "spacing_um": spacing_um,
+        "bin_um": bin_um,
+        "shapes_key": shapes_key,
+    }
+    check_together(**asked)
+    if write is None and all(value is None for value in asked.values()):
         raise PixNetError("Nothing to predict: write=None and no radius_um, bin_um or shapes_key.")
     params = PredictParams.read(predict_params)
     recover(sdata)
@@ -222,16 +210,7 @@ def predict(  # noqa: PLR0913
             f"Factors are kept at the native pitch only: leave out map_um={map_um:g}, or write='factors'."
         )
     tissue = _tissue(slide)
-    request = request_regions(
-        sdata,
-        slide,
-        tissue,
-        radius_um=radius_um,
-        spacing_um=spacing_um,
-        bin_um=bin_um,
-        shapes_key=shapes_key,
-        key_added=key_added,
-    )
+    request = request_regions(sdata, slide, tissue, key_added=key_added, **asked)
     pixels = pixels_of(sdata, slide)
     parts = map_parts(trained, slide, pixels, tissue, n_symmetries=params.n_symmetries, tile_px=tiling.tile_px)
     job = _Job(sdata, trained, slide, pixels, tissue, request, names, factor, parts, key_added, write, overwrite)
@@ -265,7 +244,7 @@ def predict_regions(
     n, n_genes = len(regions), len(model.genes)
     rows = MemorySums(n, plan.n_columns, n_genes * (1 + len(units_of(model.record).layers)))
     with Walk(model.network, slide.read, plan, plan.visits([], rows.is_done), fabric) as walk:
-        _put_away(walk.results(show_progress_bar=show_progress_bar), rows, None, {})
+        _put_away(walk, rows, None, {}, show_progress_bar=show_progress_bar)
     sums, weight = rows.rows(0, n)
     keep = weight > 0
     values = np.full((n, n_genes), np.nan, np.float32)
@@ -469,7 +448,7 @@ def _run(
         visits = plan.visits(list(to_write), None if rows is None else rows.is_done)
         with Walk(job.model.network, job.slide.read, plan, visits, fabric) as walk:
             _announce(walk, n_bytes, writers)
-            _put_away(walk.results(show_progress_bar=show_progress_bar), rows, blocks, to_write, job.factor)
+            _put_away(walk, rows, blocks, to_write, job.factor, show_progress_bar=show_progress_bar)
         if reused is not None and request is not None:
             logger.info(
                 "gene map %r reused for the regions: %d tiles run, %d windows read back",
@@ -480,7 +459,8 @@ def _run(
         check_same_pixels(job.slide, job.pixels)
         elements, notes = _map_results(job, blocks) if blocks is not None else ({}, {})
         if rows is not None and request is not None:
-            about = job.provenance | units_of(job.model.record).table
+            units = units_of(job.model.record)
+            about = job.provenance | {"X": units.x, "layers": units.layers}
             elements |= _region_results(job, request, rows, region_plan.on_glass, about)
             notes["tables"] = {request.table_key: about | {"identity": job.table_identity}}
         if job.pixels.is_settled:
@@ -489,18 +469,23 @@ def _run(
 
 
 def _put_away(
-    results: Iterable[WindowResult],
+    walk: Walk,
     rows: RegionWriter | MemorySums | None,
     blocks: GeneMapWriter | None,
     to_write: Mapping[Block, Block],
     factor: int = 1,
+    *,
+    show_progress_bar: bool,
 ) -> None:
     """Write the results of windows in threads, few at a time, while the next window is computed."""
 
     def write(block: Block, lent: Lent[NDArray[np.float32]]) -> None:
         assert blocks is not None  # blocks are only planned with it
         with lent() as values:
-            blocks.write(to_write[block], _averaged(values, factor))
+            if factor != 1:  # over the far edge the squares are filled up with 0
+                mean = partial(np.mean, dtype=np.float32)
+                values = block_reduce(values, (1, factor, factor), mean)  # type: ignore[no-untyped-call]
+            blocks.write(to_write[block], values)
 
     def add(lent: Lent[RegionShare]) -> None:
         assert rows is not None  # regions are only planned with them
@@ -508,21 +493,11 @@ def _put_away(
             rows.put(share)
 
     with Writer(BLOCK_WRITERS) as block_writer, Writer() as row_writer:
-        for result in results:
+        for result in walk.results(show_progress_bar=show_progress_bar):
             for block, values in result.blocks:
                 block_writer.submit(write, block, values)
             if result.share is not None:
                 row_writer.submit(add, result.share)
-
-
-def _averaged(values: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
-    """Average (n, rows, columns) over squares of pixels, those over the far edge filled up with 0."""
-    if factor == 1:
-        return values
-    padded = np.pad(values, ((0, 0), *((0, -side % factor) for side in values.shape[1:])))
-    n, height, width = padded.shape
-    squares = padded.reshape(n, height // factor, factor, width // factor, factor)
-    return squares.mean(axis=(2, 4), dtype=np.float32)
 
 
 def _announce(walk: Walk, n_bytes: int, writers: Sequence[GeneMapWriter | RegionWriter]) -> None:
@@ -631,7 +606,6 @@ def _tiling(model: PixNet, slide: Slide, params: PredictParams, batch_size: int 
             *(record.encoder, tile_px, record.tile_px),
         )
     batch_size = _BATCH_SIZE.get(fabric.device.type, 1) if batch_size is None else batch_size
-    side = tile_px + 2 * record.halo_px
-    values = values_per_px(model.network.encoder.channels, record.decoder)
-    check_batch([(side, side)], batch_size, tile_px, values, fabric.device)
+    side, channels = tile_px + 2 * record.halo_px, model.network.encoder.channels
+    check_batch([(side, side)], batch_size, tile_px, channels, record.decoder, fabric.device)
     return Tiling(tile_px, record.halo_px, batch_size, params.n_symmetries)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -159,18 +159,12 @@ def region_parts(regions: Regions, ids: pd.Index) -> dict[str, str]:
     return {"regions": regions_sha256(regions), "ids": ids_sha256(ids)}
 
 
-@dataclass(frozen=True)
-class Units:
+class Units(NamedTuple):
     """What the numbers of a prediction are, in words: of the map, of a table's ``X``, and of each layer."""
 
     map: str
     x: str
-    layers: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def table(self) -> dict[str, Any]:
-        """Entries for a table's ``uns``."""
-        return {"X": self.x, "layers": self.layers}
+    layers: dict[str, str]
 
 
 def units_of(record: ModelRecord) -> Units:
@@ -179,7 +173,7 @@ def units_of(record: ModelRecord) -> Units:
     if record.objective == "mse_pcc":
         pooled = "sum over a region's pixels of" if record.aggregation == "sum" else "mean over a region's pixels of"
         measured = logs.format(record.target_sum, "counts")
-        return Units(measured, f"{pooled} {measured}")
+        return Units(measured, f"{pooled} {measured}", {})
     counts = "expected counts in a region, at the mean depth of the training slides; they add up over regions"
     return Units("counts per µm²", logs.format(record.target_sum, COUNTS), {COUNTS: counts})
 

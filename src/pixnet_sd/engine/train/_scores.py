@@ -22,7 +22,7 @@ from ._features import FeatureMaps
 # What the mean of each gene predicts for regions of each size, by which a network is measured; "" for other sizes.
 GeneMeans = Mapping[str, NDArray[np.float64]]
 
-_EPS = 1e-12
+_EPS = 1e-8  # as of `pearson_per_gene`
 _ABSURD, _ABSURD_ZERO = 100.0, 10.0  # times the error of the gene means, and of zeros
 _ABSURD_COUNTS = 1000.0  # times the counts that were measured
 
@@ -95,49 +95,61 @@ class Scores(NamedTuple):
         return not np.isfinite(self.mse) or self.mse > most or few_or_many
 
 
-class Moments:
-    """Running moments of each gene's predicted and measured expression, merged as by Chan, Golub and LeVeque (1983)."""
+class Moments(NamedTuple):
+    """What scores are made of, a value a gene, so that regions come in parts; the columns of ``scores.json``."""
 
-    def __init__(self, n_genes: int) -> None:
-        self.n = np.zeros(n_genes)
-        self.mean = np.zeros((2, n_genes))
-        self.product = np.zeros((3, n_genes))  # predicted², measured², predicted · measured, about the means
-        self.squared_error = np.zeros(n_genes)
-        self.low, self.high = np.full((2, n_genes), np.inf), np.full((2, n_genes), -np.inf)
+    n: NDArray[np.float64]
+    predicted_mean: NDArray[np.float64]
+    predicted_ss: NDArray[np.float64]
+    measured_mean: NDArray[np.float64]
+    measured_ss: NDArray[np.float64]
+    product: NDArray[np.float64]
+    mse: NDArray[np.float64]
+    mae: NDArray[np.float64]
 
-    def add(self, predicted: Tensor, measured: Tensor, genes: slice = slice(None)) -> None:
-        """Take in regions, each (k, genes)."""
-        if not (k := len(measured)):
-            return
+    @classmethod
+    def of(cls, predicted: Tensor, measured: Tensor) -> Moments:
+        """Compute them from regions, one or more, (regions, genes) each."""
+        # Of a constant gene the mean is its value and the sum of squares 0, exactly, by which it is recognised.
         both = torch.stack([predicted, measured]).double()
-        mean = both.mean(dim=1)
-        centred = both - mean[:, None]
-        product = torch.stack([(centred[i] * centred[j]).sum(0) for i, j in ((0, 0), (1, 1), (0, 1))])
-        step, n = mean.cpu().numpy() - self.mean[:, genes], self.n[genes]
-        between = np.stack([step[0] ** 2, step[1] ** 2, step[0] * step[1]]) * (n * k / (n + k))
-        self.product[:, genes] += product.cpu().numpy() + between
-        self.mean[:, genes] += step * (k / (n + k))
-        self.n[genes] += k
-        self.squared_error[genes] += ((both[0] - both[1]) ** 2).sum(dim=0).cpu().numpy()
-        self.low[:, genes] = np.minimum(self.low[:, genes], both.amin(dim=1).cpu().numpy())
-        self.high[:, genes] = np.maximum(self.high[:, genes], both.amax(dim=1).cpu().numpy())
+        mean = torch.where(both.amin(dim=1) == both.amax(dim=1), both[:, 0], both.mean(dim=1))
+        (p, m), error = both - mean[:, None], both[0] - both[1]
+        sums = (p**2).sum(dim=0), mean[1], (m**2).sum(dim=0), (p * m).sum(dim=0)
+        columns = [
+            torch.full_like(mean[0], len(error)),
+            mean[0],
+            *sums,
+            (error**2).mean(dim=0),
+            error.abs().mean(dim=0),
+        ]
+        return cls(*torch.stack(columns).cpu().numpy())
+
+    def merged(self, other: Moments) -> Moments:
+        """Add the moments of other regions, one or more (Chan, Golub and LeVeque, 1983)."""
+        n = self.n + other.n
+        share = other.n / n
+        weight = self.n * share
+        predicted, measured = other.predicted_mean - self.predicted_mean, other.measured_mean - self.measured_mean
+        return Moments(  # a constant gene's difference is 0: its mean stays what it is
+            n=n,
+            predicted_mean=self.predicted_mean + predicted * share,
+            predicted_ss=self.predicted_ss + other.predicted_ss + predicted**2 * weight,
+            measured_mean=self.measured_mean + measured * share,
+            measured_ss=self.measured_ss + other.measured_ss + measured**2 * weight,
+            product=self.product + other.product + predicted * measured * weight,
+            mse=self.mse + (other.mse - self.mse) * share,
+            mae=self.mae + (other.mae - self.mae) * share,
+        )
 
     @property
     def pcc(self) -> NDArray[np.float64]:
         """Pearson correlation of each gene; NaN where measured is constant, 0 where only predicted is."""
-        constant = self.low == self.high
-        scale = np.sqrt(self.product[0] * self.product[1])
-        r = np.where(constant[0], 0.0, self.product[2] / np.maximum(scale, _EPS))
-        return np.where(constant[1], np.nan, r)
-
-    @property
-    def mse(self) -> float:
-        """Mean squared error over regions and genes."""
-        return float((self.squared_error / np.maximum(self.n, 1)).mean())
+        r = self.product / (np.sqrt(self.predicted_ss * self.measured_ss) + _EPS)
+        return np.where(self.measured_ss == 0, np.nan, r)
 
     def mse_of(self, constant: NDArray[np.float64] | float) -> float:
         """Mean squared error of predicting a constant for each gene."""
-        spread = self.product[1] / np.maximum(self.n, 1) + (self.mean[1] - constant) ** 2
+        spread = self.measured_ss / np.maximum(self.n, 1) + (self.measured_mean - constant) ** 2
         return float(spread.mean()) if self.n.any() else 0.0
 
 
@@ -149,7 +161,7 @@ class _SizeMoments:
         self.size_name, self.depth = size_name, depth
         self.n_genes = network.head.n_outputs - objective.has_total
         self.counts = np.zeros((2, 2))  # predicted and measured, of the genes and of all
-        self.moments = Moments(self.n_genes)
+        self.values = np.zeros((len(Moments._fields), self.n_genes))
 
     def add(self, features: Tensor, operator: Operator, target: Target) -> None:
         """Take in a batch's regions of this size."""
@@ -169,10 +181,16 @@ class _SizeMoments:
             if self.objective.has_total:
                 self._count(0, *values)
             predicted, measured = map(self.objective.comparable, values, totals)
-            self.moments.add(predicted[kept], measured[kept], genes)
+            if len(measured := measured[kept]):
+                own = Moments.of(predicted[kept], measured)
+                self.values[:, genes] = Moments(*self.values[:, genes]).merged(own)
 
     def _count(self, which: int, predicted: Tensor, measured: Tensor) -> None:
         self.counts[:, which] += [float(predicted.double().sum()) * self.depth, float(measured.double().sum())]
+
+    @property
+    def moments(self) -> Moments:
+        return Moments(*self.values)
 
     @property
     def count_ratio(self) -> float:
@@ -230,7 +248,7 @@ def score_regions(
     of_means = [size.moments.mse_of(means.get(size.size_name, means[""])) for size in every]
     return Scores(
         pcc=float(np.nanmean(pcc_per_gene)) if n_known.any() else float("-inf"),
-        mse=float(np.mean([size.moments.mse for size in every])),
+        mse=float(np.mean([size.moments.mse.mean() for size in every])),
         pcc_per_gene=pcc_per_gene.tolist(),
         gene_mean_mse=float(np.mean(of_means)),
         zero_mse=float(np.mean([size.moments.mse_of(0.0) for size in every])),
