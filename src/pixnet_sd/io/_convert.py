@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dask
+import dask.array as da
 import geopandas as gpd
 import h5py
 import numpy as np
@@ -26,6 +27,7 @@ import shapely
 import tifffile
 from numpy.typing import NDArray
 from PIL import Image
+from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel, get_table_keys
 from spatialdata.transformations import get_transformation
 from tqdm.dask import TqdmCallback
@@ -57,10 +59,6 @@ from ._read import (
     placed_bins,
     read_outlines,
 )
-
-if TYPE_CHECKING:
-    import dask.array as da
-    from spatialdata import SpatialData
 
 _ENTRY_BYTES, _BIN_BYTES = 5, 160  # on disk at most, as compressed
 _PREVIEW_TOLERANCE = 0.05  # by which the image may differ from what the previews say it should be

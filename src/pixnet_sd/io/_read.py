@@ -19,14 +19,13 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 from PIL import Image
-from tifffile import TiffFile, TiffFileError, memmap
+from tifffile import TiffFile, TiffFileError, TiffPageSeries, memmap
 
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import DataError
 
 if TYPE_CHECKING:
     import dask.array as da
-    from tifffile import TiffPageSeries
 
 _PIECE_ENTRIES, _PIECE_ROWS = 2**21, 2**17
 _COLUMNS = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")  # behind ``barcode``
