@@ -134,8 +134,7 @@ def test_a_window_is_part_of_the_whole(small):
 
 
 def test_truth_that_is_not_there_is_refused(small):
-    window = (200, 0, 300, 50)
-    for name, wrong in (("genes", ["VIM", "NOPE"]), ("window_um", window), ("pitch_um", 1e6), ("pitch_um", 1e-4)):
+    for name, wrong in (("genes", ["VIM", "NOPE"]), ("window_um", (200, 0, 300, 50)), ("pitch_um", 1e-4)):
         with pytest.raises(DataError, match="NOPE" if name == "genes" else name):
             datasets.visium_hd_truth(small, **{name: wrong})
     with pytest.raises(DataError, match="truth.zarr"):
