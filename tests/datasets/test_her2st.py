@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -36,33 +35,32 @@ def write(section: Path, *, spots: pd.DataFrame = SPOTS, counts: pd.DataFrame = 
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "data" / "Z1")
     return tmp_path / "data" / "Z1"
 
 
-def test_image_and_coordinate_systems(folder):
-    ((name, sdata),) = datasets.her2st(folder.parent).items()
+def test_image_and_spots_also_from_a_store(folder, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="pixnet_sd"):
+        ((name, sdata),) = datasets.her2st("~/data").items()
     assert name == "Z1"
-    image = sdata.images["Z1_image"]["scale0"].image
-    assert image.dtype == np.uint8
-    np.testing.assert_array_equal(image.to_numpy(), np.asarray(Image.open(folder / "image.jpg")).transpose(2, 0, 1))
+    assert len(caplog.messages) == 1  # one spot has no counts
+    sdata.write(tmp_path / "z1.zarr")
+    sdata = sd.read_zarr(tmp_path / "z1.zarr")
     assert sdata.attrs["pixnet_sd"] == {"mpp": {"Z1_image": 0.8}}
+    image = sdata.images["Z1_image"]["scale0"].image.to_numpy()
+    jpeg = np.asarray(Image.open(folder / "image.jpg")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(image, jpeg, strict=True)
     assert set(sdata.coordinate_systems) == {"Z1", "Z1_um"}
     for element in (sdata.images["Z1_image"], sdata.shapes["Z1_spots"]):
         matrix = get_transformation(element, "Z1_um").to_affine_matrix(("x", "y"), ("x", "y"))
         np.testing.assert_allclose(matrix, np.diag([0.8, 0.8, 1]))
-
-
-def test_spots_are_joined_by_name(folder, caplog):
-    with caplog.at_level("INFO", logger="pixnet_sd"):
-        sdata = datasets.her2st(folder.parent)["Z1"]
-    assert len(caplog.messages) == 1  # one spot has no counts
     table, spots = sdata.tables["counts"], sdata.shapes["Z1_spots"]
-    assert list(table.obs["spot"]) == ["2x1", "1x1"] == list(spots.index)
+    assert list(table.obs["spot"]) == ["2x1", "1x1"] == list(spots.index)  # joined by name
     np.testing.assert_array_equal(table.obs[["array_row", "array_col"]], [[1, 2], [1, 1]])
     np.testing.assert_array_equal(table.obsm["spatial"], [[90.25, 41], [30, 40]])
-    np.testing.assert_array_equal(np.stack([spots.geometry.x, spots.geometry.y], 1), table.obsm["spatial"])
+    np.testing.assert_array_equal(spots.get_coordinates(), table.obsm["spatial"])
     np.testing.assert_allclose(spots["radius"], 20 / 2 / 0.8)
     assert isinstance(table.X, sp.csr_matrix)
     np.testing.assert_array_equal(table.X.toarray(), COUNTS.to_numpy(np.float32), strict=True)
@@ -75,11 +73,14 @@ def test_spots_are_joined_by_name(folder, caplog):
         ({"image_width": 80}, "image.jpg is 160 × 200"),
         ({"um_per_px": "half"}, "um_per_px"),
         ({"um_per_px": 0}, "um_per_px"),
+        ({"um_per_px": np.nan}, "um_per_px"),
+        ({"um_per_px": np.inf}, "um_per_px"),
         ({"spots": SPOTS.drop(columns="pixel_y")}, "pixel_y"),
         ({"spots": SPOTS.iloc[[0, 0, 2]]}, "spots.tsv .*1x1"),
         ({"spots": SPOTS.iloc[:2]}, "counts.tsv.gz.* 2x1"),
         ({"spots": SPOTS.assign(pixel_x=[30.0, 30.5, 1e4])}, "spots.tsv: 1 of 3 .*2x1"),
         ({"spots": SPOTS.assign(pixel_x=[30.0, 30.5, np.nan])}, "spots.tsv: 1 of 3 .*2x1"),
+        ({"spots": SPOTS.assign(pixel_x=[30.0, 30.5, "far"])}, "spots.tsv: 1 of 3 .*2x1"),
         ({"counts": COUNTS.iloc[[0, 0]]}, "counts.tsv.gz .*2x1"),
         ({"counts": COUNTS * -1}, "counts.tsv.gz"),
         ({"counts": COUNTS + 0.5}, "counts.tsv.gz"),
@@ -92,17 +93,16 @@ def test_files_that_cannot_be_used(tmp_path, change, named):
         datasets.her2st(tmp_path)
 
 
-def test_what_is_not_there(folder, tmp_path):
-    with ad.settings.override(auto_shard_zarr_v3=False):
-        datasets.her2st(folder)["Z1"].write(tmp_path / "z1.zarr")
-    assert sd.read_zarr(tmp_path / "z1.zarr").attrs["pixnet_sd"]["mpp"] == {"Z1_image": 0.8}
-    wrong = ((folder.parent, ["Q9"], "Q9"), (tmp_path / "nowhere", None, "path="), (tmp_path, None, "meta.json"))
-    for path, sections, named in wrong:
+def test_what_is_not_there(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert set(datasets.her2st(".")) == {"Z1"}
+    for path, sections, named in (("..", ["Q9"], "Q9"), ("nowhere", None, "path="), (tmp_path, None, "meta.json")):
         with pytest.raises(DataError, match=named):
             datasets.her2st(path, sections=sections)
-    (folder / "meta.json").write_text("{")
-    with pytest.raises(DataError, match="meta.json"):
-        datasets.her2st(folder)
+    for meta in ("{", "[]", "5"):
+        (folder / "meta.json").write_text(meta)
+        with pytest.raises(DataError, match="meta.json"):
+            datasets.her2st(folder)
     (folder / "image.jpg").unlink()
     with pytest.raises(DataError, match="image.jpg"):
         datasets.her2st(folder.parent)

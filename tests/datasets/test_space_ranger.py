@@ -53,30 +53,29 @@ def pixels(sdata: sd.SpatialData, name: str) -> np.ndarray:
 def test_reader_finds_what_sample_gives(as_read):
     in_memory = datasets.sample(**SLIDE, cells=True)
     assert set(as_read.coordinate_systems) == set(in_memory.coordinate_systems)
-    assert set(as_read.tables) - set(in_memory.tables) == {"nucleus_segmentations"}
-    assert set(as_read.shapes) - set(in_memory.shapes) == {"sample_nucleus_segmentations"}
-    assert set(as_read.images) == set(in_memory.images)
-    for name in in_memory.images:
-        np.testing.assert_array_equal(pixels(as_read, name), pixels(in_memory, name))
-    for name, expected in in_memory.tables.items():
-        table = as_read.tables[name]
-        pd.testing.assert_frame_equal(table.to_df(), expected.to_df())
-        assert get_table_keys(table) == get_table_keys(expected)
-        np.testing.assert_array_equal(table.var["spatially_varying"], expected.var["spatially_varying"])
-        for column in {"in_tissue", "array_row", "array_col"} & set(expected.obs):
-            np.testing.assert_array_equal(table.obs[column], expected.obs[column])
-        if "spatial" in expected.obsm:
-            np.testing.assert_allclose(table.obsm["spatial"], expected.obsm["spatial"])
-    for name, expected in in_memory.shapes.items():
-        assert list(as_read.shapes[name].index) == list(expected.index)
-        ours, theirs = (element.geometry.normalize() for element in (expected, as_read.shapes[name]))
-        assert ours.geom_equals_exact(theirs, 1e-9).all()
-    for name in [*in_memory.shapes, *in_memory.images]:
-        ours, theirs = (get_transformation(sdata[name], get_all=True) for sdata in (in_memory, as_read))
+    read_names, names = ({name for _, name, _ in sdata.gen_elements()} for sdata in (as_read, in_memory))
+    assert read_names ^ names == {"nucleus_segmentations", "sample_nucleus_segmentations"}
+    for kind, name, expected in in_memory.gen_elements():
+        found = as_read[name]
+        if kind == "tables":
+            pd.testing.assert_frame_equal(found.to_df(), expected.to_df())
+            assert get_table_keys(found) == get_table_keys(expected)
+            np.testing.assert_array_equal(found.var["spatially_varying"], expected.var["spatially_varying"])
+            for column in {"in_tissue", "array_row", "array_col"} & set(expected.obs):
+                np.testing.assert_array_equal(found.obs[column], expected.obs[column])
+            for key in expected.obsm:
+                np.testing.assert_allclose(found.obsm[key], expected.obsm[key])
+            continue
+        ours, theirs = (get_transformation(element, get_all=True) for element in (expected, found))
         assert set(ours) == set(theirs)
         for system in ours:
             matrices = (every[system].to_affine_matrix(("x", "y"), ("x", "y")) for every in (ours, theirs))
             np.testing.assert_allclose(*matrices)
+        if kind == "shapes":
+            assert list(found.index) == list(expected.index)
+            assert expected.geometry.normalize().geom_equals_exact(found.geometry.normalize(), 1e-9).all()
+        else:
+            np.testing.assert_array_equal(pixels(as_read, name), pixels(in_memory, name))
 
 
 def test_positions_are_those_of_all_bins(as_read, folder):
@@ -84,6 +83,7 @@ def test_positions_are_those_of_all_bins(as_read, folder):
         name, side = f"square_{um:03d}um", 528 // um
         every = pd.read_parquet(folder / "binned_outputs" / name / "spatial/tissue_positions.parquet")
         assert every["barcode"].is_unique
+        assert every["barcode"].iloc[side - 1] == f"s_{um:03d}um_00000_{side - 1:05d}-1"
         np.testing.assert_array_equal(every["array_row"] * side + every["array_col"], np.arange(side**2))
         assert list(every.loc[every["in_tissue"] == 1, "barcode"]) == list(as_read[name].obs_names)
 
@@ -104,7 +104,7 @@ def test_nuclei_hold_the_bins_that_the_mapping_gives_them(as_read, folder):
         np.testing.assert_array_equal(counts, summed.loc[counts.index])
 
 
-def test_feature_slice_says_how_the_lattice_lies(folder, as_read):
+def test_feature_slice_says_how_the_lattice_lies_which_is_turned_by_half_a_degree(folder, as_read):
     with h5py.File(folder / "sample_feature_slice.h5") as file:
         metadata = json.loads(file.attrs["metadata_json"])
     matrices = {name: np.array(matrix) for name, matrix in metadata["transform_matrices"].items()}
@@ -113,6 +113,8 @@ def test_feature_slice_says_how_the_lattice_lies(folder, as_read):
     centres = bins @ matrices["spot_colrow_to_microscope_colrow"].T
     np.testing.assert_allclose(centres[:, :2], table.obsm["spatial"])
     np.testing.assert_allclose(centres @ matrices["microscope_colrow_to_spot_colrow"].T, bins, atol=1e-6)
+    cos, sin = (2 / SLIDE["mpp"] * turned(np.deg2rad(0.5)) for turned in (np.cos, np.sin))
+    np.testing.assert_allclose(matrices["spot_colrow_to_microscope_colrow"][:2, :2], [[cos, -sin], [sin, cos]])
 
 
 @pytest.mark.parametrize("pitch_um", [1.0, 2.0, 7.0])
@@ -132,8 +134,7 @@ def test_a_window_is_part_of_the_whole(small):
 
 
 def test_truth_that_is_not_there_is_refused(small):
-    window = (200, 0, 300, 50)
-    for name, wrong in (("genes", ["VIM", "NOPE"]), ("window_um", window), ("pitch_um", 1e6), ("pitch_um", 1e-4)):
+    for name, wrong in (("genes", ["VIM", "NOPE"]), ("window_um", (200, 0, 300, 50)), ("pitch_um", 1e-4)):
         with pytest.raises(DataError, match="NOPE" if name == "genes" else name):
             datasets.visium_hd_truth(small, **{name: wrong})
     with pytest.raises(DataError, match="truth.zarr"):
@@ -175,8 +176,10 @@ def test_refused_and_failed_writes_leave_everything_as_it_was(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_visium(tmp_path):
-    folder = datasets.write_visium(tmp_path / "out", **VISIUM)
+def test_visium(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = datasets.write_visium("~/out", **VISIUM)
+    assert folder == tmp_path / "out"
     spots = pd.read_csv(folder / "spatial" / "tissue_positions.csv")
     assert ((spots["array_row"] + spots["array_col"]) % 2 == 0).all()
     xy = spots[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy() * 1.5
@@ -185,6 +188,7 @@ def test_visium(tmp_path):
     assert (np.abs(apart - 100) < 1e-6).sum(axis=1).max() == 6
     assert 0 < spots["in_tissue"].mean() < 1
     assert spots["barcode"].is_unique
+    assert spots["barcode"].str.fullmatch("[ACGT]{16}-1").all()
 
     sdata = spatialdata_io.visium(folder, fullres_image_file="sample_tissue_image.tif")
     assert set(sdata.images) == {"sample_full_image", "sample_hires_image", "sample_lowres_image"}

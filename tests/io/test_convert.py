@@ -4,9 +4,8 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -15,7 +14,6 @@ import spatialdata as sd
 import tifffile
 import xarray as xr
 import zarr
-from geopandas.testing import assert_geodataframe_equal
 from spatialdata.transformations import get_transformation
 from spatialdata_io import visium_hd
 
@@ -29,70 +27,63 @@ BINS, OTHER_BINS = "binned_outputs/square_008um", "binned_outputs/square_016um"
 COUNTS = "filtered_feature_bc_matrix.h5"
 POSITIONS = "spatial/tissue_positions.parquet"
 SCALES = "spatial/scalefactors_json.json"
+OUTLINES = "segmented_outputs/cell_segmentations.geojson"
 
 
-def convert(folder: Path, store: Path, **kwargs: Any) -> sd.SpatialData:
-    convert_visium_hd(folder, store, chunk_px=CHUNK_PX, show_progress_bar=False, **kwargs)
+def convert(folder, store, **options) -> sd.SpatialData:
+    convert_visium_hd(folder, store, chunk_px=CHUNK_PX, show_progress_bar=False, **options)
     return sd.read_zarr(store)
 
 
-def read(folder: Path, store: Path, **kwargs: Any) -> sd.SpatialData:
-    with ad.settings.override(auto_shard_zarr_v3=False):
-        visium_hd(folder, load_segmentations_only=False, **kwargs).write(store)
+def read(folder, store, **options) -> sd.SpatialData:
+    visium_hd(folder, load_segmentations_only=False, **options).write(store)
     return sd.read_zarr(store)
 
 
 def assert_same(found: sd.SpatialData, expected: sd.SpatialData) -> None:
     """Names, coordinate systems and all that elements hold; `spatialdata.testing` fails under strict markers."""
-    kinds = {name: kind for kind, name, _ in expected.gen_elements()}
-    assert {name: kind for kind, name, _ in found.gen_elements()} == kinds
     assert set(found.coordinate_systems) == set(expected.coordinate_systems)
-    for name, kind in kinds.items():
+    found_names, names = ({(kind, name) for kind, name, _ in sdata.gen_elements()} for sdata in (found, expected))
+    assert found_names == names
+    for kind, name, theirs in expected.gen_elements():
+        ours = found[name]
         if kind == "tables":
-            assert_same_table(found[name], expected[name])
+            for array in ("data", "indices", "indptr"):
+                np.testing.assert_array_equal(getattr(ours.X, array), getattr(theirs.X, array), strict=True)
+            pd.testing.assert_frame_equal(ours.obs, theirs.obs)
+            pd.testing.assert_frame_equal(ours.var, theirs.var)
+            np.testing.assert_equal(dict(ours.obsm), dict(theirs.obsm))
+            assert ours.uns == theirs.uns
             continue
-        assert get_transformation(found[name], get_all=True) == get_transformation(expected[name], get_all=True)
+        assert get_transformation(ours, get_all=True) == get_transformation(theirs, get_all=True)
         if kind == "shapes":
-            assert_geodataframe_equal(found[name], expected[name])
-        elif isinstance(expected[name], xr.DataTree):
-            bare = (tree.map_over_datasets(lambda data: data.drop_attrs()) for tree in (found[name], expected[name]))
-            xr.testing.assert_identical(*bare)
+            pd.testing.assert_frame_equal(ours.to_wkb(), theirs.to_wkb())
+        elif isinstance(theirs, xr.DataTree):
+            xr.testing.assert_identical(*(tree.map_over_datasets(xr.Dataset.drop_attrs) for tree in (ours, theirs)))
         else:
-            xr.testing.assert_equal(found[name], expected[name])
-
-
-def assert_same_table(found: ad.AnnData, expected: ad.AnnData) -> None:
-    for array in ("data", "indices", "indptr"):
-        np.testing.assert_array_equal(getattr(found.X, array), getattr(expected.X, array), strict=True)
-    pd.testing.assert_frame_equal(found.obs, expected.obs)
-    pd.testing.assert_frame_equal(found.var, expected.var)
-    np.testing.assert_equal(dict(found.obsm), dict(expected.obsm))
-    assert found.uns == expected.uns
+            xr.testing.assert_equal(ours, theirs)
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def drawn(tmp_path_factory):
     """A small Space Ranger folder with cells; not to be changed."""
     path = tmp_path_factory.mktemp("drawn") / "outs"
     return write_visium_hd(path, size_um=110.0, mpp=0.5, n_genes=8, dataset_id="s", n_workers=1)
 
 
 @pytest.fixture
-def folder(drawn: Path, tmp_path: Path) -> Path:
+def folder(drawn, tmp_path):
     """A copy of it, to be changed."""
-    return Path(shutil.copytree(drawn, tmp_path / "outs"))
+    return shutil.copytree(drawn, tmp_path / "outs")
 
 
-def test_the_store_is_what_the_reader_gives(drawn: Path, tmp_path: Path) -> None:
+def test_the_store_is_what_the_reader_gives(drawn, tmp_path):
     expected, found = read(drawn, tmp_path / "reader.zarr"), convert(drawn, tmp_path / "ours.zarr")
     assert len(list(expected.gen_elements())) == 11
     assert_same(found, expected)
     assert set(found.attrs.pop("pixnet_sd")) == {"converted_from"}
     assert found.attrs == expected.attrs
     assert all(table.X.sum() > 0 for table in found.tables.values())
-    for name in ("s_square_002um", "s_square_016um"):  # to the last bit
-        assert found.shapes[name].to_wkb().equals(expected.shapes[name].to_wkb())
-        assert found.shapes[name].index.name == expected.shapes[name].index.name == "location_id"
     store = Path(found.path)
     group = zarr.open_group(store / "images" / "s_full_image", mode="r")
     assert [group[f"s{level}"].shape[1:] for level in range(5)] == [(side, side) for side in (220, 110, 55, 27, 13)]
@@ -100,12 +91,11 @@ def test_the_store_is_what_the_reader_gives(drawn: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in store.parent.iterdir()) == ["ours.zarr", "reader.zarr"]
 
 
-def test_given_id_and_image_positions_in_another_order_and_cells_without_outline(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_given_id_image_positions_in_another_order_and_cells_without_outline(folder, tmp_path, caplog, monkeypatch):
     (folder / "s_feature_slice.h5").rename(folder / "feature_slice.h5")
-    image = (folder / "s_tissue_image.tif").rename(tmp_path / "elsewhere.tif")
-    outlines = folder / "segmented_outputs" / "cell_segmentations.geojson"
+    (folder / "s_tissue_image.tif").rename(tmp_path / "elsewhere.tif")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    outlines = folder / OUTLINES
     features = json.loads(outlines.read_text())
     n_cells = len(features["features"])
     del features["features"][::3]
@@ -114,9 +104,10 @@ def test_given_id_and_image_positions_in_another_order_and_cells_without_outline
     path = folder / BINS / POSITIONS
     table = pq.read_table(path)
     pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), path)
-    expected = read(folder, tmp_path / "reader.zarr", bin_size=[16, 8], dataset_id="x", fullres_image_file=image)
+    options = {"bin_size": [16, 8], "fullres_image_file": tmp_path / "elsewhere.tif"}
+    expected = read(folder, tmp_path / "reader.zarr", dataset_id="x", **options)
     with caplog.at_level("INFO", logger="pixnet_sd"):
-        found = convert(folder, tmp_path / "ours.zarr", bin_um=[16, 8], dataset_id="x", image=image)
+        found = convert(folder, tmp_path / "ours.zarr", bin_um=[16, 8], dataset_id="x", image="~/elsewhere.tif")
     assert any(path.name in message for message in caplog.messages)  # joined by hash
     assert len(found.shapes["x_cell_segmentations"]) == n_cells - -(-n_cells // 3)
     assert_same(found, expected)
@@ -130,7 +121,6 @@ def test_given_id_and_image_positions_in_another_order_and_cells_without_outline
     [
         ("s_feature_slice.h5", None, "feature_slice.h5"),
         ("s_tissue_image.tif", None, "`image=`"),
-        ("s_tissue_image.tif", "no", "s_tissue_image.tif"),
         (f"{BINS}/{COUNTS}", None, COUNTS),
         (f"{BINS}/{COUNTS}", "no", COUNTS),
         (f"{BINS}/{COUNTS}", f"{OTHER_BINS}/{COUNTS}", f"{COUNTS}.*{POSITIONS}"),
@@ -139,10 +129,10 @@ def test_given_id_and_image_positions_in_another_order_and_cells_without_outline
         (f"{BINS}/{SCALES}", None, SCALES),
         (f"{BINS}/{SCALES}", "[]", f"{SCALES}.*bin_size_um"),
         (f"{BINS}/{SCALES}", f"{OTHER_BINS}/{SCALES}", SCALES),
-        ("segmented_outputs/cell_segmentations.geojson", '{"features": []}', "cell_segmentations.geojson"),
+        (OUTLINES, '{"features": []}', "cell_segmentations.geojson"),
     ],
 )
-def test_damaged_folders_are_refused(folder: Path, tmp_path: Path, file: str, becomes: str | None, named: str) -> None:
+def test_damaged_folders_are_refused(folder, tmp_path, file, becomes, named):
     """A file is missing, holds something else, or what another file of the folder holds."""
     if becomes is None:
         (folder / file).unlink()
@@ -155,9 +145,7 @@ def test_damaged_folders_are_refused(folder: Path, tmp_path: Path, file: str, be
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outs"]
 
 
-def test_runs_that_cannot_go_on_are_refused_before_any_work(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_that_cannot_go_on_are_refused_before_any_work(drawn, tmp_path, monkeypatch):
     store = tmp_path / "out.zarr"
     tifffile.imwrite(tmp_path / "half.tif", np.zeros((110, 110, 3), np.uint8), photometric="rgb")
     for name, wrong in (("bin_um", 4), ("image", tmp_path / "half.tif"), ("image", tmp_path / "none.tif")):
@@ -175,16 +163,10 @@ def test_runs_that_cannot_go_on_are_refused_before_any_work(
     store.mkdir()
     with pytest.raises(StoreError, match="out.zarr"):
         convert(drawn, store)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
-    assert not list(store.iterdir())
+    assert list(tmp_path.rglob("*")) == [store]
 
 
-def test_an_interrupted_run_leaves_no_store_and_the_next_one_works_without_id_and_cells(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
+def test_an_interrupted_run_leaves_no_store_and_the_next_works_without_id_and_cells(folder, tmp_path, monkeypatch):
     for path in list(folder.glob("s_*")):
         path.rename(folder / path.name.removeprefix("s_"))
     shutil.rmtree(folder / "segmented_outputs")
@@ -192,7 +174,7 @@ def test_an_interrupted_run_leaves_no_store_and_the_next_one_works_without_id_an
     work.mkdir(parents=True)
     (work / "leftover").touch()  # of a run that was killed
     with monkeypatch.context() as patch:
-        patch.setattr(sd.SpatialData, "write_element", stop)
+        patch.setattr(sd.SpatialData, "write_element", Mock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(StoreError, match="No space left on device"):
             convert(folder, tmp_path / "out.zarr", bin_um=16)
     assert list(tmp_path.iterdir()) == [folder]

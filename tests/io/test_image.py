@@ -32,7 +32,7 @@ def read(path: Path, chunk_px: int = 64) -> Any:
     ],
     ids=str,
 )
-def test_pixels_of_tiff_files(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_pixels_of_tiff_files(tmp_path, options):
     """Planes one after the other, and of a pyramid the finest level, too."""
     path, last = tmp_path / "image.btf", "planarconfig" not in options
     with tifffile.TiffWriter(path) as file:
@@ -43,9 +43,9 @@ def test_pixels_of_tiff_files(tmp_path: Path, options: dict[str, Any]) -> None:
     np.testing.assert_array_equal(read(path), expected.transpose(2, 0, 1))
 
 
-def test_one_large_piece_without_compression_is_read_by_rows(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"shape": (7000, 7000, 3), "dtype": ">u2", "photometric": "rgb", "byteorder": ">"}
-    pixels = tifffile.memmap(tmp_path / "i.tif", **options)
+def test_one_large_piece_without_compression_is_read_by_rows(tmp_path):
+    like = {"shape": (7000, 7000, 3), "dtype": ">u2", "byteorder": ">"}
+    pixels = tifffile.memmap(tmp_path / "i.tif", photometric="rgb", **like)
     assert pixels.nbytes > 2**28  # what is not written takes no disk
     pixels[6900:, :170] = PIXELS[:100] * np.uint16(257)
     pixels.flush()
@@ -58,14 +58,14 @@ def test_one_large_piece_without_compression_is_read_by_rows(tmp_path: Path) -> 
     np.testing.assert_array_equal(rows, PIXELS[:100].transpose(2, 0, 1) * np.uint16(257))
 
 
-def test_one_large_compressed_piece_warns(tmp_path: Path) -> None:
+def test_one_large_compressed_piece_warns(tmp_path):
     large = np.broadcast_to(np.uint8(0), (10000, 9000, 3))
     tifffile.imwrite(tmp_path / "i.tif", large, photometric="rgb", rowsperstrip=10000, compression="zlib")
     with pytest.warns(UserWarning, match="i.tif"), open_image(tmp_path / "i.tif", 1024) as array:
         assert array.shape == (3, 10000, 9000)
 
 
-def test_other_formats_are_read_whole_with_a_warning_or_refused(tmp_path: Path) -> None:
+def test_other_formats_are_read_whole_with_a_warning_or_refused(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "i.png")
     with pytest.warns(UserWarning, match="i.png"):
         np.testing.assert_array_equal(read(tmp_path / "i.png"), PIXELS.transpose(2, 0, 1))

@@ -45,7 +45,7 @@ def write_positions(path: Path, numbers: Sequence[int]) -> None:
     pq.write_table(pa.table({"barcode": barcodes(values.tolist()), **columns}), path)
 
 
-def check_join(folder: Path, rows: Sequence[int], places: Sequence[int], *, variable_length: bool) -> None:
+def check_join(folder: Path, rows: Sequence[int], places: Sequence[int], *, variable_length: bool = False) -> None:
     write_matrix(folder / "m.h5", rows, variable_length=variable_length)
     write_positions(folder / "p.parquet", places)
     with open_matrix(folder / "m.h5") as matrix:
@@ -60,7 +60,7 @@ def check_join(folder: Path, rows: Sequence[int], places: Sequence[int], *, vari
 
 @settings(deadline=None, max_examples=20)
 @given(st.data())
-def test_every_row_gets_its_place(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_every_row_gets_its_place(tmp_path_factory, data):
     places = data.draw(st.lists(st.integers(0, 60), min_size=1, max_size=30, unique=True))
     rows = data.draw(st.lists(st.sampled_from(places), min_size=1, unique=True))
     if data.draw(st.booleans()):
@@ -69,14 +69,14 @@ def test_every_row_gets_its_place(tmp_path_factory: pytest.TempPathFactory, data
 
 
 @pytest.mark.parametrize("n_in_order", [PIECE_ROWS + 1000, 2 * PIECE_ROWS + 5])
-def test_every_row_of_several_pieces_gets_its_place(tmp_path: Path, n_in_order: int) -> None:
+def test_every_row_of_several_pieces_gets_its_place(tmp_path, n_in_order):
     """Rows in the order of the places as far as ``n_in_order``, in any order after that."""
     rng = np.random.default_rng(0)
     n = 2 * PIECE_ROWS + 5
     places = np.arange(n)
     places[n_in_order:] = rng.permutation(places[n_in_order:])
     rows = np.sort(rng.choice(n, n - 1000, replace=False))
-    check_join(tmp_path, rows.tolist(), places.tolist(), variable_length=False)
+    check_join(tmp_path, rows.tolist(), places.tolist())
 
 
 @settings(max_examples=40, deadline=None)
@@ -85,9 +85,7 @@ def test_every_row_of_several_pieces_gets_its_place(tmp_path: Path, n_in_order: 
     n_empty=st.integers(0, 3 * PIECE_ROWS),
     at=st.integers(0, 20),
 )
-def test_pieces_of_a_matrix_cover_it_and_are_small(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], n_empty: int, at: int
-) -> None:
+def test_pieces_of_a_matrix_cover_it_and_are_small(tmp_path_factory, sizes, n_empty, at):
     path = tmp_path_factory.getbasetemp() / "pieces.h5"
     write_matrix(path, [1])
     sizes = np.insert(np.array(sizes), min(at, len(sizes)), np.zeros(n_empty, np.int64))
@@ -100,7 +98,7 @@ def test_pieces_of_a_matrix_cover_it_and_are_small(
         assert sizes[start:stop].sum() <= PIECE_ENTRIES or stop == start + 1
 
 
-def test_missing_and_repeated_barcodes_other_columns_and_damaged_matrices_are_refused(tmp_path: Path) -> None:
+def test_missing_and_repeated_barcodes_other_columns_and_damaged_matrices_are_refused(tmp_path):
     for rows, places in (([1, 2, 3], [1, 3]), ([1, 2], [2, 1, 2]), ([3, 2, 2, 1], [1, 2, 3])):
         write_matrix(tmp_path / "m.h5", rows)
         write_positions(tmp_path / "p.parquet", places)
@@ -120,9 +118,7 @@ def test_missing_and_repeated_barcodes_other_columns_and_damaged_matrices_are_re
 
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(0, 5), before=st.integers(0, 900), indent=st.sampled_from([None, 0, 2]))
-def test_outlines_are_read_wherever_a_block_ends(
-    tmp_path_factory: pytest.TempPathFactory, n: int, before: int, indent: int | None
-) -> None:
+def test_outlines_are_read_wherever_a_block_ends(tmp_path_factory, n, before, indent):
     shapes = [{"type": "Polygon", "coordinates": [[[x + i, y] for x, y in RING]]} for i in range(n)]
     about = [{"cell_id": i, "name": 'with "features": [ in it'} for i in range(n)]
     features = [{"geometry": shape, "properties": own} for shape, own in zip(shapes, about, strict=True)]
@@ -139,7 +135,7 @@ def test_outlines_are_read_wherever_a_block_ends(
 @pytest.mark.parametrize(
     "text", ["", "{}", '{"features": [', '{"features": [{"a": 1}', '{"features": [{"geometry": 1}]}']
 )
-def test_other_files_than_outlines_are_refused(tmp_path: Path, text: str) -> None:
+def test_other_files_than_outlines_are_refused(tmp_path, text):
     (tmp_path / "cells.geojson").write_text(text)
     with pytest.raises(DataError, match="cells.geojson"):
         read_outlines(tmp_path / "cells.geojson")

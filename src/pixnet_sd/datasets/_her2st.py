@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from anndata import AnnData
+from dask.delayed import delayed
+from PIL import Image
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel, ShapesModel, TableModel
+from spatialdata.transformations import Identity, Scale
 
 from pixnet_sd._arguments import checked
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from anndata import AnnData
-    from dask.array import Array
-    from spatialdata import SpatialData
+from pixnet_sd.store import record
 
 _FILES = ("image.jpg", "counts.tsv.gz", "spots.tsv", "meta.json")
 _META = ("um_per_px", "spot_diameter_um", "image_width", "image_height")
@@ -58,15 +60,13 @@ def her2st(path: str | Path, *, sections: Sequence[str] | None = None) -> dict[s
     DataError
         If a section, a file or a column is missing, or files disagree with each other.
     """
-    folders = _section_folders(Path(path), sections)
+    folders = _section_folders(Path(path).expanduser().resolve(), sections)
     return {folder.name: _read_section(folder) for folder in folders}
 
 
 def _section_folders(path: Path, sections: Sequence[str] | None) -> list[Path]:
-    if not path.is_dir():
-        raise DataError(f"{path} is not a folder. Give the folder that holds the sections.")
     if (path / "meta.json").is_file():
-        path, sections = path.parent, [path.resolve().name] if sections is None else sections
+        path, sections = path.parent, [path.name] if sections is None else sections
     present = sorted(folder.name for folder in path.iterdir() if (folder / "meta.json").is_file())
     if not present:
         raise DataError(f"No section in {path}. A section is a folder with {', '.join(_FILES)}.")
@@ -77,12 +77,6 @@ def _section_folders(path: Path, sections: Sequence[str] | None) -> list[Path]:
 
 
 def _read_section(folder: Path) -> SpatialData:
-    from spatialdata import SpatialData
-    from spatialdata.models import Image2DModel, ShapesModel
-    from spatialdata.transformations import Identity, Scale
-
-    from pixnet_sd.store import record
-
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)}.")
@@ -116,20 +110,17 @@ def _read_section(folder: Path) -> SpatialData:
 
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
-        meta = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    bad = [key for key in _META if not isinstance(meta.get(key), int | float) or meta[key] <= 0]
+        meta: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path} is not a JSON object: {error}") from error
+    bad = [key for key in _META if not isinstance(meta.get(key), int | float) or not 0 < meta[key] < np.inf]
     if bad:
         raise DataError(f"{path} needs positive numbers under {', '.join(bad)}.")
-    return dict(meta)
+    return meta
 
 
-def _open_image(path: Path, meta: dict[str, Any]) -> Array:
+def _open_image(path: Path, meta: dict[str, Any]) -> da.Array:
     """Pixels (c, y, x) as a lazy array; only the header is read now."""
-    import dask.array as da
-    from dask.delayed import delayed
-
     with _pil_image(path) as image:
         width, height = image.size
     if (width, height) != (meta["image_width"], meta["image_height"]):
@@ -137,14 +128,12 @@ def _open_image(path: Path, meta: dict[str, Any]) -> Array:
             f"{path} is {width} × {height} px, its meta.json says {meta['image_width']} × {meta['image_height']}: "
             "this is another image, or a resized one, and spots would not fit it."
         )
-    decoded: Array = da.from_delayed(delayed(_decode_once)(path), (3, height, width), dtype=np.uint8)
+    decoded: da.Array = da.from_delayed(delayed(_decode_once)(path), (3, height, width), dtype=np.uint8)
     return decoded.rechunk((3, _CHUNK_PX, _CHUNK_PX))  # type: ignore[no-any-return, unused-ignore]
 
 
 def _pil_image(path: Path) -> Any:
     """Open an image without PIL's guard: a slide has more pixels than any photograph."""
-    from PIL import Image
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(path)
@@ -167,7 +156,7 @@ def _read_spots(path: Path, meta: dict[str, Any]) -> pd.DataFrame:
     missing = [column for column in ("spot", *_POSITION) if column not in spots]
     if missing:
         raise DataError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(spots.columns)}.")
-    position = spots[_POSITION].to_numpy(dtype=np.float64)
+    position = spots[_POSITION].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
     outside = ~((position >= 0) & (position <= [meta["image_width"], meta["image_height"]])).all(axis=1)
     if outside.any():
         raise DataError(
@@ -206,12 +195,8 @@ def _check_unique(names: pd.Index | pd.Series, path: Path) -> None:
 
 
 def _table(spots: pd.DataFrame, counts: pd.DataFrame, region: str) -> AnnData:
-    from anndata import AnnData
-    from spatialdata.models import TableModel
-
-    obs = spots.rename(columns={"x": "array_col", "y": "array_row"}).rename_axis(index=None)
-    obs = obs[[column for column in ("array_col", "array_row") if column in obs]]
-    obs = obs.assign(spot=obs.index.to_numpy(), region=pd.Categorical([region] * len(obs)))
+    obs = spots.rename(columns={"x": "array_col", "y": "array_row"}).filter(["array_col", "array_row"])
+    obs = obs.assign(spot=obs.index.to_numpy(), region=pd.Categorical([region] * len(obs))).rename_axis(index=None)
     matrix = sp.csr_matrix(counts.to_numpy(dtype=np.float32))
     table = AnnData(matrix, obs=obs, var=pd.DataFrame(index=counts.columns.astype(str)))
     table.obsm["spatial"] = spots[_POSITION].to_numpy(dtype=np.float64)

@@ -9,23 +9,26 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import shapely
+from anndata import AnnData
+from geopandas import GeoDataFrame
 from numpy.typing import NDArray
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel, ShapesModel, TableModel
+from spatialdata.transformations import Identity, Scale
+from xarray import DataArray
 
+from pixnet_sd import store
 from pixnet_sd._arguments import checked
 from pixnet_sd.errors import DataError
 
 from . import drawn
-
-if TYPE_CHECKING:
-    from anndata import AnnData
-    from geopandas import GeoDataFrame
-    from spatialdata import SpatialData
-    from xarray import DataArray
 
 _CHUNK_PX = 512
 _BIN_BYTES = 100  # of a bin's polygon and counts, at the least
@@ -39,17 +42,15 @@ def density_bytes(size_um: float) -> float:
 
 def check_free(n_bytes: float, disk: Path | None = None, /, **arguments: float) -> None:
     """Refuse what memory, or the disk of a path, does not hold, naming the arguments that decide about it."""
-    from pixnet_sd.store import available_memory, size_text
-
     if disk is None:
-        what, free = "memory", available_memory()
+        what, free = "memory", store.available_memory()
     else:
         present = next(folder for folder in (disk.absolute(), *disk.absolute().parents) if folder.exists())
         what, free = "disk", shutil.disk_usage(present).free
     if n_bytes > free:
         given = ", ".join(f"{name}={value:g}" for name, value in arguments.items())
         raise DataError(
-            f"{given}: takes at least {size_text(n_bytes)} of {what}, and {size_text(free)} are free. "
+            f"{given}: takes at least {store.size_text(n_bytes)} of {what}, and {store.size_text(free)} are free. "
             "Draw a smaller or coarser slide."
         )
 
@@ -109,10 +110,6 @@ def sample(
     DataError
         If an argument is out of range.
     """
-    from spatialdata import SpatialData
-    from spatialdata.models import ShapesModel, TableModel
-    from spatialdata.transformations import Identity, Scale
-
     sizes = sorted(set(bin_um))
     bins_bytes = sum(_BIN_BYTES * (size_um / um) ** 2 for um in sizes)
     check_free(density_bytes(size_um) + 3 * (size_um / mpp) ** 2 + bins_bytes, size_um=size_um, mpp=mpp)
@@ -139,10 +136,6 @@ def _bin_elements(
     slide: drawn.DrawnSlide, um: int, on_tissue: NDArray[np.bool_], counts: sp.csr_matrix
 ) -> tuple[GeoDataFrame, AnnData]:
     """Squares and table of the bins of one size; the last column of its obs names the squares, as of cells."""
-    import shapely
-    from anndata import AnnData
-    from geopandas import GeoDataFrame
-
     bins = slide.lattice.bins(um, on_tissue)
     number = np.arange(len(bins))
     centres_px = bins[["x_um", "y_um"]].to_numpy() / slide.mpp
@@ -157,10 +150,6 @@ def _bin_elements(
 
 
 def _cell_elements(slide: drawn.DrawnSlide, bands: Sequence[drawn.Band]) -> tuple[GeoDataFrame, AnnData]:
-    import shapely
-    from anndata import AnnData
-    from geopandas import GeoDataFrame
-
     cells = slide.cells()
     sums = drawn.CellCounts(cells, len(slide.panel.names))
     owners = (cells.of_bins(band.first_row, band.on_tissue)[0] for band in bands)
@@ -174,10 +163,6 @@ def _cell_elements(slide: drawn.DrawnSlide, bands: Sequence[drawn.Band]) -> tupl
 
 def _images(slide: drawn.DrawnSlide, dataset_id: str, systems: dict[str, Any]) -> dict[str, Any]:
     """Full image and previews."""
-    import dask.array as da
-    from spatialdata.models import Image2DModel
-    from spatialdata.transformations import Identity
-
     full = np.empty((slide.size_px, slide.size_px, 3), dtype=np.uint8)
     previews = drawn.Previews(slide.size_px)
     for grid, pixels in drawn.draw(slide.tissue, slide.size_px, slide.mpp):
@@ -236,8 +221,6 @@ def truth_map(
     density: Any, size_um: float, varying: pd.Series, profile: Any, pitch_um: float, window_um: Any = None
 ) -> DataArray:
     """Expected counts at the pixels of a window; ``varying`` tells of each gene, by name, ``profile`` its rates."""
-    from xarray import DataArray
-
     if pitch_um > size_um:
         raise DataError(f"pitch_um={pitch_um:g}: give at most the slide's side, {size_um:g} µm.")
     side = int(np.ceil(size_um / pitch_um - 1e-6))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,15 +18,14 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 from pyarrow.parquet import ParquetWriter
+from tifffile import TiffWriter
+from xarray import DataArray
 
 from pixnet_sd._arguments import checked
 from pixnet_sd.errors import DataError, StoreError
 
 from . import drawn
 from ._sample import check_free, density_bytes, truth_map
-
-if TYPE_CHECKING:
-    from xarray import DataArray
 
 _TRUTH = "truth.zarr"
 _CHUNK = 1 << 16
@@ -81,11 +79,12 @@ def write_visium(
     StoreError
         If there is something at ``path`` already.
     """
+    path = Path(path).expanduser()
     check_free(density_bytes(size_um), size_um=size_um)
-    check_free(3 * (size_um / mpp) ** 2, Path(path), size_um=size_um, mpp=mpp)
+    check_free(3 * (size_um / mpp) ** 2, path, size_um=size_um, mpp=mpp)
     slide = drawn.DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     prefix = f"{dataset_id}_" if dataset_id else ""
-    with _new_folder(Path(path)) as folder:
+    with _new_folder(path) as folder:
         previews = _write_image(folder / f"{prefix}tissue_image.tif", slide, None)
         previews.save(folder / "spatial")
         _write_scalefactors(folder / "spatial", slide, spot_um=_SPOT_UM)
@@ -97,7 +96,7 @@ def write_visium(
         caught = integrals * drawn.library_size(slide.tissue, row, col, x_um, y_um)[:, None]
         with _matrix_file(folder / f"{prefix}filtered_feature_bc_matrix.h5", slide.panel, dataset_id) as append:
             append(covered["barcode"].to_numpy().astype("S"), drawn.draw_counts(caught, slide.panel, (seed, 8)))
-    return Path(path)
+    return path
 
 
 def _spots(slide: drawn.DrawnSlide) -> pd.DataFrame:
@@ -171,11 +170,12 @@ def write_visium_hd(  # noqa: PLR0913
     StoreError
         If there is something at ``path`` already.
     """
-    check_free(3 * (size_um / mpp) ** 2, Path(path), size_um=size_um, mpp=mpp)
+    path = Path(path).expanduser()
+    check_free(3 * (size_um / mpp) ** 2, path, size_um=size_um, mpp=mpp)
     slide = drawn.DrawnSlide.of(size_um=size_um, mpp=mpp, n_genes=n_genes, seed=seed)
     sizes = sorted(set(bin_um))
     prefix = f"{dataset_id}_" if dataset_id else ""
-    with _new_folder(Path(path)) as folder:
+    with _new_folder(path) as folder:
         _write_feature_slice(folder / f"{prefix}feature_slice.h5", slide)
         previews = _write_image(folder / f"{prefix}tissue_image.tif", slide, n_workers)
         bin_folders = {um: folder / "binned_outputs" / f"square_{um:03d}um" for um in sizes}
@@ -190,7 +190,7 @@ def write_visium_hd(  # noqa: PLR0913
             for band in slide.bands(density, n_workers):
                 for write in writers:
                     write(band)
-    return Path(path)
+    return path
 
 
 @contextmanager
@@ -257,13 +257,11 @@ def _new_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise StoreError(f"{path} exists already. Give another path, or delete it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        partial.chmod(0o755)  # a temporary folder is closed to others
-        yield partial
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True) as closed:
+        folder = Path(closed) / path.name  # in it, as a temporary folder is closed to others
+        folder.mkdir()
+        yield folder
+        folder.rename(path)
 
 
 @contextmanager
@@ -328,8 +326,6 @@ def _text(names: NDArray[np.bytes_], missing: NDArray[np.bool_] | None = None) -
 
 def _write_image(path: Path, slide: drawn.DrawnSlide, n_workers: int | None) -> drawn.Previews:
     """Full-resolution image as a tiled BigTIFF, window by window; returns its previews."""
-    from tifffile import TiffWriter
-
     previews = drawn.Previews(slide.size_px)
 
     def tiles() -> Iterator[NDArray[np.uint8]]:
@@ -424,7 +420,7 @@ def visium_hd_truth(
     DataError
         If there is no truth at ``path``, a gene is unknown, or the window does not meet the slide.
     """
-    store = Path(path) / _TRUTH
+    store = Path(path).expanduser() / _TRUTH
     if not store.is_dir():
         raise DataError(f"No {_TRUTH} in {path}. Give a folder that datasets.write_visium_hd wrote.")
     attrs: dict[str, Any] = dict(zarr.open_group(store, mode="r").attrs)

@@ -7,16 +7,16 @@ names, coordinate systems, columns and types are its own. The store of that is t
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dask
+import dask.array as da
 import geopandas as gpd
 import h5py
 import numpy as np
@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 import shapely
 import tifffile
 from numpy.typing import NDArray
-from shapely.geometry import mapping
-from spatialdata.models import Image2DModel, ShapesModel
+from PIL import Image
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel, ShapesModel, get_table_keys
 from spatialdata.transformations import get_transformation
 from tqdm.dask import TqdmCallback
 
@@ -58,10 +59,6 @@ from ._read import (
     placed_bins,
     read_outlines,
 )
-
-if TYPE_CHECKING:
-    import dask.array as da
-    from spatialdata import SpatialData
 
 _ENTRY_BYTES, _BIN_BYTES = 5, 160  # on disk at most, as compressed
 _PREVIEW_TOLERANCE = 0.05  # by which the image may differ from what the previews say it should be
@@ -140,8 +137,6 @@ def _check_absent(target: Path) -> None:
 
 def _check_image(files: HDFolder, shape: tuple[int, ...]) -> None:
     """Compare the image with the preview that Space Ranger made of it."""
-    from PIL import Image
-
     if "tissue_hires_image.png" not in files.previews:
         return
     with Image.open(files.previews["tissue_hires_image.png"]) as opened:
@@ -218,7 +213,7 @@ def _build_store(files: HDFolder, pixels: da.Array, scratch: Path, n_rows: int, 
     reader_image = sdata.images.pop(image_key)
     if cells is not None:
         (cells_key,) = set(sdata.tables) - {bins.name for bins in files.bins}
-        region = _region(sdata, cells_key)
+        region, _, _ = get_table_keys(sdata.tables[cells_key])
         transformations = get_transformation(sdata.shapes[region], get_all=True)
         sdata.shapes[region] = ShapesModel.parse(cells, transformations=transformations)
     record(sdata, CONVERTED_FROM, None, files.states())
@@ -226,7 +221,7 @@ def _build_store(files: HDFolder, pixels: da.Array, scratch: Path, n_rows: int, 
         sdata.write(store)
     with bar_class()(total=n_rows, desc="counts", unit="row", disable=not show_progress_bar) as bar:
         for bins in files.bins:
-            region = _region(sdata, bins.name)
+            region, _, _ = get_table_keys(sdata.tables[bins.name])
             _fill_bins(store, bins, region, sdata.shapes[region], bar.update)
         if files.cells is not None and cells is not None:
             _fill_cells(store / "tables" / cells_key, files.cells, cells.index.to_numpy(object), bar.update)
@@ -246,11 +241,6 @@ def _build_store(files: HDFolder, pixels: da.Array, scratch: Path, n_rows: int, 
         sdata.write_element(image_key)
     consolidate(store)
     return store
-
-
-def _region(sdata: SpatialData, table_key: str) -> str:
-    """Name of the shapes that a table annotates."""
-    return str(sdata.tables[table_key].uns["spatialdata_attrs"]["region"])
 
 
 def _fill_bins(store: Path, files: BinFiles, shapes_key: str, one: gpd.GeoDataFrame, progress: Progress) -> None:
@@ -366,9 +356,8 @@ def _write_one_cell(files: CellFiles, target: Path, barcode: str, outline: shape
     if files.scalefactors.is_file():
         _copy(files.scalefactors, target / "spatial" / files.scalefactors.name)
     number = int(barcode.removeprefix("cellid_").removesuffix("-1"))
-    feature = {"type": "Feature", "geometry": mapping(outline), "properties": {"cell_id": number}}
-    collection = {"type": "FeatureCollection", "features": [feature]}
-    (target / files.outlines.name).write_text(json.dumps(collection))
+    one = gpd.GeoDataFrame({"cell_id": [number], "geometry": [outline]})
+    (target / files.outlines.name).write_text(one.to_json())
 
 
 def _write_one_row(matrix: CountMatrix, target: Path, barcode: str) -> None:

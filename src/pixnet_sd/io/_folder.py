@@ -179,9 +179,9 @@ def _bin_files(um: int, folder: Path) -> BinFiles:
 
 def _image(folder: Path, prefix: str, given: str | Path | None) -> Path:
     if given is not None:
-        if not Path(given).is_file():
+        if not Path(given).expanduser().is_file():
             raise DataError(f"There is no image {str(given)!r}.")
-        return Path(given)
+        return Path(given).expanduser()
     inside = folder / _IMAGE_FOLDER
     present = inside.iterdir() if inside.is_dir() else folder.glob(f"{prefix}tissue_image.*")
     images = sorted(path for path in present if path.is_file() and not path.name.startswith("."))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -17,15 +18,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
-from tifffile import TiffFile, TiffFileError, memmap
+from PIL import Image
+from tifffile import TiffFile, TiffFileError, TiffPageSeries, memmap
 
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import DataError
 
 if TYPE_CHECKING:
     import dask.array as da
-    import h5py
-    from tifffile import TiffPageSeries
 
 _PIECE_ENTRIES, _PIECE_ROWS = 2**21, 2**17
 _COLUMNS = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")  # behind ``barcode``
@@ -77,8 +77,6 @@ class CountMatrix:
 @contextmanager
 def open_h5(path: Path) -> Iterator[h5py.File]:
     """Open an HDF5 file of the folder for reading; DataError when it is of another kind."""
-    import h5py
-
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -212,13 +210,12 @@ def _features(path: Path) -> Iterator[dict[str, Any]]:
     """Features of a GeoJSON file one at a time: the parsed file would take ten times its size."""
     decoder, opening, between = json.JSONDecoder(), re.compile(r'"features"[^\[]*\['), re.compile(r"[,\s]*")
     with path.open(encoding="utf-8") as file:
-        text, found = "", None
-        while found is None:
+        text = ""
+        while not (found := opening.search(text)):
             block = file.read(_BLOCK_CHARACTERS)
             if not block:
                 raise ValueError("no list of features")
             text += block
-            found = opening.search(text)
         at = found.end()
         while True:
             at = between.match(text, at).end()  # type: ignore[union-attr]  # also of nothing
@@ -295,12 +292,10 @@ class _RawPixels:
 
 
 def _whole(path: Path) -> NDArray[Any]:
-    from PIL import Image, UnidentifiedImageError
-
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise DataError(
             f"The image {path} cannot be read ({error}). Save it as a tiled TIFF and give it with `image=`."
         ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
+from PIL import Image
 
 from ._tissue import NUCLEUS_REACH_UM, Grid, Nuclei, NucleusKind, Pixels, Singles, Tissue, in_order, smoothstep, windows
 
@@ -135,8 +136,6 @@ class Previews:
 
     def save(self, spatial: Path) -> None:
         """Write ``tissue_hires_image.png`` and ``tissue_lowres_image.png``."""
-        from PIL import Image
-
         spatial.mkdir(parents=True, exist_ok=True)
         for name, pixels in self.pixels().items():
             Image.fromarray(pixels).save(spatial / f"tissue_{name}_image.png")

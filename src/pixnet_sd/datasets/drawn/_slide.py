@@ -35,6 +35,7 @@ _LARGEST_UM = 16
 _BLOCK = 256  # side of the blocks that counts are drawn in, in bins of 2 µm: each has a random stream of its own
 _CELL_MARGIN_UM = 3.0  # by which a cell reaches beyond its nucleus, where no other nucleus is nearer
 _ANGLE = float(np.deg2rad(0.5))  # of the lattice
+_COS, _SIN = np.cos(_ANGLE), np.sin(_ANGLE)
 _CORNERS = 16  # of an outline
 _NEIGHBOURS = 12  # that may bound a cell
 _REACH_BINS = int(np.ceil(NUCLEUS_REACH_UM / BASE_UM))
@@ -43,12 +44,13 @@ _BATCH = 2048  # nuclei whose bins are found at once
 
 def bin_barcodes(bin_um: int, row: Ints, col: Ints) -> NDArray[np.bytes_]:
     """``s_002um_00012_00345-1``, (n,)."""
-    return _joined(f"s_{bin_um:03d}um_".encode(), _digits(row, 5), b"_", _digits(col, 5), b"-1")
+    parts: list[Any] = [f"s_{bin_um:03d}um_".encode(), _digits(row, 5), b"_", _digits(col, 5), b"-1"]
+    return np.asarray(reduce(np.char.add, parts))
 
 
 def cell_barcodes(cell: Ints) -> NDArray[np.bytes_]:
     """``cellid_000000012-1``, (n,), of numbers from 0; the format counts from 1."""
-    return _joined(b"cellid_", _digits(cell + 1, 9), b"-1")
+    return np.char.add(np.char.add(b"cellid_", _digits(cell + 1, 9)), b"-1")
 
 
 def spot_barcodes(number: Ints) -> NDArray[np.bytes_]:
@@ -64,16 +66,11 @@ def _digits(number: Ints, width: int) -> NDArray[np.bytes_]:
     return (digits + ord("0")).astype(np.uint8).view(f"S{width}").ravel()
 
 
-def _joined(*parts: Any) -> NDArray[np.bytes_]:
-    return np.asarray(reduce(np.char.add, parts))
-
-
 @dataclass(frozen=True)
 class Lattice:
-    """Capture area of ``n_base`` × ``n_base`` bins of 2 µm about the slide's centre, turned by ``angle``."""
+    """Capture area of ``n_base`` × ``n_base`` bins of 2 µm about the slide's centre, turned by ``_ANGLE``."""
 
     size_um: float
-    angle: float
 
     @property
     def n_base(self) -> int:
@@ -84,14 +81,12 @@ class Lattice:
         """Centres (x, y) in the slide's frame."""
         half = self.n_base * BASE_UM / 2
         u, v = (col + 0.5) * bin_um - half, (row + 0.5) * bin_um - half
-        cos, sin = np.cos(self.angle), np.sin(self.angle)
-        return self.size_um / 2 + u * cos - v * sin, self.size_um / 2 + u * sin + v * cos
+        return self.size_um / 2 + u * _COS - v * _SIN, self.size_um / 2 + u * _SIN + v * _COS
 
     def base_at(self, x_um: Floats, y_um: Floats) -> tuple[Ints, Ints]:
         """Row and column of the 2 µm bins that points fall into; outside the capture area too."""
         dx, dy = x_um - self.size_um / 2, y_um - self.size_um / 2
-        cos, sin = np.cos(self.angle), np.sin(self.angle)
-        row, col = (value / BASE_UM + self.n_base / 2 for value in (dy * cos - dx * sin, dx * cos + dy * sin))
+        row, col = (value / BASE_UM + self.n_base / 2 for value in (dy * _COS - dx * _SIN, dx * _COS + dy * _SIN))
         return np.floor(row).astype(np.int64), np.floor(col).astype(np.int64)
 
     def bins(self, bin_um: int, on_tissue: Mask) -> pd.DataFrame:
@@ -256,7 +251,7 @@ class DrawnSlide:
         """Slide of the arguments that the public functions share."""
         size_px = round(size_um / mpp)
         whole_um = size_px * mpp
-        return cls(Tissue(whole_um, seed), gene_panel(n_genes), Lattice(whole_um, _ANGLE), size_px, mpp)
+        return cls(Tissue(whole_um, seed), gene_panel(n_genes), Lattice(whole_um), size_px, mpp)
 
     @property
     def size_um(self) -> float:
@@ -319,5 +314,5 @@ class DrawnSlide:
         inside = self.tissue.edge_um(grid)[grid.pixel(x, y)] > 0
         x, y = x[inside], y[inside]
         box = np.asarray(density[:, *grid.slices]).astype(np.float32)
-        integrals = integrate_shapes(box, x - left, y - top, BASE_UM, angle=self.lattice.angle)
+        integrals = integrate_shapes(box, x - left, y - top, BASE_UM, angle=_ANGLE)
         return inside, integrals, library_size(self.tissue, row[inside], col[inside], x, y)
