@@ -1,4 +1,4 @@
-"""Count matrices of any kind and type, read in blocks, and their log-normalisation."""
+"""Count matrices of any kind and type, read in blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from anndata.io import sparse_dataset
 from scipy import sparse
 
 from pixnet_sd.errors import DataError
-from pixnet_sd.slide.tables import Counts, checked_blocks, checked_totals, log_normalise
+from pixnet_sd.slide.tables import Counts, checked_blocks, checked_totals
 
 X = np.random.default_rng(0).poisson(0.7, (23, 6)).astype(np.float32)
 GENES = pd.Index(list("ABCDEF"))
@@ -102,12 +102,3 @@ def test_what_32_and_16_bits_do_not_hold_is_said() -> None:
     x[7, 3] = 4096
     with pytest.raises(DataError, match="in row 7"):
         totals(x.astype(np.float16))
-
-
-@pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_array])
-def test_log_normalise(make) -> None:
-    x = np.array([[1, 3, 0], [0, 5, 5], [2, 0, 0], [0, 0, 0]], dtype=np.float32)
-    expected = [[np.log1p(75), 0], [np.log1p(50), np.log1p(50)], [0, 0], [0, 0]]
-    values = log_normalise(make(x[:, 1:]), x.sum(axis=1), target_sum=100)
-    assert values.dtype == np.float32
-    np.testing.assert_allclose(values, expected, rtol=1e-6)
