@@ -52,21 +52,21 @@ def _left_on_disk(sdata: SpatialData, group: str, file: str) -> dict[str, Path]:
     if not isinstance(sdata.path, Path):
         return {}
     in_memory = getattr(sdata, group)
-    folders = sorted(path for path in (sdata.path / group).glob("*") if path.name not in in_memory)
-    stored = {path.name: path for path in folders if (path / file).exists()}
+    folders = [path.parent for path in sorted((sdata.path / group).glob(f"*/{file}"))]
+    stored = {path.name: path for path in folders if path.name not in in_memory}
     left: Mapping[str, Iterable[str]] | None = getattr(sdata, _LEFT, None)
     # what an object lacks that was opened otherwise, with elements of the type besides results, was taken out of it
-    if left is None and all(_is_result(sdata, sdata.path, key) for key in in_memory):
+    if left is None and all(_is_result(sdata, key) for key in in_memory):
         return stored
-    wanted = set() if left is None else set(left[group])
-    return {key: path for key, path in stored.items() if key in wanted or _is_result(sdata, sdata.path, key)}
+    wanted = () if left is None else left[group]
+    return {key: path for key, path in stored.items() if key in wanted or _is_result(sdata, key)}
 
 
-def _is_result(sdata: SpatialData, store: Path, key: str) -> bool:
+def _is_result(sdata: SpatialData, key: str) -> bool:
     """Whether a table, or the shapes made with one, was written by this package."""
     return any(
         (name in sdata.tables and table_note(sdata.tables[name]) is not None)
-        or (store / "tables" / name / TABLE_NOTE).is_dir()
+        or (sdata.path / "tables" / name / TABLE_NOTE).is_dir()
         for name in (key, key.removesuffix("_shapes"))
     )
 
@@ -118,9 +118,8 @@ def open_store(path: str | Path) -> SpatialData:
     small = {group: [key for key in stored[group] if key not in left[group]] for group in stored}
     loaded = read_elements(store, small)
     with _no_region_warnings():
-        for group, keys in small.items():
-            for key in keys:
-                getattr(sdata, group)[key] = loaded[key]
+        sdata.shapes.update(loaded.shapes)
+        sdata.tables.update(loaded.tables)
     setattr(sdata, _LEFT, left)
     if any(left.values()):
         logger.info("left on disk, to be read when needed: %s", ", ".join([*left["shapes"], *left["tables"]]))
@@ -284,8 +283,7 @@ class StoredTable:
     @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and genes."""
-        x = self._group["X"]
-        n_obs, n_vars = x.shape if isinstance(x, zarr.Array) else x.attrs["shape"]
+        n_obs, n_vars = self.X.shape
         return int(n_obs), int(n_vars)
 
     n_obs = property(lambda self: self.shape[0])

@@ -281,11 +281,11 @@ def _located(sdata: SpatialData, link: TableLink, slide: Slide) -> tuple[AnyRegi
     bins = bins_of_table(sdata, link, **place)
     regions: AnyRegions
     if bins is not None:
-        regions, rows, instances = bins.lattice, bins.rows, bins.instances
+        regions, rows, instances = bins
         drawn = shapes_of(sdata).get(link.element_key)
-        if drawn is None or same_ids(drawn.index, instances):
-            return regions, rows, instances
-        ids, has_region = drawn.index, instances.isin(drawn.index)
+        if drawn is None or same_ids(ids := drawn.index, instances):
+            return bins
+        has_region = instances.isin(ids)
         index = np.flatnonzero(has_region)
     else:
         regions, ids = regions_of(sdata, link.element_key, **place)
