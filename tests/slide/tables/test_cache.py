@@ -86,28 +86,6 @@ def test_damage_and_content_of_others_are_seen(tmp_path, name: str) -> None:
             counts.rows(np.arange(5))
 
 
-@pytest.fixture
-def hashed(monkeypatch) -> list[str]:
-    """Names of files that are hashed."""
-    names: list[str] = []
-    digest = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (names.append(file.name), digest(file, kind))[1])
-    return names
-
-
-def test_arrays_are_hashed_again_only_in_a_copy(tmp_path, hashed) -> None:
-    """Sizes and dates tell whether they are those that were hashed: they may be as large as the slide's counts."""
-    written = write(tmp_path / "a", np.ones((5, 2)))
-    hashed.clear()
-    assert open_counts(tmp_path / "a", "k") == written
-    assert not hashed
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    for n in (4, 0):
-        hashed.clear()
-        assert open_counts(tmp_path / "b", "k").sha256 == written.sha256
-        assert len(hashed) == n
-
-
 def counts_of(table: Measured, cache: Path, genes=GENES) -> CountFile:
     (targets,) = targets_of({"": [table]}, genes, 1e4, cache, "nb", memory_bytes=0)[""]
     return targets.values.counts
@@ -118,7 +96,10 @@ def one_count(table) -> None:
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_made_once_for_a_table_and_genes(opened, tmp_path, hashed, stored: bool) -> None:
+def test_made_once_for_a_table_and_genes(opened, tmp_path, monkeypatch, stored: bool) -> None:
+    """Sizes and dates tell that arrays are those that were hashed, for they may be large; they do not of a copy."""
+    digest, hashed = hashlib.file_digest, []
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (hashed.append(file.name), digest(file, kind))[1])
     table, cache = opened(is_stored=stored), tmp_path / "cache"
     first = counts_of(table, cache)
     assert counts_of(table, cache) == first
@@ -126,9 +107,12 @@ def test_made_once_for_a_table_and_genes(opened, tmp_path, hashed, stored: bool)
     rows, _ = first.rows(np.arange(first.n))
     np.testing.assert_array_equal(rows.toarray(), table.counts.to_csr().toarray()[:, [3, 0]])
     assert [path.name for path in cache.iterdir()] == [first.folder.name]
+    shutil.copytree(first.folder, tmp_path / "copy")
+    for _ in range(2):  # hashed once more, in the copy
+        assert open_counts(tmp_path / "copy", table.content_key(GENES)).sha256 == first.sha256
+    assert len(hashed) == 2 * 4
     others = [counts_of(table, cache, genes) for genes in (GENES[::-1], GENES[:1])]
     others.append(counts_of(opened(one_count, stored), cache))
-    assert len(hashed) == 4 * 4
     assert len({each.folder for each in [first, *others]}) == 4
     assert first.sha256 not in {each.sha256 for each in others}
 

@@ -78,23 +78,22 @@ def learn(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("assay", list(ASSAYS))
-@pytest.mark.parametrize("change", list(NORMALISED | LOGGED | OTHER))
+@pytest.mark.parametrize("assay", ASSAYS.values(), ids=ASSAYS)
+@pytest.mark.parametrize("change", NORMALISED | LOGGED | OTHER)
 def test_only_counts_have_a_likelihood_and_logarithms_are_not_taken_twice(learn, assay, change) -> None:
     """A factor of each region does not matter to log-normalised expression."""
-    x = (NORMALISED | LOGGED | OTHER)[change](ASSAYS[assay])
+    x = (NORMALISED | LOGGED | OTHER)[change](assay)
     with pytest.raises(DataError, match=r"Table 't5'.*objective='nb'"):
         learn(x, "nb")
     if change not in OTHER:
         assert ["logarithms" in said for said in learn(x, "mse_pcc")] == [True] * (change in LOGGED)
 
 
-@pytest.mark.parametrize("assay", list(ASSAYS))
+@pytest.mark.parametrize("assay", ASSAYS.values(), ids=ASSAYS)
 def test_counts_and_destriped_counts(learn, assay) -> None:
-    x = ASSAYS[assay]
-    assert [learn(x, objective) for objective in ("mse_pcc", "poisson", "nb")] == [[], [], []]
-    destriped = x * stripes(len(x))
-    assert learn(destriped, "mse_pcc") == []
+    destriped = assay * stripes(len(assay))
+    for x, objective in ((assay, "mse_pcc"), (assay, "poisson"), (assay, "nb"), (destriped, "mse_pcc")):
+        assert learn(x, objective) == []
     (said,) = learn(destriped, "poisson")
     assert "not whole" in said
 

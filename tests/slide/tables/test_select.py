@@ -30,22 +30,13 @@ def test_all_bins_by_size_and_no_cells(visium_hd, circles, table, dataset_id: st
             select_tables(sdata, table_key=missing)
 
 
-def test_the_only_table_but_not_ours(circles, table) -> None:
-    own = table("spots", [0])
-    own.uns["pixnet_sd"] = {}
-    sdata = SpatialData(shapes={"spots": circles([[1, 2]])}, tables={"a": table("spots", [0]), "pixnet": own})
-    assert select_tables(sdata) == ["a"]
-    sdata["b"] = table("spots", [0])
-    with pytest.raises(ElementError, match="'a', 'b'.*table_key="):
-        select_tables(sdata)
-
-
-@pytest.mark.filterwarnings("ignore:The table is annotating")
-def test_no_table_or_only_of_another_slide(circles, table) -> None:
+def test_no_table_or_only_of_another_slide_and_none_of_ours(circles, table) -> None:
     with pytest.raises(ElementError, match="'free', 'lost'"):
         select_tables(SpatialData(tables={"free": ad.AnnData(np.ones((2, 2))), "lost": table("gone", [0])}))
     shapes = {"a": circles([[1, 2]], system="A"), "b": circles([[1, 2]], system="B")}
-    sdata = SpatialData(shapes=shapes, tables={"ta": table("a", [0]), "tb": table("b", [0])})
+    tables = {"ta": table("a", [0]), "tb": table("b", [0]), "pixnet": table("b", [0])}
+    tables["pixnet"].uns["pixnet_sd"] = {}
+    sdata = SpatialData(shapes=shapes, tables=tables)
     assert select_tables(sdata, coordinate_system="B") == ["tb"]
     with pytest.raises(ElementError, match="'C'.*coordinate_system='A'"):
         select_tables(sdata, coordinate_system="C")
@@ -75,7 +66,6 @@ UNLINKED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The table is annotating")
 @pytest.mark.parametrize(("made", "obs", "error", "names"), UNLINKED.values(), ids=UNLINKED)
 def test_tables_that_cannot_be_linked(circles, made, obs, error, names) -> None:
     sdata = SpatialData(shapes={"spots": circles([[1, 2], [3, 4]])}, tables={"t": made})

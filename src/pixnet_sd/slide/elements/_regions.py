@@ -282,7 +282,7 @@ def _drawn_pitch(shapes: GeoDataFrame) -> float | None:
 def _one_pixel_each(sdata: SpatialData, key: str) -> bool:
     """Whether every region of a labels element is one pixel and touches others."""
     labels = lazy_labels(sdata.labels[key])
-    tops = np.unique(np.linspace(0, max(0, labels.shape[0] - 2), _STRIPS).astype(int) // 2 * 2)
+    tops = np.unique(sample_positions(max(1, labels.shape[0] - 1), _STRIPS) // 2 * 2)
     rows = np.concatenate([labels[top : top + 2] for top in tops])
     filled = rows[rows != 0]
     if len(filled) < _FEWEST_BINS or len(np.unique(filled)) < len(filled):
