@@ -84,10 +84,10 @@ def test_sample_of_shapes(written, index: pd.Index) -> None:
             file = stored.path / "shapes.parquet"
             pq.write_table(pq.read_table(file), file, row_group_size=n_rows)
             stored = shapes_of(light)["spots"]
-        positions = shapely.get_coordinates(stored.sample.geometry)[:, 0].astype(int) // 2
+        positions = shapely.get_coordinates(stored.sample().geometry)[:, 0].astype(int) // 2
         assert len(stored) == len(stored.index) == 6000
-        assert list(stored.sample.index) == list(index[positions])
-        assert set(get_transformation(stored.sample, get_all=True)) == {"s"}
+        assert list(stored.sample().index) == list(index[positions])
+        assert set(get_transformation(stored.sample(), get_all=True)) == {"s"}
         assert (positions[0], positions[-1]) == (0, 5999)
         assert len(positions) == (15 * n_rows + 6000 % n_rows if n_rows else 5000)
         assert len(set(positions // n_rows)) == 16 if n_rows else np.diff(positions).max() == 2
@@ -99,7 +99,7 @@ def test_a_file_that_changed_is_sampled_anew(circles, tmp_path) -> None:
         sdata = sd.SpatialData(shapes={"spots": circles(np.arange(2 * n).reshape(-1, 2))})
         sdata.write(tmp_path / "slide.zarr", overwrite=True)
         light = sd.read_zarr(tmp_path / "slide.zarr", selection=("images",))
-        assert len(shapes_of(light)["spots"].sample) == n
+        assert len(shapes_of(light)["spots"].sample()) == n
 
 
 @pytest.mark.filterwarnings("error:The table is annotating")

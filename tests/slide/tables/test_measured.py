@@ -84,9 +84,7 @@ GENES = ["GENE0", "GENE2", "GENE3"]
 
 
 def typed(name="feature_types", values=TYPES, kind=None):
-    return lambda table: setattr(
-        table, "var", table.var.assign(**{name: pd.Series(values, index=table.var_names, dtype=kind)})
-    )
+    return lambda table: table.var.insert(0, name, pd.Series(values, index=table.var_names, dtype=kind))
 
 
 def renamed(names):

@@ -41,7 +41,7 @@ def scale0(element: Any) -> DataArray:
 
 def coordinate_systems(element: Any) -> dict[str, Any]:
     """Coordinate systems of an element with the transformation to each, in the order of their names."""
-    element = element.sample if isinstance(element, StoredShapes) else element
+    element = element.sample() if isinstance(element, StoredShapes) else element
     systems: dict[str, Any] = get_transformation(element, get_all=True)
     return dict(sorted(systems.items()))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -142,12 +143,10 @@ def _links(sdata: SpatialData, element_key: str, coordinate_system: str | None) 
     for key, table in tables_of(sdata).items():
         if not set(_INDICES) <= set(table.obs.columns):
             continue
-        try:
+        with suppress(ElementError, DataError):
             link = table_link(sdata, table_key=key, coordinate_system=coordinate_system, element_key=element_key)
-        except (ElementError, DataError):
-            continue
-        if link.element_key == element_key:
-            yield link
+            if link.element_key == element_key:
+                yield link
 
 
 def _fitted(
@@ -229,7 +228,7 @@ def bin_lattice(sdata: SpatialData, key: str, *, exact: bool = False) -> BinLatt
     shapes = shapes_of(sdata).get(key)
     if shapes is None or len(shapes) < _FEWEST_BINS:
         return None
-    check_unique((shapes.sample if isinstance(shapes, StoredShapes) else shapes).index, f"Shapes {key!r}")
+    check_unique((shapes.sample() if isinstance(shapes, StoredShapes) else shapes).index, f"Shapes {key!r}")
     indexed_first = exact or len(shapes) <= _MOST_INDEXED
     for is_indexed in (indexed_first, not indexed_first):
         pitch = _indexed_pitch(sdata, key) if is_indexed else _drawn_pitch(neighbouring_shapes(shapes))

@@ -150,9 +150,7 @@ def _no_region_warnings() -> Iterator[None]:
 def _skeleton(store: Path, scratch: Path) -> zarr.Group:
     """Start a store of the same format and attributes without elements."""
     like = zarr.open_group(store, mode="r")
-    root = zarr.open_group(scratch, mode="w", zarr_format=like.metadata.zarr_format)
-    root.attrs.update(like.attrs.asdict())
-    return root
+    return zarr.open_group(scratch, mode="w", zarr_format=like.metadata.zarr_format, attributes=like.attrs.asdict())
 
 
 def sample_positions(n: int, at_most: int = 5000) -> NDArray[np.int64]:
@@ -178,15 +176,11 @@ class StoredShapes:
         """Roughly what it takes in memory."""
         return len(self) * _BYTES_A_SHAPE
 
-    @property
-    def sample(self) -> GeoDataFrame:
-        """At most 5,000 of the shapes, spread over all, with the element's transformations."""
-        return _read_some(self, self._version(), in_sequence=False)
-
-    def _version(self) -> tuple[int, ...]:
-        """Dates and size of the file: one that changed is read again."""
+    def sample(self, *, in_sequence: bool = False) -> GeoDataFrame:
+        """At most 5,000 of the shapes spread over all, or many that follow one another; of a changed file read anew."""
         about = (self.path / _FILE).stat()
-        return about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino
+        version = about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino
+        return _read_some(self, version, in_sequence=in_sequence)
 
     @property
     def index(self) -> pd.Index:
@@ -235,13 +229,13 @@ def _read_some(shapes: StoredShapes, version: tuple[int, ...], *, in_sequence: b
 
 def sample_shapes(shapes: Shapes) -> GeoDataFrame:
     """At most 5,000 shapes of an element, spread evenly over all."""
-    return shapes.sample if isinstance(shapes, StoredShapes) else shapes.iloc[sample_positions(len(shapes))]
+    return shapes.sample() if isinstance(shapes, StoredShapes) else shapes.iloc[sample_positions(len(shapes))]
 
 
 def neighbouring_shapes(shapes: Shapes) -> GeoDataFrame:
     """All shapes of an element, or, of very many, some that follow one another, which of bins are neighbours."""
     if isinstance(shapes, StoredShapes):
-        return _read_some(shapes, shapes._version(), in_sequence=True)
+        return shapes.sample(in_sequence=True)
     first = (len(shapes) - _STRETCH) // 2
     return shapes if len(shapes) <= _MANY_SHAPES else shapes.iloc[first : first + _STRETCH]
 
