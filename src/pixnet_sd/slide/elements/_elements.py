@@ -264,8 +264,8 @@ def table_link(
         element_key = _region_of(sdata, table_key, regions, coordinate_system)
     attrs = table.uns["spatialdata_attrs"]
     region = pd.Categorical(obs_column(table, attrs["region_key"]))  # millions of names would not fit
-    codes = np.flatnonzero(region.categories.astype(str) == element_key)
-    rows = np.flatnonzero(np.isin(region.codes, codes)).astype(np.int32)
+    code = region.categories.astype(str).get_indexer(pd.Index([element_key]))[0]
+    rows = np.flatnonzero((region.codes == code) & (code >= 0)).astype(np.int32)
     if not len(rows):
         raise DataError(f"Table {table_key!r} has no row for its region {element_key!r}.")
     instances = obs_column(table, attrs["instance_key"])

@@ -118,8 +118,8 @@ def open_store(path: str | Path) -> SpatialData:
     small = {group: [key for key in stored[group] if key not in left[group]] for group in stored}
     loaded = read_elements(store, small)
     with _no_region_warnings():
-        sdata.shapes.update(loaded.shapes)
-        sdata.tables.update(loaded.tables)
+        for group, keys in small.items():
+            getattr(sdata, group).update((key, loaded[key]) for key in keys)  # in their order
     setattr(sdata, _LEFT, left)
     if any(left.values()):
         logger.info("left on disk, to be read when needed: %s", ", ".join([*left["shapes"], *left["tables"]]))
