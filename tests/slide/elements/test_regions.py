@@ -276,6 +276,7 @@ SPOILT = {
     "fraction": lambda obs: obs.isetitem(obs.columns.get_loc("array_row"), obs["array_row"] + 0.5),
     "text": lambda obs: obs.isetitem(obs.columns.get_loc("array_row"), obs["array_row"].astype(str)),
     "twice": lambda obs: obs.update(obs[["array_row", "array_col"]].iloc[:1].set_index(obs.index[1:2])),
+    "exchanged": lambda obs: obs.update(obs[["array_row", "array_col"]].iloc[[0, 50]].set_index(obs.index[[50, 0]])),
     "missing": lambda obs: obs.isetitem(obs.columns.get_loc("array_col"), obs["array_col"].where(obs["array_col"] > 0)),
 }
 
