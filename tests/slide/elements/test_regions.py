@@ -1,4 +1,4 @@
-"""Maps between elements and systems, shapes and labels as regions, their ids, whether they lie on the image."""
+"""Shapes, labels and bins as regions: their maps, their ids, whether they lie on the image, and on which lattice."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spatialdata import SpatialData, read_zarr
 from spatialdata.models import Labels2DModel, ShapesModel
-from spatialdata.transformations import Affine, Identity, Scale, get_transformation, set_transformation
+from spatialdata.transformations import Affine, Identity, get_transformation, set_transformation
 
 from pixnet_sd.errors import DataError, ElementError, ResolutionError
 from pixnet_sd.geometry import Circles, LabelGrid, Polygons
+from pixnet_sd.slide import regions_sha256
 from pixnet_sd.slide.elements import (
     LazyLabels,
+    bins_of_table,
     check_regions_on_image,
+    fit_lattice,
     regions_from_shapes,
     regions_of,
     similarity_scale,
+    table_link,
 )
 
 XY = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
 SAMPLE = {"coordinate_system": "sample", "from_system": np.eye(3)}
+PLACE = SAMPLE | {"from_system": np.diag([2.0, 2.0, 1.0])}
 SQUARE = shapely.box(2, 3, 8, 9)
 RING = shapely.Polygon(shapely.box(0, 0, 10, 10).exterior, [shapely.box(2, 2, 5, 6).exterior])
 ISLANDS = shapely.MultiPolygon([shapely.box(20, 20, 24, 24), shapely.Polygon(shapely.affinity.translate(RING, 30, 0))])
@@ -83,17 +88,24 @@ def test_circles_are_finite_and_have_a_size() -> None:
             regions_from_shapes(frame(geometry), "Shapes 'cells'")
 
 
-@given(st.floats(0.05, 20), st.floats(-np.pi, np.pi), st.booleans(), st.floats(0.05, 20), st.floats(-np.pi, np.pi))
-def test_circles_through_two_maps(scale: float, angle: float, flip: bool, scale2: float, angle2: float) -> None:
-    to_system, from_system = similarity(scale, angle, flip, (3, -5)), similarity(scale2, angle2, False, (3, -5))
+far = st.floats(-1e5, 1e5)
+similarities = st.builds(similarity, st.floats(1e-3, 1e3), st.floats(-np.pi, np.pi), st.booleans(), st.tuples(far, far))
+
+
+@given(similarities, similarities)
+def test_circles_through_two_maps_and_the_scales_of_these(to_system: np.ndarray, from_system: np.ndarray) -> None:
     spots = gpd.GeoDataFrame({"radius": [2.0, 5.0]}, geometry=shapely.points([[10, 20], [30, 5]]), index=["b", "a"])
     sdata = SpatialData(shapes={"spots": ShapesModel.parse(spots, transformations={"s": Affine(to_system, **XY)})})
     regions, ids = regions_of(sdata, "spots", coordinate_system="s", from_system=from_system)
     assert isinstance(regions, Circles)
     assert list(ids) == ["b", "a"]
-    np.testing.assert_allclose(regions.radius, np.array([2, 5]) * scale * scale2)
-    expected = (from_system @ to_system @ [[10, 30], [20, 5], [1, 1]])[:2].T
-    np.testing.assert_allclose(regions.centre_xy, expected, atol=1e-9)
+    both = from_system @ to_system
+    centres = (both @ [[10, 30], [20, 5], [1, 1]])[:2].T
+    np.testing.assert_allclose(regions.centre_xy, centres, atol=1e-9 * np.abs(both).max())
+    first, second = (np.hypot(*matrix[:2, 0]) for matrix in (to_system, from_system))
+    np.testing.assert_allclose(regions.radius, np.array([2, 5]) * first * second, rtol=1e-6)
+    scales = [similarity_scale(matrix, "x") for matrix in (to_system, both, np.linalg.inv(to_system))]
+    np.testing.assert_allclose(scales, [first, first * second, 1 / first], rtol=1e-6)
 
 
 def labels_of(values: np.ndarray, **options: Any) -> Any:
@@ -111,7 +123,7 @@ def test_labels_are_read_lazily_and_keep_their_values_as_ids(tmp_path) -> None:
     multiscale = SpatialData(labels={"cells": some_labels(scale_factors=[2])})
     negative = [SpatialData(labels={"cells": some_labels(np.int8, value)}) for value in (-1, -7)]  # are background
     for sdata in (read_zarr(tmp_path / "a.zarr"), multiscale, *negative):
-        regions, ids = regions_of(sdata, "cells", coordinate_system="sample", from_system=np.diag([2.0, 2.0, 1]))
+        regions, ids = regions_of(sdata, "cells", **PLACE)
         assert isinstance(regions, LabelGrid)
         assert isinstance(regions.labels, LazyLabels)
         assert list(ids) == [3, 7, 100]
@@ -120,45 +132,38 @@ def test_labels_are_read_lazily_and_keep_their_values_as_ids(tmp_path) -> None:
     for kind, value in ((int, -1), ("u1", 0), ("f4", 1), ("f8", 1), ("c8", 1)):  # nothing, and no whole numbers
         with pytest.raises(DataError, match="'cells'"):
             regions_of(SpatialData(labels={"cells": labels_of(np.full((4, 4), value, kind))}), "cells", **SAMPLE)
-
-
-def test_lazy_labels_read_only_what_is_asked_for() -> None:
-    zeros = da.zeros((100, 100), "u1", chunks=10)
+    zeros = da.zeros((100, 100), "u1", chunks=10)  # of which nothing is read but what is asked for
     lazy = LazyLabels(zeros.map_blocks(lambda block, block_id=(1,): block + 1 // (block_id[0] == 1), dtype="u1"))
     assert lazy[15:18, 15:25].sum() == 30
 
 
-@pytest.mark.parametrize("matrix", [None, similarity(2.0, 1.0, True, (3, -5))])
-def test_labels_of_bins_lie_on_the_bins(visium_hd, matrix) -> None:
-    sdata = visium_hd(labels=True, matrix=matrix)
-    table = sdata.tables["square_016um"]
-    bins, bin_ids = regions_of(sdata, "sample_square_016um", **SAMPLE)
-    labels, label_ids = regions_of(sdata, "sample_square_016um_labels", **SAMPLE)
-    of_bin = labels.centre_xy[label_ids.get_indexer(table.obs["relabeled_location_id"])]
-    of_label = bins.centre_xy[bin_ids.get_indexer(table.obs["location_id"])]
-    np.testing.assert_allclose(of_bin, of_label, atol=1e-6)
-
-
-def test_labels_that_lie_right_are_not_moved(visium_hd) -> None:
-    sdata = visium_hd(labels=True)
-    key = "sample_square_016um_labels"
-    rasterized = get_transformation(sdata.labels[key], "sample").to_affine_matrix(("x", "y"), ("x", "y"))
-    right = rasterized @ np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])
-    set_transformation(sdata.labels[key], {"sample": Affine(right, **XY)}, set_all=True)
-    np.testing.assert_allclose(regions_of(sdata, key, **SAMPLE)[0].to_grid, right)
+def test_labels_of_bins_lie_on_the_bins(visium_hd) -> None:
+    """As spatialdata places them, half a label pixel off, and as they would lie right."""
+    sdata, key = visium_hd(labels=True, matrix=similarity(2.0, 1.0, True, (3, -5))), "sample_square_016um"
+    bins, bin_ids = regions_of(sdata, key, **SAMPLE)
+    obs = sdata.tables["square_016um"].obs
+    rasterized = get_transformation(sdata.labels[f"{key}_labels"], "sample").to_affine_matrix(("x", "y"), ("x", "y"))
+    for place in (rasterized, rasterized @ np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])):
+        set_transformation(sdata.labels[f"{key}_labels"], {"sample": Affine(place, **XY)}, set_all=True)
+        labels, label_ids = regions_of(sdata, f"{key}_labels", **SAMPLE)
+        of_label = labels.centre_xy[label_ids.get_indexer(obs["relabeled_location_id"])]
+        np.testing.assert_allclose(of_label, bins.centre_xy[bin_ids.get_indexer(obs["location_id"])], atol=1e-6)
     sdata = SpatialData(labels={"cells_labels": some_labels(), "cells": some_labels()})  # named like no bins
     np.testing.assert_array_equal(regions_of(sdata, "cells_labels", **SAMPLE)[0].to_grid, np.eye(3))
 
 
-def test_missing_element_or_system_or_stretched(circles) -> None:
+def test_missing_element_or_system_or_no_similarity(circles) -> None:
     sdata = SpatialData(shapes={"cells": circles([[1, 2]])})
     with pytest.raises(ElementError, match="'nuclei'.*'cells'"):
         regions_of(sdata, "nuclei", **SAMPLE)
     with pytest.raises(ElementError, match="'um'"):
         regions_of(sdata, "cells", coordinate_system="um", from_system=np.eye(3))
-    set_transformation(sdata.shapes["cells"], {"sample": Scale([1.0, 2.0], axes=("x", "y"))}, set_all=True)
-    with pytest.raises(ResolutionError, match="'cells'"):
-        regions_of(sdata, "cells", **SAMPLE)
+    assert similarity_scale(np.diag([1.0, 1.0009, 1.0]), "x") == pytest.approx(np.sqrt(1.0009))
+    sheared = np.array([[1, 0.2, 0], [0, 1, 0], [0, 0, 1.0]])
+    for matrix in (np.diag([1.0, 1.01, 1.0]), sheared, np.diag([1.0, 0.0, 1.0]), np.diag([np.nan, 1.0, 1.0])):
+        set_transformation(sdata.shapes["cells"], {"sample": Affine(matrix, **XY)}, set_all=True)
+        with pytest.raises(ResolutionError, match="'cells'"):
+            regions_of(sdata, "cells", **SAMPLE)
 
 
 @pytest.mark.parametrize(
@@ -218,21 +223,83 @@ def test_regions_inside_across_the_edge_and_outside() -> None:
             check_regions_on_image(Circles(np.array(xy), 2), **IMAGE)
 
 
-far = st.floats(-1e5, 1e5)
-similarities = st.builds(similarity, st.floats(1e-3, 1e3), st.floats(-np.pi, np.pi), st.booleans(), st.tuples(far, far))
+TABLE, SHAPES = "square_008um", "sample_square_008um"
 
 
-@given(similarities, similarities)
-def test_scales_of_similarities_multiply_and_invert(first: np.ndarray, second: np.ndarray) -> None:
-    scale = similarity_scale(first, "x")
-    assert scale == pytest.approx(np.hypot(first[0, 0], first[1, 0]), rel=1e-9)
-    assert similarity_scale(first @ second, "x") == pytest.approx(scale * similarity_scale(second, "x"), rel=1e-6)
-    assert similarity_scale(np.linalg.inv(first), "x") == pytest.approx(1 / scale, rel=1e-6)
+@given(
+    st.floats(0.5, 50),
+    st.floats(-np.pi, np.pi),
+    st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500)), min_size=3, max_size=30, unique=True),
+)
+def test_fit_with_any_gaps(pitch: float, angle: float, points: list[tuple[int, int]]) -> None:
+    col_row, lattice = np.array(points, dtype=float), similarity(pitch, angle, False, (7, 9))
+    matrix = fit_lattice(col_row, col_row @ lattice[:2, :2].T + lattice[:2, 2])
+    assert (matrix is not None) == (np.linalg.matrix_rank(col_row[1:] - col_row[0]) == 2)
+    if matrix is not None:
+        np.testing.assert_allclose(matrix, lattice, atol=1e-6 * pitch)
 
 
-def test_other_maps_are_refused() -> None:
-    assert similarity_scale(np.diag([1.0, 1.0009, 1.0]), "x") == pytest.approx(np.sqrt(1.0009))
-    sheared = np.array([[1, 0.2, 0], [0, 1, 0], [0, 0, 1.0]])
-    for matrix in (np.diag([1.0, 1.01, 1.0]), sheared, np.diag([1.0, 0.0, 1.0]), np.diag([np.nan, 1.0, 1.0])):
-        with pytest.raises(ResolutionError, match="image 'he'"):
-            similarity_scale(matrix, "image 'he'")
+def bins(sdata):
+    return bins_of_table(sdata, table_link(sdata, table_key=TABLE), **PLACE)
+
+
+@pytest.mark.parametrize(("angle", "circles"), [(0.0, False), (-0.4, True), (1.6, False), (3.0, True)])
+@pytest.mark.parametrize("keep", [None, lambda row, col: (row + 2 * col) % 5 > 1], ids=["all", "gaps"])
+def test_bins_lie_on_their_centres_and_are_turned(visium_hd, circles: bool, angle: float, keep) -> None:
+    sdata = visium_hd(angle=angle, circles=circles, keep=keep, bins=(8,))
+    order = np.random.default_rng(0).permutation(sdata.tables[TABLE].n_obs)  # of the table's rows
+    sdata.tables[TABLE] = sdata.tables[TABLE][order].copy()
+    found = bins(sdata)
+    obs = sdata.tables[TABLE].obs.iloc[found.rows]
+    assert len(found.lattice) == len(sdata.shapes[SHAPES])
+    np.testing.assert_array_equal(found.lattice.row, obs["array_row"])
+    np.testing.assert_array_equal(found.lattice.col, obs["array_col"])
+    np.testing.assert_array_equal(found.instances, obs["location_id"])
+    assert (np.diff(found.lattice.row * 1000 + found.lattice.col) > 0).all()
+    drawn = sdata.shapes[SHAPES].geometry.loc[found.instances].to_numpy()
+    np.testing.assert_allclose(found.lattice.centre_xy, 2 * shapely.get_coordinates(shapely.centroid(drawn)), atol=1e-6)
+    np.testing.assert_allclose(found.lattice.area, (2 * 8 / 0.5) ** 2)
+    turn = found.lattice.to_grid[:2, 0]
+    assert np.arctan2(turn[1], turn[0]) == pytest.approx(angle, abs=1e-9)
+    regions, ids = regions_of(sdata, SHAPES, **PLACE)
+    assert regions_sha256(regions) == regions_sha256(found.lattice)
+    np.testing.assert_array_equal(ids, found.instances)
+
+
+def swapped(obs) -> None:
+    obs[["array_row", "array_col"]] = obs[["array_col", "array_row"]].sample(frac=1, random_state=0).to_numpy()
+
+
+SPOILT = {
+    "swapped": swapped,
+    "halved": lambda obs: obs.update({"array_row": obs["array_row"] // 2}),
+    "fraction": lambda obs: obs.isetitem(obs.columns.get_loc("array_row"), obs["array_row"] + 0.5),
+    "text": lambda obs: obs.isetitem(obs.columns.get_loc("array_row"), obs["array_row"].astype(str)),
+    "twice": lambda obs: obs.update(obs[["array_row", "array_col"]].iloc[:1].set_index(obs.index[1:2])),
+    "exchanged": lambda obs: obs.update(obs[["array_row", "array_col"]].iloc[[0, 50]].set_index(obs.index[[50, 0]])),
+    "missing": lambda obs: obs.isetitem(obs.columns.get_loc("array_col"), obs["array_col"].where(obs["array_col"] > 0)),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+def test_wrong_indices_fall_back_to_what_is_drawn(visium_hd, spoil) -> None:
+    for drawn, kind in (({}, Polygons), ({"circles": True}, Circles), ({"labels": True}, LabelGrid)):
+        sdata = visium_hd(bins=(8,), **drawn)
+        spoil(sdata.tables[TABLE].obs)
+        assert bins(sdata) is None
+        regions, ids = regions_of(sdata, f"{SHAPES}_labels" if kind is LabelGrid else SHAPES, **PLACE)
+        assert isinstance(regions, kind)
+        assert len(ids) == len(sdata.shapes[SHAPES])
+    sdata.tables[TABLE] = visium_hd(bins=(8,)).tables[TABLE][5:].copy()  # of some bins
+    assert isinstance(regions_of(sdata, SHAPES, **PLACE)[0], Polygons)
+
+
+def test_lattices_that_are_none_of_touching_squares(visium_hd, visium) -> None:
+    apart = visium_hd(circles=True)
+    apart.shapes[SHAPES]["radius"] *= 0.5
+    assert bins(apart) is None
+    spots = visium()
+    row, col = (index.ravel() for index in np.mgrid[:6, :6])
+    spots.tables["table"].obs["array_row"], spots.tables["table"].obs["array_col"] = row, 2 * col + row % 2
+    link = table_link(spots, table_key="table")
+    assert bins_of_table(spots, link, coordinate_system="global", from_system=np.eye(3)) is None

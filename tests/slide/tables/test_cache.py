@@ -7,10 +7,8 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -94,28 +92,6 @@ def test_damage_and_content_of_others_are_seen(tmp_path, name: str) -> None:
             counts.rows(np.arange(5))
 
 
-@pytest.fixture
-def hashed(monkeypatch) -> list[str]:
-    """Names of files that are hashed."""
-    names: list[str] = []
-    digest = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (names.append(file.name), digest(file, kind))[1])
-    return names
-
-
-def test_arrays_are_hashed_again_only_in_a_copy(tmp_path, hashed) -> None:
-    """Sizes and dates tell whether they are those that were hashed: they may be as large as the slide's counts."""
-    written = write(tmp_path / "a", np.ones((5, 2)))
-    hashed.clear()
-    assert open_counts(tmp_path / "a", "k") == written
-    assert not hashed
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    for n in (4, 0):
-        hashed.clear()
-        assert open_counts(tmp_path / "b", "k").sha256 == written.sha256
-        assert len(hashed) == n
-
-
 def counts_of(table: Measured, cache: Path, genes=GENES) -> CountFile:
     (targets,) = targets_of({"": [table]}, genes, 1e4, cache, "nb", memory_bytes=0)[""]
     return targets.values.counts
@@ -126,7 +102,10 @@ def one_count(table) -> None:
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_made_once_for_a_table_and_genes(opened, tmp_path, hashed, stored: bool) -> None:
+def test_made_once_for_a_table_and_genes(opened, tmp_path, monkeypatch, stored: bool) -> None:
+    """Sizes and dates tell that arrays are those that were hashed, for they may be large; they do not of a copy."""
+    digest, hashed = hashlib.file_digest, []
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (hashed.append(file.name), digest(file, kind))[1])
     table, cache = opened(is_stored=stored), tmp_path / "cache"
     first = counts_of(table, cache)
     assert counts_of(table, cache) == first
@@ -134,9 +113,12 @@ def test_made_once_for_a_table_and_genes(opened, tmp_path, hashed, stored: bool)
     rows, _ = first.rows(np.arange(first.n))
     np.testing.assert_array_equal(rows.toarray(), table.counts.to_csr().toarray()[:, [3, 0]])
     assert [path.name for path in cache.iterdir()] == [first.folder.name]
+    shutil.copytree(first.folder, tmp_path / "copy")
+    for _ in range(2):  # hashed once more, in the copy
+        assert open_counts(tmp_path / "copy", table.content_key(GENES)).sha256 == first.sha256
+    assert len(hashed) == 2 * 4
     others = [counts_of(table, cache, genes) for genes in (GENES[::-1], GENES[:1])]
     others.append(counts_of(opened(one_count, stored), cache))
-    assert len(hashed) == 4 * 4
     assert len({each.folder for each in [first, *others]}) == 4
     assert first.sha256 not in {each.sha256 for each in others}
 
@@ -176,53 +158,42 @@ def test_disk_that_does_not_take_it(opened, tmp_path, fault: str) -> None:
 FINE, COARSE, COARSEST = "square_004um", "square_008um", "square_016um"
 
 
-@pytest.fixture
-def bins(visium_hd, frame, tmp_path, caplog):
-    """Compare pooled targets with those in memory, of bins of 4, 8 and 16 µm; return what is logged."""
+SUM, NO_SUM = "is the sum of the bins of", "is not pooled from"
+POOLED = {
+    "squares": ({}, None, SUM),
+    "circles": ({"circles": True}, None, SUM),
+    "labels": ({"labels": True}, None, SUM),
+    "another count": ({}, lambda table: table.X.__setitem__((0, 0), 500), NO_SUM),
+    "elsewhere": ({}, lambda table: setattr(table, "obs", table.obs.assign(array_row=table.obs.array_row + 1)), NO_SUM),
+    "no lattice": ({}, lambda table: table.obs.pop("array_row"), NO_SUM),
+    "genes": ({}, lambda table: setattr(table, "var_names", [*table.var_names[:-2], "other", "GENE4"]), NO_SUM),
+}
 
-    def compare(spoil: Callable[[Any], None] = lambda table: None, **arguments) -> str:
-        caplog.set_level("INFO", "pixnet_sd")
-        sdata = visium_hd(bins=(4, 8, 16), keep=lambda row, col: (row + col) // 3 != 0, **arguments)
-        obs = sdata.tables[FINE].obs
-        for key, factor in ((COARSE, 2), (COARSEST, 4)):
-            parents = pd.MultiIndex.from_frame(sdata.tables[key].obs[["array_row", "array_col"]])
-            parent = parents.get_indexer(pd.MultiIndex.from_frame(obs[["array_row", "array_col"]] // factor))
-            is_child = np.float32(parent == np.arange(len(parents))[:, None])
-            sdata.tables[key].X = sparse.csr_matrix(is_child) @ sdata.tables[FINE].X
+
+@pytest.mark.parametrize(("arguments", "spoil", "how"), POOLED.values(), ids=POOLED)
+def test_pooled_as_read(visium_hd, frame, tmp_path, caplog, arguments, spoil, how: str) -> None:
+    """Of bins of 4, 8 and 16 µm, of which those of 8 µm may be no sums of the finer ones; the others always are."""
+    caplog.set_level("INFO", "pixnet_sd")
+    sdata = visium_hd(bins=(4, 8, 16), keep=lambda row, col: (row + col) // 3 != 0, **arguments)
+    obs = sdata.tables[FINE].obs
+    for key, factor in ((COARSE, 2), (COARSEST, 4)):
+        parents = pd.MultiIndex.from_frame(sdata.tables[key].obs[["array_row", "array_col"]])
+        parent = parents.get_indexer(pd.MultiIndex.from_frame(obs[["array_row", "array_col"]] // factor))
+        is_child = np.float32(parent == np.arange(len(parents))[:, None])
+        sdata.tables[key].X = sparse.csr_matrix(is_child) @ sdata.tables[FINE].X
+    if spoil:
         spoil(sdata.tables[COARSE])
-        tables = {"": measured(sdata, frame())}
-        dense, pooled = (targets_of(tables, ["GENE4", "GENE1"], 1e4, tmp_path, memory_bytes=n)[""] for n in (1e9, 0))
-        for one, other in zip(dense, pooled, strict=True):
-            np.testing.assert_array_equal(other.values[np.arange(len(one.regions))], one.values)
-            np.testing.assert_array_equal(other.regions.centre_xy, one.regions.centre_xy)
-        assert f"Table {COARSEST!r} is the sum of the bins of {FINE!r}" in caplog.text
-        fine, coarsest = pooled[0].values.counts, pooled[2].values.counts
-        for n_bins in (1, 60):  # at a time
-            sums = find_pooling(tables[""][0], tables[""][2]).sums(fine, n_bins)
-            counts, total = (list(each) for each in zip(*sums, strict=True))
-            np.testing.assert_array_equal(np.concatenate(total), coarsest.totals())
-            rows = coarsest.rows(np.arange(coarsest.n))[0].toarray()
-            np.testing.assert_array_equal(sparse.vstack(counts).toarray(), rows)
-        return caplog.text
-
-    return compare
-
-
-@pytest.mark.filterwarnings("ignore:.*no counts at all")
-@pytest.mark.parametrize("arguments", [{}, {"circles": True}, {"labels": True}], ids=str)
-def test_pooled_as_read(bins, arguments) -> None:
-    assert f"Table {COARSE!r} is the sum of the bins of {FINE!r}" in bins(**arguments)
-
-
-@pytest.mark.filterwarnings("ignore:.*no counts at all")
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda table: table.X.__setitem__((0, 0), 500),
-        lambda table: setattr(table, "obs", table.obs.assign(array_row=table.obs["array_row"] + 1)),
-        lambda table: table.obs.pop("array_row"),
-        lambda table: setattr(table, "var_names", [*table.var_names[:-2], "other", "GENE4"]),
-    ],
-)
-def test_what_is_no_sum_is_read(bins, spoil) -> None:
-    assert f"Table {COARSE!r} is not pooled from {FINE!r}" in bins(spoil)
+    tables = {"": measured(sdata, frame())}
+    dense, pooled = (targets_of(tables, ["GENE4", "GENE1"], 1e4, tmp_path, memory_bytes=n)[""] for n in (1e9, 0))
+    for one, other in zip(dense, pooled, strict=True):
+        np.testing.assert_array_equal(other.values[np.arange(len(one.regions))], one.values)
+        np.testing.assert_array_equal(other.regions.centre_xy, one.regions.centre_xy)
+    assert f"Table {COARSE!r} {how} {FINE!r}" in caplog.text
+    assert f"Table {COARSEST!r} {SUM} {FINE!r}" in caplog.text
+    fine, coarsest = pooled[0].values.counts, pooled[2].values.counts
+    for n_bins in (1, 60):  # at a time
+        sums = find_pooling(tables[""][0], tables[""][2]).sums(fine, n_bins)
+        counts, total = (list(each) for each in zip(*sums, strict=True))
+        np.testing.assert_array_equal(np.concatenate(total), coarsest.totals())
+        rows = coarsest.rows(np.arange(coarsest.n))[0].toarray()
+        np.testing.assert_array_equal(sparse.vstack(counts).toarray(), rows)

@@ -2,76 +2,74 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from scipy import sparse
 from tests.slide.tables.conftest import make_measured as of
 
 from pixnet_sd.errors import DataError
-from pixnet_sd.slide.tables import Measured, StoredTargets, Targets, check_genes, choose_genes, targets_of
+from pixnet_sd.slide.tables import (
+    Measured,
+    StoredTargets,
+    Targets,
+    check_genes,
+    choose_genes,
+    log_normalise,
+    targets_of,
+)
 
 X = np.array([[1, 3, 0], [0, 5, 5], [2, 0, 0]], dtype=np.float32)
 
-in_memory_and_on_disk = pytest.mark.parametrize("memory", [2**28, 0])
+
+def only(table: Measured, genes, cache, memory: int, objective: str = "mse_pcc") -> Targets:
+    return targets_of({"": [table]}, genes, 1e4, cache, objective, memory_bytes=memory)[""][0]
 
 
-def only(table: Measured, genes, cache, memory: int, target_sum: float = 1e4, objective: str = "mse_pcc") -> Targets:
-    return targets_of({"": [table]}, genes, target_sum, cache, objective, memory_bytes=memory)[""][0]
-
-
-@pytest.mark.filterwarnings("ignore:.*no counts at all", "ignore:.*rounded to 32 bits")
+@pytest.mark.filterwarnings("ignore:.*rounded to 32 bits")
 @pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("scale", [1, 300, 2**26 + 1, 0.37])
+@pytest.mark.parametrize(
+    ("objective", "scale"),
+    [*(("mse_pcc", scale) for scale in (1, 300, 2**26 + 1, 0.37)), ("nb", 1), ("poisson", 300)],
+)
 @pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
-def test_on_disk_as_in_memory(tmp_path, make, scale: float, shuffled: bool) -> None:
+def test_on_disk_as_in_memory(tmp_path, make, objective: str, scale: float, shuffled: bool) -> None:
     """Exactly, for any kind of matrix, size of counts and order of rows, and with empty regions."""
     rng = np.random.default_rng(0)
     x = rng.poisson(0.4, (60, 9)) * rng.choice([1, scale], (60, 9))
     x[[3, 9]] = 0
     rows = rng.permutation(60) if shuffled else np.arange(60)
     table = of(x, "ABCDEFGHI", rows=rows, make=make)
-    dense, stored = (only(table, list("HBA"), tmp_path, memory) for memory in (2**28, 0))
+    total, chosen, kept = x[rows].sum(axis=1, keepdims=True), x[rows][:, [7, 1, 0]], np.arange(60)
+    if objective == "mse_pcc":
+        kept = np.flatnonzero(total)
+        expected = np.log1p(1e4 * chosen[kept] / total[kept])
+        np.testing.assert_allclose(log_normalise(chosen, total.ravel())[kept], expected, rtol=1e-5)
+        said = pytest.warns(UserWarning, match=f"Table 't5': {60 - len(kept)} of 60")
+    else:
+        expected, said = np.hstack([chosen, total]), nullcontext()
+    with said:
+        dense, stored = (only(table, list("HBA"), tmp_path, memory, objective) for memory in (2**28, 0))
     assert isinstance(stored.values, StoredTargets)
-    x = x[rows][x[rows].sum(axis=1) > 0]
-    np.testing.assert_allclose(dense.values, np.log1p(1e4 * x / x.sum(axis=1, keepdims=True))[:, [7, 1, 0]], rtol=1e-5)
-    assert stored.values.shape == dense.values.shape == (len(x), 3)
-    index = rng.choice(len(x), 30, replace=False)
+    assert stored.values.shape == dense.values.shape
+    np.testing.assert_allclose(dense.values, expected, rtol=1e-5)
+    index = rng.choice(len(kept), 30, replace=False)
     np.testing.assert_array_equal(stored.values[index], dense.values[index])
     np.testing.assert_array_equal(stored.values.subset(index)[np.arange(5)], dense.values[index[:5]])
     np.testing.assert_allclose(stored.values.mean(axis=0), dense.values.mean(axis=0), rtol=1e-5)
-    np.testing.assert_array_equal(stored.regions.centre_xy, dense.regions.centre_xy)
+    for each in (dense, stored):
+        np.testing.assert_array_equal(each.regions.centre_xy, table.regions.centre_xy[kept])
 
 
-@in_memory_and_on_disk
-def test_raw_counts_with_their_total_last_and_empty_regions_kept(tmp_path, memory) -> None:
-    targets = only(of([[1, 2, 4], [0, 0, 0], [0, 5, 1]], "ABC"), ["C", "A"], tmp_path, memory, objective="nb")
-    every, expected = np.arange(3), [[4, 1, 7], [0, 0, 0], [1, 0, 6]]
-    np.testing.assert_array_equal(targets.values[every], expected)
-    assert targets.values.shape == (3, 3)
-    assert len(targets.regions) == 3
-    np.testing.assert_allclose(targets.values.mean(axis=0), np.mean(expected, axis=0))
-    if isinstance(targets.values, StoredTargets):
-        np.testing.assert_array_equal(targets.values.rows(every[1:]).toarray(), expected[1:])
-
-
-@in_memory_and_on_disk
-def test_empty_regions_are_left_out(tmp_path, memory) -> None:
-    x = X.copy()
-    x[1] = 0
-    with pytest.warns(UserWarning, match="Table 't5': 1 of 3 regions"):
-        targets = only(of(x, "ABC"), ["A"], tmp_path, memory)
-    np.testing.assert_array_equal(targets.regions.centre_xy, of(x, "ABC").regions.centre_xy[[0, 2]])
-    assert len(targets.values) == 2
-    with pytest.raises(DataError, match="all 3 regions"):
-        only(of(np.zeros((3, 3)), "ABC"), ["A"], tmp_path, memory)
-
-
-@in_memory_and_on_disk
+@pytest.mark.parametrize("memory", [2**28, 0])
 def test_bad_counts_and_logarithms_are_said_also_when_the_copy_is_there(tmp_path, memory) -> None:
     for x, genes, names in ((X, ["A", "Z"], "'t5': 'Z'"), (-X, ["A"], "Table 't5'")):
         with pytest.raises(DataError, match=names):
             only(of(x, "ABC"), genes, tmp_path, memory)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match="all 3 regions"):
+        only(of(X * 0, "ABC"), ["A"], tmp_path, memory)
     for _ in range(2):
         with pytest.warns(UserWarning, match="Table 't5'.*logarithms"):
             only(of(np.log1p(X), "ABC"), ["A"], tmp_path, memory)
@@ -88,6 +86,12 @@ CHOSEN = {  # slides, arguments, genes
     "coarsest": ({"s": [FINE, COARSE]}, {"n_genes": 2}, ["B", "A"]),
     "named": (TWO, {"genes": ["C", "A"]}, ["C", "A"]),
     "one": (TWO, {"genes": "B"}, ["B"]),
+    # B has 9 counts
+    "all with 10": (
+        {"a": [of([[6, 9, 50], [0, 0, 50]], "ABC")], "b": [of([[4, 0, 0]], "ABC")]},
+        {"n_genes": None},
+        ["A", "C"],
+    ),
     # held-out slides must have the genes, but do not rank them
     "held out": ({"": [of([[3, 2, 1]], "ABC")]}, {"held_out": {"b": [of([[0, 1, 9]], "BZC")]}}, ["B", "C"]),
 }
@@ -95,16 +99,11 @@ CHOSEN = {  # slides, arguments, genes
 
 @pytest.mark.parametrize(("slides", "arguments", "genes"), CHOSEN.values(), ids=CHOSEN)
 @pytest.mark.filterwarnings("error")
-def test_genes_that_are_chosen(slides, arguments, genes) -> None:
-    assert list(choose_genes(slides, **arguments)) == genes
-
-
-def test_all_genes_with_enough_counts_and_fewer_than_asked_for(caplog) -> None:
+def test_genes_that_are_chosen(slides, arguments, genes, caplog) -> None:
     caplog.set_level("INFO", "pixnet_sd")
-    slides = {"a": [of([[6, 9, 50], [0, 0, 50]], "ABC")], "b": [of([[4, 0, 0]], "ABC")]}
-    assert set(choose_genes(slides, n_genes=None)) == {"A", "C"}  # B has 9 counts
-    choose_genes({"s": [FINE, COARSE]}, n_genes=3)
-    assert "'s': 't5' 2, 's': 't50' 3" in caplog.text
+    assert list(choose_genes(slides, **arguments)) == genes
+    # fewer than asked for: it is said what each table has
+    assert ("'t5' 4" in caplog.text) == (len(genes) < (arguments.get("n_genes") or 0))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def scale0(element: Any) -> DataArray:
 
 def coordinate_systems(element: Any) -> dict[str, Any]:
     """Coordinate systems of an element with the transformation to each, in the order of their names."""
-    element = element.sample if isinstance(element, StoredShapes) else element
+    element = element.sample() if isinstance(element, StoredShapes) else element
     systems: dict[str, Any] = get_transformation(element, get_all=True)
     return dict(sorted(systems.items()))
 
@@ -263,13 +263,9 @@ def table_link(
     if element_key is None or element_key not in placed_regions(sdata, regions, None):
         element_key = _region_of(sdata, table_key, regions, coordinate_system)
     attrs = table.uns["spatialdata_attrs"]
-    region = obs_column(table, attrs["region_key"])
-    if isinstance(region, pd.Categorical):  # millions of names would not fit
-        code = region.categories.astype(str).get_indexer(pd.Index([element_key]))[0]
-        annotates = (region.codes == code) & (code >= 0)
-    else:
-        annotates = np.asarray(pd.Series(region).astype(str) == element_key)
-    rows = np.flatnonzero(annotates).astype(np.int32)
+    region = pd.Categorical(obs_column(table, attrs["region_key"]))  # millions of names would not fit
+    code = region.categories.astype(str).get_indexer(pd.Index([element_key]))[0]
+    rows = np.flatnonzero((region.codes == code) & (code >= 0)).astype(np.int32)
     if not len(rows):
         raise DataError(f"Table {table_key!r} has no row for its region {element_key!r}.")
     instances = obs_column(table, attrs["instance_key"])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ from ._elements import (
 )
 from ._shapes import (
     HALF_PIXEL_BACK,
-    edge_length,
+    edge_lengths,
     label_ids,
     label_matrix,
     lazy_labels,
@@ -106,8 +107,7 @@ def regions_of(
     return regions.transform(np.asarray(from_system, dtype=np.float64) @ to_system), ids
 
 
-@dataclass(frozen=True, eq=False)
-class Bins:
+class Bins(NamedTuple):
     """Bins that a table measures, in row-major order of their lattice: squares, rows of the table, instance ids."""
 
     lattice: Lattice
@@ -143,21 +143,16 @@ def _links(sdata: SpatialData, element_key: str, coordinate_system: str | None) 
     for key, table in tables_of(sdata).items():
         if not set(_INDICES) <= set(table.obs.columns):
             continue
-        try:
+        with suppress(ElementError, DataError):
             link = table_link(sdata, table_key=key, coordinate_system=coordinate_system, element_key=element_key)
-        except (ElementError, DataError):
-            continue
-        if link.element_key == element_key:
-            yield link
+            if link.element_key == element_key:
+                yield link
 
 
 def _fitted(
     sdata: SpatialData, link: TableLink
 ) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32]] | None:
-    """Map of (column, row, 1) to centres in the element's coordinates, and lattice rows and columns of a link's rows.
-
-    None where they are not there, no whole numbers, or of no touching squares, as those of spots.
-    """
+    """Map of (column, row, 1) to centres, and row and column of each row of a link; None if of no touching squares."""
     table, indices = tables_of(sdata)[link.table_key], []
     if not set(_INDICES) <= set(table.obs.columns):
         return None
@@ -176,7 +171,7 @@ def _fitted(
     else:
         shapes = sample_shapes(shapes_of(sdata)[link.element_key])
         check_unique(shapes.index, f"Shapes {link.element_key!r}")
-        ids, side = shapes.index, edge_length(shapes)
+        ids, side = shapes.index, float(np.median(edge_lengths(shapes)))
         xy = shapely.get_coordinates(shapely.centroid(shapes.geometry.to_numpy()))
     which = ids.get_indexer(link.instances)  # the other way round would index millions
     place = np.flatnonzero(which >= 0)
@@ -229,12 +224,11 @@ def bin_lattice(sdata: SpatialData, key: str, *, exact: bool = False) -> BinLatt
     if size is None:
         return None
     if key in sdata.labels:
-        side = _one_pixel_each(sdata, key)
-        return None if side is None else BinLattice(key, size, side, f"{size} µm label pixels of {key!r}")
+        return BinLattice(key, size, 1.0, f"{size} µm label pixels of {key!r}") if _one_pixel_each(sdata, key) else None
     shapes = shapes_of(sdata).get(key)
     if shapes is None or len(shapes) < _FEWEST_BINS:
         return None
-    check_unique((shapes.sample if isinstance(shapes, StoredShapes) else shapes).index, f"Shapes {key!r}")
+    check_unique((shapes.sample() if isinstance(shapes, StoredShapes) else shapes).index, f"Shapes {key!r}")
     indexed_first = exact or len(shapes) <= _MOST_INDEXED
     for is_indexed in (indexed_first, not indexed_first):
         pitch = _indexed_pitch(sdata, key) if is_indexed else _drawn_pitch(neighbouring_shapes(shapes))
@@ -256,16 +250,14 @@ def _drawn_pitch(shapes: GeoDataFrame) -> float | None:
     if len(shapes) < _FEWEST_BINS:
         return None
     sample = shapes.iloc[sample_positions(len(shapes))]
-    if "radius" in sample:
-        sides = 2 * sample["radius"].to_numpy(np.float64)
-    else:
-        area, length = (measure(sample.geometry.to_numpy()) for measure in (shapely.area, shapely.length))
-        if not (area > 0).all() or np.abs(length**2 / area / _SQUARE_BINS - 1).max() > _TOLERANCE:
-            return None
-        sides = np.sqrt(area)
+    sides, side = edge_lengths(sample), float(np.median(edge_lengths(shapes)))
     if not (sides.min() > 0 and sides.max() / sides.min() - 1 < _TOLERANCE):
         return None
-    xy, side = shapely.get_coordinates(shapely.centroid(shapes.geometry.to_numpy())), edge_length(shapes)
+    if "radius" not in sample:
+        squareness = (shapely.length(sample.geometry.to_numpy()) / sides) ** 2 / _SQUARE_BINS
+        if np.abs(squareness - 1).max() > _TOLERANCE:
+            return None
+    xy = shapely.get_coordinates(shapely.centroid(shapes.geometry.to_numpy()))
     if not np.isfinite(xy).all():
         return None
     centres = xy[sample_positions(len(xy))]
@@ -286,13 +278,13 @@ def _drawn_pitch(shapes: GeoDataFrame) -> float | None:
     return pitch if np.mean(off < _OFF_LATTICE) > 1 - _ALONG / 5 else None
 
 
-def _one_pixel_each(sdata: SpatialData, key: str) -> float | None:
-    """1, the side of a label pixel, if every region of a labels element is one pixel and touches others."""
+def _one_pixel_each(sdata: SpatialData, key: str) -> bool:
+    """Whether every region of a labels element is one pixel and touches others."""
     labels = lazy_labels(sdata.labels[key])
-    tops = np.unique(np.linspace(0, max(0, labels.shape[0] - 2), _STRIPS).astype(int) // 2 * 2)
+    tops = np.unique(sample_positions(max(1, labels.shape[0] - 1), _STRIPS) // 2 * 2)
     rows = np.concatenate([labels[top : top + 2] for top in tops])
     filled = rows[rows != 0]
     if len(filled) < _FEWEST_BINS or len(np.unique(filled)) < len(filled):
-        return None
+        return False
     touching = (rows[:, 1:] != 0) & (rows[:, :-1] != 0)
-    return 1.0 if touching.sum() >= _TOUCHING * len(filled) / 2 else None
+    return bool(touching.sum() >= _TOUCHING * len(filled) / 2)

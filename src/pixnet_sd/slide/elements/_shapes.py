@@ -55,8 +55,7 @@ def regions_from_shapes(shapes: GeoDataFrame, what: str) -> Circles | Polygons:
         other = ~np.isin(type_id, (_POLYGON, _MULTIPOLYGON))
         refuse(other, "neither polygons nor multipolygons", "Keep one kind: circles or polygons.")
     xy, owner = shapely.get_coordinates(geometry, return_index=True)
-    not_finite = np.zeros(len(geometry), bool)
-    not_finite[owner[~np.isfinite(xy).all(axis=1)]] = True
+    not_finite = np.isin(np.arange(len(geometry)), owner[~np.isfinite(xy).all(axis=1)])
     refuse(not_finite, "with coordinates that are NaN or infinite", "Drop or correct them.")
     if is_circles:
         radius = shapes["radius"].to_numpy(dtype=np.float64)
@@ -81,11 +80,11 @@ def _polygons(geometry: NDArray[Any]) -> Polygons:
     return Polygons(vertices, first_vertex - np.arange(len(first_vertex)), region, len(geometry))
 
 
-def edge_length(shapes: GeoDataFrame) -> float:
-    """Median side of squares, or width of circles, in their own units."""
+def edge_lengths(shapes: GeoDataFrame) -> NDArray[np.float64]:
+    """Sides of squares, or widths of circles, in their own units."""
     if "radius" in shapes:
-        return float(2 * np.median(shapes["radius"]))
-    return float(np.sqrt(np.median(shapely.area(shapes.geometry.to_numpy()))))
+        return 2 * shapes["radius"].to_numpy(np.float64)
+    return np.sqrt(shapely.area(shapes.geometry.to_numpy()))
 
 
 class LazyLabels(GuardedArray):
@@ -134,13 +133,13 @@ def label_matrix(sdata: SpatialData, key: str, coordinate_system: str) -> NDArra
     # The element's own, but for `spatialdata.rasterize_bins`: as of 0.8 it takes pixel (i, j), not (i + 0.5, j + 0.5),
     # to the centre of a bin. Bins that are a label pixel wide and centred on whole ones tell.
     to_system = affine_matrix(sdata.labels[key], coordinate_system)
-    shapes = shapes_of(sdata).get(key.removesuffix("_labels")) if key.endswith("_labels") else None
+    shapes = shapes_of(sdata).get(key.removesuffix("_labels"))
     if shapes is None or coordinate_system not in coordinate_systems(shapes):
         return to_system
     sample = sample_shapes(shapes)
     to_labels = np.linalg.inv(to_system) @ affine_matrix(shapes, coordinate_system)
     xy = moved(shapely.get_coordinates(shapely.centroid(sample.geometry.to_numpy())), to_labels)
-    side_px = edge_length(sample) * np.sqrt(abs(np.linalg.det(to_labels[:2, :2])))
+    side_px = np.median(edge_lengths(sample)) * np.sqrt(abs(np.linalg.det(to_labels[:2, :2])))
     if abs(side_px - 1) >= _TOLERANCE or np.abs(xy - np.rint(xy)).max() >= _TOLERANCE:
         return to_system
     logger.info("Labels %r: moved by half a label pixel, as rasterized bins need it.", key)
@@ -153,7 +152,7 @@ def sample_labels(element: Any) -> tuple[NDArray[np.int64], NDArray[np.float64]]
     tops = sample_positions(labels.shape[0], _SAMPLED_ROWS)
     rows = np.concatenate([labels[top : top + 1] for top in tops])
     row, col = np.nonzero(rows > 0)
-    picked = sample_positions(len(row)) if len(row) else np.empty(0, np.int64)
+    picked = sample_positions(len(row))
     ids, first = np.unique(rows[row, col][picked].astype(np.int64), return_index=True)
     picked = picked[first]
     return ids, np.stack([col[picked], tops[row[picked]]], axis=1) + 0.5

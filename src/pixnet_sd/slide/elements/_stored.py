@@ -52,21 +52,21 @@ def _left_on_disk(sdata: SpatialData, group: str, file: str) -> dict[str, Path]:
     if not isinstance(sdata.path, Path):
         return {}
     in_memory = getattr(sdata, group)
-    folders = sorted(path for path in (sdata.path / group).glob("*") if path.name not in in_memory)
-    stored = {path.name: path for path in folders if (path / file).exists()}
+    folders = [path.parent for path in sorted((sdata.path / group).glob(f"*/{file}"))]
+    stored = {path.name: path for path in folders if path.name not in in_memory}
     left: Mapping[str, Iterable[str]] | None = getattr(sdata, _LEFT, None)
     # what an object lacks that was opened otherwise, with elements of the type besides results, was taken out of it
-    if left is None and all(_is_result(sdata, sdata.path, key) for key in in_memory):
+    if left is None and all(_is_result(sdata, key) for key in in_memory):
         return stored
-    wanted = set() if left is None else set(left[group])
-    return {key: path for key, path in stored.items() if key in wanted or _is_result(sdata, sdata.path, key)}
+    wanted = () if left is None else left[group]
+    return {key: path for key, path in stored.items() if key in wanted or _is_result(sdata, key)}
 
 
-def _is_result(sdata: SpatialData, store: Path, key: str) -> bool:
+def _is_result(sdata: SpatialData, key: str) -> bool:
     """Whether a table, or the shapes made with one, was written by this package."""
     return any(
         (name in sdata.tables and table_note(sdata.tables[name]) is not None)
-        or (store / "tables" / name / TABLE_NOTE).is_dir()
+        or (sdata.path / "tables" / name / TABLE_NOTE).is_dir()
         for name in (key, key.removesuffix("_shapes"))
     )
 
@@ -119,8 +119,7 @@ def open_store(path: str | Path) -> SpatialData:
     loaded = read_elements(store, small)
     with _no_region_warnings():
         for group, keys in small.items():
-            for key in keys:
-                getattr(sdata, group)[key] = loaded[key]
+            getattr(sdata, group).update((key, loaded[key]) for key in keys)  # in their order
     setattr(sdata, _LEFT, left)
     if any(left.values()):
         logger.info("left on disk, to be read when needed: %s", ", ".join([*left["shapes"], *left["tables"]]))
@@ -151,9 +150,7 @@ def _no_region_warnings() -> Iterator[None]:
 def _skeleton(store: Path, scratch: Path) -> zarr.Group:
     """Start a store of the same format and attributes without elements."""
     like = zarr.open_group(store, mode="r")
-    root = zarr.open_group(scratch, mode="w", zarr_format=like.metadata.zarr_format)
-    root.attrs.update(like.attrs.asdict())
-    return root
+    return zarr.open_group(scratch, mode="w", zarr_format=like.metadata.zarr_format, attributes=like.attrs.asdict())
 
 
 def sample_positions(n: int, at_most: int = 5000) -> NDArray[np.int64]:
@@ -179,15 +176,11 @@ class StoredShapes:
         """Roughly what it takes in memory."""
         return len(self) * _BYTES_A_SHAPE
 
-    @property
-    def sample(self) -> GeoDataFrame:
-        """At most 5,000 of the shapes, spread over all, with the element's transformations."""
-        return _read_some(self, self._version(), in_sequence=False)
-
-    def _version(self) -> tuple[int, ...]:
-        """Dates and size of the file: one that changed is read again."""
+    def sample(self, *, in_sequence: bool = False) -> GeoDataFrame:
+        """At most 5,000 of the shapes spread over all, or many that follow one another; of a changed file read anew."""
         about = (self.path / _FILE).stat()
-        return about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino
+        version = about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino
+        return _read_some(self, version, in_sequence=in_sequence)
 
     @property
     def index(self) -> pd.Index:
@@ -236,13 +229,13 @@ def _read_some(shapes: StoredShapes, version: tuple[int, ...], *, in_sequence: b
 
 def sample_shapes(shapes: Shapes) -> GeoDataFrame:
     """At most 5,000 shapes of an element, spread evenly over all."""
-    return shapes.sample if isinstance(shapes, StoredShapes) else shapes.iloc[sample_positions(len(shapes))]
+    return shapes.sample() if isinstance(shapes, StoredShapes) else shapes.iloc[sample_positions(len(shapes))]
 
 
 def neighbouring_shapes(shapes: Shapes) -> GeoDataFrame:
     """All shapes of an element, or, of very many, some that follow one another, which of bins are neighbours."""
     if isinstance(shapes, StoredShapes):
-        return _read_some(shapes, shapes._version(), in_sequence=True)
+        return shapes.sample(in_sequence=True)
     first = (len(shapes) - _STRETCH) // 2
     return shapes if len(shapes) <= _MANY_SHAPES else shapes.iloc[first : first + _STRETCH]
 
@@ -284,8 +277,7 @@ class StoredTable:
     @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and genes."""
-        x = self._group["X"]
-        n_obs, n_vars = x.shape if isinstance(x, zarr.Array) else x.attrs["shape"]
+        n_obs, n_vars = self.X.shape
         return int(n_obs), int(n_vars)
 
     n_obs = property(lambda self: self.shape[0])

@@ -19,6 +19,7 @@ from scipy import sparse
 
 from pixnet_sd._util import warn
 from pixnet_sd.errors import DataError
+from pixnet_sd.slide.elements import sample_positions
 
 from ._counts import Counts, Place
 
@@ -73,7 +74,7 @@ class Look:
         self.whole = False
         if len(self.rows) < _ROWS and sum(map(len, self.rows)) < _VALUES:
             rows = np.unique(np.searchsorted(block.indptr, broken, side="right") - 1)
-            for row in rows[np.linspace(0, len(rows) - 1, min(_ROWS_A_BLOCK, len(rows))).astype(np.intp)]:
+            for row in rows[sample_positions(len(rows), _ROWS_A_BLOCK)]:
                 of_row = np.asarray(values[block.indptr[row] : block.indptr[row + 1]], np.float64)
                 self.rows.append(of_row[of_row > 0])
 

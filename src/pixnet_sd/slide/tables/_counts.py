@@ -39,7 +39,7 @@ class _CompressedRows:
         indptr = np.asarray(self.indptr[rows.start : rows.stop + 1]).astype(np.int64)
         start, stop = int(indptr[0]), int(indptr[-1])
         indices = np.asarray(self._indices[start:stop]).astype(np.int32, copy=False)
-        arrays = (_wide(np.asarray(self._data[start:stop])), indices, (indptr - start).astype(np.int32))
+        arrays = (_widened(np.asarray(self._data[start:stop])), indices, (indptr - start).astype(np.int32))
         return sparse.csr_matrix(arrays, shape=(len(indptr) - 1, self.shape[1]))
 
 
@@ -137,7 +137,7 @@ class Counts:
         # A contiguous read and then a pick: h5py, zarr and dask all do that, and none is slow at it.
         read = self.matrix[int(rows[0]) : int(rows[-1]) + 1]
         read = read.compute() if hasattr(read, "compute") else read
-        block = sparse.csr_matrix(_widened(read) if sparse.issparse(read) else _wide(np.asarray(read)))
+        block = sparse.csr_matrix(_widened(read if sparse.issparse(read) else np.asarray(read)))
         block = block if block.shape[0] == len(rows) else block[rows - rows[0]]
         if not block.has_canonical_format:
             block = block.astype(np.float64)  # a copy, as it may be a view of what the user has; sums must not overflow
@@ -145,20 +145,15 @@ class Counts:
         return block if self.genes is None else block[:, self.genes]
 
 
-def _wide(values: NDArray[Any]) -> NDArray[Any]:
-    """Convert values to a type that SciPy works on and that holds their sums of two."""
-    if (values.dtype.kind in "biu" and values.dtype.itemsize < 4) or values.dtype == np.float16:
-        return values.astype(np.float32)
-    return values.astype(np.float64) if values.dtype.itemsize > 8 else values
-
-
-def _widened(matrix: Any) -> Any:
-    values = _wide(matrix.data)
-    if values is matrix.data:
-        return matrix
-    if matrix.format in ("csr", "csc"):
-        return type(matrix)((values, matrix.indices, matrix.indptr), shape=matrix.shape)
-    return matrix.astype(values.dtype)
+def _widened(x: Any) -> Any:
+    """Convert a sparse or dense matrix to a type that SciPy works on and that holds sums of two values."""
+    is_small = (x.dtype.kind in "biu" and x.dtype.itemsize < 4) or x.dtype == np.float16
+    if not is_small and x.dtype.itemsize <= 8:
+        return x
+    dtype = np.float32 if is_small else np.float64
+    if sparse.issparse(x) and x.format in ("csr", "csc"):
+        return type(x)((x.data.astype(dtype), x.indices, x.indptr), shape=x.shape)
+    return x.astype(dtype)
 
 
 def log_normalise(counts: Any, total: ArrayLike, target_sum: float = 1e4) -> NDArray[np.float32]:

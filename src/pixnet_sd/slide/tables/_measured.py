@@ -23,7 +23,6 @@ from pixnet_sd.errors import DataError, ElementError
 from pixnet_sd.geometry import Circles, LabelGrid, Lattice, Polygons
 from pixnet_sd.slide import Slide, other_slides, size_of_bins
 from pixnet_sd.slide.elements import (
-    BinLattice,
     StoredTable,
     Table,
     TableLink,
@@ -80,11 +79,8 @@ def select_tables(
     regions = measured_tables(sdata, coordinate_system=coordinate_system, image_key=image_key)
     if not regions:
         raise ElementError(_none_found(sdata, coordinate_system, image_key))
-    lattices: dict[str, BinLattice] = {}
-    for key, elements in regions.items():
-        of_table = [lattice for element in elements if (lattice := bin_lattice(sdata, element)) is not None]
-        if of_table:
-            lattices[key] = max(of_table, key=lambda lattice: lattice.size_um)
+    found = {key: [bin_lattice(sdata, element) for element in elements] for key, elements in regions.items()}
+    lattices = {key: max(filter(None, each), key=lambda one: one.size_um) for key, each in found.items() if any(each)}
     bins = sorted(lattices, key=lambda key: (lattices[key].size_um, key))
     taken = _one_for_each_region(sdata, {key: regions[key] for key in bins or regions})
     listed = ", ".join(f"{key!r} (regions {names(regions[key])})" for key in taken)
@@ -281,11 +277,11 @@ def _located(sdata: SpatialData, link: TableLink, slide: Slide) -> tuple[AnyRegi
     bins = bins_of_table(sdata, link, **place)
     regions: AnyRegions
     if bins is not None:
-        regions, rows, instances = bins.lattice, bins.rows, bins.instances
+        regions, rows, instances = bins
         drawn = shapes_of(sdata).get(link.element_key)
-        if drawn is None or same_ids(drawn.index, instances):
-            return regions, rows, instances
-        ids, has_region = drawn.index, instances.isin(drawn.index)
+        if drawn is None or same_ids(ids := drawn.index, instances):
+            return bins
+        has_region = instances.isin(ids)
         index = np.flatnonzero(has_region)
     else:
         regions, ids = regions_of(sdata, link.element_key, **place)
