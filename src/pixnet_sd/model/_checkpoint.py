@@ -334,16 +334,13 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def _read_network(folder: Path, record: ModelRecord) -> Network:
-    """Build the network of a record, on the CPU, with the weights beside it; nothing is believed before it is checked.
-
-    The shapes come from an outline without memory; None for an encoder that cannot be made so.
-    """
+    """Build the network of a record, on the CPU, with the weights beside it; all is checked before it is believed."""
     path = folder / _WEIGHTS
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
             outline = _network(record).state_dict()
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):  # an encoder of which no outline can be made
         check_file(path)
     else:
         sizes = (t.numel() * t.element_size() + _BYTES_A_TENSOR for t in outline.values())
