@@ -330,8 +330,6 @@ class LabelGrid(Regions):
 
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
         """Look up the label under each pixel centre, see `Regions.spans`."""
-        if row1 <= row0 or col1 <= col0:
-            return Spans(*(np.empty(0, np.int64) for _ in range(4)))
         x, y = np.meshgrid(np.arange(col0, col1) + 0.5, np.arange(row0, row1) + 0.5)
         xy = _apply(np.linalg.inv(self.to_grid), np.stack([x.ravel(), y.ravel()], axis=1))
         xy = np.floor(xy + SNAP_PX).astype(np.int64)

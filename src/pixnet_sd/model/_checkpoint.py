@@ -228,15 +228,14 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         """
         # Not the mixin's: it deletes the config.json of a model that is there before anything is written.
         directory = self.save(save_directory)
-        options = {"repo_id": repo_id or directory.name, **(model_card_kwargs or {})}
         path = directory / _CARD
         try:
             if self.record.weights_sha256.encode() not in read_regular(path, most_bytes=_CARD_BYTES):
                 logger.warning("%s was not written for this model, and stays as it is; delete it for a new one", path)
         except FileNotFoundError:
-            text = str(self.generate_model_card(**options))
+            card = self.generate_model_card(**{"repo_id": repo_id or directory.name, **(model_card_kwargs or {})})
             with _writing(directory), replace_file(path) as aside:
-                aside.write_text(text, encoding="utf-8")
+                aside.write_text(str(card), encoding="utf-8")
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_options)

@@ -404,10 +404,7 @@ class Objective(nn.Module, ABC):
 
 
 class MsePcc(Objective):
-    """Eq. 6 (Zhang et al., arXiv 2503.01347): squared error plus λ (`pcc_weight`) times the correlation loss.
-
-    It is taken of log-normalised expression.
-    """
+    """Squared error + `pcc_weight` times the correlation loss, of log-normalised values (Eq. 6, arXiv 2503.01347)."""
 
     def __init__(self, pcc_weight: float) -> None:
         super().__init__()
