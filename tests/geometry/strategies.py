@@ -48,7 +48,7 @@ def polygons_of(regions: Sequence[Sequence[Float]]) -> Polygons:
 
 @st.composite
 def circles(draw: st.DrawFn, grid: Grid) -> Circles:
-    each = st.tuples(points(grid), st.one_of(half_size(0.01, 0.8), half_size(0.8, 30)))
+    each = st.tuples(points(grid), st.one_of(st.just(0.0), half_size(0.01, 0.8), half_size(0.8, 30)))
     centre, radius = zip(*draw(st.lists(each, min_size=1, max_size=4)), strict=True)
     return Circles(np.stack(centre), np.array(radius))
 

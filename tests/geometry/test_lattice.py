@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.geometry.strategies import Float, lattices, similarities, turned
 
-from pixnet_sd.geometry import Circles, Grid, Lattice, Polygons
+from pixnet_sd.geometry import Circles, Grid, Lattice, Polygons, Regions
 
 GRID = Grid(7, 9, 4)
 box = st.tuples(*[st.floats(-20, 60)] * 4).map(
@@ -29,12 +29,8 @@ def test_geometry_is_that_of_the_plain_regions(lattice: Lattice, matrix: Float) 
 @settings(deadline=None)
 @given(lattice=lattices(GRID), box=box)
 def test_boxes_are_found_by_arithmetic(lattice: Lattice, box: tuple[float, float, float, float]) -> None:
-    x0, y0, x1, y1 = lattice.bounds.T
-    left, top, right, bottom = box
-    touching = (x1 >= left) & (x0 <= right) & (y1 >= top) & (y0 <= bottom)
-    within = (x0 >= left) & (x1 <= right) & (y0 >= top) & (y1 <= bottom)
-    np.testing.assert_array_equal(lattice.touching(*box), np.flatnonzero(touching))
-    np.testing.assert_array_equal(lattice.within(*box), np.flatnonzero(within))
+    np.testing.assert_array_equal(lattice.touching(*box), Regions.touching(lattice, *box))
+    np.testing.assert_array_equal(lattice.within(*box), Regions.within(lattice, *box))
 
 
 def test_empty_lattice() -> None:

@@ -5,8 +5,6 @@ Nothing here is shared with `pixnet_sd.model`: points are tested one by one, and
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import shapely
 import torch
@@ -68,19 +66,17 @@ def at_points(low: Tensor, xy: Float, stride: int) -> Tensor:
 
 
 def aggregates(regions: Regions, low: Tensor, stride: int) -> tuple[Tensor, Float]:
-    """What `build_operator` promises, of maps (M, h, w) in float64.
+    """What `build_operator` promises, of maps (M, h, w) in float64: sums (n, M), and the pixels they are of, (n,).
 
-    Returns
-    -------
-    Sums of each region, (n, M), and the pixels they are of, (n,). A region without a pixel centre counts with the map
-    at its centre times its area, when that is on the slide, else not at all.
+    A region without a pixel centre counts with the map
+    at its centre times its area (1 px² if it has none), when that is on the slide, else not at all.
     """
     height, width = low.shape[1] * stride, low.shape[2] * stride
     mask = masks(regions, height, width)
     n_px = mask.sum((1, 2)).astype(np.float64)
     total = sums(resize(low, stride), mask)
     for k in np.nonzero(n_px == 0)[0]:
-        centre, area = regions.centre_xy[k], regions.area[k]
+        centre, area = regions.centre_xy[k], regions.area[k] or 1.0
         if (centre >= 0).all() and (centre < (width, height)).all():
             n_px[k] = area
             total[k] = at_points(low, centre[None], stride)[0] * area
@@ -95,7 +91,7 @@ def dense_operator(regions: Regions, grid: Grid) -> tuple[Float, Float]:
     return total.numpy(), n_px
 
 
-def example_map(grid: Grid, n_maps: int = 3, seed: int = 0, **options: Any) -> Tensor:
-    """Random maps (n_maps, h, w) in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n_maps, grid.height, grid.width, dtype=torch.float64, generator=generator, **options)
+def example_map(grid: Grid) -> Tensor:
+    """Three random maps (3, h, w) in float64."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, grid.height, grid.width, dtype=torch.float64, generator=generator)

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.geometry.strategies import KINDS, grid_and_regions, lattices, turned
-from tests.model.literal import aggregates, dense_operator, example_map, masks, resize
+from tests.model.literal import aggregates, dense_operator, example_map, masks
 from torch import Tensor
 
 from pixnet_sd.geometry import Circles, Grid, LabelGrid, Lattice, Regions, Window, squares
@@ -34,16 +34,21 @@ def rows_of(grid: Grid) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None)
 @given(data=st.data())
-def test_operator_is_the_literal_one(kind: str, data: st.DataObject) -> None:
+def test_operator_is_the_literal_one_and_so_are_its_products(kind: str, data: st.DataObject) -> None:
     grid, regions = data.draw(grid_and_regions(kind))
     operator = build_operator(regions, grid)
     expected, n_px = dense_operator(regions, grid)
     np.testing.assert_allclose(operator.matrix.toarray(), expected, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(operator.n_px, n_px, rtol=1e-9, atol=1e-12)
-    np.testing.assert_array_equal(
-        count_pixels(regions, grid.height * grid.stride, grid.width * grid.stride),
-        masks(regions, grid.height * grid.stride, grid.width * grid.stride).sum((1, 2)),
-    )
+    size = (grid.height * grid.stride, grid.width * grid.stride)
+    np.testing.assert_array_equal(count_pixels(regions, *size), masks(regions, *size).sum((1, 2)))
+    rows, matrix = rows_of(grid).requires_grad_(), torch.from_numpy(expected)
+    upstream = torch.randn(3, len(regions), generator=torch.Generator().manual_seed(1)).T  # not contiguous
+    result = operator.apply(rows)
+    result.backward(upstream)
+    scale = max(1.0, float(matrix.abs().sum(1).max()))
+    torch.testing.assert_close(result.detach().double(), matrix @ rows.double(), rtol=1e-5, atol=1e-6 * scale)
+    torch.testing.assert_close(rows.grad.double(), matrix.T @ upstream.double(), rtol=1e-5, atol=1e-6 * scale)
 
 
 @settings(deadline=None)
@@ -71,15 +76,6 @@ def test_pixels_of_a_tall_slide_are_counted_in_strips() -> None:
     np.testing.assert_array_equal(count_pixels(labels, 5000, 14), masks(labels, 5000, 14).sum((1, 2)))
 
 
-def test_no_pixel_centre_inside() -> None:
-    """A region between pixel centres: the resized map at its centre, times its area (1 px² if it has none)."""
-    values = example_map(GRID)
-    points = build_operator(Circles([[9.0, 13.0]] * 2, [0.3, 0.0]), GRID)
-    between = resize(values, 4)[:, 12:14, 8:10].mean((1, 2)).numpy()  # (9, 13) is where four pixels meet
-    np.testing.assert_allclose(points.n_px, [np.pi * 0.3**2, 1])
-    np.testing.assert_allclose(points.matrix @ values.flatten(1).T.numpy(), np.outer(points.n_px, between), rtol=1e-9)
-
-
 @pytest.mark.parametrize(
     "regions",
     [
@@ -105,21 +101,6 @@ def test_only_what_a_region_covers_is_stored() -> None:
     labels[:, 0], labels[:, 19] = 1, 1
     operator = build_operator(LabelGrid(labels, np.array([1])), GRID)
     np.testing.assert_array_equal(np.unique(operator.matrix.indices % 5), [0, 4])
-
-
-@settings(deadline=None, max_examples=30)
-@given(grid_and_regions())
-def test_applying_and_its_gradient(example: tuple[Grid, Regions]) -> None:
-    grid, regions = example
-    operator = build_operator(regions, grid)
-    rows = rows_of(grid).requires_grad_()
-    upstream = torch.randn(3, len(regions), generator=torch.Generator().manual_seed(1)).T  # not contiguous
-    result = operator.apply(rows)
-    result.backward(upstream)
-    matrix = torch.from_numpy(operator.matrix.toarray())
-    scale = max(1.0, float(matrix.abs().sum(1).max()))
-    torch.testing.assert_close(result.detach().double(), matrix @ rows.double(), rtol=1e-5, atol=1e-6 * scale)
-    torch.testing.assert_close(rows.grad.double(), matrix.T @ upstream.double(), rtol=1e-5, atol=1e-6 * scale)
 
 
 # Lattices, in closed form

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY, Mock, call
 
 import huggingface_hub
 import pytest
@@ -21,15 +22,11 @@ from torch.nn import functional
 
 from pixnet_sd.errors import CheckpointError, PixNetError
 from pixnet_sd.geometry import STRIDES
-from pixnet_sd.model import Encoder, build_encoder, hash_weights
+from pixnet_sd.model import build_encoder, hash_weights
 
 
 def image(height: int = 64, width: int = 96) -> Tensor:
     return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 255
-
-
-def batch_norms(encoder: Encoder) -> list[nn.BatchNorm2d]:
-    return [layer for layer in encoder.modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
 # Each way in which timm makes features, and ViTs whose patches divide the image or do not.
@@ -73,23 +70,17 @@ def test_vit_levels_are_timms_intermediates_resampled() -> None:
         torch.testing.assert_close(ours, expected)
 
 
-def test_frozen_keeps_weights_and_statistics() -> None:
-    encoder = build_encoder("test_resnet", None, frozen=True).train()
-    before = hash_weights(encoder)
-    assert not any(x.requires_grad for x in encoder(image()))
-    assert not any(p.requires_grad for p in encoder.parameters())
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_keeps_weights_and_statistics(frozen: bool) -> None:
+    encoder = build_encoder("test_resnet", None, frozen=frozen).train()
+    before, pyramid = hash_weights(encoder), encoder(image())
     assert encoder.training
-    assert not any(layer.training for layer in batch_norms(encoder))
-    assert hash_weights(encoder) == before
-
-
-def test_not_frozen_learns_both() -> None:
-    encoder = build_encoder("test_resnet", None).train()
-    layer = batch_norms(encoder)[0]
-    before = layer.running_mean.clone()
-    sum(x.square().mean() for x in encoder(image())).backward()
-    assert not torch.equal(layer.running_mean, before)
-    assert all(p.grad is not None for p in encoder.parameters())
+    assert {layer.training for layer in encoder.modules() if isinstance(layer, nn.BatchNorm2d)} == {not frozen}
+    assert {x.requires_grad for x in (*pyramid, *encoder.parameters())} == {not frozen}
+    assert (hash_weights(encoder) == before) == frozen
+    if not frozen:
+        sum(x.square().mean() for x in pyramid).backward()
+        assert all(p.grad is not None for p in encoder.parameters())
 
 
 @pytest.mark.parametrize(
@@ -110,47 +101,30 @@ def test_backbones_that_do_not_fit(name: str, says: str) -> None:
 # timm's hub
 
 
-class Hub:
-    """Stands in for the session of huggingface_hub."""
-
-    def __init__(self) -> None:
-        self.error, self.asked = None, 0
-
-    def head(self, url: str, *, timeout: float) -> None:
-        assert url == huggingface_hub.constants.ENDPOINT
-        assert timeout <= 10
-        self.asked += 1
-        if self.error is not None:
-            raise self.error
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    """A hub that answers, nothing cached, and no pretrained model to be had."""
-    hub, create = Hub(), timm.create_model
+@pytest.mark.parametrize(
+    ("case", "cause", "asked"),
+    [("no answer", "TimeoutError", 1), ("not there", "ConnectionError", 1), ("cached", "ConnectionError", 0)],
+)
+def test_a_hub_without_the_weights(monkeypatch, tmp_path: Path, case: str, cause: str, asked: int) -> None:
+    """It is asked once, where timm itself would try for a minute; and not at all for cached weights."""
+    session, create = Mock(), timm.create_model
 
     def create_or_refuse(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
         if pretrained:
             raise ConnectionError("no such file there")
         return create(name, **options)
 
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: hub)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
     monkeypatch.setattr(timm, "create_model", create_or_refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    return hub
-
-
-@pytest.mark.parametrize("case", ["no answer", "not there", "cached"])
-def test_a_hub_without_the_weights(hub: Hub, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """It is asked once, where timm itself would try for a minute; and not at all for cached weights."""
     if case == "no answer":
-        hub.error = TimeoutError()
+        session.head.side_effect = TimeoutError()
     elif case == "cached":
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: "/cache/model.safetensors")
-    cause = "TimeoutError" if case == "no answer" else "ConnectionError"
     with pytest.raises(CheckpointError, match=rf"'test_resnet'.*\({cause}\).*encoder_weights=None"):
         build_encoder("test_resnet")
-    assert hub.asked == (0 if case == "cached" else 1)
+    assert session.head.call_args_list == [call(huggingface_hub.constants.ENDPOINT, timeout=ANY)] * asked
+    assert all(asking.kwargs["timeout"] <= 10 for asking in session.head.call_args_list)
 
 
 # Weights of a file

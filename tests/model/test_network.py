@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -32,21 +32,16 @@ CONFIG = DecoderConfig(widths=(CHANNELS, 4, 6, 6), hidden=(4, 4, 4), dropout=0.1
 GRID = Grid(5, 6, 4)
 
 
-def make(aggregation: Aggregation = "mean", config: DecoderConfig = CONFIG, encoder: str = "test_resnet") -> Network:
+def make(aggregation: Aggregation = "mean", config=CONFIG, encoder="test_resnet", link="identity") -> Network:
     torch.manual_seed(0)
-    network = Network(build_encoder(encoder, None), config, GENES, aggregation)
+    network = Network(build_encoder(encoder, None), config, GENES, aggregation, link)
     nn.init.normal_(network.head.bias)
+    if link == "softplus":
+        network.head.unit.copy_(torch.tensor([0.2, 1.0, 3.0]))
     return network
 
 
-def densities() -> Network:
-    torch.manual_seed(1)
-    network = Network(build_encoder("test_resnet", None), CONFIG, GENES, "sum", "softplus")
-    network.head.unit.copy_(torch.tensor([0.2, 1.0, 3.0]))
-    return network
-
-
-NETWORKS = {"mean": make("mean"), "sum": make("sum"), "densities": densities()}
+NETWORKS = {"mean": make("mean"), "sum": make("sum"), "densities": make("sum", link="softplus")}
 
 
 def feature_map(grid: Grid, seed: int = 0) -> Tensor:
@@ -125,42 +120,21 @@ def test_start_is_at_the_training_mean_whatever_the_tissue(aggregation: Aggregat
 D = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
 
 
-def make_head(link: str) -> Head:
+@pytest.mark.parametrize("link", ["identity", "softplus"])
+def test_all_ways_give_the_literal_values(link: str) -> None:
+    """D W + b; or densities, those of genes being shares of the last output's."""
     torch.manual_seed(0)
     head = Head(4, 6, link)
+    expected = (D @ head.weight.T + head.bias).detach()
     if link == "softplus":
         head.unit.copy_(torch.rand(6) + 0.1)
-    return head
-
-
-def test_densities_are_positive_and_one_unit_at_zero() -> None:
-    head = make_head("softplus")
-    assert (head(100 * D) >= 0).all()
-    head.bias.data.zero_()
-    torch.testing.assert_close(head(torch.zeros(1, 4))[0], head.unit)
-
-
-def test_genes_are_shares_of_the_last_output() -> None:
-    """Twice the density of all genes is twice that of each."""
-    head = make_head("softplus")
-    before = head(D).detach()
-    head.bias.data[-1] += 3
-    after = head(D).detach()
-    torch.testing.assert_close(after / after[:, -1:], before / before[:, -1:])
-    assert (after > 1.5 * before).all()
-
-
-@pytest.mark.parametrize("link", ["identity", "softplus"])
-def test_all_ways_give_the_same(link: str) -> None:
-    head = make_head(link)
-    expected = head(D).detach()
-    if link == "identity":
-        torch.testing.assert_close(expected, D @ head.weight.T + head.bias)
+        relative = functional.softplus(expected + np.log(np.e - 1))  # 1 at 0
+        expected = relative * head.unit * torch.cat([relative[:, -1:].expand(-1, 5), torch.ones(9, 1)], dim=1)
+    torch.testing.assert_close(head(D).detach(), expected)
     torch.testing.assert_close(head(D, slice(2, 5)), expected[:, 2:5])
     with torch.no_grad():
-        torch.testing.assert_close(head.columns(D.T), expected.T)
-        out = torch.empty(6, 9)
-        torch.testing.assert_close(head.columns(D.T, out), expected.T)
+        for out in (None, torch.empty(6, 9)):
+            torch.testing.assert_close(head.columns(D.T, out), expected.T)
     chosen = head.select(torch.tensor([5, 0]))
     torch.testing.assert_close(chosen(D), expected[:, [5, 0]])
     torch.testing.assert_close(chosen.select([1])(D), expected[:, [0]])
@@ -182,16 +156,15 @@ def pyramid(channels: Sequence[int] = PYRAMID) -> list[Tensor]:
 
 def eq_3(decoder: Decoder, levels: Sequence[Tensor]) -> Tensor:
     """D_0 = F_L; D_l = DFFN(Dconv(D_{l-1}) + δ_l F_{L-l}), from the weights alone. Stages are stored finest first."""
-    state = decoder.state_dict()
-    d = levels[-1]
-    for stage in range(1, len(levels)):
-        k = len(levels) - 1 - stage
-        d = functional.conv_transpose2d(d, state[f"upsample.{k}.weight"], state[f"upsample.{k}.bias"], stride=2)
-        d = d + state["skip_scale"][k] * levels[k]
-        d = functional.conv2d(d, state[f"feed_forward.{k}.0.weight"], state[f"feed_forward.{k}.0.bias"], padding=1)
-        d = functional.conv2d(
-            functional.gelu(d), state[f"feed_forward.{k}.2.weight"], state[f"feed_forward.{k}.2.bias"]
-        )
+    state, d = decoder.state_dict(), levels[-1]
+
+    def of(layer: str) -> tuple[Tensor, Tensor]:
+        return state[f"{layer}.weight"], state[f"{layer}.bias"]
+
+    for k in reversed(range(len(levels) - 1)):
+        d = functional.conv_transpose2d(d, *of(f"upsample.{k}"), stride=2) + state["skip_scale"][k] * levels[k]
+        hidden = functional.gelu(functional.conv2d(d, *of(f"feed_forward.{k}.0"), padding=1))
+        d = functional.conv2d(hidden, *of(f"feed_forward.{k}.2"))
     return d
 
 
@@ -235,22 +208,18 @@ def calibrated_lateral(dropout: float) -> nn.Module:
     return lateral
 
 
-def standardised(lateral: nn.Module, keep: Tensor) -> Callable[[Tensor], Tensor]:
+def three_steps(lateral: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
     """Standardise, drop channels, project."""
-    weight, bias = lateral.project.weight, lateral.project.bias
-    return lambda x: functional.conv2d(
-        (x - lateral.mean[:, None, None]) * lateral.scale[:, None, None] * keep[:, None, None], weight, bias
-    )
+    standard = (x - lateral.mean[:, None, None]) * (lateral.scale * keep)[:, None, None]
+    return functional.conv2d(standard, lateral.project.weight, lateral.project.bias)
 
 
 def test_lateral_and_its_gradients_are_those_of_the_three_steps() -> None:
     lateral, generator = calibrated_lateral(0.0), torch.Generator().manual_seed(0)
     x, upstream = (torch.randn(1, c, 3, 3, generator=generator) for c in (5, 4))
-    results, gradients = [], []
-    for forward in (lateral, standardised(lateral, torch.ones(5))):
-        leaf = x.clone().requires_grad_()
-        results.append(forward(leaf))
-        gradients.append(torch.autograd.grad((results[-1] * upstream).sum(), [leaf, *lateral.parameters()]))
+    inputs = [x.requires_grad_(), *lateral.parameters()]
+    results = lateral(x), three_steps(lateral, x, torch.ones(5))
+    gradients = [torch.autograd.grad((result * upstream).sum(), inputs) for result in results]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
 
@@ -260,7 +229,7 @@ def test_lateral_drops_whole_channels_in_training() -> None:
     lateral, x = calibrated_lateral(0.5), torch.randn(1, 5, 2, 2, generator=torch.Generator().manual_seed(0))
     choices = [torch.tensor([float(n >> k & 1) for k in range(5)]) for n in range(32)]
     with torch.no_grad():
-        expected = torch.stack([standardised(lateral, 2 * keep)(x) for keep in choices])
+        expected = torch.stack([three_steps(lateral, x, 2 * keep) for keep in choices])
         torch.manual_seed(0)
         off = torch.stack([(expected - lateral(x)).abs().amax((1, 2, 3, 4)) for _ in range(640)])
     assert off.amin(1).max() < 1e-3
@@ -327,16 +296,8 @@ def test_radius_is_no_wild_guess_and_leaves_no_trace() -> None:
     assert not any(layer._forward_hooks for layer in network.modules())
 
 
-@pytest.mark.parametrize(
-    ("encoder", "whole"),
-    [
-        ("resnet10t", False),
-        ("test_convnext", False),
-        ("test_vit", True),  # attention
-        ("mobilenetv3_small_050", True),  # squeeze-excite
-    ],
-)
-def test_sees_whole_tile(encoder: str, whole: bool) -> None:
-    network = make(encoder=encoder).train()
-    assert sees_whole_tile(network, receptive_radius_px(network)) is whole
+@pytest.mark.parametrize("encoder", ["resnet10t", "test_convnext", "test_vit", "mobilenetv3_small_050"])
+def test_attention_and_squeeze_excite_see_the_whole_tile(encoder: str) -> None:
+    network = make(encoder=encoder)
+    assert sees_whole_tile(network, receptive_radius_px(network)) == (encoder in ("test_vit", "mobilenetv3_small_050"))
     assert network.training

@@ -63,20 +63,13 @@ def test_var() -> None:
 # The model card
 
 
-@pytest.fixture(scope="module")
-def network():
-    return make_model().network
+NETWORK = make_model().network
 
 
-@pytest.fixture
-def section(network):
+def section(record: ModelRecord, title: str, license: str | None = None) -> str:
     """A section of the card of a record."""
-
-    def section(record: ModelRecord, title: str, license: str | None = None) -> str:
-        text = PixNet(network, record).generate_model_card(repo_id="lab/model", license=license).text
-        return text.split(f"## {title}\n")[1].split("\n## ")[0]
-
-    return section
+    text = PixNet(NETWORK, record).generate_model_card(repo_id="lab/model", license=license).text
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -91,7 +84,7 @@ def rows(text: str) -> list[list[str]]:
         ({"8 µm": 5}, "Held out: whole slides (new)"),
     ],
 )
-def test_data_and_splits(section, of_another: dict[str, int] | None, says: str) -> None:
+def test_data_and_splits(of_another: dict[str, int] | None, says: str) -> None:
     slides = {"a|b\n| c": SLIDE}  # a name that would break a table
     if of_another is not None:
         new = {**SLIDE, "training_regions": {}, "held_out_regions": of_another}
@@ -103,7 +96,7 @@ def test_data_and_splits(section, of_another: dict[str, int] | None, says: str) 
         assert rows(text)[0][-4:] == ["0.2735 (bins)", "12,345 8 µm", "678 8 µm", "square_008um"]
 
 
-def test_scores(section) -> None:
+def test_scores() -> None:
     record = make_record(genes=82, held_out_pcc=[*np.linspace(-0.1, 0.7, 81), None], training={"keep_best": True})
     text = section(record, "Held-out scores")
     assert rows(text)[0] == ["81 of 82", "0.300", "0.100", "0.300", "0.500", "0.700", "-0.100"]
@@ -118,13 +111,13 @@ def test_scores(section) -> None:
 
 
 @pytest.mark.parametrize("pcc", [[], [None, None, None]])
-def test_without_scores_it_claims_none(section, pcc: list[None]) -> None:
+def test_without_scores_it_claims_none(pcc: list[None]) -> None:
     text = section(make_record(held_out_pcc=pcc), "Held-out scores")
     assert "is not known" in text
     assert "|" not in text
 
 
-def test_model_and_training(section) -> None:
+def test_model_and_training() -> None:
     record = make_record(**KNOWN)
     model = dict(rows(section(record, "Model")))
     assert model["encoder"] == "timm `test_resnet`, from imagenet, frozen"
@@ -134,7 +127,7 @@ def test_model_and_training(section) -> None:
     assert training == {"epochs run": "`2`", "lr": "`0.001`", "keep best": "`True`", "version of torch": "`2.9`"}
 
 
-def test_licence(section) -> None:
+def test_licence() -> None:
     text = section(make_record(**KNOWN), "Licence", "cc-by-4.0")
     assert "`cc-by-4.0`." in text
     assert "(imagenet)" in text

@@ -61,13 +61,11 @@ class Lattice(Regions):
 
     @property
     def bounds(self) -> Float:
-        """Bounding boxes, shape (n, 4)."""
         centre = self.centre_xy
         return np.concatenate([centre - self.reach, centre + self.reach], axis=1)
 
     @property
     def area(self) -> Float:
-        """Areas, px²."""
         return np.full(len(self), self.pitch**2 if self.radius is None else np.pi * self.radius**2)
 
     def transform(self, matrix: ArrayLike) -> Lattice:
@@ -78,7 +76,6 @@ class Lattice(Regions):
         return Lattice(self.row, self.col, matrix @ self.to_grid, radius)
 
     def subset(self, index: ArrayLike) -> Lattice:
-        """Pick regions by an index."""
         index = np.asarray(index)
         return Lattice(self.row[index], self.col[index], self.to_grid, self.radius)
 
@@ -90,15 +87,12 @@ class Lattice(Regions):
         return squares(self.centre_xy, self.pitch, float(np.arctan2(y, x)))
 
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
-        """See `Regions.spans`."""
         return self.plain().spans(row0, row1, col0, col1)
 
     def touching(self, x0: float, y0: float, x1: float, y1: float) -> NDArray[np.intp]:
-        """See `Regions.touching`."""
         return self._centred(x0 - self.reach, y0 - self.reach, x1 + self.reach, y1 + self.reach)
 
     def within(self, x0: float, y0: float, x1: float, y1: float) -> NDArray[np.intp]:
-        """See `Regions.within`."""
         return self._centred(x0 + self.reach, y0 + self.reach, x1 - self.reach, y1 - self.reach)
 
     def _centred(self, x0: float, y0: float, x1: float, y1: float) -> NDArray[np.intp]:

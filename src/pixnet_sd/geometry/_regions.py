@@ -117,12 +117,10 @@ class Circles(Regions):
 
     @cached_property
     def bounds(self) -> Float:
-        """Bounding boxes, shape (n, 4)."""
         return np.concatenate([self.centre_xy - self.radius[:, None], self.centre_xy + self.radius[:, None]], axis=1)
 
     @property
     def area(self) -> Float:
-        """Areas, px²."""
         return np.pi * self.radius**2
 
     def transform(self, matrix: ArrayLike) -> Circles:
@@ -131,12 +129,10 @@ class Circles(Regions):
         return Circles(_apply(matrix, self.centre_xy), self.radius * scale)
 
     def subset(self, index: ArrayLike) -> Circles:
-        """See `Regions.subset`."""
         index = np.asarray(index)
         return Circles(self.centre_xy[index], self.radius[index])
 
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
-        """See `Regions.spans`."""
         cx, cy = self.centre_xy.T
         first = np.clip(first_centre(cy - self.radius), row0, row1)
         last = np.clip(np.floor(cy + self.radius - (0.5 - SNAP_PX)).astype(np.int64) + 1, first, row1)
@@ -195,7 +191,6 @@ class Polygons(Regions):
 
     @cached_property
     def bounds(self) -> Float:
-        """Bounding boxes, shape (n, 4)."""
         starts = self._region_offsets[:-1]
         sides = [reduce.reduceat(self.vertices, starts) for reduce in (np.minimum, np.maximum)]
         return np.concatenate(sides, axis=1).reshape(-1, 4)
@@ -212,7 +207,6 @@ class Polygons(Regions):
 
     @property
     def area(self) -> Float:
-        """Areas, px²."""
         return np.abs(self._moments[0])
 
     @property
@@ -229,7 +223,6 @@ class Polygons(Regions):
         return Polygons(_apply(matrix, self.vertices), self.ring_offsets, self.ring_region, self.n_regions)
 
     def subset(self, index: ArrayLike) -> Polygons:
-        """See `Regions.subset`."""
         picked = np.arange(self.n_regions)[np.asarray(index)]
         ring, owner = ranges(self._rings[picked], np.diff(self._rings)[picked])
         sizes = np.diff(self.ring_offsets)[ring]
@@ -332,14 +325,11 @@ class LabelGrid(Regions):
         return LabelGrid(self.labels, self.ids, np.asarray(matrix, np.float64) @ self.to_grid, self._extent)
 
     def subset(self, index: ArrayLike) -> LabelGrid:
-        """See `Regions.subset`."""
         area, centre, box = (values[np.asarray(index)] for values in self._extent)
         return LabelGrid(self.labels, self.ids[np.asarray(index)], self.to_grid, (area, centre, box))
 
     def spans(self, row0: int, row1: int, col0: int, col1: int) -> Spans:
         """Look up the label under each pixel centre, see `Regions.spans`."""
-        if row1 <= row0 or col1 <= col0:
-            return Spans(*(np.empty(0, np.int64) for _ in range(4)))
         x, y = np.meshgrid(np.arange(col0, col1) + 0.5, np.arange(row0, row1) + 0.5)
         xy = _apply(np.linalg.inv(self.to_grid), np.stack([x.ravel(), y.ravel()], axis=1))
         xy = np.floor(xy + SNAP_PX).astype(np.int64)

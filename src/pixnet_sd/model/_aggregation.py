@@ -70,11 +70,7 @@ def build_operator(
     window = grid.window if window is None else window
     box = slide = Window(0, grid.height * grid.stride, 0, grid.width * grid.stride)
     if inside is not None:
-        rows, cols = (
-            (max(inside.row0, 0), min(inside.row1, slide.row1)),
-            (max(inside.col0, 0), min(inside.col1, slide.col1)),
-        )
-        box = Window(*rows, *cols)
+        box = Window(max(inside.row0, 0), min(inside.row1, box.row1), max(inside.col0, 0), min(inside.col1, box.col1))
     if isinstance(regions, Lattice) and (closed := _lattice_operator(regions, grid, window, box)) is not None:
         return closed
     rows = reach(window.row0, window.row1, grid.height, grid.stride)
@@ -232,9 +228,8 @@ def _one_axis(
     """Weigh the intervals between edges, px, on the window's pixels of one axis; also count the pixels in each."""
     edge = np.clip(first_centre(edges), *inside)
     low = np.arange(*window)
-    before = cumulated_weights(*window, size, stride)[
-        low - window[0], np.clip(edge[:, None] - (low - 1) * stride, 0, 3 * stride)
-    ]
+    reached = np.clip(edge[:, None] - (low - 1) * stride, 0, 3 * stride)
+    before = cumulated_weights(*window, size, stride)[low - window[0], reached]
     return sparse.csr_array(np.diff(before, axis=0)), np.diff(edge).astype(np.float64)
 
 

@@ -228,15 +228,14 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         """
         # Not the mixin's: it deletes the config.json of a model that is there before anything is written.
         directory = self.save(save_directory)
-        options = {"repo_id": repo_id or directory.name, **(model_card_kwargs or {})}
         path = directory / _CARD
         try:
             if self.record.weights_sha256.encode() not in read_regular(path, most_bytes=_CARD_BYTES):
                 logger.warning("%s was not written for this model, and stays as it is; delete it for a new one", path)
         except FileNotFoundError:
-            text = str(self.generate_model_card(**options))
+            card = self.generate_model_card(**{"repo_id": repo_id or directory.name, **(model_card_kwargs or {})})
             with _writing(directory), replace_file(path) as aside:
-                aside.write_text(text, encoding="utf-8")
+                aside.write_text(str(card), encoding="utf-8")
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or directory.name, model_card_kwargs=model_card_kwargs, **push_to_hub_options)
@@ -334,16 +333,13 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def _read_network(folder: Path, record: ModelRecord) -> Network:
-    """Build the network of a record, on the CPU, with the weights beside it; nothing is believed before it is checked.
-
-    The shapes come from an outline without memory; None for an encoder that cannot be made so.
-    """
+    """Build the network of a record, on the CPU, with the weights beside it; all is checked before it is believed."""
     path = folder / _WEIGHTS
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what timm says of a model on the meta device does not concern a user
             outline = _network(record).state_dict()
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):  # an encoder of which no outline can be made
         check_file(path)
     else:
         sizes = (t.numel() * t.element_size() + _BYTES_A_TENSOR for t in outline.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -89,13 +89,11 @@ class Head(nn.Module):
     @torch.no_grad()
     def select(self, index: ArrayLike, scale: float = 1.0) -> Head:
         """Make a frozen float32 copy for some outputs; `scale` multiplies densities, to give them another unit."""
-        index = torch.as_tensor(index)
+        index = torch.as_tensor(index, device=self.weight.device)
         chosen = Head(self.in_features, len(index), self.link)
-        for name in ("weight", "bias", *([] if self.is_linear else ["unit", "is_total"])):
-            value = getattr(self, name).detach()[index.to(self.weight.device)]
-            getattr(chosen, name).data = value if name == "is_total" else value.float()
+        chosen.weight.data, chosen.bias.data = self.weight[index].float(), self.bias[index].float()
         if not self.is_linear:
-            chosen.unit *= scale
+            chosen.unit, chosen.is_total = self.unit[index].float() * scale, self.is_total[index]
             whole, chosen._whole = self._whole or self, Head(self.in_features, 1)
             chosen._whole.weight.data = whole.weight.detach()[-1:].float()
             chosen._whole.bias.data = whole.bias.detach()[-1:].float()
@@ -315,13 +313,11 @@ def receptive_radius_px(network: Network) -> int:
         spread = (kernel - 1) * dilation // 2 + (kernel + 1) % 2  # input pixels to one side
         reach += spread * side / args[0].shape[-1]
 
-    handles = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, _SPREADING)]
-    try:
-        with _evaluating(network) as device:
-            network(torch.zeros(1, 3, side, side, device=device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _evaluating(network) as device, ExitStack() as hooks:
+        for module in network.modules():
+            if isinstance(module, _SPREADING):
+                hooks.enter_context(module.register_forward_hook(add))
+        network(torch.zeros(1, 3, side, side, device=device))
     return int(-(-reach // _ALIGN_PX) * _ALIGN_PX)
 
 
@@ -392,35 +388,29 @@ class Part:
 class Objective(nn.Module, ABC):
     """A loss."""
 
-    has_total: bool  # whether the last output is the sum over all genes
+    has_total = False  # whether the last output is the sum over all genes
 
-    @abstractmethod
-    def n_varying(self, measured: Iterable[Tensor]) -> Tensor | None:
+    def n_varying(self, measured: Iterable[Tensor]) -> Tensor | None:  # noqa: ARG002 - a likelihood needs no number
         """Count the outputs that differ between regions, a scalar to divide by, from groups of them; None: unneeded."""
+        return None
 
     @abstractmethod
     def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
         """Return the share of the loss of a group of outputs, over the regions of one size, each (n, outputs)."""
 
-    @abstractmethod
-    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
+    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:  # noqa: ARG002 - where they are log-normalised
         """Log-normalise predictions, or targets, of a group of outputs, given those of the sum (n, 1)."""
+        return values
 
 
 class MsePcc(Objective):
-    """Eq. 6 (Zhang et al., arXiv 2503.01347): squared error plus λ (`pcc_weight`) times the correlation loss.
-
-    It is taken of log-normalised expression.
-    """
-
-    has_total = False
+    """Squared error + `pcc_weight` times the correlation loss, of log-normalised values (Eq. 6, arXiv 2503.01347)."""
 
     def __init__(self, pcc_weight: float) -> None:
         super().__init__()
         self.pcc_weight = pcc_weight
 
     def n_varying(self, measured: Iterable[Tensor]) -> Tensor:
-        """See `Objective.n_varying`."""
         return torch.stack([_varying(group).sum() for group in measured]).sum()
 
     def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
@@ -429,10 +419,6 @@ class MsePcc(Objective):
         squared = ((predicted - measured) ** 2).mean(0).sum() / about.n_outputs
         uncorrelated = torch.where(_varying(measured), 1 - pearson_per_gene(predicted, measured), 0.0)
         return squared + self.pcc_weight * uncorrelated.sum() / about.n_varying.clamp_min(1)
-
-    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:  # noqa: ARG002 - values are log-normalised
-        """See `Objective.comparable`."""
-        return values
 
 
 class CountLoss(Objective):
@@ -457,12 +443,7 @@ class CountLoss(Objective):
         if likelihood == "nb":
             self.log_dispersion = nn.Parameter(torch.full((n_sizes, n_outputs), -2.0))
 
-    def n_varying(self, measured: Iterable[Tensor]) -> None:  # noqa: ARG002 - a likelihood needs no such number
-        """See `Objective.n_varying`."""
-        return
-
     def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
-        """See `Objective.part`."""
         known = about.densities
         assert known is not None  # counts are sums of densities
         # What is predicted of a gene and of all rise together, so their ratio has to be what is learnt from: with the
@@ -482,7 +463,6 @@ class CountLoss(Objective):
         return (loss.sum(0) / usual.sum(0).clamp_min(_TINY)).sum() / about.n_outputs
 
     def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
-        """See `Objective.comparable`."""
         assert total is not None  # it is the last output
         return log_normalised(values, total, self.target_sum)
 

@@ -145,7 +145,6 @@ class SparseOperator(Operator):
     n_px: Float | Tensor
 
     def apply(self, features: Tensor) -> Tensor:
-        """See `Operator.apply`."""
         return _aggregate(features, self.matrix)
 
 
@@ -163,7 +162,6 @@ class SeparableOperator(Operator):
     n_px: Float | Tensor
 
     def apply(self, features: Tensor) -> Tensor:
-        """See `Operator.apply`."""
         (n_rows, height), (n_cols, width) = self.rows.shape, self.cols.shape
         channels = features.shape[1]
         down = _aggregate(features.reshape(height, width * channels), self.rows).view(n_rows, width, channels)
@@ -180,12 +178,10 @@ class TiledOperator(Operator):
 
     @property
     def n_px(self) -> Float | Tensor:  # type: ignore[override]
-        """See `Operator`."""
         each = [tile.n_px for tile in self.tiles]
         return torch.cat(each) if isinstance(each[0], Tensor) else np.concatenate(each)  # type: ignore[arg-type]
 
     def apply(self, features: Tensor) -> Tensor:
-        """See `Operator.apply`."""
         rows = features.chunk(len(self.tiles))
         return torch.cat([tile.apply(own) for tile, own in zip(self.tiles, rows, strict=True)])
 
@@ -198,7 +194,6 @@ class TiledOperator(Operator):
         return whole.staged(gradient=gradient, pin=pin)
 
     def moved(self, move: Move) -> Operator:
-        """See `Operator.moved`."""
         return TiledOperator([tile.moved(move) for tile in self.tiles])
 
 

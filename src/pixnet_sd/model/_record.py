@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 from pydantic_core import to_json
 
 from pixnet_sd._files import hash_regular, read_regular
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     import pandas  # noqa: ICN001 - as the pages link it
 
 Link = Literal["identity", "softplus"]
-_Schema = TypeVar("_Schema", bound=BaseModel)
 
 CHECKSUMS = "checksums.json"
 CONFIG = "config.json"
@@ -191,7 +190,8 @@ def read_record(folder: Path) -> ModelRecord:
             f"{str(path)!r} is not a checkpoint of this package: its format is {shown(stated)}, and {FORMAT!r} is "
             f"needed. {remedy}"
         )
-    _validated(RecordSchema, content, path)
+    with _noticing_damage(path):
+        RecordSchema.model_validate(content)
     check_file(path)
     known = {f.name: content[f.name] for f in fields(ModelRecord)}
     return ModelRecord(**known | {"decoder": TypeAdapter(DecoderConfig).validate_python(known["decoder"])})
@@ -203,15 +203,14 @@ def _read_json(path: Path, most_bytes: int, if_missing: str, *, allow_nan: bool 
         text = read_regular(path, most_bytes=most_bytes)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(if_missing) from error
-    try:
+    with _noticing_damage(path):
         return parse_json(text, allow_nan=allow_nan)
-    except ValueError as error:
-        raise damaged(path, what_is_wrong(error)) from error
 
 
-def _validated(schema: type[_Schema], content: Any, path: Path) -> _Schema:
+@contextmanager
+def _noticing_damage(path: Path) -> Iterator[None]:
     try:
-        return schema.model_validate(content)
+        yield
     except ValueError as error:
         raise damaged(path, what_is_wrong(error)) from error
 
@@ -244,7 +243,8 @@ def check_file(path: Path, *, most_bytes: int | None = None) -> None:
         f"part, or saving was cut off. {_REMEDY}"
     )
     content = _read_json(checksums, _MOST_CHECKSUMS_BYTES, missing)
-    wanted = _validated(ChecksumsSchema, content, checksums).files.get(path.name)
+    with _noticing_damage(checksums):
+        wanted = ChecksumsSchema.model_validate(content).files.get(path.name)
     if wanted is None:
         raise damaged(checksums, f"{path.name} is not in it")
     try:
