@@ -25,10 +25,10 @@ def tissue() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def circles() -> Circles:
-    """Anywhere, then off the slide, and between pixel centres on tissue and on glass."""
+    """Anywhere, off the slide, between pixel centres on tissue and on glass, and on glass with tissue in its box."""
     rng = np.random.default_rng(2)
     anywhere = rng.uniform([-10, -10, 0.2], [WIDTH + 10, HEIGHT + 10, 25], (60, 3))
-    x, y, radius = np.concatenate([anywhere, [[-50, 50, 5], [40, 40, 0.2], [160, 2, 0.2]]]).T
+    x, y, radius = np.concatenate([anywhere, [[-50, 50, 5], [40, 40, 0.2], [160, 2, 0.2], [121, 113, 20]]]).T
     return Circles(np.stack([x, y], 1), radius)
 
 
@@ -63,5 +63,6 @@ def test_windows_leave_no_trace(tissue, circles, plan_side: int, side: int) -> N
 def test_only_regions_near_a_window_are_looked_at(tissue) -> None:
     row, col = (part.ravel() for part in np.mgrid[: HEIGHT // 8, : WIDTH // 8])
     bins = Lattice(row, col, np.diag([8, 8, 1.0])).plain()
-    found = plan_regions(bins, GRID, tissue, 45).window(next(windows_of(GRID, 4)))
-    assert 4 <= len(found.index) <= 25
+    near, *_, far = windows_of(GRID, 4)
+    assert 4 <= len(plan_regions(bins, GRID, tissue, 45).window(near).index) <= 25
+    assert plan_regions(bins.subset([0]), GRID, tissue, 45).window(far) is None
