@@ -169,15 +169,11 @@ def learnable(
         height: int = 96, width: int = 112, *, radii: Sequence[float] = (6.0,), seed: int = 0, name: str = "slide"
     ) -> TrainingSlide:
         read = Reader(draw(height, width, seed))
-        regions = [lattice(height, width, 2.5 * r, r) for r in radii]
-        values = []
-        for circles in regions:
-            spans = circles.spans(0, height, 0, width)
-            total = np.zeros((len(circles), 3))
-            for k, row, start, stop in zip(*spans, strict=True):
-                total[k] += read.pixels[row, start:stop].sum(axis=0)
-            n = np.bincount(spans.region, spans.stop - spans.start, len(circles))
-            values.append((total / n[:, None] / 128).astype(np.float32))
+        regions, values = [lattice(height, width, 2.5 * r, r) for r in radii], []
+        y, x = np.mgrid[:height, :width] + 0.5
+        for circles, r in zip(regions, radii, strict=True):
+            inside = (np.hypot(x - cx, y - cy) <= r for cx, cy in circles.centre_xy)
+            values.append(np.array([read.pixels[mask].mean(axis=0) / 128 for mask in inside], np.float32))
         return slide_of(*regions, values=values, read=read, height=height, width=width, name=name)
 
     return make

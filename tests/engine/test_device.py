@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import platform
 import threading
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from unittest.mock import Mock, call
 
@@ -17,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixnet_sd.engine import Buffers, Copies, Pairs, Writer, fixed_shapes, kept_memory, make_fabric, prefetch
+from pixnet_sd.engine import Buffers, Copies, Writer, fixed_shapes, kept_memory, make_fabric, prefetch, two_threads
 from pixnet_sd.errors import PixNetError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -56,22 +55,12 @@ def test_bf16_on_a_gpu_that_computes_in_it(monkeypatch, emulated: bool) -> None:
         assert (ones @ ones).dtype == (torch.float32 if emulated else torch.bfloat16)
 
 
-def raise_within(run: contextlib.AbstractContextManager[object], look: Callable[[], None]) -> None:
-    """Fail inside of a context, after a look at what is set there."""
-
-    def fail_within() -> None:
-        with run:
-            look()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail_within()
-
-
 def test_kernels_are_tried_on_a_gpu_and_the_setting_is_put_back() -> None:
     seen: list[bool] = []
     for device in ("cuda", "cpu"):
-        raise_within(fixed_shapes(torch.device(device)), lambda: seen.append(torch.backends.cudnn.benchmark))
+        with suppress(KeyError), fixed_shapes(torch.device(device)):
+            seen.append(torch.backends.cudnn.benchmark)
+            raise KeyError
         seen.append(torch.backends.cudnn.benchmark)
     assert seen == [True, False, False, False]
 
@@ -81,7 +70,9 @@ def test_memory_is_kept_and_given_back(monkeypatch, device: str, library: str) -
     libc = Mock()
     monkeypatch.setattr(platform, "libc_ver", lambda: (library, ""))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
-    raise_within(kept_memory(torch.device(device)), libc.inside)
+    with suppress(KeyError), kept_memory(torch.device(device)):
+        libc.inside()
+        raise KeyError
     expected = [call.mallopt(-3, 2**30), call.mallopt(-1, 2**31 - 1), call.inside()]
     expected += [call.mallopt(-3, 2**25), call.mallopt(-1, 2**26), call.malloc_trim(0)]
     assert libc.mock_calls == (expected if (device, library) == ("cpu", "glibc") else [call.inside()])
@@ -118,25 +109,16 @@ def test_batches_are_whole_while_the_device_is_busy() -> None:
     assert [float(total) for _, total in sums] == [float(k) for k, _ in sums]
 
 
-def test_pairs_keep_the_order_and_give_threads_back() -> None:
-    assert not Pairs(torch.device("cpu"))  # one thread
-    assert not Pairs(torch.device("cuda"))
+@pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cuda", 2), ("cpu", 2)])
+def test_two_threads_share_those_of_torch_and_give_them_back(device: str, threads: int) -> None:
     before, seen = torch.get_num_threads(), []
-
-    def stack(images: list[Tensor]) -> Tensor:
-        seen.append(torch.get_num_threads())
-        return torch.stack(images)
-
-    torch.set_num_threads(2)
-    try:
-        pairs = Pairs(torch.device("cpu"))
-        values = pairs.map(stack, [torch.full((2,), k) for k in range(5)])
-        pairs.close()
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert values.tolist() == [[k, k] for k in range(5)]
-    assert set(seen) == {1}
+    torch.set_num_threads(threads)
+    with suppress(KeyError), two_threads(torch.device(device)) as pool:
+        seen += [torch.get_num_threads()] if pool is None else pool.map(lambda _: torch.get_num_threads(), range(5))
+        raise KeyError
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert (seen, after) == ([threads] if (device, threads) != ("cpu", 2) else [1] * 5, threads)
 
 
 def test_several_threads_write_at_once_and_one_keeps_the_order() -> None:
@@ -152,21 +134,11 @@ def test_several_threads_write_at_once_and_one_keeps_the_order() -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_few_results_wait(threads: int) -> None:
-    gate, submitted, written = threading.Event(), [], []
-
-    def submit_all() -> None:
-        with Writer(threads) as writer:
-            for k in range(12):
-                submitted.append(k)
-                writer.submit(lambda k=k: gate.wait(10) and written.append(k))
-
-    submitting = threading.Thread(target=submit_all)
-    submitting.start()
-    while len(submitted) < threads + 2:
-        time.sleep(0.001)
-    assert len(submitted) == threads + 2  # the last of them is the one that waits
-    gate.set()
-    submitting.join(10)
+    written: list[int] = []
+    with Writer(threads) as writer:
+        for k in range(12):
+            writer.submit(lambda k=k: time.sleep(0.01) or written.append(k))
+            assert len(written) >= k - threads
     assert sorted(written) == list(range(12))
 
 
@@ -181,14 +153,12 @@ def test_a_writers_error_comes_out(threads: int) -> None:
 
 
 def test_what_waits_is_dropped_when_the_caller_fails() -> None:
-    gate, written, writer = threading.Event(), [], Writer()
-
-    def submit() -> None:
+    gate, written = threading.Event(), []
+    with suppress(KeyError), Writer() as writer:
         writer.submit(gate.wait, 10)
         writer.submit(written.append, 1)
         threading.Timer(0.05, gate.set).start()
-
-    raise_within(writer, submit)
+        raise KeyError
     assert not written
 
 

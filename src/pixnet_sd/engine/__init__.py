@@ -7,12 +7,12 @@ from ._device import (
     BLOCK_WRITERS,
     Buffers,
     Copies,
-    Pairs,
     Writer,
     fixed_shapes,
     kept_memory,
     make_fabric,
     prefetch,
+    two_threads,
 )
 from ._tiles import (
     ALIGN_PX,
@@ -38,7 +38,6 @@ __all__ = [
     "Buffers",
     "Copies",
     "MeasuredRegions",
-    "Pairs",
     "ReadTile",
     "Tile",
     "TrainingSlide",
@@ -51,5 +50,6 @@ __all__ = [
     "make_fabric",
     "prefetch",
     "training_tiles",
+    "two_threads",
     "undo_symmetry",
 ]

@@ -147,31 +147,21 @@ class Copies:
             queued.append(done)
 
 
-class Pairs:
-    """Computes tiles in two threads, with half of torch's threads each; False on a GPU or with one thread.
+@contextmanager
+def two_threads(device: torch.device) -> Iterator[ThreadPoolExecutor | None]:
+    """Make a pool for tiles, of two threads with half of torch's threads each; None on a GPU or with one thread.
 
     Threads that share a tile spin after every layer while they wait, for long where writers compress in between.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._threads = torch.get_num_threads()
-        self._pool = None
-        if device.type == "cpu" and self._threads > 1:
-            self._pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(self._threads // 2,))
-
-    def __bool__(self) -> bool:
-        return self._pool is not None
-
-    def map(self, compute: Callable[[list[Tensor]], Tensor], images: list[Tensor]) -> Tensor:
-        """Apply a function to each tile, and put the results, each (1, ...), one after another."""
-        assert self._pool is not None  # asked for before
-        return torch.cat(list(self._pool.map(compute, [[image] for image in images])))
-
-    def close(self) -> None:
-        """Give the threads back."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            torch.set_num_threads(self._threads)
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield None
+        return
+    try:
+        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 _WAITING = 2  # results that may wait to be written; each may be hundreds of MB

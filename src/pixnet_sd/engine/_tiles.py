@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, Self, cast
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -108,12 +108,6 @@ class TrainingSlide:
         kept = tuple(m.subset(i) for m, i in zip(self.measured, indices, strict=True) if len(i))
         return replace(self, measured=kept)
 
-    @property
-    def cover(self) -> NDArray[np.float64]:
-        """Box around the regions of all sizes, and the largest side of any: x0, y0, x1, y1, side."""
-        each = np.array([m.cover for m in self.measured])
-        return cast(NDArray[np.float64], np.concatenate([each[:, :2].min(0), each[:, 2:].max(0)]))
-
 
 class Tile(NamedTuple):
     """A rectangle of working pixels."""
@@ -170,7 +164,9 @@ def training_tiles(
     `once` gives each region to the first tile that holds it only, so that validation counts it once.
     """
     margin = tile_px // MARGIN_SHARE
-    left, top, right, bottom, side = slide.cover + np.array([-margin, -margin, margin, margin, 2 * margin])
+    covers = np.array([m.cover for m in slide.measured])
+    left, top = covers[:, :2].min(axis=0) - margin
+    right, bottom, side = covers[:, 2:].max(axis=0) + np.array([margin, margin, 2 * margin])
     if side > tile_px - ALIGN_PX:
         raise PixNetError(
             f"Slide {slide.name!r} has regions that need tiles of {side + ALIGN_PX:.0f} working pixels, and tiles are "

@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
 from pixnet_sd.engine import AHEAD, make_fabric
-from pixnet_sd.engine.predict import PredictPlan, RegionPlan, StoredMap, Tiling, Walk, plan_regions, window_side
+from pixnet_sd.engine.predict import Block, PredictPlan, RegionPlan, StoredMap, Tiling, Walk, plan_regions, window_side
 from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, LabelGrid, Lattice, Polygons, RegionShare, Window
 from pixnet_sd.model import Factors, Network, apply_head, build_encoder, receptive_radius_px
-
-Block = tuple[int, int, int, int]
 
 HEIGHT, WIDTH = 301, 371
 GRID = Grid(76, 93, MAP_STRIDE)
@@ -86,11 +84,6 @@ def known(make_network, pixels, reader) -> Callable[[str], tuple[Network, int, N
         return network, halo_px, whole[:, first : first + GRID.height, first : first + GRID.width]
 
     return make
-
-
-@pytest.fixture(scope="module")
-def network(known) -> Network:
-    return known("mean")[0]
 
 
 @pytest.fixture(scope="module")
@@ -295,27 +288,25 @@ def test_neither_map_nor_regions_depend_on_the_walk(
 
 @pytest.mark.parametrize("aggregation", ["mean", "sum"])
 def test_sums_of_d_become_those_of_the_genes(make_network, walk, aggregation) -> None:
-    net, regions = make_network(aggregation=aggregation), CIRCLES
-    found = walk(regions, net=net, pooled=True, block_px=16)
+    net = make_network(aggregation=aggregation)
+    found = walk(CIRCLES, net=net, pooled=True, block_px=16)
     on_slide = found.weight > 0
     weight, n_px = net.head.weight.detach()[GENES], torch.from_numpy(found.weight[on_slide]).float()[:, None]
     pooled = torch.from_numpy(found.sums[on_slide]).float()
     values = apply_head(pooled, n_px, weight, net.head.bias.detach()[GENES], aggregation).numpy()
-    expected = walk(regions, net=net).values
+    expected = walk(CIRCLES, net=net).values
     np.testing.assert_array_equal(on_slide, ~np.isnan(expected).any(axis=1))
     np.testing.assert_allclose(values, expected[on_slide], rtol=1e-5, atol=1e-5 * np.nanstd(expected))
 
 
 def test_two_threads_take_a_tile_each(walk, gene_map, tissue) -> None:
-    regions, before = CIRCLES, torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        found = walk(regions, 64, block_px=16)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    found = walk(CIRCLES, block_px=16)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
     assert_close(found.map.values[:, tissue], gene_map[:, tissue], gene_map.std())
-    assert_close(found.values, literal(regions, gene_map, tissue, "mean"), gene_map.std())
+    assert_close(found.values, literal(CIRCLES, gene_map, tissue, "mean"), gene_map.std())
 
 
 def test_a_halo_too_narrow_shows(walk, gene_map, tissue) -> None:
@@ -327,7 +318,7 @@ def test_a_halo_too_narrow_shows(walk, gene_map, tissue) -> None:
 def test_only_tissue_tiles_run(walk, known, pixels, reader, tissue) -> None:
     """And without a map only those at regions; a forward pass takes tiles of several windows."""
     (network, halo_px, _), read, passes = known("mean"), reader(pixels), []
-    handle = network.encoder.register_forward_hook(lambda _module, inputs, _output: passes.append(len(inputs[0])))
+    handle = network.encoder.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
     found = walk(block_px=16, batch_size=4, read=read)
     handle.remove()
     corners = itertools.product(range(0, GRID.height, 16), range(0, GRID.width, 16))
@@ -379,13 +370,10 @@ def test_a_stored_map_gives_the_same_values(walk, stored, gene_map, tissue, kind
 def test_stored_factors_give_map_and_regions(make_network, walk, tissue, link, pooled: bool) -> None:
     net = make_network(link=link)
     factors = Factors(net.head.in_features)
-    values = walk(sink=Map(16, n_channels=factors.n_outputs), net=net, shown=factors).map.values
-    values = np.nan_to_num(values)
+    values = np.nan_to_num(walk(sink=Map(16, n_channels=factors.n_outputs), net=net, shown=factors).map.values)
     np.testing.assert_array_equal(values[-1], tissue)
     assert not values[:, ~tissue].any()
-
-    regions = POLYGONS
-    on_tissue = regions.subset(np.flatnonzero(~plan_regions(regions, GRID, tissue, 16).on_glass))
+    on_tissue = POLYGONS.subset([0, 1])
     options = {"net": net, "block_px": 16, "pooled": pooled}
     expected = walk(on_tissue, **options)
     found = walk(on_tissue, stored=stored_map(values[:-1], has_features=True), **options)
@@ -397,13 +385,13 @@ def test_stored_factors_give_map_and_regions(make_network, walk, tissue, link, p
 @pytest.mark.parametrize("block_px", [8, 16])
 def test_a_map_that_was_cut_off_goes_on(walk, gene_map, tissue, block_px: int) -> None:
     """Blocks that are done are left alone; regions over them are predicted all the same."""
-    regions, sink = CIRCLES, Map(block_px)
+    sink = Map(block_px)
     sink.done = set(sink.blocks[::3])
-    found = walk(regions, 64, sink=sink)
+    found = walk(CIRCLES, sink=sink)
     assert not set(sink.written) & sink.done
     assert walk(sink=Map(block_px, done=set(sink.blocks))).tiles_run == 0
     assert set(sink.written) | sink.done >= {b for b in sink.blocks if tissue[b[0] : b[1], b[2] : b[3]].any()}
-    assert_close(found.values, literal(regions, gene_map, tissue, "mean"), gene_map.std())
+    assert_close(found.values, literal(CIRCLES, gene_map, tissue, "mean"), gene_map.std())
     there = tissue & ~np.isnan(sink.values[0])
     assert_close(sink.values[:, there], gene_map[:, there], gene_map.std())
 
@@ -469,40 +457,25 @@ def test_the_network_is_left_in_evaluation_mode_without_gradients(make_network, 
 
 
 def test_windows_that_are_done_are_left_alone(walk) -> None:
-    regions = CIRCLES
-    windows = walk(regions).windows
-    found = walk(regions, done=lambda window: window in windows[:7])
+    windows = walk(CIRCLES).windows
+    found = walk(CIRCLES, done=lambda window: window in windows[:7])
     assert found.windows == windows[7:]
     assert found.tiles_run == len(windows) - 7
 
 
-def lattice_of_bins(pitch: float, angle: float, radius: float | None = None) -> Lattice:
-    row, col = (part.ravel() for part in np.mgrid[: int(290 / pitch), : int(360 / pitch)])
-    turn = np.array([[np.cos(angle), -np.sin(angle), 4.3], [np.sin(angle), np.cos(angle), 2.9], [0, 0, 1]])
-    return Lattice(row, col, turn @ np.diag([pitch, pitch, 1]), radius)
-
-
-@pytest.mark.parametrize(("tile_px", "block_px"), [(64, None), (64, 100), (256, None), (512, None)])
-def test_complete_shares_are_the_only_ones(walk, tile_px: int, block_px: int | None) -> None:
-    """`Walked.put` sees to it that a complete share comes alone; most small regions have one, in one window all."""
-    found = walk(lattice_of_bins(8.0, np.deg2rad(0.5)), tile_px, block_px=block_px)
-    assert set(found.whole) <= {0, 1}
-    share = found.whole[found.weight > 0].mean()
-    assert share == 1 if tile_px == 512 else share > 0.5
-
-
 @pytest.mark.parametrize(("angle", "radius"), [(0.0, None), (0.0, 2.4), (np.deg2rad(0.5), None)])
 def test_lattices_equal_their_plain_regions(walk, gene_map, angle: float, radius: float | None) -> None:
-    bins = lattice_of_bins(5.0, angle, radius)
+    row, col = (part.ravel() for part in np.mgrid[:58, :72])
+    turn = np.array([[np.cos(angle), -np.sin(angle), 4.3], [np.sin(angle), np.cos(angle), 2.9], [0, 0, 1]])
+    bins = Lattice(row, col, turn @ np.diag([5, 5, 1.0]), radius)
     one, other = (walk(each, 96, block_px=32) for each in (bins, bins.plain()))
     assert_close(one.values, other.values, gene_map.std())
     np.testing.assert_array_equal(one.whole, other.whole)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(network, walk, gene_map, tissue) -> None:
+def test_on_a_gpu(known, walk, gene_map, tissue) -> None:
     """bf16 rounds, and that is all."""
-    regions = CIRCLES
-    found = walk(regions, 64, 4, 16, net=copy.deepcopy(network), fabric=make_fabric("cuda"))
+    found = walk(CIRCLES, 64, 4, 16, net=copy.deepcopy(known("mean")[0]), fabric=make_fabric("cuda"))
     assert_close(found.map.values[:, tissue], gene_map[:, tissue], gene_map.std(), 0.1)
-    assert_close(found.values, literal(regions, gene_map, tissue, "mean"), gene_map.std(), 0.1)
+    assert_close(found.values, literal(CIRCLES, gene_map, tissue, "mean"), gene_map.std(), 0.1)

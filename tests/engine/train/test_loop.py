@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,9 +18,10 @@ from pixnet_sd.engine import TrainingSlide, make_fabric
 from pixnet_sd.engine.train import RunState, Scores, Trainer, hold_out_blocks, train
 from pixnet_sd.errors import CheckpointError, DivergenceError, PixNetError
 from pixnet_sd.geometry import Grid
-from pixnet_sd.model import Network, build_operator
+from pixnet_sd.model import build_operator
 
 FILE = "training_state.pt"
+OF_COUNTS = {"n_genes": 4, "link": "softplus"}  # three genes, and their sum
 
 
 class Interrupted(Exception):
@@ -60,7 +62,7 @@ def test_learns(make_network, run, learnable, held: bool) -> None:
     """Of several slides and sizes, every one is read; the model is said to be worth what it is."""
     slides = [learnable(radii=(6.0, 10.0)), learnable(64, 150, seed=1, name="second")]
     other = learnable(seed=2, name="other")
-    network = make_network(n_genes=3)
+    network = make_network()
     result = run(network, slides, [other] if held else [], max_epochs=10, stain_jitter=0.0)
     history, quality = result.history, result.quality
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
@@ -78,7 +80,7 @@ def test_learns(make_network, run, learnable, held: bool) -> None:
 def test_learns_counts(make_network, run, counted) -> None:
     """Of two sizes and depths; totals of regions of a size that it has not seen come out right too."""
     slides = [counted(radii=(5.0, 9.0)), counted(seed=2, name="deep", radii=(5.0, 9.0), depth=3.0)]
-    network = make_network(n_genes=4, link="softplus")
+    network = make_network(**OF_COUNTS)
     options = {"objective": "nb", "stain_jitter": 0.0, "max_epochs": 30}
     assert run(network, slides, [counted(seed=1, name="other")], **options).quality["pcc"] > 0.5
     (other,) = counted(seed=1, radii=(7.0,)).measured
@@ -116,11 +118,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     slides = [learnable()] if objective == "mse_pcc" else [counted(), counted(seed=2, name="two", depth=2.0)]
     training, held_out = hold_out_blocks(slides[0], 0.3, 0) if held else (slides[0], None)
     data = [training, *slides[1:]], ([held_out] if held else [])
-
-    def network() -> Network:
-        n_genes, link = (3, "identity") if objective == "mse_pcc" else (4, "softplus")
-        return make_network(frozen=frozen, dropout=0.3, n_genes=n_genes, link=link)
-
+    network = partial(make_network, frozen=frozen, dropout=0.3, **({} if objective == "mse_pcc" else OF_COUNTS))
     options = {"anneal": True, "objective": objective, "max_epochs": 4, "save_every_s": 0.0 if saved else 60.0}
     straight, resumed = network(), network()
     expected = run(straight, *data, folder="straight", **options)
@@ -192,12 +190,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *pccs: float, mse: tuple[float, ..
 )
 def test_the_epoch_that_is_kept(make_network, run, learnable, monkeypatch, options, pccs, n_epochs, best) -> None:
     slide, network, shorter = learnable(), make_network(), make_network()
-    scripted(monkeypatch, *pccs)
-    result = run(network, [slide], [slide], max_epochs=5, **options)
+    with monkeypatch.context() as patch:
+        scripted(patch, *pccs)
+        result = run(network, [slide], [slide], max_epochs=5, **options)
     assert [row["val_pcc"] for row in result.history] == list(pccs[:n_epochs])
     assert result.best_epoch == best
     assert result.pcc_per_gene == pytest.approx([pccs[best - 1], 0.25, float("nan")], nan_ok=True)
-    monkeypatch.undo()
     run(shorter, [slide], folder="shorter", max_epochs=best)
     assert same(network, shorter)
 
@@ -255,7 +253,7 @@ def test_divergence_is_an_error(make_network, run, learnable, counted, tmp_path,
     """Of the last step too, which no loss has seen; NaN has an error of its own."""
     logs = objective == "mse_pcc"
     slide = learnable() if logs else counted()
-    network = make_network(n_genes=3) if logs else make_network(n_genes=4, link="softplus")
+    network = make_network(**({} if logs else OF_COUNTS))
     with pytest.raises(PixNetError, match="Lower lr") as caught:
         run(network, [slide], [slide] if held else [], objective=objective, lr=lr, **steps)
     if "became nan" not in str(caught.value):

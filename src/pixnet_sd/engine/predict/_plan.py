@@ -255,7 +255,7 @@ def _look_at_boxes(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.intp]]:
     """By boxes only: map pixels near regions, regions whose box has no tissue, and those whose box has some glass."""
     near = _Covered(grid)
-    before = np.pad(tissue.astype(np.int32).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0))).astype(np.int32)
+    before = np.pad(tissue.cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32), ((1, 0), (1, 0)))
     on_glass, mixed = np.zeros(len(regions), bool), [np.empty(0, np.intp)]
     for place, chunk in chunks(regions):
         (x0, y0), (x1, y1) = near.add(chunk)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +28,12 @@ from pixnet_sd.engine import (
     AHEAD,
     Buffers,
     Copies,
-    Pairs,
     ReadTile,
     apply_symmetry,
     fixed_shapes,
     kept_memory,
     prefetch,
+    two_threads,
     undo_symmetry,
 )
 from pixnet_sd.geometry import MAP_STRIDE, RegionShare, Window
@@ -81,15 +82,14 @@ class Walk:
         self._head = plan.head.to(self._device)
         self._shown = self._head if plan.shown is plan.head else plan.shown
         self._contexts = ExitStack()
-        self._pairs: Pairs | None = None
+        self._pool: ThreadPoolExecutor | None = None
         self.batch_size = self._tiling.batch_size  # tiles of a forward pass
 
     def __enter__(self) -> Self:
         self._contexts.enter_context(fixed_shapes(self._device))
         self._contexts.enter_context(kept_memory(self._device))
-        self._pairs = Pairs(self._device)
-        self.batch_size = max(self._tiling.batch_size, 2 if self._pairs else 1)
-        self._contexts.callback(self._pairs.close)
+        self._pool = self._contexts.enter_context(two_threads(self._device))
+        self.batch_size = max(self._tiling.batch_size, 2 if self._pool else 1)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,7 +154,9 @@ class Walk:
 
     def _features(self, images: list[Tensor]) -> Tensor:
         """D of tiles without their halos, (B, C, t, t), float32, averaged over the symmetries."""
-        return self._pairs.map(self._forward, images) if self._pairs else self._forward(images)
+        if self._pool is None:
+            return self._forward(images)
+        return torch.cat(list(self._pool.map(self._forward, [[image] for image in images])))
 
     @torch.inference_mode()
     def _forward(self, images: list[Tensor]) -> Tensor:

@@ -52,16 +52,14 @@ def _seed_epoch(seed: int, epoch: int) -> np.random.Generator:
 
 def _start_head(network: Network, slides: Sequence[TrainingSlide], means: list[list[NDArray[Any]]]) -> None:
     """Start the head at the mean target of the training regions, given for each slide and size."""
-    every, density, typical = [mean for of_slide in means for mean in of_slide], [], []
-    for (slide, regions), mean in zip([(s, m.regions) for s in slides for m in s.measured], every, strict=True):
-        sample = np.unique(np.linspace(0, len(regions) - 1, _SAMPLE).astype(np.intp))
-        n_px = count_pixels(regions.subset(sample), slide.height, slide.width)
-        typical.append(np.median(n_px))
-        density.append(mean / (n_px.mean() * slide.depth))
-    if network.head.is_linear:
-        network.start_from(torch.from_numpy(np.mean(every, axis=0)), float(np.median(typical)))
-    else:
-        network.start_from(torch.from_numpy(np.mean(density, axis=0)))
+    every, typical = [], []
+    for slide, of_slide in zip(slides, means, strict=True):
+        for regions, mean in zip([m.regions for m in slide.measured], of_slide, strict=True):
+            sample = np.unique(np.linspace(0, len(regions) - 1, _SAMPLE).astype(np.intp))
+            n_px = count_pixels(regions.subset(sample), slide.height, slide.width)
+            typical.append(np.median(n_px) if network.head.is_linear else 1.0)
+            every.append(mean if network.head.is_linear else mean / (n_px.mean() * slide.depth))
+    network.start_from(torch.from_numpy(np.mean(every, axis=0)), float(np.median(typical)))
 
 
 def _trained(network: Network) -> dict[str, Tensor]:

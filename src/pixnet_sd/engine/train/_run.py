@@ -107,7 +107,7 @@ class RunState:
 
     def save(self, directory: Path) -> None:
         """Write atomically: a kill, a full disk or a folder that cannot be written leave the state that was there."""
-        content = {k: v for k, v in vars(self).items() if k != "best"} | {"best": vars(self.best)}
+        content = vars(self) | {"best": vars(self.best)}
         try:
             with replace_file(directory / _FILE) as aside, aside.open("w+b") as file:
                 torch.save(content, file)
