@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixnet_sd.engine import Buffers, Copies, Writer, fixed_shapes, kept_memory, make_fabric, prefetch, two_threads
+from pixnet_sd.engine import Buffers, Copies, Writer, fixed_shapes, freed_memory, make_fabric, prefetch, two_threads
 from pixnet_sd.errors import PixNetError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -65,15 +65,17 @@ def test_kernels_are_tried_on_a_gpu_and_the_setting_is_put_back() -> None:
     assert seen == [True, False, False, False]
 
 
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize(("device", "library"), [("cpu", "glibc"), ("cuda", "glibc"), ("cpu", "")])
-def test_memory_is_kept_and_given_back(monkeypatch, device: str, library: str) -> None:
+def test_memory_is_kept_and_given_back(monkeypatch, device: str, library: str, kept: bool) -> None:
     libc = Mock()
     monkeypatch.setattr(platform, "libc_ver", lambda: (library, ""))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
-    with suppress(KeyError), kept_memory(torch.device(device)):
+    with suppress(KeyError), freed_memory(torch.device(device), kept=kept):
         libc.inside()
         raise KeyError
-    expected = [call.mallopt(-3, 2**30), call.mallopt(-1, 2**31 - 1), call.inside()]
+    mapped, trimmed = (2**30, 2**31 - 1) if kept else (2**25, 2**17)
+    expected = [call.mallopt(-3, mapped), call.mallopt(-1, trimmed), call.inside()]
     expected += [call.mallopt(-3, 2**25), call.mallopt(-1, 2**26), call.malloc_trim(0)]
     assert libc.mock_calls == (expected if (device, library) == ("cpu", "glibc") else [call.inside()])
 

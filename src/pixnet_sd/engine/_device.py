@@ -69,19 +69,20 @@ def fixed_shapes(device: torch.device) -> Iterator[None]:
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt
 _KEPT_BYTES, _LARGEST_BYTES = 2**31 - 1, 2**30
-_USUAL_BYTES = 2**25  # what glibc's own threshold grows to
+_USUAL_BYTES, _USUAL_TRIM_BYTES = 2**25, 2**17  # the most that glibc's own threshold grows to, and what it starts with
 
 
 @contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
-    """Let freed memory of a run on the CPU be used again, and give it back at the end."""
-    # glibc returns blocks over 32 MB, as activations are, once freed, and the system clears every page of the next.
+def freed_memory(device: torch.device, *, kept: bool) -> Iterator[None]:
+    """Use freed memory of a run on the CPU again, and give it back at the end; or give it back at once, if not kept."""
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, _LARGEST_BYTES)
-    libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+    # Left alone, glibc returns blocks over 32 MB, as activations are, and the system clears every page of the next; of
+    # smaller ones each thread keeps up to 64 MB.
+    libc.mallopt(_MMAP_THRESHOLD, _LARGEST_BYTES if kept else _USUAL_BYTES)
+    libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES if kept else _USUAL_TRIM_BYTES)
     try:
         yield
     finally:

@@ -31,7 +31,7 @@ from pixnet_sd.engine import (
     ReadTile,
     apply_symmetry,
     fixed_shapes,
-    kept_memory,
+    freed_memory,
     prefetch,
     two_threads,
     undo_symmetry,
@@ -87,7 +87,7 @@ class Walk:
 
     def __enter__(self) -> Self:
         self._contexts.enter_context(fixed_shapes(self._device))
-        self._contexts.enter_context(kept_memory(self._device))
+        self._contexts.enter_context(freed_memory(self._device, kept=True))
         self._pool = self._contexts.enter_context(two_threads(self._device))
         self.batch_size = max(self._tiling.batch_size, 2 if self._pool else 1)
         return self

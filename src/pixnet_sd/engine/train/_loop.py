@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixnet_sd._util import bar_class, logger, warn
-from pixnet_sd.engine import TrainingSlide, fixed_shapes, training_tiles
+from pixnet_sd.engine import TrainingSlide, fixed_shapes, freed_memory, training_tiles
 from pixnet_sd.errors import CheckpointError, DivergenceError, PixNetError
 from pixnet_sd.model import Network, count_pixels, make_objective
 
@@ -242,7 +242,7 @@ def train(network: Network, run: Run, fabric: Fabric, *, show_progress_bar: bool
         trainer.start()
     saved, saved_at = state.epoch, -math.inf
     bar = bar_class()(total=run.max_epochs, initial=state.epoch, unit="epoch", disable=not show_progress_bar)
-    with bar, fixed_shapes(fabric.device):
+    with bar, fixed_shapes(fabric.device), freed_memory(fabric.device, kept=False):
         while not trainer.has_ended(state):
             started = time.monotonic()
             try:
