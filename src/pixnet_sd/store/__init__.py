@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pixnet_sd._notes import memory_note as recorded
+
 from ._disk import (
     DISK_MARGIN,
     available_memory,
@@ -17,7 +19,7 @@ from ._disk import (
     size_text,
     work_folder,
 )
-from ._notes import WRITTEN, attach_written, element_stamp, image_stamp, record, recorded, written_by
+from ._notes import WRITTEN, attach_written, element_stamp, image_stamp, record, written_by
 from ._regions import RegionWriter, estimate_table_bytes
 from ._stream import Staged, TableArrays, chunks_as_given, consolidate, stretch, write_scratch_store, write_shapes
 from ._sums import FileSums, MemorySums

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 ELEMENT_TYPES = ("images", "labels", "points", "shapes", "tables")
 
-DISK_MARGIN = 0.05
-"""Fraction asked for on top of the bytes needed."""
+DISK_MARGIN = 0.05  # fraction asked for on top of the bytes needed
+NAME = r"^(?!__|\.{1,2}\Z)[\w.-]+\Z"  # of an element, as SpatialData allows it
 
 
 def local_store(sdata: SpatialData) -> Path | None:
@@ -235,6 +235,12 @@ def _acquire(path: Path, deadline: float, busy: str) -> int:
         time.sleep(0.02)
 
 
+def lock_store(store: Path, *, wait_s: float) -> contextlib.AbstractContextManager[None]:
+    """Let one run at a time write into a store."""
+    busy = f"Another run is writing into {store}; try again later."
+    return hold_lock(work_folder(store) / "lock", wait_s=wait_s, busy=busy)
+
+
 def existing_names(sdata: SpatialData) -> dict[str, str]:
     """Map the names of all elements, in memory and in the store, to their types."""
     store = local_store(sdata)
@@ -243,8 +249,7 @@ def existing_names(sdata: SpatialData) -> dict[str, str]:
         # listed directly: consolidated metadata may not know an element yet
         if store is not None and (store / kind).is_dir():
             names.update({entry.name: kind for entry in (store / kind).iterdir() if entry.is_dir()})
-    for kind in ELEMENT_TYPES:
-        names.update(dict.fromkeys(getattr(sdata, kind).keys(), kind))
+    names.update({name: kind for kind, name, _ in sdata.gen_elements()})
     return names
 
 
@@ -258,7 +263,7 @@ def check_names(sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool
     spelled = {name.lower(): name for name in taken}
     for name, kind in names.items():
         other = spelled.get(name.lower(), name)
-        if not is_name(name):
+        if re.match(NAME, name) is None:
             raise StoreError(
                 f"{name!r} cannot be the name of an element: use letters, digits, '_', '-' and '.' only, and do not "
                 "start with '__'."
@@ -274,11 +279,6 @@ def check_names(sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool
                 f"{name!r} differs from the element {other!r} only in upper and lower case. Choose another `key_added`."
             )
         spelled[name.lower()] = name
-
-
-def is_name(name: str) -> bool:
-    """Whether SpatialData allows an element to be called so."""
-    return name not in (".", "..") and re.fullmatch(r"(?!__)[\w.-]+", name) is not None
 
 
 def check_writable(store: Path) -> None:

@@ -105,9 +105,7 @@ def stretch(path: Path, shape: Sequence[int], chunks: Sequence[int], compressor:
 
 ROW_CHUNK, ENTRY_CHUNK = 2**17, 2**18
 MAX_VALUE_ROWS = 2**16
-VALUE_BYTES = 4 * 2**20
-"""Bytes of a chunk of a dense ``X``."""
-
+VALUE_BYTES = 4 * 2**20  # of a chunk of a dense ``X``
 _INT32_MAX = 2**31 - 1
 
 

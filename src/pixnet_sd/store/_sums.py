@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 class RegionSums(ABC):
     """Sums of ``n_columns`` values over each of ``n_rows`` regions."""
 
+    stored_bytes = 0  # on disk by now
+
     def __init__(self, n_rows: int, n_columns: int) -> None:
         self.n_rows, self.n_columns = n_rows, n_columns
 
@@ -122,9 +124,7 @@ class MemorySums(RegionSums):
         self._sums[rows], self._weight[rows] = sums, weights
 
 
-PIECE_BYTES = 8 * 2**20
-"""Bytes of shares that are looked at together."""
-
+PIECE_BYTES = 8 * 2**20  # of shares that are looked at together
 _FILE = "sums.bin"
 _MARK = b"PSUM"
 _HEAD = struct.Struct("<4s5q")  # mark, window, number of regions; then CRC-32 of this and of what follows
@@ -147,7 +147,6 @@ class FileSums(RegionSums):
         self.folder = folder
         # number of a window's regions, and where the file has their indices (8 bytes each), weights (8) and sums
         self._windows: dict[Window, tuple[int, int]] = {}
-        self.stored_bytes = 0  # on disk by now
         self._order: NDArray[np.uint64] | None = None
         self._handle = -1
         made_for = {**identity, "n_rows": n_rows, "n_columns": n_columns}
