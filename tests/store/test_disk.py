@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,16 +21,12 @@ from pixnet_sd.errors import StoreError
 from pixnet_sd.store import Transaction, hold_lock, local_store, record, recorded, work_folder
 
 
-@pytest.mark.parametrize("what", ["archive", "old format", "away", "no store"])
-def test_stores_that_cannot_be_written_to(in_memory, tmp_path, what):
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, partial(zarr.create_group, zarr_format=2), os.path.exists])
+def test_stores_that_cannot_be_written_to(in_memory, tmp_path, make):
+    """An archive, a folder, an old format, and none at all."""
     assert local_store(in_memory) is None
     in_memory.path = tmp_path / "elsewhere.zarr"
-    if what == "archive":
-        in_memory.path.touch()
-    elif what == "old format":
-        zarr.create_group(in_memory.path, zarr_format=2)
-    elif what == "no store":
-        in_memory.path.mkdir()
+    make(in_memory.path)
     with pytest.raises(StoreError, match=r"elsewhere\.zarr"):
         local_store(in_memory)
 

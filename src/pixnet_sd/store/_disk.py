@@ -101,43 +101,61 @@ def is_ours(owner: int, folder: Path) -> bool:
         return False
 
 
-def folder_id(folder: Path) -> tuple[int, int]:
-    """Tell a folder from another that is put in its place: device and inode."""
+class Partial:
+    """A folder of unfinished work, which the next run with the same identity (JSON) takes up."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self._identity = folder, identity
+        self._place: tuple[int, int] | None = None  # device and inode
+
+    def is_there(self) -> bool:
+        """Whether work with the same identity is there."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            if read_json(self.folder / "partial.json") == self._identity:
+                self._place = _place(self.folder)
+                return True
+        return False
+
+    @contextlib.contextmanager
+    def made(self, doing: str) -> Iterator[None]:
+        """Make the folder in place of what is there, see `explain_disk_errors`; on failure nothing remains."""
+        if self.folder.exists():
+            logger.info("The unfinished work in %s was made with other settings and is deleted.", self.folder)
+        with explain_disk_errors(doing, self.folder):
+            self.delete()
+            try:
+                self.folder.mkdir()
+                self._place = _place(self.folder)
+                yield
+                # last: from here on it may be taken up
+                write_json(self.folder / "partial.json", self._identity, scratch=self.folder)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self.delete()
+                raise
+
+    @contextlib.contextmanager
+    def used(self, doing: str) -> Iterator[None]:
+        """`check`, and explain what goes wrong, see `explain_disk_errors`."""
+        with explain_disk_errors(doing, self.folder):
+            self.check()
+            yield
+
+    def check(self) -> None:
+        """Raise a StoreError when the folder is away, or another is in its place: nothing of ours goes into that."""
+        if not self.folder.exists() or _place(self.folder) != self._place:
+            raise StoreError(_away(self.folder))
+
+    def delete(self) -> None:
+        """Delete the folder, which may be absent: first what makes a run go on, so that a kill leaves no half of it."""
+        (self.folder / "partial.json").unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.folder)
+
+
+def _place(folder: Path) -> tuple[int, int]:
     about = folder.stat()
     return about.st_dev, about.st_ino
-
-
-def check_same_folder(folder: Path, known: tuple[int, int]) -> None:
-    """Raise a StoreError unless ``folder`` is still the one that `folder_id` told."""
-    try:
-        same = folder_id(folder) == known
-    except FileNotFoundError:
-        same = False
-    if not same:
-        raise StoreError(_away(folder))
-
-
-def delete_folder(folder: Path) -> None:
-    """Delete a folder that may be absent: first what makes a run go on from it, so that a kill leaves no half of it."""
-    (folder / "partial.json").unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def new_partial(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Make a folder of unfinished work in place of what is there; on failure nothing remains."""
-    if folder.exists():
-        logger.info("The unfinished work in %s was made with other settings and is deleted.", folder)
-    delete_folder(folder)
-    try:
-        folder.mkdir()
-        yield
-        write_json(folder / "partial.json", identity, scratch=folder)  # last: from here on it may be taken up
-    except BaseException:
-        with contextlib.suppress(OSError):
-            delete_folder(folder)
-        raise
 
 
 def plain_files(folder: Path, *, depth: int | None = None) -> list[os.DirEntry[str]]:
