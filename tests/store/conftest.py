@@ -88,6 +88,15 @@ def affines(element: Any) -> dict[str, list[list[float]]]:
     return {system: each.to_affine_matrix(("x", "y"), ("x", "y")).tolist() for system, each in transforms}
 
 
+def assert_same_table(found: ad.AnnData, expected: ad.AnnData) -> None:
+    np.testing.assert_array_equal(found.X, expected.X, strict=True)
+    np.testing.assert_array_equal(found.obsm["spatial"], expected.obsm["spatial"], strict=True)
+    pd.testing.assert_frame_equal(found.obs, expected.obs, check_exact=True)
+    pd.testing.assert_frame_equal(found.var, expected.var, check_exact=True)
+    np.testing.assert_equal(dict(found.layers), dict(expected.layers))
+    np.testing.assert_equal(dict(found.uns), dict(expected.uns))
+
+
 def assert_metadata_is_zarrs_own(sdata: sd.SpatialData) -> None:
     ours = json.loads((sdata.path / "zarr.json").read_text())
     sdata.write_consolidated_metadata()

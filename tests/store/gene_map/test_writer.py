@@ -33,20 +33,20 @@ KEY = "pixnet_map"
 BLOCKS = map_layout(len(GENES), (HEIGHT, WIDTH), 32).blocks()
 
 
-def writer_of(out, key=KEY, block_px=32, fingerprint="f", genes=GENES, layout=None, pitch=PITCH):
+def writer_of(out, block_px=32, fingerprint="f", genes=GENES, layout=None):
     layout = layout or map_layout(len(genes), (HEIGHT, WIDTH), block_px)
-    options = {"transforms": image_transforms(out.sdata, "_full_image"), "pitch_image_px": pitch}
-    return GeneMapWriter(out, key=key, channels=genes, layout=layout, fingerprint=fingerprint, **options)
+    options = {"transforms": image_transforms(out.sdata, "_full_image"), "pitch_image_px": PITCH}
+    return GeneMapWriter(out, key=KEY, channels=genes, layout=layout, fingerprint=fingerprint, **options)
 
 
 def part(block, values=VALUES):
     return values[:, block[0] : block[1], block[2] : block[3]]
 
 
-def write_map(sdata, *, key=KEY, order=None, values=VALUES, stop_after=None, others=None, **options):
+def write_map(sdata, *, order=None, values=VALUES, stop_after=None, others=None, **options):
     """Write a map, or be cut off after some blocks."""
-    names = {key: "images"} | dict.fromkeys(others or {}, "labels")
-    with Transaction(sdata, names) as out, writer_of(out, key, **options) as writer:
+    names = {KEY: "images"} | dict.fromkeys(others or {}, "labels")
+    with Transaction(sdata, names) as out, writer_of(out, **options) as writer:
         blocks = writer.pending
         if order is not None:
             random.Random(order).shuffle(blocks)
@@ -54,7 +54,7 @@ def write_map(sdata, *, key=KEY, order=None, values=VALUES, stop_after=None, oth
             writer.write(block, part(block, values))
         if stop_after is not None:
             raise InterruptedError
-        out.commit({key: writer.element(), **(others or {})})
+        out.commit({KEY: writer.element(), **(others or {})})
 
 
 def cut_off(sdata, stop_after):
@@ -68,8 +68,8 @@ def pending(sdata, **options):
         return writer.pending
 
 
-def level(sdata, k, key=KEY):
-    return sdata.images[key][f"scale{k}"]["image"]
+def level(sdata, k):
+    return sdata.images[KEY][f"scale{k}"]["image"]
 
 
 def files_of(sdata):
