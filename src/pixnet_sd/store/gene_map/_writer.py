@@ -241,11 +241,9 @@ class _DiskLevels:
         self._paths = level_folders(self._image)
         self.arrays = [zarr.open_array(str(path), mode="r+") for path in self._paths]
         log = self._folder / "done.log"
-        lines = log.read_text(encoding="ascii", errors="replace").splitlines() if log.is_file() else []
-        for words in map(str.split, lines):
-            if len(words) == 4 and words[3] == "." and all(word.isdecimal() for word in words[:3]):
-                row, col, size = map(int, words[:3])
-                self._log[row, col] = size
+        text = log.read_text(encoding="ascii", errors="replace") if log.is_file() else ""
+        for row, col, size in re.findall(r"^(\d+) (\d+) (\d+) \.$", text, re.MULTILINE):
+            self._log[int(row), int(col)] = int(size)
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         return self._partial.used("Writing the gene map")
