@@ -1,10 +1,12 @@
-"""A small slide on disk: a rotated, scaled and shifted image with two coordinate systems, shapes and a table."""
+"""A small slide, in memory and on disk: an image turned, scaled and shifted, in two coordinate systems, with cells."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -12,16 +14,16 @@ import pandas as pd
 import pytest
 import spatialdata as sd
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
-from spatialdata.transformations import Affine, Identity, Scale, Sequence
-from tests.store.putting import own_chunks
+from spatialdata.transformations import Affine, Identity, Scale, Sequence, get_transformation
+
+from pixnet_sd.store import Transaction, chunks_as_given
 
 COS, SIN = 0.5 * np.cos(np.deg2rad(30)), 0.5 * np.sin(np.deg2rad(30))
 ROTATED = Affine([[COS, -SIN, 100.0], [SIN, COS, -40.0], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
 TRANSFORMS = {"": ROTATED, "mirrored": Sequence([Scale([-2.0, 2.0], axes=("x", "y")), Identity()])}
 
 
-@pytest.fixture
-def in_memory() -> sd.SpatialData:
+def small_slide() -> sd.SpatialData:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (3, 300, 420), dtype=np.uint8)
     image = Image2DModel.parse(pixels, dims=("c", "y", "x"), scale_factors=[2], transformations=dict(TRANSFORMS))
@@ -33,32 +35,23 @@ def in_memory() -> sd.SpatialData:
     return sd.SpatialData(images={"_full_image": image}, shapes={"cells": cells}, tables={"table": table}, attrs=attrs)
 
 
-@pytest.fixture(scope="session")
-def cached_store(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("written") / "slide.zarr"
-
-
 @pytest.fixture
-def written(cached_store, in_memory) -> Path:
-    """The slide on disk, written once, for tests that do not change it."""
-    if not cached_store.exists():
-        with own_chunks():
-            in_memory.write(cached_store)
-        in_memory.path = None
-    return cached_store
+def in_memory() -> sd.SpatialData:
+    return small_slide()
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory) -> Path:
+    """The slide on disk, for tests that do not change it."""
+    store = tmp_path_factory.mktemp("written") / "slide.zarr"
+    with chunks_as_given():
+        small_slide().write(store)
+    return store
 
 
 @pytest.fixture
 def slide(tmp_path, written) -> sd.SpatialData:
-    shutil.copytree(written, tmp_path / "slide.zarr")
-    return sd.read_zarr(tmp_path / "slide.zarr")
-
-
-def user_files(store: Path) -> dict[str, str]:
-    """Path → hash of every file of the user's own elements."""
-    folders = ("images/_full_image", "shapes/cells", "tables/table")
-    files = [path for folder in folders for path in sorted((store / folder).rglob("*")) if path.is_file()]
-    return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return sd.read_zarr(shutil.copytree(written, tmp_path / "slide.zarr"))
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +59,45 @@ def state(tmp_path, monkeypatch) -> Path:
     """A folder for the user's secret."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return tmp_path / "state"
+
+
+def enter(sdata: sd.SpatialData, names: Mapping[str, str], *, n_bytes: int = 0, **options: Any) -> None:
+    """Check whether results could be written, and put nothing in."""
+    with Transaction(sdata, names, **options) as out:
+        out.check_room(n_bytes, 0)
+
+
+def commit(sdata: sd.SpatialData, elements: Mapping[str, Any], *, overwrite: bool = False, **options: Any) -> None:
+    """Put elements in."""
+    with Transaction(sdata, {}, overwrite=overwrite) as out:
+        out.commit(elements, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def user_files(store: Path) -> dict[str, dict[str, bytes]]:
+    """Contents of the user's own elements."""
+    return {folder: contents(store / folder) for folder in ("images/_full_image", "shapes/cells", "tables/table")}
+
+
+def affines(element: Any) -> dict[str, list[list[float]]]:
+    """Coordinate system → matrix of an element."""
+    transforms = get_transformation(element, get_all=True).items()
+    return {system: each.to_affine_matrix(("x", "y"), ("x", "y")).tolist() for system, each in transforms}
+
+
+def assert_same_table(found: ad.AnnData, expected: ad.AnnData) -> None:
+    np.testing.assert_array_equal(found.X, expected.X, strict=True)
+    np.testing.assert_array_equal(found.obsm["spatial"], expected.obsm["spatial"], strict=True)
+    pd.testing.assert_frame_equal(found.obs, expected.obs, check_exact=True)
+    pd.testing.assert_frame_equal(found.var, expected.var, check_exact=True)
+    np.testing.assert_equal(dict(found.layers), dict(expected.layers))
+    np.testing.assert_equal(dict(found.uns), dict(expected.uns))
+
+
+def assert_metadata_is_zarrs_own(sdata: sd.SpatialData) -> None:
+    ours = json.loads((sdata.path / "zarr.json").read_text())
+    sdata.write_consolidated_metadata()
+    assert json.loads((sdata.path / "zarr.json").read_text()) == ours

@@ -9,7 +9,6 @@ import warnings
 from contextlib import contextmanager
 from functools import partial
 
-import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -17,9 +16,7 @@ import pytest
 import spatialdata as sd
 import zarr
 from geopandas.testing import assert_geodataframe_equal
-from spatialdata.transformations import get_transformation
-from tests.store.conftest import user_files
-from tests.store.putting import enter, own_chunks
+from tests.store.conftest import affines, assert_metadata_is_zarrs_own, assert_same_table, enter, user_files
 
 from pixnet_sd.errors import DataError, StoreError
 from pixnet_sd.geometry import RegionShare, Window
@@ -28,6 +25,7 @@ from pixnet_sd.store import (
     RegionWriter,
     RowInfo,
     Transaction,
+    chunks_as_given,
     circles_element,
     consolidate,
     estimate_table_bytes,
@@ -78,13 +76,11 @@ def put_all(writer, n_windows=4, genes=GENES):
 
 
 @contextmanager
-def open_writer(sdata, *, n=N, genes=GENES, fingerprint="f", overwrite=False, n_bytes=0, wait_s=15.0):
-    names = {"pixnet_t": "tables", "pixnet_t_shapes": "shapes"}
+def open_writer(sdata, *, n=N, genes=GENES):
     with (
-        Transaction(sdata, names, overwrite=overwrite, wait_s=wait_s) as out,
-        RegionWriter(out, table_key="pixnet_t", n_regions=n, genes=genes, fingerprint=fingerprint) as writer,
+        Transaction(sdata, {"pixnet_t": "tables", "pixnet_t_shapes": "shapes"}) as out,
+        RegionWriter(out, table_key="pixnet_t", n_regions=n, genes=genes, fingerprint="f") as writer,
     ):
-        out.check_room(n_bytes, 0)
         writer.commit = out.commit
         yield writer
 
@@ -103,117 +99,71 @@ def results(sdata, writer, *, genes=GENES, text=False, kind="circles", aggregati
         var=pd.DataFrame({"held_out_pcc": [0.1, np.nan, 0.2]}, index=GENES),
         uns={"pixnet_sd": {"model_sha256": "abc"}, "spatial": spatial_library("", 16.0, picture)},
     )
-    transforms = image_transforms(sdata, "_full_image")
-    make_shapes = partial(circles_element, radius_px=8.0, transforms=transforms)
+    make_shapes, sizes = circles_element, {"radius_px": 8.0}
     if kind == "squares":
-        make_shapes = partial(squares_element, side_px=8.0, angle_rad=0.2, transforms=transforms)
+        make_shapes, sizes = squares_element, {"side_px": 8.0, "angle_rad": 0.2}
     return writer.results(
         partial(describe, text, writer.rows.n_rows),
         make_table=make_table,
         express=counted if aggregation == "counts" else partial(expression, aggregation=aggregation),
         shapes_key="pixnet_t_shapes",
-        make_shapes=make_shapes,
+        make_shapes=partial(make_shapes, transforms=image_transforms(sdata, "_full_image"), **sizes),
     )
 
 
-def run(sdata, *, n=N, genes=GENES, overwrite=False, fingerprint="f", **options):
-    with open_writer(sdata, n=n, genes=genes, overwrite=overwrite, fingerprint=fingerprint) as writer:
+def run(sdata, *, n=N, genes=GENES, **options):
+    with open_writer(sdata, n=n, genes=genes) as writer:
         put_all(writer, genes=genes)
         writer.commit(results(sdata, writer, genes=genes, **options), provenance={"tables": {"pixnet_t": {}}})
 
 
 def assert_same(ours, theirs):
-    found, expected = ours.tables["pixnet_t"], theirs.tables["pixnet_t"]
-    np.testing.assert_array_equal(found.X, expected.X)
-    assert found.X.dtype == expected.X.dtype == np.float32
-    assert set(found.layers) == set(expected.layers)
-    for name, layer in expected.layers.items():
-        np.testing.assert_array_equal(found.layers[name], layer)
-        assert layer.any()
-    pd.testing.assert_frame_equal(found.obs, expected.obs, check_exact=True)
-    pd.testing.assert_frame_equal(found.var, expected.var, check_exact=True)
-    np.testing.assert_array_equal(found.obsm["spatial"], expected.obsm["spatial"])
-    assert found.obsm["spatial"].dtype == expected.obsm["spatial"].dtype
-    np.testing.assert_equal(dict(found.uns), dict(expected.uns))
-    shapes, expected_shapes = (sdata.shapes["pixnet_t_shapes"] for sdata in (ours, theirs))
-    assert_geodataframe_equal(shapes, expected_shapes)
-    np.testing.assert_equal(
-        *(
-            {system: matrix.to_affine_matrix(("x", "y"), ("x", "y")) for system, matrix in transforms.items()}
-            for transforms in (get_transformation(element, get_all=True) for element in (shapes, expected_shapes))
-        )
-    )
+    assert_same_table(ours.tables["pixnet_t"], theirs.tables["pixnet_t"])
+    assert ours.tables["pixnet_t"].X.dtype == np.float32
+    assert all(layer.any() for layer in theirs.tables["pixnet_t"].layers.values())
+    shapes, expected = (sdata.shapes["pixnet_t_shapes"] for sdata in (ours, theirs))
+    assert_geodataframe_equal(shapes, expected)
+    assert affines(shapes) == affines(expected)
 
 
 @pytest.mark.parametrize(
-    ("n", "text", "kind", "aggregation"),
+    ("n", "text", "kind", "aggregation", "encoding"),
     [
-        (N, False, "circles", "mean"),
-        (N, True, "squares", "sum"),
-        (N, True, "circles", "counts"),
-        (70_000, False, "circles", "mean"),  # several chunks, batches and groups of rows
+        (N, False, "circles", "mean", "WKB"),
+        (N, True, "squares", "sum", "WKB"),
+        (N, True, "squares", "counts", "geoarrow"),
+        (70_000, False, "circles", "mean", "geoarrow"),  # several chunks, batches and groups of rows
     ],
 )
-def test_streamed_equals_made_in_memory(slide, in_memory, tmp_path, n, text, kind, aggregation):
+def test_streamed_equals_made_in_memory(slide, in_memory, monkeypatch, n, text, kind, aggregation, encoding):
+    monkeypatch.setattr(sd.settings, "shapes_geometry_encoding", encoding)
     before, genes = user_files(slide.path), GENES if n == N else MANY_GENES
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="(?i).*shard")  # chunks are ours to choose
         run(slide, n=n, genes=genes, text=text, kind=kind, aggregation=aggregation)
     run(in_memory, n=n, genes=genes, text=text, kind=kind, aggregation=aggregation)
-    with own_chunks():
-        in_memory.write(tmp_path / "theirs.zarr")
-    theirs = sd.read_zarr(tmp_path / "theirs.zarr")
+    stores = slide.path, slide.path.with_name("theirs.zarr")
+    with chunks_as_given():
+        in_memory.write(stores[1])
+    again, theirs = map(sd.read_zarr, stores)
     assert theirs.tables["pixnet_t"].n_obs == n - n // 7
     assert_same(slide, theirs)
-    again = sd.read_zarr(slide.path)
     assert_same(again, theirs)
-    ours, expected = (zarr.open_array(store / TABLE / "X") for store in (slide.path, tmp_path / "theirs.zarr"))
+    ours, expected = (zarr.open_array(store / TABLE / "X") for store in stores)
     assert ours.chunks == (min(ours.shape[0], 2**20 // len(genes), 2**16), len(genes))
     assert (ours.shards, ours.compressors, ours.attrs.asdict()) == (None, expected.compressors, expected.attrs.asdict())
+    ours, expected = (pq.ParquetFile(store / SHAPES / "shapes.parquet") for store in stores)
+    assert ours.schema_arrow.equals(expected.schema_arrow)
+    assert json.loads(ours.metadata.metadata[b"geo"]) == json.loads(expected.metadata.metadata[b"geo"])
     assert user_files(slide.path) == before
     assert not work_folder(slide.path).exists()
-    metadata = json.loads((slide.path / "zarr.json").read_text())
-    again.write_consolidated_metadata()
-    assert json.loads((slide.path / "zarr.json").read_text()) == metadata
-
-
-@pytest.mark.parametrize("encoding", ["WKB", "geoarrow"])
-def test_parquet_is_as_geopandas_writes_it(slide, tmp_path, monkeypatch, encoding):
-    monkeypatch.setattr(sd.settings, "shapes_geometry_encoding", encoding)
-    run(slide, kind="squares")
-    ours = pq.ParquetFile(slide.path / SHAPES / "shapes.parquet")
-    frame = gpd.GeoDataFrame(geometry=slide.shapes["pixnet_t_shapes"].geometry)
-    frame.to_parquet(tmp_path / "theirs.parquet", geometry_encoding=encoding)
-    theirs = pq.ParquetFile(tmp_path / "theirs.parquet")
-    assert ours.schema_arrow.equals(theirs.schema_arrow)
-    assert json.loads(ours.metadata.metadata[b"geo"]) == json.loads(theirs.metadata.metadata[b"geo"])
-    made = squares_element(centres(N), 8.0, {"": get_transformation(slide.images["_full_image"], "")}, angle_rad=0.2)
-    found = sd.read_zarr(slide.path).shapes["pixnet_t_shapes"]
-    kept = made.geometry[np.arange(N) % 7 != OFF].set_axis(found.index)
-    assert found.geometry.geom_equals_exact(kept, 1e-9).all()
+    assert_metadata_is_zarrs_own(again)
 
 
 def test_no_region_on_the_slide(slide, in_memory):
     for sdata in (slide, in_memory):
         with open_writer(sdata) as writer, pytest.raises(DataError, match="57"):
             results(sdata, writer)
-
-
-def test_a_killed_run_is_taken_up(slide, in_memory):
-    run(in_memory)
-    with open_writer(slide) as writer:
-        put_all(writer, 2)
-        folder = writer.rows.folder
-    enter(slide, {"other": "images"})  # another call in between leaves the partial table alone
-    assert folder.exists()
-    (folder / "table.zarr").mkdir()  # the run before was killed while it wrote the table
-    (folder / "shapes.zarr").mkdir()
-    with open_writer(slide) as writer:
-        assert [writer.is_done(window) for window in WINDOWS] == [True, True, False, False]
-        put_all(writer)
-        writer.commit(results(slide, writer))
-    np.testing.assert_array_equal(slide.tables["pixnet_t"].X, in_memory.tables["pixnet_t"].X)
-    assert not work_folder(slide.path).exists()
 
 
 def test_leaving_without_a_result_keeps_what_was_put(slide):
@@ -225,7 +175,7 @@ def test_leaving_without_a_result_keeps_what_was_put(slide):
     with pytest.raises(DataError), open_writer(slide) as writer:
         writer.put(next(shares(N))._replace(window=WINDOWS[1], sums=np.empty((0, 9), np.float32)))
     with open_writer(slide) as writer:
-        assert writer.rows.n_done == 1
+        assert [writer.is_done(window) for window in WINDOWS] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("method", [(zarr.Array, "__setitem__"), (pq.ParquetWriter, "write_table")])
@@ -243,7 +193,7 @@ def test_a_disk_that_fills_up_while_the_table_is_written(slide, monkeypatch, met
     assert user_files(slide.path) == before
     assert "pixnet_t" not in sd.read_zarr(slide.path)
     with open_writer(slide) as writer:
-        assert writer.rows.n_done == len(WINDOWS)
+        assert all(writer.is_done(window) for window in WINDOWS)
         writer.commit(results(slide, writer))
     assert slide.tables["pixnet_t"].n_obs == KEPT
     assert not work_folder(slide.path).exists()

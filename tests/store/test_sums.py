@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -140,12 +141,12 @@ def share(window):
 
 
 @pytest.fixture
-def start():
+def start(tmp_path):
     """Opens sums, and closes them when the test is over; several at once, as after a kill."""
     with contextlib.ExitStack() as stack:
 
-        def opened(folder, n=N, **changes):
-            rows = FileSums(folder, n, N_GENES, {"fingerprint": "f", "genes": ["a", "b", "c"], **changes})
+        def opened(name="table-x", n=N, **changes):
+            rows = FileSums(tmp_path / name, n, N_GENES, {"fingerprint": "f", "genes": ["a", "b", "c"], **changes})
             stack.callback(rows.close)
             return rows
 
@@ -164,27 +165,23 @@ def done(rows):
 
 
 @pytest.fixture
-def complete(tmp_path, start):
-    return put_all(start(tmp_path / "table-whole"))
+def complete(start):
+    return put_all(start("table-whole"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "zeros", "flip"])
 def test_what_did_not_reach_the_disk_is_put_again(tmp_path, start, complete, damage):
     """A killed run leaves whole windows and one in part; a machine that goes down leaves anything."""
-    folder = tmp_path / "table-x"
-    put_all(start(folder))  # never closed
-    content = (folder / "sums.bin").read_bytes()
-    starts = [content.index(b"PSUM")]
-    while (found := content.find(b"PSUM", starts[-1] + 1)) > 0:
-        starts.append(found)
+    put_all(start())  # never closed
+    file = tmp_path / "table-x" / "sums.bin"
+    content = file.read_bytes()
+    starts = [match.start() for match in re.finditer(b"PSUM", content)]
     assert len(starts) == len(WINDOWS)
     for at in {*range(0, len(content), 397), *starts, len(content) - 1}:
-        damaged = bytearray(content)
-        damaged[at:] = {"cut": b"", "zeros": bytes(len(content) - at), "flip": bytes([content[at] ^ 1])}[damage]
-        if damage == "flip":
-            damaged += content[at + 1 :]
-        (folder / "sums.bin").write_bytes(damaged)
-        rows = start(folder)
+        flipped = bytes([content[at] ^ 1]) + content[at + 1 :]
+        rest = {"cut": b"", "zeros": bytes(len(content) - at), "flip": flipped}[damage]
+        file.write_bytes(content[:at] + rest)
+        rows = start()
         assert rows.resumed
         n_whole = sum(stop <= at for stop in [*starts[1:], len(content)])
         if damage != "zeros" or any(content[at:]):
@@ -193,24 +190,22 @@ def test_what_did_not_reach_the_disk_is_put_again(tmp_path, start, complete, dam
         rows.close()
 
 
-def test_the_disk_may_write_less_than_it_was_given(tmp_path, start, complete, monkeypatch):
+def test_the_disk_may_write_less_than_it_was_given(start, complete, monkeypatch):
     real_write, real_read = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda handle, data, offset: real_write(handle, data[:5], offset))
     monkeypatch.setattr(os, "preadv", lambda handle, data, offset: real_read(handle, [data[0][:7]], offset))
-    np.testing.assert_array_equal(put_all(start(tmp_path / "table-x")), complete)
+    np.testing.assert_array_equal(put_all(start()), complete)
 
 
-def test_a_full_disk_is_explained_and_the_run_goes_on_later(tmp_path, start, complete, monkeypatch):
-    real, n_calls = os.pwrite, 0
+def test_a_full_disk_is_explained_and_the_run_goes_on_later(start, complete, monkeypatch):
+    possible = [os.pwrite] * 2
 
-    def full(handle, data, offset):
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls > 2:
+    def full(*args):
+        if not possible:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(handle, data, offset)
+        return possible.pop()(*args)
 
-    rows = start(tmp_path / "table-x")
+    rows = start()
     rows.put(share(WINDOWS[0]))
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(StoreError, match=r"table-x"):
@@ -218,25 +213,22 @@ def test_a_full_disk_is_explained_and_the_run_goes_on_later(tmp_path, start, com
     monkeypatch.undo()
     assert done(rows) == [True] + [False] * 5
     rows.close()
-    resumed = start(tmp_path / "table-x")
+    resumed = start()
     assert done(resumed) == [True] + [False] * 5
     np.testing.assert_array_equal(put_all(resumed), complete)
 
 
 @pytest.mark.parametrize("change", ["settings", "gone", "second name", "note"])
 def test_sums_that_are_not_of_this_run_are_not_taken_up(tmp_path, start, change):
-    folder = tmp_path / "table-x"
-    put_all(start(folder))
-    options = {}
-    if change == "settings":
-        options = {"fingerprint": "another model"}
-    elif change == "gone":
-        (folder / "sums.bin").unlink()
+    put_all(start())
+    file = tmp_path / "table-x" / "sums.bin"
+    if change == "gone":
+        file.unlink()
     elif change == "second name":
-        os.link(folder / "sums.bin", tmp_path / "mine")
-    else:
-        (folder / "partial.json").write_text("{")
-    rows = start(folder, **options)
+        os.link(file, tmp_path / "mine")
+    elif change == "note":
+        file.with_name("partial.json").write_text("{")
+    rows = start(fingerprint="another model" if change == "settings" else "f")
     assert not rows.resumed
     assert done(rows) == [False] * 6
     assert not rows.keep().any()
@@ -246,21 +238,18 @@ def test_sums_that_are_not_of_this_run_are_not_taken_up(tmp_path, start, change)
 
 def test_regions_that_cannot_be_are_not_taken_up(tmp_path, start):
     """A checksum is no signature: who plants a file can make one."""
-    folder = tmp_path / "table-x"
-    large, weight = start(folder, 10 * N), np.ones(2)
+    large, weight = start(n=10 * N), np.ones(2)
     large.put(RegionShare(WINDOWS[0], np.array([0, N]), np.ones((2, 3), np.float32), weight, weight > 0))
-    content = (folder / "sums.bin").read_bytes()
-    shutil.rmtree(folder)
-    start(folder)
-    (folder / "sums.bin").write_bytes(content)
-    rows = start(folder)
+    large.folder.rename(tmp_path / "large")
+    shutil.copy(tmp_path / "large" / "sums.bin", start().folder)
+    rows = start()
     assert rows.resumed
     assert rows.n_done == 0
 
 
 def test_discarded_or_put_away_sums_leave_nothing(tmp_path, start):
     for name in ("discarded", "put away"):
-        rows = start(tmp_path / name)
+        rows = start(name)
         put_all(rows)
         if name == "discarded":
             rows.discard()

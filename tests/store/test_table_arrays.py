@@ -11,10 +11,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import zarr
-from tests.store.putting import own_chunks
 
 from pixnet_sd.errors import StoreError
-from pixnet_sd.store import TableArrays
+from pixnet_sd.store import TableArrays, chunks_as_given
 
 N_ROWS = 2**18 + 7  # more than one chunk of rows and of entries
 
@@ -23,7 +22,7 @@ def write_one(folder: Path, counts: Any, column: str, values: Any = (0,), **more
     """Table of one row, as the reader gives it."""
     obs = pd.DataFrame({column: values, "region": pd.Categorical(["a"])}, index=["one"])
     one = ad.AnnData(counts, obs=obs, obsm=more)
-    with own_chunks():
+    with chunks_as_given():
         ad.io.write_elem(zarr.open_group(folder, mode="w", zarr_format=3), "t", one)
     return folder / "t"
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from pixnet_sd._notes import memory_note as recorded
+
 from ._disk import (
     DISK_MARGIN,
+    Partial,
     available_memory,
-    check_same_folder,
-    delete_folder,
-    explain_disk_errors,
-    folder_id,
     hold_lock,
     local_store,
-    new_partial,
     plain_files,
     read_json,
     size_text,
     work_folder,
 )
-from ._notes import WRITTEN, attach_written, element_stamp, image_stamp, record, recorded, written_by
+from ._notes import WRITTEN, attach_written, element_stamp, image_stamp, record, written_by
 from ._regions import RegionWriter, estimate_table_bytes
 from ._stream import Staged, TableArrays, chunks_as_given, consolidate, stretch, write_scratch_store, write_shapes
 from ._sums import FileSums, MemorySums
@@ -43,6 +41,7 @@ __all__ = [
     "FileSums",
     "MakeShapes",
     "MemorySums",
+    "Partial",
     "RegionWriter",
     "RowInfo",
     "Staged",
@@ -50,20 +49,15 @@ __all__ = [
     "Transaction",
     "attach_written",
     "available_memory",
-    "check_same_folder",
     "chunks_as_given",
     "circles_element",
     "consolidate",
-    "delete_folder",
     "element_stamp",
     "estimate_table_bytes",
-    "explain_disk_errors",
     "expression",
-    "folder_id",
     "hold_lock",
     "image_stamp",
     "local_store",
-    "new_partial",
     "plain_files",
     "read_json",
     "record",

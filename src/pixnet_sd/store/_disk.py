@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 ELEMENT_TYPES = ("images", "labels", "points", "shapes", "tables")
 
-DISK_MARGIN = 0.05
-"""Fraction asked for on top of the bytes needed."""
+DISK_MARGIN = 0.05  # fraction asked for on top of the bytes needed
+NAME = r"^(?!__|\.{1,2}\Z)[\w.-]+\Z"  # of an element, as SpatialData allows it
 
 
 def local_store(sdata: SpatialData) -> Path | None:
@@ -101,43 +101,61 @@ def is_ours(owner: int, folder: Path) -> bool:
         return False
 
 
-def folder_id(folder: Path) -> tuple[int, int]:
-    """Tell a folder from another that is put in its place: device and inode."""
+class Partial:
+    """A folder of unfinished work, which the next run with the same identity (JSON) takes up."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self._identity = folder, identity
+        self._place: tuple[int, int] | None = None  # device and inode
+
+    def is_there(self) -> bool:
+        """Whether work with the same identity is there."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            if read_json(self.folder / "partial.json") == self._identity:
+                self._place = _place(self.folder)
+                return True
+        return False
+
+    @contextlib.contextmanager
+    def made(self, doing: str) -> Iterator[None]:
+        """Make the folder in place of what is there, see `explain_disk_errors`; on failure nothing remains."""
+        if self.folder.exists():
+            logger.info("The unfinished work in %s was made with other settings and is deleted.", self.folder)
+        with explain_disk_errors(doing, self.folder):
+            self.delete()
+            try:
+                self.folder.mkdir()
+                self._place = _place(self.folder)
+                yield
+                # last: from here on it may be taken up
+                write_json(self.folder / "partial.json", self._identity, scratch=self.folder)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self.delete()
+                raise
+
+    @contextlib.contextmanager
+    def used(self, doing: str) -> Iterator[None]:
+        """`check`, and explain what goes wrong, see `explain_disk_errors`."""
+        with explain_disk_errors(doing, self.folder):
+            self.check()
+            yield
+
+    def check(self) -> None:
+        """Raise a StoreError when the folder is away, or another is in its place: nothing of ours goes into that."""
+        if not self.folder.exists() or _place(self.folder) != self._place:
+            raise StoreError(_away(self.folder))
+
+    def delete(self) -> None:
+        """Delete the folder, which may be absent: first what makes a run go on, so that a kill leaves no half of it."""
+        (self.folder / "partial.json").unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.folder)
+
+
+def _place(folder: Path) -> tuple[int, int]:
     about = folder.stat()
     return about.st_dev, about.st_ino
-
-
-def check_same_folder(folder: Path, known: tuple[int, int]) -> None:
-    """Raise a StoreError unless ``folder`` is still the one that `folder_id` told."""
-    try:
-        same = folder_id(folder) == known
-    except FileNotFoundError:
-        same = False
-    if not same:
-        raise StoreError(_away(folder))
-
-
-def delete_folder(folder: Path) -> None:
-    """Delete a folder that may be absent: first what makes a run go on from it, so that a kill leaves no half of it."""
-    (folder / "partial.json").unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def new_partial(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Make a folder of unfinished work in place of what is there; on failure nothing remains."""
-    if folder.exists():
-        logger.info("The unfinished work in %s was made with other settings and is deleted.", folder)
-    delete_folder(folder)
-    try:
-        folder.mkdir()
-        yield
-        write_json(folder / "partial.json", identity, scratch=folder)  # last: from here on it may be taken up
-    except BaseException:
-        with contextlib.suppress(OSError):
-            delete_folder(folder)
-        raise
 
 
 def plain_files(folder: Path, *, depth: int | None = None) -> list[os.DirEntry[str]]:
@@ -235,6 +253,12 @@ def _acquire(path: Path, deadline: float, busy: str) -> int:
         time.sleep(0.02)
 
 
+def lock_store(store: Path, *, wait_s: float) -> contextlib.AbstractContextManager[None]:
+    """Let one run at a time write into a store."""
+    busy = f"Another run is writing into {store}; try again later."
+    return hold_lock(work_folder(store) / "lock", wait_s=wait_s, busy=busy)
+
+
 def existing_names(sdata: SpatialData) -> dict[str, str]:
     """Map the names of all elements, in memory and in the store, to their types."""
     store = local_store(sdata)
@@ -243,8 +267,7 @@ def existing_names(sdata: SpatialData) -> dict[str, str]:
         # listed directly: consolidated metadata may not know an element yet
         if store is not None and (store / kind).is_dir():
             names.update({entry.name: kind for entry in (store / kind).iterdir() if entry.is_dir()})
-    for kind in ELEMENT_TYPES:
-        names.update(dict.fromkeys(getattr(sdata, kind).keys(), kind))
+    names.update({name: kind for kind, name, _ in sdata.gen_elements()})
     return names
 
 
@@ -258,7 +281,7 @@ def check_names(sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool
     spelled = {name.lower(): name for name in taken}
     for name, kind in names.items():
         other = spelled.get(name.lower(), name)
-        if not is_name(name):
+        if re.match(NAME, name) is None:
             raise StoreError(
                 f"{name!r} cannot be the name of an element: use letters, digits, '_', '-' and '.' only, and do not "
                 "start with '__'."
@@ -274,11 +297,6 @@ def check_names(sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool
                 f"{name!r} differs from the element {other!r} only in upper and lower case. Choose another `key_added`."
             )
         spelled[name.lower()] = name
-
-
-def is_name(name: str) -> bool:
-    """Whether SpatialData allows an element to be called so."""
-    return name not in (".", "..") and re.fullmatch(r"(?!__)[\w.-]+", name) is not None
 
 
 def check_writable(store: Path) -> None:

@@ -27,14 +27,13 @@ from pixnet_sd._schemas import check_notes
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
 
-from ._disk import hold_lock, local_store, plain_files, read_json, size_text, work_folder, write_json
+from ._disk import local_store, lock_store, plain_files, read_json, size_text, work_folder, write_json
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 
-WRITTEN = "written"
-"""Section of the notes: element name → stamp."""
+WRITTEN = "written"  # section of the notes: element name → stamp
 
 
 def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None:
@@ -47,12 +46,11 @@ def record(sdata: SpatialData, section: str, key: str | None, info: Any) -> None
     if store is None:
         merge_notes(sdata.attrs, sdata, notes)
         return
-    scratch = work_folder(store)
-    with hold_lock(scratch / "lock", wait_s=60, busy=f"Another run is writing into {store}; try again later."):
+    with lock_store(store, wait_s=60):
         root = read_json(store / "zarr.json")
         merge_notes(root.setdefault("attributes", {}), sdata, notes)
         try:
-            write_json(store / "zarr.json", root, scratch=scratch)
+            write_json(store / "zarr.json", root, scratch=work_folder(store))
         except OSError as error:
             raise StoreError(f"{store / 'zarr.json'} cannot be replaced: {error.strerror or error}.") from error
     sdata.attrs[ATTRS_KEY] = root["attributes"][ATTRS_KEY]
@@ -77,11 +75,6 @@ def take_notes(sdata: SpatialData, store: Path) -> None:
         sdata.attrs[ATTRS_KEY] = notes
 
 
-def recorded(sdata: SpatialData, section: str, key: str | None = None) -> Any:
-    """Read what `record` noted in the object in memory, or None."""
-    return note_of(sdata.attrs.get(ATTRS_KEY), section, key)
-
-
 def json_safe(value: Any) -> Any:
     """Turn ``value`` into JSON types: NumPy becomes lists and numbers, paths text, NaN and infinities None."""
     if isinstance(value, Mapping):
@@ -99,9 +92,7 @@ def json_safe(value: Any) -> Any:
     raise StoreError(f"Cannot note a {type(value).__name__} in sdata.attrs[{ATTRS_KEY!r}]: it is not JSON.")
 
 
-MAX_READ_BYTES = 2**30
-"""Tables and shapes that are larger in memory stay on disk."""
-
+MAX_READ_BYTES = 2**30  # tables and shapes that are larger in memory stay on disk
 _SHAPE_BYTES = 400  # of a square as an object in memory; a circle takes less
 
 
@@ -180,9 +171,8 @@ def written_by(sdata: SpatialData, section: str, key: str, identity: str, names:
     if store is None:
         return False
     notes = _stored_notes(store)
-    note = note_of(notes, section, key)
-    noted = isinstance(note, Mapping) and note.get("identity") == identity
-    return noted and len(_untouched(store, notes, names)) == len(names)
+    noted = note_of(note_of(notes, section, key), "identity")
+    return bool(noted == identity) and len(_untouched(store, notes, names)) == len(names)
 
 
 def attach_written(sdata: SpatialData, names: Mapping[str, str], *, again: bool = False) -> None:

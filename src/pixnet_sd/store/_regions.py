@@ -63,8 +63,8 @@ class RegionWriter:
     @property
     def missing_bytes(self) -> int:
         """Bytes that are still to be written at most, those included that are deleted at the end."""
-        stored = self.rows.stored_bytes if isinstance(self.rows, FileSums) else 0
-        return max(0, estimate_table_bytes(self.rows.n_rows, self._n_values, self.n_columns) - stored)
+        most = estimate_table_bytes(self.rows.n_rows, self._n_values, self.n_columns)
+        return max(0, most - self.rows.stored_bytes)
 
     def summary(self) -> str:
         """What will be written, in words."""

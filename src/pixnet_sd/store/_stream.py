@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from ._tables import RowInfo
 
 
-# by the first letters of the element's model, such as Image2DModel
-_TYPES = {"Image": "images", "Label": "labels", "Point": "points", "Shape": "shapes", "Table": "tables"}
-
-
 @dataclass(frozen=True)
 class Staged:
     """An element that lies complete, with consolidated metadata, at ``{kind}/{name}`` in a scratch store."""
@@ -52,7 +48,9 @@ class Staged:
 
 def element_type(element: Any) -> str:
     """Tell the type of an element, or of a staged one: ``"images"``, ``"labels"``, ``"shapes"`` and so on."""
-    return element.kind if isinstance(element, Staged) else _TYPES[get_model(element).__name__[:5]]
+    if isinstance(element, Staged):
+        return element.kind
+    return get_model(element).__name__[:5].lower() + "s"  # of a model such as Image2DModel or ShapesModel
 
 
 def write_scratch_store(path: Path, elements: Mapping[str, Any]) -> tuple[Staged, ...]:
@@ -105,9 +103,7 @@ def stretch(path: Path, shape: Sequence[int], chunks: Sequence[int], compressor:
 
 ROW_CHUNK, ENTRY_CHUNK = 2**17, 2**18
 MAX_VALUE_ROWS = 2**16
-VALUE_BYTES = 4 * 2**20
-"""Bytes of a chunk of a dense ``X``."""
-
+VALUE_BYTES = 4 * 2**20  # of a chunk of a dense ``X``
 _INT32_MAX = 2**31 - 1
 
 

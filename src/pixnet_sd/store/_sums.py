@@ -19,17 +19,7 @@ import numpy as np
 from pixnet_sd.errors import DataError, StoreError
 from pixnet_sd.geometry import RegionShare, Window
 
-from ._disk import (
-    available_memory,
-    check_same_folder,
-    delete_folder,
-    explain_disk_errors,
-    folder_id,
-    new_partial,
-    open_regular,
-    read_json,
-    size_text,
-)
+from ._disk import Partial, available_memory, explain_disk_errors, open_regular, size_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +29,8 @@ if TYPE_CHECKING:
 
 class RegionSums(ABC):
     """Sums of ``n_columns`` values over each of ``n_rows`` regions."""
+
+    stored_bytes = 0  # on disk by now
 
     def __init__(self, n_rows: int, n_columns: int) -> None:
         self.n_rows, self.n_columns = n_rows, n_columns
@@ -122,10 +114,9 @@ class MemorySums(RegionSums):
         self._sums[rows], self._weight[rows] = sums, weights
 
 
-PIECE_BYTES = 8 * 2**20
-"""Bytes of shares that are looked at together."""
-
+PIECE_BYTES = 8 * 2**20  # of shares that are looked at together
 _FILE = "sums.bin"
+_READING, _WRITING = "Reading the predicted regions", "Writing the predicted regions"
 _MARK = b"PSUM"
 _HEAD = struct.Struct("<4s5q")  # mark, window, number of regions; then CRC-32 of this and of what follows
 _CRC_BYTES = 4
@@ -147,16 +138,14 @@ class FileSums(RegionSums):
         self.folder = folder
         # number of a window's regions, and where the file has their indices (8 bytes each), weights (8) and sums
         self._windows: dict[Window, tuple[int, int]] = {}
-        self.stored_bytes = 0  # on disk by now
         self._order: NDArray[np.uint64] | None = None
         self._handle = -1
-        made_for = {**identity, "n_rows": n_rows, "n_columns": n_columns}
-        with self._explained("Writing"):
-            self.resumed = self._is_for(made_for)
+        self._partial = Partial(folder, {**identity, "n_rows": n_rows, "n_columns": n_columns})
+        with explain_disk_errors(_WRITING, folder):
+            self.resumed = self._is_there()
             if not self.resumed:
-                with new_partial(folder, made_for):
+                with self._partial.made(_WRITING):
                     (folder / _FILE).touch()
-            self._home = folder_id(folder)
             self._handle = open_regular(folder / _FILE, os.O_RDWR)
             self._find_windows()
 
@@ -173,8 +162,7 @@ class FileSums(RegionSums):
         for content in contents:
             crc = zlib.crc32(content, crc)
         contents.insert(1, memoryview(crc.to_bytes(_CRC_BYTES, "little")))
-        with self._explained("Writing"):
-            check_same_folder(self.folder, self._home)
+        with self._partial.used(_WRITING):
             end = self.stored_bytes
             for content in contents:
                 end = _write_at(self._handle, content, end)
@@ -185,7 +173,7 @@ class FileSums(RegionSums):
         return window in self._windows
 
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        with self._explained("Reading"):
+        with explain_disk_errors(_READING, self.folder):
             order = self._sort_shares()
             first, last = np.searchsorted(order, np.array([start, stop], np.uint64) << np.uint64(32))
             row = (order[first:last] >> np.uint64(32)).astype(np.intp) - start
@@ -197,8 +185,7 @@ class FileSums(RegionSums):
         return sums, self._weight[start:stop]
 
     def keep(self) -> NDArray[np.bool_]:
-        with self._explained("Reading"):
-            check_same_folder(self.folder, self._home)
+        with self._partial.used(_READING):
             self._sort_shares()
         return self._weight > 0
 
@@ -212,19 +199,13 @@ class FileSums(RegionSums):
         """Delete the sums."""
         self.close()
         with contextlib.suppress(OSError):
-            delete_folder(self.folder)
+            self._partial.delete()
 
-    def _explained(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        return explain_disk_errors(f"{doing} the predicted regions", self.folder)
-
-    def _is_for(self, identity: dict[str, Any]) -> bool:
-        """Whether sums of a run with this identity are there."""
-        try:
-            about = (self.folder / _FILE).lstat()
-            # a second name of the file may be a file of the user's
-            return about.st_nlink == 1 and read_json(self.folder / "partial.json") == identity
-        except (FileNotFoundError, ValueError):
-            return False
+    def _is_there(self) -> bool:
+        """Whether sums of a run with this identity are there; a second name of the file may be one of the user's."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / _FILE).lstat().st_nlink == 1 and self._partial.is_there()
+        return False
 
     def _find_windows(self) -> None:
         """Look up the windows of an earlier run, and cut off what follows the last whole one."""

@@ -25,9 +25,9 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from pixnet_sd._files import clear_left_over
 from pixnet_sd._util import logger
@@ -35,15 +35,16 @@ from pixnet_sd.errors import StoreError
 
 from ._disk import (
     DISK_MARGIN,
+    NAME,
     check_names,
     check_writable,
     existing_names,
     explain_disk_errors,
     hold_lock,
-    is_name,
     is_ours,
     known_secrets,
     local_store,
+    lock_store,
     plain_files,
     read_json,
     secret,
@@ -76,15 +77,13 @@ class Transaction:
 
     Entering it checks all that can be refused before any work is done, and finishes what a killed run left behind;
     results that are streamed go into a `folder` that it locks; `commit` puts everything in at once. ``names`` are the
-    coming results, element name → element type; ``wait_s`` is how long to wait for another run that streams one of the
-    same name. A StoreError tells of a name that cannot be had, and a store that is read-only, old, away or not local.
+    coming results, element name → element type. A StoreError tells of a name that cannot be had or that another run is
+    writing, and a store that is read-only, old, away or not local.
     """
 
-    def __init__(
-        self, sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool = False, wait_s: float = STREAM_WAIT_S
-    ) -> None:
+    def __init__(self, sdata: SpatialData, names: Mapping[str, str], *, overwrite: bool = False) -> None:
         self.sdata, self.store = sdata, local_store(sdata)
-        self._names, self._overwrite, self._wait_s = dict(names), overwrite, wait_s
+        self._names, self._overwrite = dict(names), overwrite
         self._locks = contextlib.ExitStack()
         self.is_late = False  # whether a journal was written, so that the next run finishes
 
@@ -104,7 +103,7 @@ class Transaction:
         assert self.store is not None  # in memory nothing is streamed
         path = work_folder(self.store) / name
         busy = f"Another run is writing {name} of {self.store}. Wait for it, or choose another key."
-        self._locks.enter_context(hold_lock(path.with_name(f"{name}.lock"), wait_s=self._wait_s, busy=busy))
+        self._locks.enter_context(hold_lock(path.with_name(f"{name}.lock"), wait_s=STREAM_WAIT_S, busy=busy))
         return path
 
     def check_room(self, n_bytes: int, n_files: int) -> None:
@@ -141,7 +140,7 @@ class Transaction:
             merge_notes(self.sdata.attrs, self.sdata, notes)
             return
         work = work_folder(self.store)
-        with _commit_lock(self.store):
+        with lock_store(self.store, wait_s=COMMIT_WAIT_S):
             _settle(self.store, work, self.sdata)  # another run may have been killed, or have taken a name
             check_names(self.sdata, names, overwrite=self._overwrite)
             journal = self._write_down(work, elements, notes)
@@ -188,7 +187,7 @@ def recover(sdata: SpatialData) -> None:
     work = work_folder(store)
     plain_files(work, depth=2)
     before = existing_names(sdata)
-    with _commit_lock(store):
+    with lock_store(store, wait_s=COMMIT_WAIT_S):
         names = _settle(store, work, sdata)
         names = {name: kind for name, kind in names.items() if kind == before.get(name, kind)}
         read_back(sdata, store, names, scratch=work)
@@ -196,18 +195,12 @@ def recover(sdata: SpatialData) -> None:
         take_notes(sdata, store)
 
 
-def _checked_name(name: str) -> str:
-    if not is_name(name):
-        raise ValueError("no name of an element")
-    return name
-
-
 class Move(BaseModel):
     """One element on its way from a scratch store, ``{folder}/{store}`` in the work folder, into the store."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
 
-    name: Annotated[str, AfterValidator(_checked_name)]
+    name: str = Field(pattern=NAME)
     kind: Literal["images", "labels", "points", "shapes", "tables"]
     place: str = Field(pattern=r"^(commit/new|map-[\w.-]+/map|table-[\w.-]+/(table|shapes))\.zarr\Z")
     replaces: bool
@@ -259,12 +252,6 @@ def _read_journal(work: Path, store: Path) -> Journal | None:
 def _signature(key: bytes, store: Path, value: dict[str, Any]) -> str:
     text = json.dumps([store.stat().st_ino, value], sort_keys=True)
     return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
-
-
-def _commit_lock(store: Path) -> contextlib.AbstractContextManager[None]:
-    """One commit into a store at a time."""
-    busy = f"Another run is writing into {store}; try again later."
-    return hold_lock(work_folder(store) / "lock", wait_s=COMMIT_WAIT_S, busy=busy)
 
 
 def _settle(store: Path, work: Path, sdata: SpatialData) -> dict[str, str]:

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from spatialdata.transformations import BaseTransformation
 
 
-Block = tuple[int, int, int, int]
-"""row0, row1, col0, col1 in map pixels."""
+Block = tuple[int, int, int, int]  # row0, row1, col0, col1 in map pixels
 
 MAX_FILES = 20_000
 MAX_BLOCK_BYTES = 64 * 2**20
@@ -343,10 +342,14 @@ def _source(array: Any) -> Path | None:
     return None
 
 
+def level_folders(folder: Path) -> list[Path]:
+    """Folders of the levels of an image in ``folder``, the finest first."""
+    return [folder / dataset["path"] for dataset in _ome(folder)["multiscales"][0]["datasets"]]
+
+
 def _level0(folder: Path) -> Any:
-    return zarr.open_array(str(folder / _ome(folder)["multiscales"][0]["datasets"][0]["path"]), mode="r")
+    return zarr.open_array(str(level_folders(folder)[0]), mode="r")
 
 
-def _ome(folder: Path) -> dict[str, Any]:
-    metadata: dict[str, Any] = read_json(folder / "zarr.json")["attributes"]["ome"]
-    return metadata
+def _ome(folder: Path) -> Any:
+    return read_json(folder / "zarr.json")["attributes"]["ome"]

@@ -19,31 +19,25 @@ from zarr.codecs import BloscCodec
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError, StoreError
 from pixnet_sd.store import (
+    Partial,
     Staged,
     Transaction,
     available_memory,
-    check_same_folder,
     consolidate,
-    delete_folder,
-    explain_disk_errors,
-    folder_id,
-    new_partial,
     plain_files,
-    read_json,
     size_text,
     write_scratch_store,
 )
 
-from ._element import FLOAT_BYTES, Block, MapLayout, image_pyramid, map_transforms
+from ._element import FLOAT_BYTES, Block, MapLayout, image_pyramid, level_folders, map_transforms
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from spatialdata.transformations import BaseTransformation
 
 
+# for channels that are always read together: as small as the library's default, read three times as fast
 FAST = BloscCodec(typesize=4, cname="lz4", clevel=5, shuffle="shuffle")
-"""For channels that are always read together: as small as the library's default, read three times as fast."""
-
 _UNDER_WAY = 4  # blocks that are computed, written and encoded at a time
 _DRAFT = re.compile(r"\.[0-9a-f]{32}\.partial")  # as zarr calls a file that it has not finished
 
@@ -199,25 +193,23 @@ class _DiskLevels:
 
     def __init__(self, folder: Path, key: str, layout: MapLayout, identity: dict[str, Any]) -> None:
         self.arrays: list[Any] = []
-        self._folder, self._key, self._layout, self._identity = folder, key, layout, identity
+        self._folder, self._key, self._layout, self._partial = folder, key, layout, Partial(folder, identity)
+        self._image = folder / "map.zarr" / "images" / key
         self._paths: list[Path] = []
         self._log: dict[tuple[int, int], int] = {}  # corner of a block → its bytes
         self.resumed = False
         plain_files(folder)  # raises at links
         with contextlib.suppress(OSError, ValueError, KeyError):
-            if read_json(folder / "partial.json") == identity:
+            if self._partial.is_there():
                 self._open()
                 shapes = [array.shape for array in self.arrays]
                 self.resumed = shapes == [layout.level_shape(k) for k in range(layout.n_levels)]
 
     def start(self, channels: Sequence[str], transforms: Mapping[str, BaseTransformation]) -> None:
-        """Make an empty map in place of what is there; on failure nothing remains."""
-        with explain_disk_errors("Starting the gene map", self._folder), new_partial(self._folder, self._identity):
-            self._create(channels, transforms)
-            self._open()
+        """Make an empty map in place of what is there; on failure nothing remains.
 
-    def _create(self, channels: Sequence[str], transforms: Mapping[str, BaseTransformation]) -> None:
-        """Let spatialdata write a tiny map of the same kind, then put arrays of the full shape in place of its own."""
+        spatialdata writes a tiny one of the same kind; then arrays of the full shape are put in place of its own.
+        """
         layout, side = self._layout, 2 ** (self._layout.n_levels - 1)
         tiny = Image2DModel.parse(
             np.zeros((len(channels), side, side), dtype=np.float32),
@@ -226,46 +218,42 @@ class _DiskLevels:
             scale_factors=[2] * (layout.n_levels - 1),
             transformations=dict(transforms),
         )
-        write_scratch_store(self._folder / "map.zarr", {self._key: tiny})
-        for k, path in enumerate(self._level_paths()):
-            theirs = zarr.open_array(str(path), mode="r")
-            zarr.create_array(
-                str(path),
-                shape=layout.level_shape(k),
-                chunks=layout.level_chunks(k),
-                shards=layout.level_shards(k),
-                dtype=theirs.dtype,
-                compressors=FAST if layout.whole_channels else theirs.compressors,
-                fill_value=theirs.fill_value,
-                dimension_names=("c", "y", "x"),
-                overwrite=True,
-            )
-        consolidate(self._folder / "map.zarr")
+        with self._partial.made("Starting the gene map"):
+            write_scratch_store(self._folder / "map.zarr", {self._key: tiny})
+            for k, path in enumerate(level_folders(self._image)):
+                theirs = zarr.open_array(str(path), mode="r")
+                zarr.create_array(
+                    str(path),
+                    shape=layout.level_shape(k),
+                    chunks=layout.level_chunks(k),
+                    shards=layout.level_shards(k),
+                    dtype=theirs.dtype,
+                    compressors=FAST if layout.whole_channels else theirs.compressors,
+                    fill_value=theirs.fill_value,
+                    dimension_names=("c", "y", "x"),
+                    overwrite=True,
+                )
+            consolidate(self._folder / "map.zarr")
+            self._open()
 
     def _open(self) -> None:
         """Open the levels, and read what is logged; a line that a kill cut short has no full stop and is skipped."""
-        self._paths, self._home = self._level_paths(), folder_id(self._folder)
+        self._paths = level_folders(self._image)
         self.arrays = [zarr.open_array(str(path), mode="r+") for path in self._paths]
         log = self._folder / "done.log"
-        lines = log.read_text(encoding="ascii", errors="replace").splitlines() if log.is_file() else []
-        for words in map(str.split, lines):
-            if len(words) == 4 and words[3] == "." and all(word.isdecimal() for word in words[:3]):
-                row, col, size = map(int, words[:3])
-                self._log[row, col] = size
+        text = log.read_text(encoding="ascii", errors="replace") if log.is_file() else ""
+        for row, col, size in re.findall(r"^(\d+) (\d+) (\d+) \.$", text, re.MULTILINE):
+            self._log[int(row), int(col)] = int(size)
 
-    @contextlib.contextmanager
-    def writing(self) -> Any:
-        """Explain what goes wrong; the folder has to be the same all the while, or blocks would go to another."""
-        with explain_disk_errors("Writing the gene map", self._folder):
-            check_same_folder(self._folder, self._home)
-            yield
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        return self._partial.used("Writing the gene map")
 
     def is_done(self, block: Block) -> bool:
         logged = self._log.get((block[0], block[2]))
         return logged is not None and logged == self._stored_bytes(block[0], block[2])
 
     def mark_done(self, block: Block) -> None:
-        check_same_folder(self._folder, self._home)
+        self._partial.check()
         size = self._stored_bytes(block[0], block[2])
         with (self._folder / "done.log").open("a", encoding="ascii") as file:
             file.write(f"\n{block[0]} {block[2]} {size} .")  # the leading newline parts it from a torn line before
@@ -273,8 +261,7 @@ class _DiskLevels:
 
     def staged(self) -> Staged:
         """Return the element, complete with metadata."""
-        with explain_disk_errors("Finishing the gene map", self._folder):
-            check_same_folder(self._folder, self._home)
+        with self._partial.used("Finishing the gene map"):
             broken = sum(size != self._stored_bytes(*corner) for corner, size in self._log.items())
             if broken:
                 raise StoreError(
@@ -292,12 +279,7 @@ class _DiskLevels:
             logger.info("Blocks that are done are kept in %s; the same call goes on from there.", self._folder)
         else:
             with contextlib.suppress(OSError):
-                delete_folder(self._folder)
-
-    def _level_paths(self) -> list[Path]:
-        element = self._folder / "map.zarr" / "images" / self._key
-        multiscales = read_json(element / "zarr.json")["attributes"]["ome"]["multiscales"]
-        return [element / dataset["path"] for dataset in multiscales[0]["datasets"]]
+                self._partial.delete()
 
     def _stored_bytes(self, row: int, col: int) -> int:
         """Bytes that the files of a block take, one a level; a block of zeros has none."""
