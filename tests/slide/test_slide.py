@@ -72,7 +72,7 @@ def test_a_mark_is_where_it_was_drawn(in_memory: SpatialData, backed: SpatialDat
     np.testing.assert_allclose(placed, SYSTEM @ [*MARK_XY, 1], atol=0.1 * max(1, 0.5 * slide.working_scale))
     np.testing.assert_allclose(slide.working_from_system @ slide.system_from_working, np.eye(3), atol=1e-12)
     from_memory = open_slide(in_memory, mpp=MPP, working_mpp=working_mpp)
-    assert (slide.is_backed, from_memory.is_backed) == (True, False)
+    assert (slide.pyramid.is_backed, from_memory.pyramid.is_backed) == (True, False)
     np.testing.assert_array_equal(whole(from_memory), pixels)
     if working_mpp == MPP:
         np.testing.assert_array_equal(whole(slide.at(MPP * (1 - 1e-10))), picture().transpose(1, 2, 0))  # no pixel more

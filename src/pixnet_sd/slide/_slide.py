@@ -72,11 +72,6 @@ class Slide:
         """(3, 3), the coordinate system (x, y, 1) to working px."""
         return np.asarray(np.linalg.inv(self.system_from_working), np.float64)
 
-    @property
-    def is_backed(self) -> bool:
-        """Whether reads go straight to the store, so that the slide is cheap to pickle."""
-        return self.pyramid.is_backed
-
     def taken(self) -> str:
         """One line on which image was taken, of which resolution, and where."""
         return (
@@ -146,7 +141,7 @@ def slide_at(
     element = sdata.images[image_key]
     pyramid = ImagePyramid.of(element, image_key)
     return Slide(
-        *(image_key, coordinate_system, mpp, mpp_rule, working_mpp, *pyramid.shape),
+        *(image_key, coordinate_system, mpp, mpp_rule, working_mpp, *pyramid.levels[0].shape),
         to_system=affine_matrix(element, coordinate_system),
         pyramid=pyramid,
         channels=pyramid.channels,
@@ -164,7 +159,7 @@ def _warn_if_poor(slide: Slide) -> None:
     if n_px > HUGE_BLOCK_PX:
         remedy = (
             "parse it anew with Image2DModel.parse(..., chunks=(3, 1024, 1024)) and write it"
-            if slide.is_backed
+            if slide.pyramid.is_backed
             else "write the object first (sdata.write(path)) and go on with spatialdata.read_zarr(path)"
         )
         logger.warning(

@@ -151,14 +151,15 @@ class GuardedArray:
         self.dtype: np.dtype[Any] = np.dtype(data.dtype)
         self.is_stored = isinstance(self.data, zarr.Array)  # so that reads go straight to zarr
         self.guards = tuple(filter(None, map(ChunkGuard.of, _stored_in(data)[0])))
+        self.guard = self.guards[0] if self.is_stored and self.guards else None
 
     def __getitem__(self, key: slice | tuple[slice, ...]) -> NDArray[Any]:
         slices = key if isinstance(key, tuple) else (key,)
         slices += (slice(None),) * (len(self.shape) - len(slices))
         spans = [axis.indices(size)[:2] for axis, size in zip(slices, self.shape, strict=True)]
         box = tuple(slice(start, max(start, stop)) for start, stop in spans)
-        if self.is_stored and self.guards:
-            return self.guards[0].read(self.data, box)
+        if self.guard is not None:
+            return self.guard.read(self.data, box)
         values = computed(self.data[box], self.scheduler)
         for guard in self.guards:  # of what the values were just computed from
             guard.check(None if guard.has_file.sum() <= _FEW_CHUNKS else (slice(0, 0),) * guard.has_file.ndim)

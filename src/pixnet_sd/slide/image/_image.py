@@ -52,12 +52,7 @@ class ImageLevel:
 
     def read(self, row0: int, row1: int, col0: int, col1: int) -> np.ndarray:
         """Pixels of a box, clipped to the level: (h, w, 3) uint8. `StoreError` when files went away since opening."""
-        height, width = self.shape
-        row0, row1 = np.clip((row0, row1), 0, height).tolist()
-        col0, col1 = np.clip((col0, col1), 0, width).tolist()
-        if row0 >= row1 or col0 >= col1:
-            return np.empty((max(row1 - row0, 0), max(col1 - col0, 0), 3), np.uint8)
-        block = self.pixels[:, row0:row1, col0:col1]
+        block = self.pixels[:, max(row0, 0) : max(row1, 0), max(col0, 0) : max(col1, 0)]
         if self.channels != (0, 1, 2):
             block = block[list(self.channels)]
         return np.moveaxis(block[:3], 0, -1)
@@ -92,11 +87,6 @@ class ImagePyramid:
         return cls(tuple(levels), tuple(str(names[position]) for position in channels))
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(height, width) of scale 0."""
-        return self.levels[0].shape
-
-    @property
     def is_backed(self) -> bool:
         """Whether every level is read straight from zarr."""
         return all(level.is_backed for level in self.levels)
@@ -118,13 +108,12 @@ def _placed(size: int, level_size: int) -> tuple[float, float]:
 
 def _check_holes(levels: Sequence[ImageLevel], image_key: str) -> None:
     """Raise `StoreError` when another level shows something where a level has no file."""
-    if not levels[0].is_backed or not levels[0].pixels.guards:
+    if levels[0].pixels.guard is None:
         return
-    for k, level in enumerate(levels):
-        witness = levels[-1] if k < len(levels) - 1 else levels[0]
-        if not level.is_backed or not level.pixels.guards or level.pixels.guards[0].has_file.all():
+    for level in levels:
+        guard, witness = level.pixels.guard, levels[0] if level is levels[-1] else levels[-1]
+        if guard is None or guard.has_file.all():
             continue
-        guard = level.pixels.guards[0]
         if not guard.has_file.any() or (witness is not level and _contradicts(level, guard, witness)):
             raise StoreError(
                 f"Image {image_key!r} is not whole: in {guard.folder} {(~guard.has_file).sum()} of "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from dask.array import Array as DaskArray
@@ -130,35 +130,67 @@ def naming_of(channels: Sequence[object]) -> Naming:
     return "stains" if any(_STAINS.fullmatch(word) for word in words) else "unknown"
 
 
+class Looks(NamedTuple):
+    """What speaks for an image being H&E: its channel names, and pixels that are bright-field, dark, or neither."""
+
+    naming: Naming
+    is_bright: bool | None
+
+    @classmethod
+    def of(cls, element: DataArray | DataTree) -> Looks:
+        """Look at channel names and, where they leave it open, at pixels."""
+        finest = levels_of(element)[0]
+        naming = naming_of(channel_names(finest)) if finest.dims == ("c", "y", "x") else "other"
+        return cls(naming, None if naming in ("other", "stains") else is_bright_field(element))
+
+    @property
+    def is_rgb(self) -> bool:
+        """Whether channels are named as colours or not at all."""
+        return self.naming in ("rgb", "numbered")
+
+    @property
+    def rank(self) -> int:
+        """0 for what looks like H&E, then what is named so, then three or four other channels, then anything else."""
+        if self.is_bright is not False and (self.is_rgb or (self.naming == "unknown" and self.is_bright)):
+            return 0
+        return 1 if self.is_rgb else 3 if self.naming in ("other", "stains") else 2
+
+    def describe(self) -> str:
+        """In words, for a message."""
+        named = {"stains": "channels named as stains", "unknown": "channels not named as colours"}.get(self.naming)
+        looks = {True: "bright as H&E", False: "dark as fluorescence", None: ""}[self.is_bright]
+        return ", ".join(filter(None, (named, looks)))
+
+
 def rgb_channels(
     channels: Sequence[object], image_key: str, look: Callable[[bool], bool | None]
 ) -> tuple[int, int, int]:
     """Positions of red, green and blue by channels' names; by others if ``look(at_any_cost)`` says bright-field."""
     naming = naming_of(channels)
+    image = f"image {image_key!r}"
     shown = ", ".join(map(str, channels[:6])) + (", ..." if len(channels) > 6 else "")
     if len(channels) != 3 and naming != "rgb":
         raise DataError(
-            f"image {image_key!r}: found {len(channels)} channel(s) ({shown}), an RGB H&E image is needed. Give "
-            "image_key= of the H&E image, or make an element of its three channels r, g, b (an RGBA image needs "
-            "c_coords=['r', 'g', 'b', 'a'] to be known as one)."
+            f"{image}: found {len(channels)} channel(s) ({shown}), an RGB H&E image is needed. Give image_key= of the "
+            "H&E image, or make an element of its three channels r, g, b (an RGBA image needs c_coords=['r', 'g', 'b', "
+            "'a'] to be known as one)."
         )
     if naming == "stains":
-        raise DataError(f"image {image_key!r}: its channels {shown} are stains or markers, not colours. {_REMEDY}")
-    if naming in ("rgb", "numbered"):
-        if look(False) is False:
-            warn(
-                f"image {image_key!r} is dark where an H&E image is bright: it looks like fluorescence. If it is not "
-                "the H&E image, give image_key= of that one."
+        raise DataError(f"{image}: its channels {shown} are stains or markers, not colours. {_REMEDY}")
+    if naming == "unknown":
+        if not look(True):
+            raise DataError(
+                f"{image}: its channels {shown} are not named as colours, and its pixels do not look like H&E on a "
+                f"bright ground. {_REMEDY}"
             )
-    elif not look(True):
-        raise DataError(
-            f"image {image_key!r}: its channels {shown} are not named as colours, and its pixels do not look like H&E "
-            f"on a bright ground. {_REMEDY}"
-        )
-    else:
         warn(
-            f"image {image_key!r}: its channels {shown} are taken as red, green and blue, because its pixels look like "
-            "H&E. To be sure of their order, parse it with c_coords=['r', 'g', 'b']."
+            f"{image}: its channels {shown} are taken as red, green and blue, because its pixels look like H&E. To be "
+            "sure of their order, parse it with c_coords=['r', 'g', 'b']."
+        )
+    elif look(False) is False:
+        warn(
+            f"{image} is dark where an H&E image is bright: it looks like fluorescence. If it is not the H&E image, "
+            "give image_key= of that one."
         )
     if naming != "rgb":
         return 0, 1, 2
