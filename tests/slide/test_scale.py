@@ -51,16 +51,9 @@ def test_bins_under_any_similarity(visium_hd, matrix, drawn: dict[str, Any]) -> 
     for elements, rel, rule in (by_shapes, by_labels) if "labels" in drawn else (by_table, by_shapes):
         found = find_mpp(sdata, image_key=f"{system}_full_image", coordinate_system=system)
         assert found == (pytest.approx(0.4, rel=rel), rule)
+        copy = find_mpp(sdata, image_key=f"{system}_hires_image", coordinate_system=system)
+        assert copy == (pytest.approx(1.6, rel=rel), rule)
         elements.clear()
-
-
-def test_image_and_bins_with_different_transforms(visium_hd) -> None:
-    sdata = visium_hd()
-    for system in ("sample", "sample_downscaled_hires"):
-        value, _ = find_mpp(sdata, image_key="sample_hires_image", coordinate_system=system)
-        assert value == pytest.approx(0.5 / 0.25)
-    with pytest.raises(ResolutionError, match="lowres"):  # a downscaled copy is named as the cause
-        find_mpp(sdata, image_key="sample_lowres_image", coordinate_system="sample")
 
 
 def test_bins_elsewhere_and_stretched_bins_are_passed_over(visium_hd) -> None:

@@ -77,12 +77,6 @@ def test_dust_and_what_was_not_scanned_are_left_out_and_small_holes_are_filled()
     assert (mask[5, 5], mask[150, 210]) == (True, False)
 
 
-def test_a_large_slide_is_looked_at_in_a_small_picture() -> None:
-    tissue = disk(140, 150, 100).repeat(6, axis=0).repeat(6, axis=1)
-    pixels = np.where(tissue[..., None], np.uint8(STROMA), np.uint8(GLASS))  # 4.5 megapixels of 8 µm
-    assert (mask_of(pixels, mpp=8.0, working_mpp=2.0) != tissue).mean() < 0.02
-
-
 def test_threads_of_tissue_are_one_tissue_and_a_large_hole_stays_open() -> None:
     threads = disk(200, 150, 120) & (np.mgrid[:HEIGHT, :WIDTH] % 24 < 6).any(axis=0)  # 24 µm wide, every 96 µm
     mask = mask_of(picture(threads))

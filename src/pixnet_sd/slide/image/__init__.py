@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._arrays import GuardedArray, computed, loaded_px, stored_array
+from ._arrays import GuardedArray, computed, loaded_px, stored_array, stored_folder
 from ._image import ImageLevel, ImagePyramid
 from ._pixels import HUGE_BLOCK_PX, Looks, coarsest, is_cheap_to_look_at, levels_of
 from ._resample import make_taps, resample
@@ -21,4 +21,5 @@ __all__ = [
     "make_taps",
     "resample",
     "stored_array",
+    "stored_folder",
 ]

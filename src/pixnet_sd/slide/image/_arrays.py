@@ -42,10 +42,9 @@ class ChunkGuard:
     @classmethod
     def of(cls, array: zarr.Array[Any]) -> ChunkGuard | None:
         """List the files of an array; None where it is not in a local folder."""
-        root = _local_root(array.store)
-        if root is None or not array.ndim:
+        folder = stored_folder(array)
+        if folder is None or not array.ndim:
             return None
-        folder = Path(root, *array.path.split("/"))
         start = len(os.fspath(folder)) + 1
         identity = _identity(folder)  # before its files are listed
         names = {f"{path}/{name}"[start:] for path, _, files in os.walk(folder) for name in files}
@@ -106,7 +105,9 @@ def _stored_in(data: Any) -> tuple[list[zarr.Array[Any]], dict[str, Any]]:
 
 
 def stored_array(data: Any) -> zarr.Array[Any] | None:
-    """The zarr array that a lazy array, by its own graph, is an unchanged view of; None for all but a plain read."""
+    """The zarr array that data are or, by their own graph, are an unchanged view of; None for all but a plain read."""
+    if isinstance(data, zarr.Array):
+        return data
     stored, layers = _stored_in(data)
     # dask.array.from_zarr makes two layers: the array itself, and a getter per block
     if len(layers) != 2 or len(stored) != 1 or not data.name.startswith("from-zarr"):
@@ -114,11 +115,25 @@ def stored_array(data: Any) -> zarr.Array[Any] | None:
     return stored[0] if stored[0].shape == data.shape and stored[0].dtype == data.dtype else None
 
 
+def stored_folder(data: Any) -> Path | None:
+    """The local folder of the `stored_array` of data; `dask.array.from_zarr` reaches one through fsspec."""
+    array = stored_array(data)
+    if array is None:
+        return None
+    store: Any = array.store
+    if isinstance(store, LocalStore):
+        return Path(store.root, array.path)
+    fs = getattr(store, "fs", None)
+    protocol = getattr(getattr(fs, "sync_fs", fs), "protocol", ())
+    is_local = "file" in (protocol if isinstance(protocol, tuple) else (protocol,))
+    return Path(store.path, array.path) if is_local else None
+
+
 def loaded_px(data: Any) -> float:
     """How many pixels (height x width) have to be loaded to get one of (c, y, x) data, about; 0 for those in memory."""
     if isinstance(data, np.ndarray):
         return 0.0
-    stored = data if isinstance(data, zarr.Array) else stored_array(data)
+    stored = stored_array(data)
     if stored is not None:
         return float(np.prod(stored.chunks[1:]))
     # Small chunks may be cut from one big block further down, as by the reader of Visium HD, so every layer counts,
@@ -145,7 +160,7 @@ class GuardedArray:
     scheduler = "threads"
 
     def __init__(self, data: Any) -> None:
-        stored = data if isinstance(data, zarr.Array) else stored_array(data)
+        stored = stored_array(data)
         self.data: Any = data if stored is None else stored
         self.shape: tuple[int, ...] = tuple(map(int, data.shape))
         self.dtype: np.dtype[Any] = np.dtype(data.dtype)
@@ -164,15 +179,6 @@ class GuardedArray:
         for guard in self.guards:  # of what the values were just computed from
             guard.check(None if guard.has_file.sum() <= _FEW_CHUNKS else (slice(0, 0),) * guard.has_file.ndim)
         return values
-
-
-def _local_root(store: Any) -> str | Path | None:
-    """Local folder of a Zarr store; `dask.array.from_zarr` reaches one through fsspec."""
-    if isinstance(store, LocalStore):
-        return store.root
-    fs = getattr(store, "fs", None)
-    protocol = getattr(getattr(fs, "sync_fs", fs), "protocol", ())
-    return str(store.path) if "file" in (protocol if isinstance(protocol, tuple) else (protocol,)) else None
 
 
 def _identity(folder: Path) -> tuple[int, int]:

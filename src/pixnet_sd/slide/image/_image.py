@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from xarray import DataArray, DataTree
@@ -15,15 +14,7 @@ from xarray import DataArray, DataTree
 from pixnet_sd.errors import DataError, StoreError
 
 from ._arrays import ChunkGuard, GuardedArray
-from ._pixels import (
-    channel_names,
-    check_uint8,
-    is_bright_field,
-    is_cheap_to_look_at,
-    levels_of,
-    pixel_sample,
-    rgb_channels,
-)
+from ._pixels import channel_names, check_uint8, levels_of, rgb_channels
 
 # missing chunks of a level that are looked at, spread over all, and the side of what is looked at of each
 _LOOKED_AT, _SIDE_PX = 256, 512
@@ -75,15 +66,14 @@ class ImagePyramid:
                 f"image {image_key!r} has axes {tuple(finest.dims)}, a flat image of axes ('c', 'y', 'x') is needed: "
                 "give image_key= of one, or parse this one with spatialdata.models.Image2DModel."
             )
-        names = channel_names(finest)
-        channels = rgb_channels(names, image_key, partial(is_bright_field, element))
-        sample = partial(pixel_sample, finest if is_cheap_to_look_at(finest) else element)
-        check_uint8(finest.dtype, sample, image_key, is_multiscale=isinstance(element, DataTree))
+        channels = rgb_channels(element, image_key)
+        check_uint8(element, image_key)
         levels = []
         for array in arrays:
             y, x = (_placed(finest.sizes[axis], array.sizes[axis]) for axis in ("y", "x"))
             levels.append(ImageLevel(GuardedArray(array.data), (y[0], x[0]), (y[1], x[1]), channels))
         _check_holes(levels, image_key)
+        names = channel_names(finest)
         return cls(tuple(levels), tuple(str(names[position]) for position in channels))
 
     @property

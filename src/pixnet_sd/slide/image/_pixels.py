@@ -6,7 +6,7 @@ An image that is not RGB uint8 is refused with the lines that convert it: a gues
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -162,10 +162,9 @@ class Looks(NamedTuple):
         return ", ".join(filter(None, (named, looks)))
 
 
-def rgb_channels(
-    channels: Sequence[object], image_key: str, look: Callable[[bool], bool | None]
-) -> tuple[int, int, int]:
-    """Positions of red, green and blue by channels' names; by others if ``look(at_any_cost)`` says bright-field."""
+def rgb_channels(element: DataArray | DataTree, image_key: str) -> tuple[int, int, int]:
+    """Positions of red, green and blue by channels' names; by others, in stored order, of a bright-field image."""
+    channels = channel_names(levels_of(element)[0])
     naming = naming_of(channels)
     image = f"image {image_key!r}"
     shown = ", ".join(map(str, channels[:6])) + (", ..." if len(channels) > 6 else "")
@@ -178,7 +177,7 @@ def rgb_channels(
     if naming == "stains":
         raise DataError(f"{image}: its channels {shown} are stains or markers, not colours. {_REMEDY}")
     if naming == "unknown":
-        if not look(True):
+        if not is_bright_field(element, at_any_cost=True):
             raise DataError(
                 f"{image}: its channels {shown} are not named as colours, and its pixels do not look like H&E on a "
                 f"bright ground. {_REMEDY}"
@@ -187,7 +186,7 @@ def rgb_channels(
             f"{image}: its channels {shown} are taken as red, green and blue, because its pixels look like H&E. To be "
             "sure of their order, parse it with c_coords=['r', 'g', 'b']."
         )
-    elif look(False) is False:
+    elif is_bright_field(element) is False:
         warn(
             f"{image} is dark where an H&E image is bright: it looks like fluorescence. If it is not the H&E image, "
             "give image_key= of that one."
@@ -207,15 +206,17 @@ _ROOM = 0.05  # above what was seen, for what was not
 _HOT = 1.25  # how far the highest value may lie above the percentile and still be the image's own
 
 
-def check_uint8(dtype: np.dtype, sample: Callable[[], NDArray[Any]], image_key: str, *, is_multiscale: bool) -> None:
-    """Refuse pixels that are not ``uint8``, with lines that convert the range found in ``sample()``."""
+def check_uint8(element: DataArray | DataTree, image_key: str) -> None:
+    """Refuse pixels that are not ``uint8``, with lines that convert the range found in a sample of them."""
+    finest = levels_of(element)[0]
+    dtype = finest.dtype
     if dtype == np.uint8:
         return
-    values = sample()
+    values = pixel_sample(finest if is_cheap_to_look_at(finest) else element)
     is_finite = np.isfinite(values)
     finite = values[is_finite].astype(np.float64) if is_finite.any() else np.zeros(1)
     black, white = _black_and_white(finite, is_whole=bool(np.issubdtype(dtype, np.integer)))
-    image = f"sdata[{image_key!r}]" + ("['scale0'].image" if is_multiscale else "")
+    image = f"sdata[{image_key!r}]" + ("" if isinstance(element, DataArray) else "['scale0'].image")
     new_key = repr(f"{image_key}_uint8")
     missing = "" if is_finite.all() else f".fillna({white:.9g})"  # not scanned: white, as glass is
     pixels = f"image.astype('float32'){missing}.data"
