@@ -12,6 +12,7 @@ import pytest
 import spatialdata as sd
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import center_of_mass
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import Affine
@@ -52,22 +53,12 @@ def whole(slide: Slide) -> np.ndarray:
     return slide.read(0, height, 0, width)
 
 
-def centroid_xy(tile: np.ndarray) -> np.ndarray:
-    darkness = np.maximum(0, 120 - tile.mean(axis=-1))
-    rows, cols = np.mgrid[: tile.shape[0], : tile.shape[1]] + 0.5
-    return np.array([(cols * darkness).sum(), (rows * darkness).sum()]) / darkness.sum()
-
-
 @pytest.mark.parametrize("working_mpp", [0.17, 0.25, 0.37, 0.5, 2.0])
 def test_a_mark_is_where_it_was_drawn(in_memory: SpatialData, backed: SpatialData, working_mpp: float) -> None:
     slide = open_slide(backed, mpp=MPP, working_mpp=working_mpp)
     pixels, expected = whole(slide), np.array(MARK_XY) * MPP / working_mpp
-    centre = centroid_xy(pixels)
+    centre = np.array(center_of_mass(np.maximum(0, 120 - pixels.mean(axis=-1))))[::-1] + 0.5
     assert np.abs(centre - expected).max() < 0.1
-    row0, col0 = (expected[::-1] - 60 * MPP / working_mpp).astype(int)
-    n = int(120 * MPP / working_mpp)
-    of_a_tile = np.array([col0, row0]) + centroid_xy(slide.read(row0, row0 + n, col0, col0 + n))
-    assert np.abs(of_a_tile - expected).max() < 0.1
     placed = slide.system_from_working @ np.append(centre, 1)
     np.testing.assert_allclose(placed, SYSTEM @ [*MARK_XY, 1], atol=0.1 * max(1, 0.5 * slide.working_scale))
     np.testing.assert_allclose(slide.working_from_system @ slide.system_from_working, np.eye(3), atol=1e-12)

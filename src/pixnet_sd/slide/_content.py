@@ -100,7 +100,7 @@ def _level_sha256(level: ImageLevel) -> str:
     """Hash pixels by the digests of squares, in one pass: of a dask array what is cut from one chunk loads it once."""
     pixels, side = level.pixels.data, _BLOCK_PX
     if not isinstance(pixels, da.Array):  # in memory or of zarr: whole chunks are read at a time
-        chunk = max(pixels.chunks[1:]) if level.is_backed else 1
+        chunk = max(pixels.chunks[1:]) if isinstance(pixels, zarr.Array) else 1
         side = -(-max(chunk, _READ_PX) // _BLOCK_PX) * _BLOCK_PX
         pixels = da.from_array(
             level.pixels, (-1, side, side), name=False, fancy=False, meta=np.empty((0, 0, 0), np.uint8)

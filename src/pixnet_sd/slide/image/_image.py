@@ -36,11 +36,6 @@ class ImageLevel:
         """(height, width) in pixels of this level."""
         return self.pixels.shape[1], self.pixels.shape[2]
 
-    @property
-    def is_backed(self) -> bool:
-        """Whether reads go straight to zarr."""
-        return self.pixels.is_stored
-
     def read(self, row0: int, row1: int, col0: int, col1: int) -> np.ndarray:
         """Pixels of a box, clipped to the level: (h, w, 3) uint8. `StoreError` when files went away since opening."""
         block = self.pixels[:, max(row0, 0) : max(row1, 0), max(col0, 0) : max(col1, 0)]
@@ -79,7 +74,7 @@ class ImagePyramid:
     @property
     def is_backed(self) -> bool:
         """Whether every level is read straight from zarr."""
-        return all(level.is_backed for level in self.levels)
+        return all(level.pixels.is_stored for level in self.levels)
 
     def level_for(self, scale: float) -> ImageLevel:
         """Coarsest level that is no coarser than ``scale`` scale-0 pixels per pixel; the finest if all are."""
