@@ -8,7 +8,7 @@ the array was opened tells the two apart: which chunks had a file, and which fol
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -60,27 +60,24 @@ class ChunkGuard:
                 values = np.asarray(array[box])
             except OSError as error:
                 raise StoreError(f"{self.folder} cannot be read: {error.strerror or error}.") from error
-            self.check(box)
+            self.check(self._held(box))
             if not self._has_suspects(values, box):
                 break  # else files may have been away while they were read, and are back now
         return values
 
-    def check(self, box: Box | None = None) -> None:
-        """Raise unless the folder, and what it held of a box or of all, is there."""
+    def check(self, held: Iterable[tuple[int, ...]]) -> None:
+        """Raise unless the folder, and the files of chunks that it held, are there."""
         if _identity(self.folder) != self.identity:
             raise StoreError(_away(self.folder))
-        for index in self._held(box):
+        for index in held:
             file = self.folder / self.metadata.encode_chunk_key(index)
             if not os.path.exists(file):
                 raise StoreError(_away(file))
 
-    def _held(self, box: Box | None) -> Iterator[tuple[int, ...]]:
+    def _held(self, box: Box) -> list[tuple[int, ...]]:
         """Chunks with a file that a box touches."""
-        if box is None:
-            yield from map(tuple, np.argwhere(self.has_file).tolist())
-            return
         spans = [range(s.start // side, -(-s.stop // side)) for s, side in zip(box, self.chunk, strict=True)]
-        yield from (index for index in product(*spans) if self.has_file[index])
+        return [index for index in product(*spans) if self.has_file[index]]
 
     def _has_suspects(self, values: NDArray[Any], box: Box) -> bool:
         """Whether a chunk that has a file, and so should differ from the fill value, does not."""
@@ -177,7 +174,7 @@ class GuardedArray:
             return self.guard.read(self.data, box)
         values = computed(self.data[box], self.scheduler)
         for guard in self.guards:  # of what the values were just computed from
-            guard.check(None if guard.has_file.sum() <= _FEW_CHUNKS else (slice(0, 0),) * guard.has_file.ndim)
+            guard.check(map(tuple, np.argwhere(guard.has_file).tolist()) if guard.has_file.sum() <= _FEW_CHUNKS else ())
         return values
 
 

@@ -78,8 +78,8 @@ class ImagePyramid:
 
     def level_for(self, scale: float) -> ImageLevel:
         """Coarsest level that is no coarser than ``scale`` scale-0 pixels per pixel; the finest if all are."""
-        fine_enough = [level for level in self.levels if max(level.scale) <= scale * (1 + 1e-3)]
-        return fine_enough[-1] if fine_enough else self.levels[0]
+        fine_enough = (level for level in reversed(self.levels) if max(level.scale) <= scale * (1 + 1e-3))
+        return next(fine_enough, self.levels[0])
 
 
 def _placed(size: int, level_size: int) -> tuple[float, float]:

@@ -47,8 +47,8 @@ def channel_names(level: DataArray) -> list[object]:
 def coarsest(element: DataArray | DataTree, at_least_px: int = 1) -> DataArray:
     """The coarsest level whose shorter side has so many pixels, or the finest."""
     levels = levels_of(element)
-    large = [level for level in levels if min(level.sizes["y"], level.sizes["x"]) >= at_least_px]
-    return large[-1] if large else levels[0]
+    large = (level for level in reversed(levels) if min(level.sizes["y"], level.sizes["x"]) >= at_least_px)
+    return next(large, levels[0])
 
 
 def pixel_sample(element: DataArray | DataTree) -> NDArray[Any]:
