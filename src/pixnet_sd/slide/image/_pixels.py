@@ -166,30 +166,29 @@ def rgb_channels(element: DataArray | DataTree, image_key: str) -> tuple[int, in
     """Positions of red, green and blue by channels' names; by others, in stored order, of a bright-field image."""
     channels = channel_names(levels_of(element)[0])
     naming = naming_of(channels)
-    image = f"image {image_key!r}"
     shown = ", ".join(map(str, channels[:6])) + (", ..." if len(channels) > 6 else "")
     if len(channels) != 3 and naming != "rgb":
         raise DataError(
-            f"{image}: found {len(channels)} channel(s) ({shown}), an RGB H&E image is needed. Give image_key= of the "
-            "H&E image, or make an element of its three channels r, g, b (an RGBA image needs c_coords=['r', 'g', 'b', "
-            "'a'] to be known as one)."
+            f"image {image_key!r}: found {len(channels)} channel(s) ({shown}), an RGB H&E image is needed. Give "
+            "image_key= of the H&E image, or make an element of its three channels r, g, b (an RGBA image needs "
+            "c_coords=['r', 'g', 'b', 'a'] to be known as one)."
         )
     if naming == "stains":
-        raise DataError(f"{image}: its channels {shown} are stains or markers, not colours. {_REMEDY}")
+        raise DataError(f"image {image_key!r}: its channels {shown} are stains or markers, not colours. {_REMEDY}")
     if naming == "unknown":
         if not is_bright_field(element, at_any_cost=True):
             raise DataError(
-                f"{image}: its channels {shown} are not named as colours, and its pixels do not look like H&E on a "
-                f"bright ground. {_REMEDY}"
+                f"image {image_key!r}: its channels {shown} are not named as colours, and its pixels do not look like "
+                f"H&E on a bright ground. {_REMEDY}"
             )
         warn(
-            f"{image}: its channels {shown} are taken as red, green and blue, because its pixels look like H&E. To be "
-            "sure of their order, parse it with c_coords=['r', 'g', 'b']."
+            f"image {image_key!r}: its channels {shown} are taken as red, green and blue, because its pixels look like "
+            "H&E. To be sure of their order, parse it with c_coords=['r', 'g', 'b']."
         )
     elif is_bright_field(element) is False:
         warn(
-            f"{image} is dark where an H&E image is bright: it looks like fluorescence. If it is not the H&E image, "
-            "give image_key= of that one."
+            f"image {image_key!r} is dark where an H&E image is bright: it looks like fluorescence. If it is not the "
+            "H&E image, give image_key= of that one."
         )
     if naming != "rgb":
         return 0, 1, 2
