@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import anndata as ad
@@ -24,16 +25,6 @@ ORIGIN_UM = np.array([14.0, 8.0])
 SPAN_UM = np.array([128, 96])  # of the bins, along x and y
 
 
-@dataclass(frozen=True)
-class StubFrame:
-    """What `measured` needs of a slide."""
-
-    image_key: str | None = None
-    coordinate_system: str = "sample"
-    working_from_system: NDArray[np.float64] = field(default_factory=lambda: np.eye(3))
-    working_shape: tuple[int, int] = (HEIGHT_PX, WIDTH_PX)
-
-
 def make_image(
     height: int = HEIGHT_PX,
     width: int = WIDTH_PX,
@@ -45,13 +36,8 @@ def make_image(
 ) -> Any:
     """An image element of random uint8."""
     pixels = np.random.default_rng(seed).integers(0, 255, (len(channels), height, width), dtype=np.uint8)
-    return Image2DModel.parse(
-        pixels,
-        dims=("c", "y", "x"),
-        c_coords=list(channels),
-        scale_factors=None if scale_factors is None else list(scale_factors),
-        transformations=transformations or {"sample": Identity()},
-    )
+    place = transformations or {"sample": Identity()}
+    return Image2DModel.parse(pixels, c_coords=list(channels), scale_factors=scale_factors, transformations=place)
 
 
 def make_table(
@@ -75,15 +61,6 @@ def make_table(
     return TableModel.parse(table, region=name, region_key="region", instance_key="location_id")
 
 
-def lattice(bin_um: int, mpp: float, angle: float) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
-    """Rows, columns and centres in px of the bins."""
-    n_cols, n_rows = SPAN_UM // bin_um
-    row, col = (index.ravel() for index in np.mgrid[:n_rows, :n_cols])
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    um = np.stack([col + 0.5, row + 0.5], axis=1) * bin_um @ turn.T + ORIGIN_UM
-    return row, col, um / mpp
-
-
 def make_visium_hd(
     *,
     dataset_id: str = "sample",
@@ -104,18 +81,22 @@ def make_visium_hd(
     hires, lowres = Scale([0.25, 0.25], axes=("x", "y")), Scale([0.1, 0.1], axes=("x", "y"))
     systems = {dataset_id: place, f"{dataset_id}_downscaled_hires": hires, f"{dataset_id}_downscaled_lowres": lowres}
     shape = round(HEIGHT_PX * 0.5 / mpp), round(WIDTH_PX * 0.5 / mpp)
-    images = {f"{dataset_id}_full_image": make_image(*shape, scale_factors=(2, 2), transformations=systems)}
-    if small_images:
-        for name, scale, factor in (("hires", hires, 0.25), ("lowres", lowres, 0.1)):
-            to_slide = Chain([scale.inverse(), place])
-            placed = {f"{dataset_id}_downscaled_{name}": Identity(), dataset_id: to_slide}
-            images[f"{dataset_id}_{name}_image"] = _smaller(images[f"{dataset_id}_full_image"], factor, placed)
+    full = make_image(*shape, scale_factors=(2, 2), transformations=systems)
+    images = {f"{dataset_id}_full_image": full}
+    for name, scale, n in (("hires", hires, 4), ("lowres", lowres, 10)) if small_images else ():
+        small = full["scale0"].image.coarsen(y=n, x=n).mean().round().astype(np.uint8)
+        placed = {f"{dataset_id}_downscaled_{name}": Identity(), dataset_id: Chain([scale.inverse(), place])}
+        images[f"{dataset_id}_{name}_image"] = Image2DModel.parse(
+            small.values, c_coords=list("rgb"), transformations=placed
+        )
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     shapes, tables = {}, {}
     for size in bins:
         key = f"{dataset_id}_square_{size:03}um"
-        row, col, xy = lattice(size, mpp, angle)
-        picked = np.ones(len(row), bool) if keep is None else keep(row, col)
-        row, col, xy = row[picked], col[picked], xy[picked]
+        row, col = np.indices(SPAN_UM[::-1] // size).reshape(2, -1)
+        if keep is not None:
+            row, col = np.stack([row, col])[:, keep(row, col)]
+        xy = (np.stack([col + 0.5, row + 0.5], axis=1) * size @ turn.T + ORIGIN_UM) / mpp
         points = gpd.GeoDataFrame({"radius": size / mpp / 2}, geometry=shapely.points(xy), index=np.arange(len(xy)))
         # As the reader does it: squares lie along the axes although the lattice is turned.
         squares = gpd.GeoDataFrame(geometry=points.buffer(size / mpp / 2, cap_style="square"))
@@ -124,58 +105,40 @@ def make_visium_hd(
             key, np.arange(len(xy)), obs={"array_row": row, "array_col": col, "in_tissue": 1}
         )
     sdata = SpatialData(images=images, shapes=shapes, tables=tables)
-    if labels:
-        for size in bins:
-            _annotate_by_labels(sdata, f"{dataset_id}_square_{size:03}um", f"square_{size:03}um")
+    for table_key in tables if labels else ():
+        shapes_key = f"{dataset_id}_{table_key}"
+        bins = rasterize_bins(sdata, shapes_key, table_key, "array_col", "array_row", return_region_as_labels=True)
+        sdata[f"{shapes_key}_labels"] = bins
+        rasterize_bins_link_table_to_labels(sdata, table_key, f"{shapes_key}_labels")
     return sdata
 
 
-def _smaller(full: Any, factor: float, transformations: dict[str, BaseTransformation]) -> Any:
-    """A copy of an image with fewer pixels."""
-    pixels = full["scale0"].image.values
-    row, col = (np.linspace(0, size, round(size * factor) + 1)[:-1].astype(int) for size in pixels.shape[1:])
-    means = np.add.reduceat(np.add.reduceat(pixels.astype(float), row, axis=1), col, axis=2)
-    area = np.outer(np.diff(row, append=pixels.shape[1]), np.diff(col, append=pixels.shape[2]))
-    small = (means / area).round().astype(np.uint8)
-    return Image2DModel.parse(small, dims=("c", "y", "x"), c_coords=["r", "g", "b"], transformations=transformations)
-
-
-def _annotate_by_labels(sdata: SpatialData, shapes_key: str, table_key: str) -> None:
-    labels_key = f"{shapes_key}_labels"
-    sdata[labels_key] = rasterize_bins(
-        sdata, shapes_key, table_key, "array_col", "array_row", return_region_as_labels=True
-    )
-    rasterize_bins_link_table_to_labels(sdata, table_key, labels_key)
-
-
-def make_visium(*, mpp: float = 0.5, diameter_um: float = 65.0, pitch_um: float = 100.0) -> SpatialData:
+def make_visium(*, mpp: float = 0.5, diameter_um: float = 65.0) -> SpatialData:
     """What ``spatialdata_io.visium`` returns: circles on a hexagonal lattice."""
-    row, col = (index.ravel() for index in np.mgrid[:6, :6])
-    um = np.stack([col + 0.5 * (row % 2), row * np.sqrt(3) / 2], axis=1) * pitch_um + 70
+    row, col = np.indices((6, 6)).reshape(2, -1)
+    um = np.stack([col + 0.5 * (row % 2), row * np.sqrt(3) / 2], axis=1) * 100 + 70
     image = make_image(round(700 / mpp), round(750 / mpp), transformations={"global": Identity()})
-    spots = ShapesModel.parse(
-        um / mpp, geometry=0, radius=diameter_um / mpp / 2, transformations={"global": Identity()}
-    )
+    spots = make_circles(um / mpp, diameter_um / mpp / 2, system="global")
     table = make_table("spots", np.asarray(spots.index))
     return SpatialData(images={"tissue_full_image": image}, shapes={"spots": spots}, tables={"table": table})
+
+
+def make_circles(xy: Any, radius: Any = 5.0, *, index: Any = None, system: str = "sample") -> Any:
+    """Circles element from centres (n, 2) px."""
+    points = gpd.GeoDataFrame({"radius": np.broadcast_to(radius, len(xy))}, geometry=shapely.points(xy), index=index)
+    return ShapesModel.parse(points, transformations={system: Identity()})
 
 
 # what makes them, for tests to ask for by name
 image = pytest.fixture(lambda: make_image)
 table = pytest.fixture(lambda: make_table)
+circles = pytest.fixture(lambda: make_circles)
 visium_hd = pytest.fixture(lambda: make_visium_hd)
 visium = pytest.fixture(lambda: make_visium)
-frame = pytest.fixture(lambda: StubFrame)
 
 
 @pytest.fixture
-def circles() -> Callable[..., Any]:
-    """Circles element from centres (n, 2) px."""
-
-    def make(xy: Any, radius: Any = 5.0, *, index: Any = None, system: str = "sample") -> Any:
-        xy = np.asarray(xy, dtype=float)
-        index = np.arange(len(xy)) if index is None else index
-        frame = gpd.GeoDataFrame({"radius": np.broadcast_to(radius, len(xy))}, geometry=shapely.points(xy), index=index)
-        return ShapesModel.parse(frame, transformations={system: Identity()})
-
-    return make
+def frame() -> Callable[..., Any]:
+    """What `measured` needs of a slide."""
+    place = {"coordinate_system": "sample", "working_from_system": np.eye(3), "working_shape": (HEIGHT_PX, WIDTH_PX)}
+    return partial(SimpleNamespace, image_key=None, **place)

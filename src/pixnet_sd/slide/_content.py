@@ -20,7 +20,6 @@ import shapely
 import zarr
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
-from zarr.storage import LocalStore
 
 from pixnet_sd._fingerprint import content_sha256, files_sha256
 from pixnet_sd.errors import DataError, StoreError
@@ -38,7 +37,7 @@ from .elements import (
     sample_shapes,
     shared_systems,
 )
-from .image import ImageLevel, computed, levels_of, stored_array
+from .image import ImageLevel, computed, levels_of, stored_folder
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -89,11 +88,11 @@ def check_same_pixels(slide: Slide, content: PixelContent) -> None:
 
 def _files(level: ImageLevel) -> tuple[str | None, bool]:
     """Hash of a level's files, and whether they have been left alone for a while."""
-    array = level.pixels.data
-    if not isinstance(array, zarr.Array) or not isinstance(array.store, LocalStore):
+    folder = stored_folder(level.pixels.data)
+    if folder is None:
         return None, False
     started_ns = time.time_ns()
-    sha256, newest_ns = files_sha256(array.store.root / array.path)
+    sha256, newest_ns = files_sha256(folder)
     return sha256, newest_ns < started_ns - _SETTLED_NS
 
 
@@ -101,7 +100,7 @@ def _level_sha256(level: ImageLevel) -> str:
     """Hash pixels by the digests of squares, in one pass: of a dask array what is cut from one chunk loads it once."""
     pixels, side = level.pixels.data, _BLOCK_PX
     if not isinstance(pixels, da.Array):  # in memory or of zarr: whole chunks are read at a time
-        chunk = max(pixels.chunks[1:]) if level.is_backed else 1
+        chunk = max(pixels.chunks[1:]) if isinstance(pixels, zarr.Array) else 1
         side = -(-max(chunk, _READ_PX) // _BLOCK_PX) * _BLOCK_PX
         pixels = da.from_array(
             level.pixels, (-1, side, side), name=False, fancy=False, meta=np.empty((0, 0, 0), np.uint8)
@@ -190,22 +189,17 @@ def _changed_pixels(element: Any, on_disk: Any, store: Path) -> str:
     if len(levels) != len(stored_levels):
         return "levels"
     for level, stored_level in zip(levels, stored_levels, strict=True):
-        own, stored = stored_array(level.data), stored_array(stored_level.data)
-        if stored is None:
+        own, scratch = stored_folder(level.data), stored_folder(stored_level.data)
+        if scratch is None:
             raise StoreError(f"Pixels in the store {store} cannot be found. Read the object again.")
-        # the element was read by way of a folder that is gone by now
-        array: Any = zarr.open_array(store.joinpath(*_path(stored).parts[-3:]), mode="r")
-        if own is not None and _path(own) == _path(array):
+        folder = store.joinpath(*scratch.parts[-3:])  # they were read by way of a folder that is gone by now
+        if own is not None and own.resolve() == folder.resolve():
             continue
-        own_pixels, stored_pixels = da.asarray(level.data), da.from_zarr(array)
-        is_alike = level.shape == array.shape and level.dtype == array.dtype
-        if not (is_alike and computed((own_pixels == stored_pixels).all())):
+        pixels = da.from_zarr(zarr.open_array(folder, mode="r"))
+        is_alike = level.shape == pixels.shape and level.dtype == pixels.dtype
+        if not (is_alike and computed((da.asarray(level.data) == pixels).all())):
             return "pixels"
     return ""
-
-
-def _path(array: zarr.Array[Any]) -> Path:
-    return Path(str(array.store_path).removeprefix("file://")).resolve()
 
 
 def _changed_shapes(shapes: GeoDataFrame, on_disk: Shapes) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import shapely
@@ -35,16 +35,7 @@ from .elements import (
     similarity_scale,
     written_by_pixnet,
 )
-from .image import (
-    Naming,
-    channel_names,
-    coarsest,
-    computed,
-    is_bright_field,
-    is_cheap_to_look_at,
-    levels_of,
-    naming_of,
-)
+from .image import Looks, coarsest, computed, is_cheap_to_look_at, levels_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -55,7 +46,6 @@ _MOST_PX, _ENOUGH_PX = 2**24, 2**20  # of a level that is read, and that are com
 _GRID, _CELL_PX = 24, 4  # cells along each side that are compared, and pixels of the smaller image in one
 _ALIKE = 0.8  # correlation of grey levels
 _FLAT, _SAME = 1.0, 2.0  # deviation of grey levels below which there is nothing to compare, and of colours that are one
-_SAID = {"stains": "channels named as stains", "unknown": "channels not named as colours"}
 _RECORD = "sdata.attrs['pixnet_sd']['mpp']"  # by name of the image
 _PLAUSIBLE = (0.1, 2.0)  # µm/px: from 100x objectives to overviews in which nuclei are still seen
 _SPOT_PITCH_UM = 100.0
@@ -70,37 +60,6 @@ _BIN_TOLERANCE, _SPOT_TOLERANCE = 0.01, 0.05
 _SAME_PX = 0.5  # what alignments may differ by, over the image, and be the same
 
 
-class _Looks(NamedTuple):
-    """What speaks for an image being H&E: its channel names, and pixels that are bright-field, dark, or neither."""
-
-    naming: Naming
-    is_bright: bool | None
-
-    @classmethod
-    def of(cls, element: Any) -> _Looks:
-        image = scale0(element)
-        if image.dims != ("c", "y", "x"):
-            return cls("other", None)
-        naming = naming_of(channel_names(image))
-        return cls(naming, None if naming in ("other", "stains") else is_bright_field(element))
-
-    @property
-    def is_rgb(self) -> bool:
-        return self.naming in ("rgb", "numbered")
-
-    @property
-    def rank(self) -> int:
-        """0 for what looks like H&E, then what is named so, then three or four other channels, then anything else."""
-        if self.is_bright is not False and (self.is_rgb or (self.naming == "unknown" and self.is_bright)):
-            return 0
-        return 1 if self.is_rgb else 3 if self.naming in ("other", "stains") else 2
-
-    def describe(self) -> str:
-        """In words, for a message."""
-        looks = {True: "bright as H&E", False: "dark as fluorescence", None: ""}[self.is_bright]
-        return ", ".join(filter(None, (_SAID.get(self.naming, ""), looks)))
-
-
 def select_image(sdata: SpatialData, *, image_key: str | None = None, coordinate_system: str | None = None) -> str:
     """Name of the slide image: the one given, else of those not ours that look most like H&E, the others' original."""
     if image_key is not None:
@@ -113,7 +72,7 @@ def select_image(sdata: SpatialData, *, image_key: str | None = None, coordinate
                 "Check coordinate_system=."
             )
         return image_key
-    looks = {key: _Looks.of(sdata.images[key]) for key in _placed_images(sdata, coordinate_system)}
+    looks = {key: Looks.of(sdata.images[key]) for key in _placed_images(sdata, coordinate_system)}
     best = min(look.rank for look in looks.values())
     likely = [key for key, look in looks.items() if look.rank == best]
     # the one of which every other is a copy; of as many pixels, one with more levels
@@ -139,7 +98,7 @@ def other_slides(sdata: SpatialData, *, image_key: str, coordinate_system: str) 
     others = [key for key in others if _overlap(image, sdata.images[key], coordinate_system)]
     whole = [key for key in others if is_copy(sdata, key, image_key)]  # of which the image is a copy
     others = [key for key in others if not any(is_copy(sdata, large, key) for large in (image_key, *whole))]
-    others = [key for key in others if _Looks.of(sdata.images[key]).rank == 0]
+    others = [key for key in others if Looks.of(sdata.images[key]).rank == 0]
     copies = {small for small in others for large in others if small != large and is_copy(sdata, large, small)}
     return [key for key in others if key not in copies] or others[:1]
 

@@ -72,11 +72,6 @@ class Slide:
         """(3, 3), the coordinate system (x, y, 1) to working px."""
         return np.asarray(np.linalg.inv(self.system_from_working), np.float64)
 
-    @property
-    def is_backed(self) -> bool:
-        """Whether reads go straight to the store, so that the slide is cheap to pickle."""
-        return self.pyramid.is_backed
-
     def taken(self) -> str:
         """One line on which image was taken, of which resolution, and where."""
         return (
@@ -146,7 +141,7 @@ def slide_at(
     element = sdata.images[image_key]
     pyramid = ImagePyramid.of(element, image_key)
     return Slide(
-        *(image_key, coordinate_system, mpp, mpp_rule, working_mpp, *pyramid.shape),
+        *(image_key, coordinate_system, mpp, mpp_rule, working_mpp, *pyramid.levels[0].shape),
         to_system=affine_matrix(element, coordinate_system),
         pyramid=pyramid,
         channels=pyramid.channels,
@@ -164,7 +159,7 @@ def _warn_if_poor(slide: Slide) -> None:
     if n_px > HUGE_BLOCK_PX:
         remedy = (
             "parse it anew with Image2DModel.parse(..., chunks=(3, 1024, 1024)) and write it"
-            if slide.is_backed
+            if slide.pyramid.is_backed
             else "write the object first (sdata.write(path)) and go on with spatialdata.read_zarr(path)"
         )
         logger.warning(
@@ -220,20 +215,18 @@ def tissue_mask(slide: Slide) -> np.ndarray:
 
 def _overview_tissue(picture: np.ndarray, mpp: float) -> np.ndarray:
     """(h, w, 3) uint8 -> (h, w) bool."""
-    not_scanned = picture.max(axis=-1) == 0
-    picture = np.where(not_scanned[..., None], np.uint8(255), picture)
+    scanned = picture.max(axis=-1) > 0
+    picture = np.where(scanned[..., None], picture, np.uint8(255))
     grey = rgb2gray(picture)
     darker = grey <= threshold_otsu(grey)  # type: ignore[no-untyped-call]
-    dark = _without_small(darker, min(_MAX_PIECE * grey.size, (_GRAIN_UM / mpp) ** 2)) & ~not_scanned
-    glass = ~dark & ~not_scanned
-    is_one_class = not dark.any() or not glass.any()
-    if not is_one_class:
-        contrast = np.median(picture[glass], axis=0) - np.median(picture[dark], axis=0)
-        is_one_class = np.abs(contrast).max() < _MIN_CONTRAST
-    if is_one_class:
-        is_blank = not_scanned.all() or _is_glass(picture[~not_scanned])
-        return np.zeros_like(dark) if is_blank else ~not_scanned
-    return _outline(dark, mpp) & ~not_scanned if _is_glass(picture[glass]) else ~not_scanned
+    dark = _without_small(darker, min(_MAX_PIECE * grey.size, (_GRAIN_UM / mpp) ** 2)) & scanned
+    bright = scanned & ~dark
+    colours = [np.median(picture[part], axis=0) for part in (bright, dark) if part.any()]
+    is_one_class = len(colours) < 2 or np.abs(colours[0] - colours[1]).max() < _MIN_CONTRAST
+    glass = scanned if is_one_class else bright
+    if not glass.any() or not _is_glass(picture[glass]):
+        return scanned
+    return np.zeros_like(dark) if is_one_class else _outline(dark, mpp) & scanned
 
 
 def _is_glass(pixels: np.ndarray) -> bool:

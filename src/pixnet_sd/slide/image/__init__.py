@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from ._arrays import GuardedArray, computed, loaded_px, stored_array
+from ._arrays import GuardedArray, computed, loaded_px, stored_array, stored_folder
 from ._image import ImageLevel, ImagePyramid
-from ._pixels import (
-    HUGE_BLOCK_PX,
-    Naming,
-    channel_names,
-    coarsest,
-    is_bright_field,
-    is_cheap_to_look_at,
-    levels_of,
-    naming_of,
-)
+from ._pixels import HUGE_BLOCK_PX, Looks, coarsest, is_cheap_to_look_at, levels_of
 from ._resample import make_taps, resample
 
 __all__ = [
@@ -21,16 +12,14 @@ __all__ = [
     "GuardedArray",
     "ImageLevel",
     "ImagePyramid",
-    "Naming",
-    "channel_names",
+    "Looks",
     "coarsest",
     "computed",
-    "is_bright_field",
     "is_cheap_to_look_at",
     "levels_of",
     "loaded_px",
     "make_taps",
-    "naming_of",
     "resample",
     "stored_array",
+    "stored_folder",
 ]

@@ -8,7 +8,7 @@ the array was opened tells the two apart: which chunks had a file, and which fol
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -42,10 +42,9 @@ class ChunkGuard:
     @classmethod
     def of(cls, array: zarr.Array[Any]) -> ChunkGuard | None:
         """List the files of an array; None where it is not in a local folder."""
-        root = _local_root(array.store)
-        if root is None or not array.ndim:
+        folder = stored_folder(array)
+        if folder is None or not array.ndim:
             return None
-        folder = Path(root, *array.path.split("/"))
         start = len(os.fspath(folder)) + 1
         identity = _identity(folder)  # before its files are listed
         names = {f"{path}/{name}"[start:] for path, _, files in os.walk(folder) for name in files}
@@ -61,27 +60,24 @@ class ChunkGuard:
                 values = np.asarray(array[box])
             except OSError as error:
                 raise StoreError(f"{self.folder} cannot be read: {error.strerror or error}.") from error
-            self.check(box)
+            self.check(self._held(box))
             if not self._has_suspects(values, box):
                 break  # else files may have been away while they were read, and are back now
         return values
 
-    def check(self, box: Box | None = None) -> None:
-        """Raise unless the folder, and what it held of a box or of all, is there."""
+    def check(self, held: Iterable[tuple[int, ...]]) -> None:
+        """Raise unless the folder, and the files of chunks that it held, are there."""
         if _identity(self.folder) != self.identity:
             raise StoreError(_away(self.folder))
-        for index in self._held(box):
+        for index in held:
             file = self.folder / self.metadata.encode_chunk_key(index)
             if not os.path.exists(file):
                 raise StoreError(_away(file))
 
-    def _held(self, box: Box | None) -> Iterator[tuple[int, ...]]:
+    def _held(self, box: Box) -> list[tuple[int, ...]]:
         """Chunks with a file that a box touches."""
-        if box is None:
-            yield from map(tuple, np.argwhere(self.has_file).tolist())
-            return
         spans = [range(s.start // side, -(-s.stop // side)) for s, side in zip(box, self.chunk, strict=True)]
-        yield from (index for index in product(*spans) if self.has_file[index])
+        return [index for index in product(*spans) if self.has_file[index]]
 
     def _has_suspects(self, values: NDArray[Any], box: Box) -> bool:
         """Whether a chunk that has a file, and so should differ from the fill value, does not."""
@@ -106,7 +102,9 @@ def _stored_in(data: Any) -> tuple[list[zarr.Array[Any]], dict[str, Any]]:
 
 
 def stored_array(data: Any) -> zarr.Array[Any] | None:
-    """The zarr array that a lazy array, by its own graph, is an unchanged view of; None for all but a plain read."""
+    """The zarr array that data are or, by their own graph, are an unchanged view of; None for all but a plain read."""
+    if isinstance(data, zarr.Array):
+        return data
     stored, layers = _stored_in(data)
     # dask.array.from_zarr makes two layers: the array itself, and a getter per block
     if len(layers) != 2 or len(stored) != 1 or not data.name.startswith("from-zarr"):
@@ -114,11 +112,25 @@ def stored_array(data: Any) -> zarr.Array[Any] | None:
     return stored[0] if stored[0].shape == data.shape and stored[0].dtype == data.dtype else None
 
 
+def stored_folder(data: Any) -> Path | None:
+    """The local folder of the `stored_array` of data; `dask.array.from_zarr` reaches one through fsspec."""
+    array = stored_array(data)
+    if array is None:
+        return None
+    store: Any = array.store
+    if isinstance(store, LocalStore):
+        return Path(store.root, array.path)
+    fs = getattr(store, "fs", None)
+    protocol = getattr(getattr(fs, "sync_fs", fs), "protocol", ())
+    is_local = "file" in (protocol if isinstance(protocol, tuple) else (protocol,))
+    return Path(store.path, array.path) if is_local else None
+
+
 def loaded_px(data: Any) -> float:
     """How many pixels (height x width) have to be loaded to get one of (c, y, x) data, about; 0 for those in memory."""
     if isinstance(data, np.ndarray):
         return 0.0
-    stored = data if isinstance(data, zarr.Array) else stored_array(data)
+    stored = stored_array(data)
     if stored is not None:
         return float(np.prod(stored.chunks[1:]))
     # Small chunks may be cut from one big block further down, as by the reader of Visium HD, so every layer counts,
@@ -145,33 +157,25 @@ class GuardedArray:
     scheduler = "threads"
 
     def __init__(self, data: Any) -> None:
-        stored = data if isinstance(data, zarr.Array) else stored_array(data)
+        stored = stored_array(data)
         self.data: Any = data if stored is None else stored
         self.shape: tuple[int, ...] = tuple(map(int, data.shape))
         self.dtype: np.dtype[Any] = np.dtype(data.dtype)
         self.is_stored = isinstance(self.data, zarr.Array)  # so that reads go straight to zarr
         self.guards = tuple(filter(None, map(ChunkGuard.of, _stored_in(data)[0])))
+        self.guard = self.guards[0] if self.is_stored and self.guards else None
 
     def __getitem__(self, key: slice | tuple[slice, ...]) -> NDArray[Any]:
         slices = key if isinstance(key, tuple) else (key,)
         slices += (slice(None),) * (len(self.shape) - len(slices))
         spans = [axis.indices(size)[:2] for axis, size in zip(slices, self.shape, strict=True)]
         box = tuple(slice(start, max(start, stop)) for start, stop in spans)
-        if self.is_stored and self.guards:
-            return self.guards[0].read(self.data, box)
+        if self.guard is not None:
+            return self.guard.read(self.data, box)
         values = computed(self.data[box], self.scheduler)
         for guard in self.guards:  # of what the values were just computed from
-            guard.check(None if guard.has_file.sum() <= _FEW_CHUNKS else (slice(0, 0),) * guard.has_file.ndim)
+            guard.check(map(tuple, np.argwhere(guard.has_file).tolist()) if guard.has_file.sum() <= _FEW_CHUNKS else ())
         return values
-
-
-def _local_root(store: Any) -> str | Path | None:
-    """Local folder of a Zarr store; `dask.array.from_zarr` reaches one through fsspec."""
-    if isinstance(store, LocalStore):
-        return store.root
-    fs = getattr(store, "fs", None)
-    protocol = getattr(getattr(fs, "sync_fs", fs), "protocol", ())
-    return str(store.path) if "file" in (protocol if isinstance(protocol, tuple) else (protocol,)) else None
 
 
 def _identity(folder: Path) -> tuple[int, int]:

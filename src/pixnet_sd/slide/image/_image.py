@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from xarray import DataArray, DataTree
@@ -15,15 +14,7 @@ from xarray import DataArray, DataTree
 from pixnet_sd.errors import DataError, StoreError
 
 from ._arrays import ChunkGuard, GuardedArray
-from ._pixels import (
-    channel_names,
-    check_uint8,
-    is_bright_field,
-    is_cheap_to_look_at,
-    levels_of,
-    pixel_sample,
-    rgb_channels,
-)
+from ._pixels import channel_names, check_uint8, levels_of, rgb_channels
 
 # missing chunks of a level that are looked at, spread over all, and the side of what is looked at of each
 _LOOKED_AT, _SIDE_PX = 256, 512
@@ -45,19 +36,9 @@ class ImageLevel:
         """(height, width) in pixels of this level."""
         return self.pixels.shape[1], self.pixels.shape[2]
 
-    @property
-    def is_backed(self) -> bool:
-        """Whether reads go straight to zarr."""
-        return self.pixels.is_stored
-
     def read(self, row0: int, row1: int, col0: int, col1: int) -> np.ndarray:
         """Pixels of a box, clipped to the level: (h, w, 3) uint8. `StoreError` when files went away since opening."""
-        height, width = self.shape
-        row0, row1 = np.clip((row0, row1), 0, height).tolist()
-        col0, col1 = np.clip((col0, col1), 0, width).tolist()
-        if row0 >= row1 or col0 >= col1:
-            return np.empty((max(row1 - row0, 0), max(col1 - col0, 0), 3), np.uint8)
-        block = self.pixels[:, row0:row1, col0:col1]
+        block = self.pixels[:, max(row0, 0) : max(row1, 0), max(col0, 0) : max(col1, 0)]
         if self.channels != (0, 1, 2):
             block = block[list(self.channels)]
         return np.moveaxis(block[:3], 0, -1)
@@ -80,31 +61,25 @@ class ImagePyramid:
                 f"image {image_key!r} has axes {tuple(finest.dims)}, a flat image of axes ('c', 'y', 'x') is needed: "
                 "give image_key= of one, or parse this one with spatialdata.models.Image2DModel."
             )
-        names = channel_names(finest)
-        channels = rgb_channels(names, image_key, partial(is_bright_field, element))
-        sample = partial(pixel_sample, finest if is_cheap_to_look_at(finest) else element)
-        check_uint8(finest.dtype, sample, image_key, is_multiscale=isinstance(element, DataTree))
+        channels = rgb_channels(element, image_key)
+        check_uint8(element, image_key)
         levels = []
         for array in arrays:
             y, x = (_placed(finest.sizes[axis], array.sizes[axis]) for axis in ("y", "x"))
             levels.append(ImageLevel(GuardedArray(array.data), (y[0], x[0]), (y[1], x[1]), channels))
         _check_holes(levels, image_key)
+        names = channel_names(finest)
         return cls(tuple(levels), tuple(str(names[position]) for position in channels))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(height, width) of scale 0."""
-        return self.levels[0].shape
 
     @property
     def is_backed(self) -> bool:
         """Whether every level is read straight from zarr."""
-        return all(level.is_backed for level in self.levels)
+        return all(level.pixels.is_stored for level in self.levels)
 
     def level_for(self, scale: float) -> ImageLevel:
         """Coarsest level that is no coarser than ``scale`` scale-0 pixels per pixel; the finest if all are."""
-        fine_enough = [level for level in self.levels if max(level.scale) <= scale * (1 + 1e-3)]
-        return fine_enough[-1] if fine_enough else self.levels[0]
+        fine_enough = (level for level in reversed(self.levels) if max(level.scale) <= scale * (1 + 1e-3))
+        return next(fine_enough, self.levels[0])
 
 
 def _placed(size: int, level_size: int) -> tuple[float, float]:
@@ -118,13 +93,12 @@ def _placed(size: int, level_size: int) -> tuple[float, float]:
 
 def _check_holes(levels: Sequence[ImageLevel], image_key: str) -> None:
     """Raise `StoreError` when another level shows something where a level has no file."""
-    if not levels[0].is_backed or not levels[0].pixels.guards:
+    if levels[0].pixels.guard is None:
         return
-    for k, level in enumerate(levels):
-        witness = levels[-1] if k < len(levels) - 1 else levels[0]
-        if not level.is_backed or not level.pixels.guards or level.pixels.guards[0].has_file.all():
+    for level in levels:
+        guard, witness = level.pixels.guard, levels[0] if level is levels[-1] else levels[-1]
+        if guard is None or guard.has_file.all():
             continue
-        guard = level.pixels.guards[0]
         if not guard.has_file.any() or (witness is not level and _contradicts(level, guard, witness)):
             raise StoreError(
                 f"Image {image_key!r} is not whole: in {guard.folder} {(~guard.has_file).sum()} of "

@@ -6,8 +6,8 @@ An image that is not RGB uint8 is refused with the lines that convert it: a gues
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from dask.array import Array as DaskArray
@@ -47,8 +47,8 @@ def channel_names(level: DataArray) -> list[object]:
 def coarsest(element: DataArray | DataTree, at_least_px: int = 1) -> DataArray:
     """The coarsest level whose shorter side has so many pixels, or the finest."""
     levels = levels_of(element)
-    large = [level for level in levels if min(level.sizes["y"], level.sizes["x"]) >= at_least_px]
-    return large[-1] if large else levels[0]
+    large = (level for level in reversed(levels) if min(level.sizes["y"], level.sizes["x"]) >= at_least_px)
+    return next(large, levels[0])
 
 
 def pixel_sample(element: DataArray | DataTree) -> NDArray[Any]:
@@ -130,10 +130,41 @@ def naming_of(channels: Sequence[object]) -> Naming:
     return "stains" if any(_STAINS.fullmatch(word) for word in words) else "unknown"
 
 
-def rgb_channels(
-    channels: Sequence[object], image_key: str, look: Callable[[bool], bool | None]
-) -> tuple[int, int, int]:
-    """Positions of red, green and blue by channels' names; by others if ``look(at_any_cost)`` says bright-field."""
+class Looks(NamedTuple):
+    """What speaks for an image being H&E: its channel names, and pixels that are bright-field, dark, or neither."""
+
+    naming: Naming
+    is_bright: bool | None
+
+    @classmethod
+    def of(cls, element: DataArray | DataTree) -> Looks:
+        """Look at channel names and, where they leave it open, at pixels."""
+        finest = levels_of(element)[0]
+        naming = naming_of(channel_names(finest)) if finest.dims == ("c", "y", "x") else "other"
+        return cls(naming, None if naming in ("other", "stains") else is_bright_field(element))
+
+    @property
+    def is_rgb(self) -> bool:
+        """Whether channels are named as colours or not at all."""
+        return self.naming in ("rgb", "numbered")
+
+    @property
+    def rank(self) -> int:
+        """0 for what looks like H&E, then what is named so, then three or four other channels, then anything else."""
+        if self.is_bright is not False and (self.is_rgb or (self.naming == "unknown" and self.is_bright)):
+            return 0
+        return 1 if self.is_rgb else 3 if self.naming in ("other", "stains") else 2
+
+    def describe(self) -> str:
+        """In words, for a message."""
+        named = {"stains": "channels named as stains", "unknown": "channels not named as colours"}.get(self.naming)
+        looks = {True: "bright as H&E", False: "dark as fluorescence", None: ""}[self.is_bright]
+        return ", ".join(filter(None, (named, looks)))
+
+
+def rgb_channels(element: DataArray | DataTree, image_key: str) -> tuple[int, int, int]:
+    """Positions of red, green and blue by channels' names; by others, in stored order, of a bright-field image."""
+    channels = channel_names(levels_of(element)[0])
     naming = naming_of(channels)
     shown = ", ".join(map(str, channels[:6])) + (", ..." if len(channels) > 6 else "")
     if len(channels) != 3 and naming != "rgb":
@@ -144,21 +175,20 @@ def rgb_channels(
         )
     if naming == "stains":
         raise DataError(f"image {image_key!r}: its channels {shown} are stains or markers, not colours. {_REMEDY}")
-    if naming in ("rgb", "numbered"):
-        if look(False) is False:
-            warn(
-                f"image {image_key!r} is dark where an H&E image is bright: it looks like fluorescence. If it is not "
-                "the H&E image, give image_key= of that one."
+    if naming == "unknown":
+        if not is_bright_field(element, at_any_cost=True):
+            raise DataError(
+                f"image {image_key!r}: its channels {shown} are not named as colours, and its pixels do not look like "
+                f"H&E on a bright ground. {_REMEDY}"
             )
-    elif not look(True):
-        raise DataError(
-            f"image {image_key!r}: its channels {shown} are not named as colours, and its pixels do not look like H&E "
-            f"on a bright ground. {_REMEDY}"
-        )
-    else:
         warn(
             f"image {image_key!r}: its channels {shown} are taken as red, green and blue, because its pixels look like "
             "H&E. To be sure of their order, parse it with c_coords=['r', 'g', 'b']."
+        )
+    elif is_bright_field(element) is False:
+        warn(
+            f"image {image_key!r} is dark where an H&E image is bright: it looks like fluorescence. If it is not the "
+            "H&E image, give image_key= of that one."
         )
     if naming != "rgb":
         return 0, 1, 2
@@ -175,15 +205,17 @@ _ROOM = 0.05  # above what was seen, for what was not
 _HOT = 1.25  # how far the highest value may lie above the percentile and still be the image's own
 
 
-def check_uint8(dtype: np.dtype, sample: Callable[[], NDArray[Any]], image_key: str, *, is_multiscale: bool) -> None:
-    """Refuse pixels that are not ``uint8``, with lines that convert the range found in ``sample()``."""
+def check_uint8(element: DataArray | DataTree, image_key: str) -> None:
+    """Refuse pixels that are not ``uint8``, with lines that convert the range found in a sample of them."""
+    finest = levels_of(element)[0]
+    dtype = finest.dtype
     if dtype == np.uint8:
         return
-    values = sample()
+    values = pixel_sample(finest if is_cheap_to_look_at(finest) else element)
     is_finite = np.isfinite(values)
     finite = values[is_finite].astype(np.float64) if is_finite.any() else np.zeros(1)
     black, white = _black_and_white(finite, is_whole=bool(np.issubdtype(dtype, np.integer)))
-    image = f"sdata[{image_key!r}]" + ("['scale0'].image" if is_multiscale else "")
+    image = f"sdata[{image_key!r}]" + ("" if isinstance(element, DataArray) else "['scale0'].image")
     new_key = repr(f"{image_key}_uint8")
     missing = "" if is_finite.all() else f".fillna({white:.9g})"  # not scanned: white, as glass is
     pixels = f"image.astype('float32'){missing}.data"
