@@ -62,23 +62,18 @@ def _execute(call: Call) -> int:
     module, _, function = call.command.does.partition(".")
     try:
         return getattr(import_module(f".{module}", __name__), function)(call) or 0
-    except PixNetError as error:
-        flag = call.command.flags.get(error.argument or "")
-        return _fail(call, f"{flag.flag}: {error}" if flag else str(error))
-    except ImportError as error:  # an extra that is not installed; says which
-        return _fail(call, str(error))
+    except (PixNetError, ImportError) as error:  # the latter says which extra is not installed
+        if call.own.get("verbose"):
+            import traceback
+
+            traceback.print_exc()
+        flag = call.command.flags.get(getattr(error, "argument", None) or "")
+        about = f"{flag.flag}: " if flag else ""
+        print(f"pixnet-sd {call.command.name}: error: {about}{error}", file=sys.stderr, flush=True)
+        return 1
     except BrokenPipeError:  # of `pixnet-sd info ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _fail(call: Call, message: str) -> int:
-    if call.own.get("verbose"):
-        import traceback
-
-        traceback.print_exc()
-    print(f"pixnet-sd {call.command.name}: error: {message}", file=sys.stderr, flush=True)
-    return 1
 
 
 def __getattr__(name: str) -> Any:
