@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-INTERRUPTED, TERMINATED = 130, 143
 _LATER = {"COMMANDS": "._commands", "parse": "._parser"}
 
 
@@ -42,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # of the parser: --help, --version, wrong usage
         return int(done.code or 0)
     except KeyboardInterrupt as stop:
-        terminated = isinstance(stop, _Terminated)
-        print(f"{'Terminated' if terminated else 'Interrupted'}. {state}", file=sys.stderr, flush=True)
-        return TERMINATED if terminated else INTERRUPTED
+        said, code = ("Terminated", 143) if isinstance(stop, _Terminated) else ("Interrupted", 130)
+        print(f"{said}. {state}", file=sys.stderr, flush=True)
+        return code
     finally:
         signal.signal(signal.SIGTERM, before)
 
