@@ -156,7 +156,7 @@ def test_wrong_values_are_refused_by_name(verb, required, tmp_path):
         by_type = WRONG_BY_TYPE.get(takes.removesuffix(" | None"))
         values = WRONG.get(f"{verb.rpartition('.')[2]}.{name}", WRONG.get(name, by_type))
         assert values is not None, f"{verb}: no wrong values are known of the new argument {name!r}"
-        takes_none = parameter.default is None or "None" in takes or name == "validation"
+        takes_none = parameter.default is None or "None" in takes
         for value in [*(value for value in values if value is not None), *([] if takes_none else [None])]:
             assert refused(VERBS[verb], name, value, arguments), (name, value)
     assert sorted(tmp_path.rglob("*")) == before

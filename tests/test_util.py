@@ -1,4 +1,4 @@
-"""What the package says: how loud, in lines where no bar can be watched, and of the user's line when it warns."""
+"""What the package says: how loud, and in lines where no bar can be watched."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 import time
 
 import pytest
-from tests.slide.conftest import make_visium_hd
 from tqdm import auto
 
 import pixnet_sd as ps
@@ -86,10 +85,3 @@ def test_what_the_bar_shows_is_told(clock, caplog):
 def test_a_bar_on_a_terminal_only(watched, bar, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: watched, raising=False)
     assert bar_class() is bar
-
-
-def test_warnings_are_of_the_first_caller_outside_the_package() -> None:
-    small = {"model_params": {"working_mpp": 1.0}, "train_params": {"tile_px": 64}, "validation": None}
-    with pytest.warns(UserWarning, match="disagrees with 0.5 µm/px") as raised:
-        ps.pl.training_regions(make_visium_hd(), mpp=0.6, **small, show=False)
-    assert [w.filename for w in raised if "disagrees" in str(w.message)] == [__file__]

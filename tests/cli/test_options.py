@@ -76,18 +76,9 @@ def test_values(text, expected):
     assert repr(sorted(read.items())) == repr(sorted(expected.items()))  # 12 is not 12.0
 
 
-def test_slides_may_stand_anywhere_and_lists_in_files(tmp_path: Path):
-    panel = tmp_path / "panel.txt"
-    panel.write_text("ERBB2\nESR1\n\nPGR\n")
-    call = parse(["fit", "a.zarr", f"--genes=@{panel}", "b=c.zarr", "--freeze-encoder", "d.zarr"], COMMANDS)
-    assert call.slides == ["a.zarr", "b=c.zarr", "d.zarr"]
-    assert call.options == {"genes": ["ERBB2", "ESR1", "PGR"], "freeze_encoder": True}
-
-
 CONFIG = """slides = ["a.zarr"]
 genes = ["A", "B"]
 lr = 1e-3
-validation = "none"
 freeze-encoder = true
 predict.model = "m"
 fit = {seed = 3, zarr = "s.zarr"}
@@ -98,18 +89,22 @@ cross-validate.groups = {C2 = "C", B4 = "B"}
 @pytest.mark.parametrize(
     ("given", "same"),
     [
-        ("fit", "fit a.zarr --genes=A,B --lr=0.001 --validation=none --freeze-encoder --seed=3 --zarr=s.zarr"),
-        ("fit b --lr=2 --zarr=z", "fit b --genes=A,B --lr=2 --validation=none --freeze-encoder --seed=3 --zarr=z"),
+        # slides may stand anywhere
+        ("fit a --genes=@panel.txt b=c --freeze-encoder d", "fit a b=c d --genes=A,B --freeze-encoder"),
+        ("fit --config=run.toml", "fit a.zarr --genes=A,B --lr=0.001 --freeze-encoder --seed=3 --zarr=s.zarr"),
+        ("fit b --lr=2 --zarr=z --config=run.toml", "fit b --genes=A,B --lr=2 --freeze-encoder --seed=3 --zarr=z"),
         (
-            "cross-validate a b --no-freeze-encoder",
-            "cross-validate a b --genes=A,B --lr=0.001 --validation=none --no-freeze-encoder --groups=C2=C,B4=B",
+            "cross-validate a b --no-freeze-encoder --config=run.toml",
+            "cross-validate a b --genes=A,B --lr=0.001 --no-freeze-encoder --groups=C2=C,B4=B",
         ),
     ],
 )
-def test_a_config_file_is_its_options(given, same, tmp_path):
-    """Those of the command line win."""
-    (tmp_path / "run.toml").write_text(CONFIG)
-    found, expected = (parse(text.split(), COMMANDS) for text in (f"{given} --config={tmp_path / 'run.toml'}", same))
+def test_files_are_what_is_in_them(given, same, tmp_path, monkeypatch):
+    """Options of the command line win over those of a config file."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(CONFIG)
+    Path("panel.txt").write_text("A\n\nB\n")
+    found, expected = (parse(text.split(), COMMANDS) for text in (given, same))
     assert (found.slides, found.options) == (expected.slides, expected.options)
     assert {name: value for name, value in found.own.items() if name != "config"} == expected.own
 

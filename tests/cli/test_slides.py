@@ -33,21 +33,16 @@ def refused(capsys):
     return run
 
 
-def test_names(tmp_path, monkeypatch, refused):
+def test_names_and_what_is_no_slide(outs, tmp_path, monkeypatch, refused):
     """A path that is there names no slide before its ``=``."""
     monkeypatch.chdir(tmp_path)
     Path("with=sign.zarr").mkdir()
     assert "'with=sign.zarr' is neither a SpatialData store" in refused("fit", "with=sign.zarr")
     assert "nothing at 'x/C3.zarr'" in refused("fit", "p1=x/C3.zarr", "C3.zarr")
+    assert "Space Ranger's outs." in refused("predict", outs / "binned_outputs" / "square_008um")
+    assert "Space Ranger's outs, or the folder of a model" in refused("info", "nowhere")
     assert "C2_1=a/C2.zarr C2_2=b/C2.zarr" in refused("fit", "a/C2.zarr", "b/C2.zarr")
     assert "s9_1=s9/outs s9_2=s9.zarr" in refused("cross-validate", "s9/outs", "s9.zarr")
-
-
-@pytest.mark.parametrize("command", ["fit", "predict", "info"])
-def test_neither(command, outs, tmp_path, refused):
-    also = ", or the folder of a model" if command == "info" else ""
-    for path in (tmp_path, tmp_path / "nowhere", outs / "binned_outputs" / "square_008um"):
-        assert f"Space Ranger's outs{also}" in refused(command, path)
 
 
 def test_space_ranger_folder(outs, caplog, refused):

@@ -1,51 +1,35 @@
-"""The pages agree with the code: public names are listed, calls fit the functions, quoted messages are in the source.
-
-Nothing is imported: the source is read.
-"""
+"""The pages agree with the code: public names are listed, calls fit, quoted messages are in the source."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pixnet_sd
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "src" / "pixnet_sd"
-MODULES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 QUOTED = re.compile(r"^(?P<ticks>`+) ?(?P<message>.+?) ?(?P=ticks)\n: ", re.MULTILINE)
 LEFT_OPEN = re.compile(r"%[\d.]*[sdrfg]|\{\w*\}")  # what logging and `str.format` fill in
 
 
-def public_names(room: str) -> list[str]:
-    """``__all__`` of a room; empty if it is none."""
-    for path in (SOURCE / room / "__init__.py", SOURCE / f"{room}.py"):
-        for node in MODULES[path].body if path in MODULES else []:
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-                return [str(name) for name in ast.literal_eval(node.value)]
-    return []
-
-
-FUNCTIONS = {
-    node.name: node.args for tree in MODULES.values() for node in tree.body if isinstance(node, ast.FunctionDef)
-}
-
-
 def test_public_names_are_on_the_page() -> None:
     lines = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").splitlines()
-    listed = [f"{room}.{name}" if name else room for room in pixnet_sd.__all__ for name in public_names(room) or [""]]
+    names = {name: getattr(getattr(pixnet_sd, name), "__all__", None) for name in pixnet_sd.__all__}
+    listed = [f"{room}.{name}" if name else room for room, inside in names.items() for name in inside or [""]]
     assert [name for name in listed if f"    {name}" not in lines] == ["__version__"]
 
 
 def fits(room: str, function: str, keywords: list[str]) -> bool:
     """Whether a room exports a function that has these arguments."""
-    if function not in public_names(room):
+    exported = getattr(pixnet_sd, room)
+    if function not in exported.__all__:
         return False
-    known = FUNCTIONS[function]
-    return known.kwarg is not None or {*keywords} <= {each.arg for each in (*known.args, *known.kwonlyargs)}
+    parameters = inspect.signature(getattr(exported, function)).parameters.values()
+    return {*keywords} <= {p.name for p in parameters} or any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def calls(page: Path) -> list[tuple[str, str, list[str]]]:
@@ -64,10 +48,10 @@ def test_calls_fit_the_functions() -> None:
     assert not any(fits("tl", *call) for call in (("fit", ["radius_um"]), ("transform", [])))
 
 
-def texts(tree: ast.Module) -> list[str]:
+def texts(path: Path) -> list[str]:
     """Every text of a module, with … for what differs."""
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.JoinedStr):
             found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -75,7 +59,7 @@ def texts(tree: ast.Module) -> list[str]:
     return [text for text in found if len(text) < 1000]  # longer ones are docstrings
 
 
-TEMPLATES = [text for tree in MODULES.values() for text in texts(tree)]
+TEMPLATES = [text for path in (ROOT / "src").rglob("*.py") for text in texts(path)]
 MESSAGES = [m["message"] for m in QUOTED.finditer((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))]
 
 

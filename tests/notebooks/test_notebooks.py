@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import io
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -65,13 +64,6 @@ def test_stored_outputs(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def render() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        return importlib.import_module("render")
-
-
-@pytest.fixture(scope="module")
 def kernel() -> Iterator[AsyncKernelManager]:
     """One kernel for all notebooks, one after the other: torch and spatialdata are loaded once."""
     manager = AsyncKernelManager(kernel_name="python3")
@@ -101,21 +93,20 @@ def her2st_part(section: Path, target: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_runs(
-    name: str, render: ModuleType, kernel: AsyncKernelManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs(name: str, kernel: AsyncKernelManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, with what takes long cut short; an error in a cell is raised."""
+    render = runpy.run_path(str(FOLDER / "render.py"))
     folder, parts = tmp_path / "run", tmp_path / "her2st"
     folder.mkdir()
     if name == "2_visium_hd":
         write_visium_hd(folder / "outs", size_um=320, n_genes=8)  # a folder that is there is taken
     if name == "5_her2st":
-        if not render.HER2ST.is_dir():
-            pytest.skip(f"no her2st sections at {render.HER2ST}")
+        if not render["HER2ST"].is_dir():
+            pytest.skip(f"no her2st sections at {render['HER2ST']}")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # a slide has more than Pillow expects
         for section in ("C2", "C3", "C4"):
-            her2st_part(render.HER2ST / section, parts / section)
-    done = render.execute(FOLDER / f"{name}.ipynb", folder, QUICK, kernel=kernel, her2st=parts)
-    render.clean(done, folder)
+            her2st_part(render["HER2ST"] / section, parts / section)
+    done = render["execute"](FOLDER / f"{name}.ipynb", folder, QUICK, kernel=kernel, her2st=parts)
+    render["clean"](done, folder)
     assert [text(output) for output in outputs(done) if MACHINE.search(text(output))] == []
     assert len(pictures(done)) == len(pictures(stored(name)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -32,8 +32,7 @@ def add_map(
     tissue = col < shape[1] - 20
     values = np.stack([tissue * (k + 1 + (col if k % 2 else row) / 10) for k in range(len(genes))])
     layout, transforms = map_layout(len(genes), shape, block_px=32), image_transforms(sdata, image_key)
-    noted = {"image": image_key, "coordinate_system": system, "mpp": mpp, "objective": "mse_pcc"}
-    noted |= {"aggregation": "mean", "target_sum": 100.0, **note}
+    noted = {"image": image_key, "coordinate_system": system, "mpp": mpp, "target_sum": 100.0, **note}
     options = {"layout": layout, "transforms": transforms, "pitch_image_px": pitch, "fingerprint": "x"}
     with Transaction(sdata, {"pixnet_map": "images", "pixnet_map_tissue": "labels"}) as out:
         writer = GeneMapWriter(out, key="pixnet_map", channels=genes, **options)
@@ -44,15 +43,12 @@ def add_map(
     return np.where(tissue, values, np.nan)
 
 
-@pytest.fixture
-def hd() -> Callable[..., tuple[SpatialData, np.ndarray[Any, Any]]]:
+def hd(
+    genes: Sequence[str] = ("GENE0", "GENE1", "OTHER"), note: dict[str, Any] | None = None, **options: Any
+) -> tuple[SpatialData, np.ndarray[Any, Any]]:
     """A Visium HD slide, 120 x 160 µm at 0.5 µm/px, its map of 60 x 80 pixels, and the map's values."""
-
-    def make(genes: tuple[str, ...] = ("GENE0", "GENE1", "OTHER"), note: dict[str, Any] | None = None, **options: Any):
-        sdata = make_visium_hd(**options)
-        return sdata, add_map(sdata, "sample_full_image", "sample", mpp=0.5, genes=list(genes), **(note or {}))
-
-    return make
+    sdata = make_visium_hd(**options)
+    return sdata, add_map(sdata, "sample_full_image", "sample", mpp=0.5, genes=list(genes), **(note or {}))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dask.array as da
 import geopandas as gpd
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,14 +11,14 @@ import spatialdata as sd
 from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 from spatialdata.models import ShapesModel
-from spatialdata.transformations import Affine, Identity, get_transformation, set_transformation
-from tests.pl.conftest import add_map
+from spatialdata.transformations import Affine, Identity, set_transformation
+from tests.pl.conftest import add_map, hd
 from tests.slide.conftest import make_table, make_visium
 from zarr.storage import LocalStore
 
 import pixnet_sd as ps
 from pixnet_sd.errors import DataError, ElementError, PixNetError
-from pixnet_sd.store.gene_map import FactorHead, factor_names, image_pyramid
+from pixnet_sd.store.gene_map import FactorHead, factor_names
 
 
 def draw(sdata, genes="GENE0", **options):
@@ -46,7 +45,7 @@ def value_at(ax, x_um: float, y_um: float) -> float:
     return float(shown(ax)[int(row), int(col)])
 
 
-def test_three_panels_in_um(hd):
+def test_three_panels_in_um():
     sdata, values = hd()
     axes = draw(sdata)
     assert axes.shape == (1, 3)
@@ -58,20 +57,16 @@ def test_three_panels_in_um(hd):
     np.testing.assert_allclose(to_um(axes[0, 2]), np.diag([2, 2, 1]), atol=1e-9)
 
 
-def test_factors_draw_what_the_map_does(hd):
-    sdata, values = hd()
-    full, maps = sdata.images.pop("pixnet_map"), sdata.attrs["pixnet_sd"]["maps"]
-    pixels, transforms = full["scale0"]["image"].data, get_transformation(full, get_all=True)
-    factors = da.concatenate([pixels, (pixels[:1] != 0).astype(np.float32)])  # the last is the tissue
-    sdata.images["pixnet_factors"] = image_pyramid([factors], factor_names(3), transforms)
-    head = FactorHead(["GENE0", "GENE1", "OTHER"], np.eye(3, dtype=np.float32), np.zeros(3, np.float32))
+def test_factors_draw_what_the_map_does():
+    sdata, values = hd(factor_names(3))
+    head = FactorHead(["GENE0", "GENE1"], np.eye(2, 3, dtype=np.float32), np.zeros(2, np.float32))
     sdata.tables["pixnet_factors_head"] = head.table("log", "of these factors")
-    sdata.labels["pixnet_factors_tissue"] = sdata.labels.pop("pixnet_map_tissue")
-    maps["pixnet_factors"] = maps.pop("pixnet_map")
+    for kind, end in ((sdata.images, ""), (sdata.labels, "_tissue"), (sdata.attrs["pixnet_sd"]["maps"], "")):
+        kind[f"pixnet_factors{end}"] = kind.pop(f"pixnet_map{end}")
     np.testing.assert_allclose(shown(draw(sdata, panels=["predicted"])), values[0], rtol=1e-6)
 
 
-def test_image_is_the_slide_also_beneath_and_without_expression(hd):
+def test_image_is_the_slide_also_beneath_and_without_expression():
     sdata, _ = hd()
     _, ax = plt.subplots(figsize=(8, 6), dpi=100)
     draw(sdata, ax=ax, panels=["image"], crop_um=(20, 30, 60, 60))
@@ -100,7 +95,7 @@ def log_normalised(table) -> np.ndarray:
 
 @pytest.mark.parametrize("matrix", [None, np.array([[0, -2.0, 500], [2.0, 0, 30], [0, 0, 1]])])
 @pytest.mark.parametrize("size", [8, 16])
-def test_measured_bins_are_where_they_are(hd, size, matrix):
+def test_measured_bins_are_where_they_are(size, matrix):
     """Also where image and bins are turned in their coordinate system."""
     sdata, _ = hd(matrix=matrix)
     table_key = f"square_{size:03}um"
@@ -114,7 +109,7 @@ def test_measured_bins_are_where_they_are(hd, size, matrix):
     assert np.arctan2(c, a) == pytest.approx(0.02, abs=1e-6)  # the lattice is turned, and so is the picture
 
 
-def test_bins_finer_than_the_screen_are_averaged(hd):
+def test_bins_finer_than_the_screen_are_averaged():
     sdata, _ = hd(bins=(8,))
     _, ax = plt.subplots(figsize=(0.1, 0.1), dpi=100)  # 7 pixels: 21 µm each, two bins
     draw(sdata, ax=ax, panels=["measured"], scalebar=False, colorbar_loc=None)
@@ -137,7 +132,7 @@ def test_spots_are_circles():
 
 
 @pytest.mark.parametrize("labels", [False, True])
-def test_cells_are_filled(hd, labels):
+def test_cells_are_filled(labels):
     """Polygons, and labels without a lattice."""
     sdata, _ = hd(bins=(16,), labels=labels, angle=0.0)
     table_key = "square_016um" if labels else "counts"
@@ -155,7 +150,7 @@ def test_cells_are_filled(hd, labels):
     np.testing.assert_allclose(np.unique(values), np.unique(expected.astype(np.float32)), rtol=1e-6)
 
 
-def test_limits_are_shared_or_not(hd):
+def test_limits_are_shared_or_not():
     sdata, _ = hd()
     shared = draw(sdata, vmax="p100", vmin="p0")[0]
     both = np.concatenate([shown(ax).ravel() for ax in shared[1:]])
@@ -171,7 +166,7 @@ def test_limits_are_shared_or_not(hd):
     assert limits(measured) != limits(predicted)
 
 
-def test_genes_are_rows(hd):
+def test_genes_are_rows():
     sdata, values = hd()
     axes = draw(sdata, ["OTHER", "GENE1"], vmin=[None, 2], vmax=[None, "p50"], panels=["predicted", "measured"])
     assert axes.shape == (2, 2)
@@ -184,7 +179,7 @@ def test_genes_are_rows(hd):
     assert [len(ax.artists) for ax in axes.flat] == [1, 0, 1, 0]  # scale bars
 
 
-def test_crop_and_level(hd):
+def test_crop_and_level():
     """A crop is read alone; the level has a pixel for every one on the screen."""
     sdata, values = hd()
     ax = draw(sdata, crop_um=(31, -10, 62, 41))[0, 2]
@@ -198,7 +193,7 @@ def test_crop_and_level(hd):
         np.testing.assert_allclose(to_um(ax), np.diag([4, 4, 1]), atol=1e-9)
 
 
-def test_counts_are_densities(hd):
+def test_counts_are_densities():
     sdata, _ = hd(genes=("GENE0", "total_counts"), note={"objective": "poisson", "aggregation": "sum"}, angle=0.0)
     axes = draw(sdata, ["GENE0", "total_counts"])
     counts = sdata.tables["square_016um"].X.toarray()
@@ -208,7 +203,7 @@ def test_counts_are_densities(hd):
     assert {bar.get_ylabel() for bar in axes[0, 0].figure.axes[6:]} == {"counts per µm²"}
 
 
-def test_reads_only_the_channels_and_the_crop(hd, tmp_path, monkeypatch):
+def test_reads_only_the_channels_and_the_crop(tmp_path, monkeypatch):
     sdata, store = hd()[0], tmp_path / "slide.zarr"
     sd.SpatialData(images={"he": sdata.images["sample_full_image"]}).write(store)
     add_map(sd.read_zarr(store), "he", "sample", mpp=0.5, genes=[f"G{k}" for k in range(20)])
@@ -227,7 +222,7 @@ def test_reads_only_the_channels_and_the_crop(hd, tmp_path, monkeypatch):
     assert 0 < n_bytes < 0.6 * path.stat().st_size
 
 
-def test_shown_saved_returned(hd, tmp_path, monkeypatch):
+def test_shown_saved_returned(tmp_path, monkeypatch):
     sdata, _ = hd()
     windows = []
     monkeypatch.setattr(plt, "show", lambda: windows.append(1))
@@ -255,14 +250,14 @@ def test_shown_saved_returned(hd, tmp_path, monkeypatch):
         ({"ax": Figure().add_subplot()}, PixNetError, "ax=.*1.*3"),
     ],
 )
-def test_bad_input(hd, arguments, error, says):
+def test_bad_input(arguments, error, says):
     sdata, _ = hd()
     with pytest.raises(error, match=says):
         draw(sdata, **arguments)
     assert not plt.get_fignums()  # none is left behind
 
 
-def test_coordinate_system_was_renamed_since_or_the_image_is_gone(hd):
+def test_coordinate_system_was_renamed_since_or_the_image_is_gone():
     """The panels are the same as long as it is plain how image and regions lie."""
     sdata, _ = hd()
     expected = [shown(ax) for ax in draw(sdata)[0]]

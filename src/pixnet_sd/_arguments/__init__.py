@@ -44,7 +44,6 @@ _MODEL = r.either(r.instance("pixnet_sd.model.PixNet", "a PixNet"), r.folder("th
 _MPP = r.number("a positive number of µm per pixel", lambda x: x > 0)
 _GENES = r.names("names of genes")
 _N_GENES = r.whole(1, 1_000_000)  # more than any genome has
-_SHARE = r.number("a number between 0 and 1", lambda x: 0 < x < 1)
 _BIN_UM = r.whole(1, 10_000)
 _DRAWN_BIN = r.choice(2, 4, 8, 16)
 _DRAWN_BINS = r.each(_DRAWN_BIN, "one or more of 2, 4, 8 and 16, in a list")
@@ -99,7 +98,7 @@ _TABLE: list[tuple[r.Rule, str]] = [
     (r.raising(DataError, _N_GENES), "n_genes"),
     (r.whole(1, _MOST_AT_ONCE), "batch_size decoder_width"),
     (r.whole(2 * _COARSEST_STRIDE, 2**20, multiple=_COARSEST_STRIDE), "tile_px predict_tile_px"),
-    (r.optional(r.either(_SHARE, r.names("names of slides"))), "validation"),
+    (r.either(r.number("a number between 0 and 1", lambda x: 0 < x < 1), r.names("names of slides")), "validation"),
     (_DEVICE, "device"),
     (r.whole(0, _MOST), "seed"),
     (r.raising(CheckpointError, r.new_folder("a folder that can be made or written")), "checkpoint_dir"),

@@ -49,8 +49,6 @@ def raising(error: type[PixNetError], rule: Rule) -> Rule:
 
 def optional(rule: Rule) -> Rule:
     """Let a rule take None as well."""
-    if rule.needed.endswith(", or None"):
-        return rule
     return replace(rule, needed=f"{rule.needed}, or None", read=lambda v: None if v is None else rule.read(v))
 
 

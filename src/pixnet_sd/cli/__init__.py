@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-INTERRUPTED, TERMINATED = 130, 143
 _LATER = {"COMMANDS": "._commands", "parse": "._parser"}
 
 
@@ -42,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # of the parser: --help, --version, wrong usage
         return int(done.code or 0)
     except KeyboardInterrupt as stop:
-        terminated = isinstance(stop, _Terminated)
-        print(f"{'Terminated' if terminated else 'Interrupted'}. {state}", file=sys.stderr, flush=True)
-        return TERMINATED if terminated else INTERRUPTED
+        said, code = ("Terminated", 143) if isinstance(stop, _Terminated) else ("Interrupted", 130)
+        print(f"{said}. {state}", file=sys.stderr, flush=True)
+        return code
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -62,23 +61,18 @@ def _execute(call: Call) -> int:
     module, _, function = call.command.does.partition(".")
     try:
         return getattr(import_module(f".{module}", __name__), function)(call) or 0
-    except PixNetError as error:
-        flag = call.command.flags.get(error.argument or "")
-        return _fail(call, f"{flag.flag}: {error}" if flag else str(error))
-    except ImportError as error:  # an extra that is not installed; says which
-        return _fail(call, str(error))
+    except (PixNetError, ImportError) as error:  # the latter says which extra is not installed
+        if call.own.get("verbose"):
+            import traceback
+
+            traceback.print_exc()
+        flag = call.command.flags.get(getattr(error, "argument", None) or "")
+        about = f"{flag.flag}: " if flag else ""
+        print(f"pixnet-sd {call.command.name}: error: {about}{error}", file=sys.stderr, flush=True)
+        return 1
     except BrokenPipeError:  # of `pixnet-sd info ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _fail(call: Call, message: str) -> int:
-    if call.own.get("verbose"):
-        import traceback
-
-        traceback.print_exc()
-    print(f"pixnet-sd {call.command.name}: error: {message}", file=sys.stderr, flush=True)
-    return 1
 
 
 def __getattr__(name: str) -> Any:

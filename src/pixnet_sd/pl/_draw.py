@@ -137,11 +137,6 @@ def view_of(
     return View(left, top, right, bottom, max(right - left, bottom - top) / shown_px)
 
 
-def coarsest_level(pitches_um: Sequence[float], um_per_px: float) -> int:
-    """Of levels, finest first, choose the coarsest that is no coarser than the screen; the finest if all are."""
-    return max((k for k, pitch in enumerate(pitches_um) if pitch <= um_per_px * (1 + 1e-3)), default=0)
-
-
 def scaled(factor: float, x: float = 0.0, y: float = 0.0) -> Float:
     """Make the map of (x, y, 1) that scales points, then moves them."""
     return np.array([[factor, 0.0, x], [0.0, factor, y], [0.0, 0.0, 1.0]])

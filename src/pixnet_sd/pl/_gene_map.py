@@ -41,7 +41,6 @@ from ._draw import (
     View,
     add_scale_bar,
     axes_grid,
-    coarsest_level,
     draw_raster,
     draw_regions,
     draw_slide,
@@ -164,7 +163,9 @@ def gene_map(  # noqa: PLR0913
     shared = not _is_sum(note) if shared_limits is None else shared_limits
     bounds = zip(_bounds(vmin, len(names)), _bounds(vmax, len(names)), strict=True)
     norms = [_norms(layers, k, low, high, shared=shared) for k, (low, high) in enumerate(bounds)]
-    axes = axes_grid(ax, (len(names), len(shown)), figsize=figsize, panel_in=_panel_in(view, colorbar_loc), dpi=dpi)
+    inches, bar_in = _PANEL_IN / max(view.width, view.height), 0.0 if colorbar_loc is None else _BAR_IN
+    panel_in = max(inches * view.width, 1.8) + bar_in, max(inches * view.height, 1.2) + _TITLE_IN
+    axes = axes_grid(ax, (len(names), len(shown)), figsize=figsize, panel_in=panel_in, dpi=dpi)
     for k, (gene, row) in enumerate(zip(names, axes, strict=True)):
         coloured: list[tuple[Axes, Any, str]] = []
         for panel_ax, panel in zip(row, shown, strict=True):
@@ -262,7 +263,8 @@ def _predicted(
     names = [f"scale{k}" for k in range(len(levels))]
     if scale not in (None, "full", *names):
         raise PixNetError(f"scale={scale!r}: the map has {', '.join(map(repr, names))}; 'full' is the first of them.")
-    fine_enough = coarsest_level([pitch * 2**k for k in range(len(levels))], view.um_per_px)
+    # the coarsest that is no coarser than the screen, or the finest
+    fine_enough = max((k for k in range(len(levels)) if pitch * 2**k <= view.um_per_px * (1 + 1e-3)), default=0)
     k = fine_enough if scale is None else 0 if scale == "full" else names.index(scale)
     from_level = to_um @ scaled(2.0**k)
     rows, cols = view.pixels_in(from_level, levels[k].shape[1:])
@@ -305,8 +307,8 @@ def _slide(sdata: SpatialData, note: dict[str, Any], map_key: str) -> Slide:
 
 def _system(sdata: SpatialData, image_key: str, map_key: str, noted: str) -> str:
     """Find the coordinate system of a prediction, or, where it was renamed since, that in which everything meets."""
-    images = [sdata.images[key] for key in (image_key, map_key) if key in sdata.images]
-    common = set.intersection(*({*get_transformation(image, get_all=True)} for image in images))
+    systems = [get_transformation(sdata.images[key], get_all=True) for key in (image_key, map_key)]
+    common = {*systems[0]} & {*systems[1]}
     if noted in common:
         return noted
     try:
@@ -327,12 +329,6 @@ def _table_to_draw(sdata: SpatialData, slide: Slide, table_key: str | None) -> s
         return table_key
     where = {"coordinate_system": slide.coordinate_system, "image_key": slide.image_key}
     return select_tables(sdata, **where)[-1] if measured_tables(sdata, **where) else None
-
-
-def _panel_in(view: View, colorbar_loc: str | None) -> tuple[float, float]:
-    """Return width and height of a panel, inches, with its share of colour bar and title."""
-    inches, bar = _PANEL_IN / max(view.width, view.height), 0.0 if colorbar_loc is None else _BAR_IN
-    return max(inches * view.width, 1.8) + bar, max(inches * view.height, 1.2) + _TITLE_IN
 
 
 def _bounds(bound: Bound | Sequence[Bound], n: int) -> Sequence[Bound]:

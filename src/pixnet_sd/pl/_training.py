@@ -45,7 +45,7 @@ from ._draw import (
 if TYPE_CHECKING:
     from pixnet_sd.engine import Tile, TrainingSlide
     from pixnet_sd.model import PixNet
-    from pixnet_sd.tl import Source, Validation
+    from pixnet_sd.tl import Source
 
 _GENES_IN, _HISTORY_IN = (4.2, 3.6), (3.8, 3.0)
 _MANY = 2000  # regions; more are counted in hexagons
@@ -263,7 +263,7 @@ def training_regions(  # noqa: PLR0913
     coordinate_system: str | None = None,
     mpp: float | Literal["coordinate_system"] | None = None,
     objective: ObjectiveName = "mse_pcc",
-    validation: Validation = 0.1,
+    validation: float | Sequence[str] | None = 0.1,
     seed: int = 0,
     model_params: ModelParams | Mapping[str, Any] | None = None,
     train_params: TrainParams | Mapping[str, Any] | None = None,
