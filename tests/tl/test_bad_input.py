@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import anndata as ad
 import geopandas as gpd
 import numpy as np
 import pytest
-import spatialdata as sd
-from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
+from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Translation, get_transformation, set_transformation
 from tests.tl.conftest import BINS, FULL, TABLE, content, in_memory
 
@@ -24,7 +23,6 @@ from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetErr
 @pytest.fixture(autouse=True)
 def _store_stays_as_it_was(fitted, forward_passes):
     """Every test here breaks the object in memory; nothing of that, nor of a refused call, may reach the disk."""
-
     before = content(fitted.path)
     yield
     assert content(fitted.path) == before
@@ -48,10 +46,6 @@ def two_images(sdata):
 
 def with_pixels(change: Callable[..., Any], names="rgb") -> Callable[..., None]:
     return lambda sdata: replaced(sdata, change(pixels_of(sdata)), names)
-
-
-def glass(pixels):
-    return np.random.default_rng(0).integers(238, 243, pixels.shape).astype(np.uint8)
 
 
 def placed(key: str, transformation: Any, system: str | None = "sample", **options: Any) -> Callable[..., None]:
@@ -102,7 +96,7 @@ BAD = {
     "no such image": Bad(lambda _: None, ElementError, FULL, "", {"image_key": "full"}),
     "4 stains": Bad(with_pixels(lambda p: p[[0, 1, 2, 0]], ["DAPI", "CD3", "CD20", "CK"]), DataError, "CD3", "", IMAGE),
     "uint16": Bad(with_pixels(lambda p: p.astype(np.uint16) * 257), DataError, "uint16", "", IMAGE),
-    "glass": Bad(with_pixels(glass), DataError, "image_key=", "predict"),
+    "glass": Bad(with_pixels(lambda p: np.full_like(p, 240)), DataError, "image_key=", "predict"),
     "mpp unknown": Bad(lambda s: s.shapes.update(bins=s.shapes.pop(BINS)), ResolutionError, "bins.*mpp=", "predict"),
     "mpp too large": Bad(lambda _: None, ResolutionError, "mpp = 8", "", {"mpp": 8.0}),
     "shear": Bad(sheared, ResolutionError, FULL, "", IMAGE),
@@ -139,30 +133,15 @@ def test_a_bin_twice_cannot_be_scored(fitted):
         tl.evaluate(fitted, table_key=TABLE, predicted_key="pixnet_bins")
 
 
-def truncated(_sdata, checkpoint, folder):
-    weights = Path(shutil.copytree(checkpoint, folder / "cut")) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-50])
-    return folder / "cut"
-
-
-MODELS = {
-    "model=": lambda sdata, _checkpoint, _folder: sdata.attrs.clear(),
-    "moved": lambda sdata, _checkpoint, folder: sdata.attrs["pixnet_sd"].update(model=str(folder / "moved")),
-    "cut": truncated,
-    "safetensors": lambda _sdata, checkpoint, _folder: checkpoint / "model.safetensors",
-}
-
-
-@pytest.mark.parametrize(("names", "change"), MODELS.items(), ids=MODELS)
-def test_models(fitted, checkpoint, predict, tmp_path, change, names):
-    model = change(fitted, checkpoint, tmp_path)
-    with pytest.raises(CheckpointError, match=names):
-        predict(in_memory(fitted), model, radius_um=8)
-
-
-@pytest.fixture(scope="module")
-def untouched(_fitted):
-    return sd.read_zarr(_fitted[0])
+def test_models(fitted, checkpoint, predict, tmp_path):
+    """Two that are recorded, one that was moved, and none."""
+    fitted.attrs["pixnet_sd"]["model"] = str(tmp_path / "moved")
+    for sdata, names in ((fitted, f"moved.*{checkpoint}.*model="), (in_memory(fitted), "moved")):
+        with pytest.raises(CheckpointError, match=names):
+            predict(sdata, radius_um=8)
+    fitted.attrs.clear()
+    with pytest.raises(CheckpointError, match="model="):
+        predict(in_memory(fitted), radius_um=8)
 
 
 @pytest.mark.parametrize(
@@ -171,16 +150,13 @@ def untouched(_fitted):
         ({"write": None}, "write=None"),
         ({"radius_um": 8, "bin_um": 8}, "bin_um"),
         ({"spacing_um": 8}, "radius_um"),
-        ({"radius_um": 1e-9}, "radius_um=1e-09"),
         ({"radius_um": 8, "spacing_um": 1e-6}, "spacing_um=1e-06"),
-        ({"bin_um": 1e-300}, "bin_um=1e-300"),
         ({"bin_um": 0.2}, "bin_um=0.2.*bin_um=0.5"),
         ({"radius_um": 1e-3, "shapes_key": BINS}, "radius_um=0.001"),
         ({"radius_um": 1e9, "shapes_key": BINS}, r"radius_um=1e\+09"),
         ({"radius_um": 4000}, "radius_um=4000"),
         ({"map_um": 10}, "map_um=8"),
         ({"map_um": 2}, "map_um=4"),
-        ({"map_um": 1e9}, "map_um=200"),
         ({"map_um": 400}, "map_um=200"),
         ({"map_um": 8, "write": "factors"}, "map_um=8"),
         ({"tile_px": 2**20}, "tile_px=1048576"),
@@ -193,24 +169,17 @@ def untouched(_fitted):
     ],
 )
 @pytest.mark.filterwarnings("ignore:mpp = ")
-def test_arguments_that_do_not_fit(untouched, predict, arguments, names):
+def test_arguments_that_do_not_fit(fitted, predict, arguments, names):
     """Calls of one slide that nothing is wrong with."""
     with pytest.raises(PixNetError, match=f"(?s){names}"):
-        predict(untouched, **arguments)
+        predict(fitted, **arguments)
 
 
 @pytest.mark.parametrize("arguments", [{"map_um": 8}, {"write": None, "radius_um": 8}], ids=str)
 def test_disk_too_small(fitted, predict, monkeypatch, arguments):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(StoreError, match="genes=.*map_um="):
         predict(fitted, **arguments)
-
-
-def test_taken_by_another_kind(fitted, predict):
-    fitted.labels["pixnet_map"] = Labels2DModel.parse(np.zeros((20, 20), np.int32))
-    with pytest.raises(StoreError, match="pixnet_map"):
-        predict(fitted, overwrite=True)
 
 
 moved_image = placed(FULL, Translation([40, 0], axes=("x", "y")), "again")

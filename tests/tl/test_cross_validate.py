@@ -99,6 +99,9 @@ def test_finished_folds_are_taken_as_they_are_and_damaged_scores_made_anew(finis
     one = run(slides, copy, folds="two")
     assert caplog.text.count("scores taken from") == 2
     pd.testing.assert_frame_equal(one.per_slide, result.per_slide.query("fold == 'two'").reset_index(drop=True))
+    other, fresh = (run(slides | {"A": slides["C"]}, place, folds="one") for place in (copy, tmp_path / "fresh"))
+    assert other.per_gene.equals(fresh.per_gene)  # scores of a slide that was another
+    assert not other.per_gene.equals(result.per_gene.query("fold == 'one'"))
     with pytest.raises(CheckpointError):  # of other options
         run(slides, copy, {"train_params": {"lr": 1e-3}})
 

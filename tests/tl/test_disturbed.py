@@ -12,10 +12,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "kills.py"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")]
 
 
 def can_mount(folder: Path) -> bool:

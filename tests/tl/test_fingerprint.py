@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Translation, set_transformation
-from tests.tl.conftest import FAST, FIT, grouped
 
 import pixnet_sd as ps
 from pixnet_sd._fingerprint import content_sha256, differing_parts, fingerprint
@@ -146,9 +146,12 @@ def test_options_train_anew(model, fit, option):
     assert asked(fit(Slide().build(), **option)) != asked(model)
 
 
-def another_order(sdata: sd.SpatialData) -> sd.SpatialData:
+def unrelated(sdata: sd.SpatialData) -> sd.SpatialData:
+    """Other elements, before the image in the order of names and of the object."""
     sdata.images["aaa"] = Image2DModel.parse(np.zeros((1, 8, 8), np.uint8), dims=("c", "y", "x"))
     sdata.images["he"] = sdata.images.pop("he")
+    sdata.tables["notes"] = ad.AnnData(np.ones((3, 2), np.float32))
+    sdata.attrs["lab"] = {"microscope": 2}
     return sdata
 
 
@@ -157,18 +160,12 @@ def other_chunks(sdata: sd.SpatialData) -> sd.SpatialData:
     return sdata
 
 
-def unrelated(sdata: sd.SpatialData) -> sd.SpatialData:
-    sdata.tables["notes"] = ad.AnnData(np.ones((3, 2), np.float32))
-    sdata.attrs["lab"] = {"microscope": 2}
-    return sdata
-
-
 def stored(sdata: sd.SpatialData, path: Any) -> sd.SpatialData:
     sdata.write(path)
     return sd.read_zarr(path)
 
 
-@pytest.mark.parametrize("change", [another_order, other_chunks, unrelated, stored])
+@pytest.mark.parametrize("change", [unrelated, other_chunks, stored])
 def test_changes_to_something_else_do_not_matter(model, fit, predicted, answer, change, tmp_path):
     sdata = change(Slide().build(), *([tmp_path / "s.zarr"] if change is stored else []))
     assert asked(fit(sdata)) == asked(model)
@@ -205,37 +202,23 @@ class TestSameQuestionAskedOfOtherData:
         again = fit(Slide().build(), checkpoint_dir=tmp_path / "m")
         assert again.record.weights_sha256 == model.record.weights_sha256
 
-    def test_a_map_that_someone_else_rewrote_is_not_believed(self, predict, model, tmp_path):
-        sdata = stored(Slide().build(), tmp_path / "s.zarr")
+    @pytest.mark.parametrize("what", ["map on disk", "map", "lazy map", "image on disk", "image"])
+    def test_a_map_is_not_believed_when_it_or_its_image_was_changed_in_place(self, predict, model, tmp_path, what):
+        store = tmp_path / "s.zarr"
+        sdata = stored(Slide().build(), store) if "disk" in what else Slide().build()
         predict(sdata, model)
-        level = tmp_path / "s.zarr/images/pixnet_map/s0"
-        chunk = next(path for path in level.rglob("*") if path.is_file() and path.name != "zarr.json")
-        chunk.write_bytes(chunk.read_bytes())  # even if it is the same
-        with pytest.raises(StoreError):
-            predict(sdata, model, shapes_key="cells")
-
-    @pytest.mark.parametrize("lazy", [False, True])
-    def test_a_map_in_memory_that_was_changed_is_not_believed(self, predict, model, lazy):
-        sdata = Slide().build()
-        predict(sdata, model)
-        level = sdata.images["pixnet_map"]["scale0"]["image"]
-        level.data = level.data * 2 if lazy else level.values * 2
+        if what == "map on disk":
+            files = (path for path in (store / "images/pixnet_map/s0").rglob("*") if path.is_file())
+            chunk = next(path for path in files if path.name != "zarr.json")
+            chunk.write_bytes(chunk.read_bytes())  # even if it is the same
+        elif "map" in what:
+            level = sdata.images["pixnet_map"]["scale0"]["image"]
+            level.data = level.values * 2 if what == "map" else level.data * 2
+        else:
+            pixels = zarr.open_array(store / "images/he/s0") if "disk" in what else sdata.images["he"].data
+            pixels[0, 40, 40] = 0
         with pytest.raises(StoreError, match="pixnet_map"):
             predict(sdata, model, shapes_key="cells")
-
-    def test_scores_of_another_slide(self, tmp_path):
-        slides = {"a": Slide(0).build(), "b": Slide(1).build()}
-        options = grouped(FIT, **FAST | SMALL | {"genes": ["g0", "g1"]})
-        del options["show_progress_bar"]
-
-        def scores(place):
-            given = {"checkpoint_dir": tmp_path / place, "fit_params": options, "show_progress_bar": False}
-            return ps.tl.cross_validate(slides, folds=["a"], **given).per_gene
-
-        first = scores("m")
-        slides["a"] = Slide(9).build()
-        second, fresh = scores("m"), scores("fresh")
-        assert first.pcc.tolist() != second.pcc.tolist() == fresh.pcc.tolist()
 
     @pytest.mark.parametrize("change", ["cells", "pixels"])
     def test_scores_of_regions_that_were_drawn_anew(self, predict, model, change):
@@ -265,11 +248,3 @@ class TestSameQuestionAskedOfOtherData:
         fresh = Slide().build()
         predict(fresh, model, shapes_key="cells", write=None)
         np.testing.assert_array_equal(again.tables["pixnet_cells"].X, fresh.tables["pixnet_cells"].X)
-
-    def test_two_models_are_recorded(self, predict, fit, tmp_path):
-        newer = stored(Slide().build(), tmp_path / "s.zarr")
-        fit(newer, record_model=True)
-        older = sd.read_zarr(tmp_path / "s.zarr")
-        fit(newer, record_model=True)
-        with pytest.raises(CheckpointError, match="model="):
-            predict(older)

@@ -72,23 +72,6 @@ def test_read_back_the_same(predicted, fitted, model, predict, tmp_path):
         assert_same(sd.read_zarr(tmp_path / f"{name}.zarr"), sdata)
 
 
-def test_map_and_tables(predicted, model):
-    tree = predicted.images["pixnet_map"]
-    finest = tree["scale0"]["image"]
-    assert finest.dtype == np.float32
-    assert list(finest.coords["c"].values) == model.genes
-    assert len(tree.children) >= 2
-    tissue = predicted.labels["pixnet_map_tissue"]["scale0"]["image"].values == 1
-    assert (finest.values[:, ~tissue] == 0).all()
-    image = predicted.images[FULL]
-    assert set(get_transformation(tree, get_all=True)) == set(get_transformation(image, get_all=True))
-    for key, region in (("pixnet_circles_8um", "pixnet_circles_8um_shapes"), (f"pixnet_{BINS}", BINS)):
-        joined, table = sd.join_spatialelement_table(sdata=predicted, spatial_element_names=region, table_name=key)
-        assert len(joined[region]) == table.n_obs == predicted.tables[key].n_obs == len(predicted.shapes[region])
-        values = sd.get_values(predicted.tables[key].var_names[0], sdata=predicted, element_name=region, table_name=key)
-        assert values.notna().all().all()
-
-
 @pytest.mark.parametrize("key", ["pixnet_circles_8um", f"pixnet_{BINS}"])
 def test_squidpy(predicted, key):
     import squidpy as sq

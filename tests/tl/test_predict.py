@@ -8,8 +8,9 @@ import pytest
 import shapely
 import spatialdata as sd
 import torch
+from anndata import AnnData
 from spatialdata.models import Labels2DModel, ShapesModel
-from spatialdata.transformations import Identity, Scale, set_transformation
+from spatialdata.transformations import Identity, Scale
 from tests.tl.conftest import BINS, FULL, TABLE, in_memory, map_values
 from torch.nn.functional import interpolate
 
@@ -133,22 +134,26 @@ def test_against_the_slide_in_one_piece(request, predict, forward_passes, model_
 
 
 def test_circles(fitted, predict, model):
+    """Touching by default; at twice the mpp the slide is twice as wide, and holds as many as one of that size."""
     predict(fitted, radius_um=8)
     predict(fitted, radius_um=4, spacing_um=32, write=None)
-    tissue = fitted.labels["pixnet_map_tissue"]["scale0"]["image"].values
-    for radius, pitch in ((8, 16), (4, 32)):  # touching by default
-        key = f"pixnet_circles_{radius}um"
+    with pytest.warns(UserWarning, match="mpp = 2"):
+        predict(fitted, radius_um=8, mpp=2, key_added="wide")
+    for key, radius, pitch, mpp in (("pixnet", 8, 16, 1), ("pixnet", 4, 32, 1), ("wide", 8, 16, 2)):
+        tissue = fitted.labels[f"{key}_map_tissue"]["scale0"]["image"].values
+        key = f"{key}_circles_{radius}um"
         table, shapes = fitted.tables[key], fitted.shapes[f"{key}_shapes"]
         assert (list(table.var_names), table.X.dtype) == (model.genes, np.float32)
         np.testing.assert_array_equal(table.var["held_out_pcc"].to_numpy(float), model.record.var["held_out_pcc"])
-        assert (shapes["radius"] == radius).all()
+        assert (shapes["radius"] * mpp == radius).all()
         centres = shapely.get_coordinates(shapes.geometry.to_numpy())
         np.testing.assert_array_equal(table.obsm["spatial"], centres)
-        assert (centres % pitch == pitch / 2).all()
-        assert set(np.diff(np.unique(centres[:, 0]))) == {pitch}
+        assert (centres * mpp % pitch == pitch / 2).all()
+        assert set(np.diff(np.unique(centres[:, 0]))) == {pitch / mpp}
         assert len(np.unique(centres, axis=0)) == len(centres)
-        col, row = (centres // 4).T.astype(int)
+        col, row = (centres * mpp // 4).T.astype(int)
         assert tissue[row, col].all()
+    assert len(fitted.tables["wide_circles_8um"]) > 3 * len(fitted.tables["pixnet_circles_8um"])
 
 
 def test_some_genes(fitted, predict, model):
@@ -172,6 +177,7 @@ def test_regions_in_memory_are_those_of_the_table(request, predict, model_of):
     slide = open_slide(sdata, working_mpp=model.record.working_mpp)
     systems = {"coordinate_system": slide.coordinate_system, "from_system": slide.working_from_system}
     regions, _ = regions_of(sdata, BINS, **systems)
+    assert not regions.is_aligned  # squares of the array, turned as it is, which their outlines are not
     found = predict_regions(model, slide, regions, device="cpu", show_progress_bar=False)
     assert not sdata.tables.keys() - {TABLE}
     predict(sdata, shapes_key=BINS, write=None)
@@ -179,6 +185,32 @@ def test_regions_in_memory_are_those_of_the_table(request, predict, model_of):
     off = Circles([[-500.0, 50.0], [100.0, 100.0]], [5.0, 5.0])
     rows = predict_regions(model, slide, off, device="cpu", show_progress_bar=False)
     assert np.isnan(rows).all(axis=1).tolist() == [True, False]
+
+
+def counts(table: AnnData) -> np.ndarray:
+    """Expected counts of the genes, and of all."""
+    return np.column_stack([table.layers["expected_counts"], table.obs["expected_total_counts"]])
+
+
+def test_counts(counted, predict):
+    """They say what they are; totals are not those of each bin after two epochs, but of all together."""
+    predict(counted, shapes_key=BINS)
+    key = f"pixnet_{BINS}"
+    table, of_map = counted.tables[key], counted.attrs["pixnet_sd"]["maps"]["pixnet_map"]
+    expected = counts(table)
+    np.testing.assert_allclose(counts(sd.read_zarr(counted.path).tables[key]), expected, rtol=1e-6)
+    assert (expected > 0).all()
+    assert expected[:, -1].sum() == pytest.approx(counted.tables[TABLE].X.sum(), rel=0.25)
+    assert of_map["units"] == "counts per µm²"
+    assert genes_of(counted, "pixnet_map") == [*table.var_names, "total_counts"]
+    said = table.uns["pixnet_sd"]
+    assert said["objective"] == "poisson"
+    assert "log1p(10000 * expected_counts / sum)" in said["X"]
+    assert "add up" in said["layers"]["expected_counts"]
+    assert ps.tl.evaluate(counted, table_key=TABLE, predicted_key=key).attrs["MSE"] < 20
+    genes = list(table.var_names[[4, 1]])
+    predict(counted, shapes_key=BINS, write=None, genes=genes, key_added="two")
+    np.testing.assert_allclose(counted.tables[f"two_{BINS}"].X, table[:, genes].X, rtol=1e-5)
 
 
 class TestReuse:
@@ -230,16 +262,6 @@ class TestReuse:
         predict(fitted, bin_um=16, n_symmetries=4, overwrite=True)
         assert forward_passes
 
-    def test_map_stays_where_the_image_was(self, fitted, predict):
-        """A map written before its image was aligned anew lies elsewhere: it cannot stand for a new one."""
-        predict(fitted)
-        del fitted.images["sample_hires_image"], fitted.images["sample_lowres_image"]  # which are not moved
-        for element in (fitted.images[FULL], fitted.shapes[BINS]):
-            set_transformation(element, Scale([2, 2], axes=("x", "y")), "sample")
-        fitted.write_transformations()
-        with pytest.raises(StoreError, match="pixnet_map"):
-            predict(fitted)
-
 
 def test_overwrite(fitted, predict, model):
     predict(fitted, bin_um=16, write=None)
@@ -253,16 +275,6 @@ def test_overwrite(fitted, predict, model):
     predict(fitted, bin_um=16, genes=model.genes[:2], n_symmetries=4, overwrite=True)
     again = sd.read_zarr(fitted.path)
     assert genes_of(again, "pixnet_map") == list(again.tables["pixnet_bins_16um"].var_names) == model.genes[:2]
-
-
-def test_other_resolution(fitted, predict):
-    """At twice the mpp the slide is twice as wide: as many circles as on a slide of that size."""
-    predict(fitted, radius_um=8, write=None)
-    fewer = fitted.tables["pixnet_circles_8um"].n_obs
-    with pytest.warns(UserWarning, match="mpp = 2"):
-        predict(fitted, radius_um=8, mpp=2, write=None, overwrite=True)
-    assert fitted.tables["pixnet_circles_8um"].n_obs > 3 * fewer
-    assert (fitted.shapes["pixnet_circles_8um_shapes"]["radius"] == 4).all()
 
 
 def test_shapes_partly_off_the_image_and_smaller_than_a_pixel(fitted, predict):
@@ -282,7 +294,7 @@ def test_shapes_partly_off_the_image_and_smaller_than_a_pixel(fitted, predict):
 def test_what_was_taken_is_said_and_recorded(fitted, predict, model, caplog):
     caplog.set_level("INFO", "pixnet_sd")
     predict(fitted, bin_um=16)
-    taken = {"image": FULL, "image_px": [200, 200], "channels": ["r", "g", "b"], "coordinate_system": "sample"}
+    taken = {"image": FULL, "image_px": [200, 200], "channels": [*"rgb"], "coordinate_system": "sample", "mpp": 1.0}
     notes = fitted.attrs["pixnet_sd"]
     written = [notes["maps"]["pixnet_map"], notes["tables"]["pixnet_bins_16um"]]
     written.append(sd.read_zarr(fitted.path).tables["pixnet_bins_16um"].uns["pixnet_sd"])
@@ -290,8 +302,8 @@ def test_what_was_taken_is_said_and_recorded(fitted, predict, model, caplog):
         assert all(np.array_equal(note[key], taken[key]) for key in taken)
         assert BINS in note["mpp_rule"]
     for note in written:
-        assert (note["model_sha256"], note["target_sum"]) == (model.record.weights_sha256, 1e4)
-        assert (note["log_base"], note["mpp"]) == ("e", 1.0)
+        known = (note["model_sha256"], note["target_sum"], note["log_base"])
+        assert known == (model.record.weights_sha256, 1e4, "e")
     assert model.record.slides["slide"]["tables"] == {"square_008um": BINS}
     assert any(all(word in line for word in (FULL, "r, g, b", "'sample'", BINS)) for line in caplog.messages)
     assert len(caplog.messages) <= 10

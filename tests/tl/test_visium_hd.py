@@ -12,15 +12,10 @@ import spatialdata as sd
 from tests.tl.conftest import BINS
 
 import pixnet_sd as ps
-from pixnet_sd.geometry import Lattice
-from pixnet_sd.slide import open_slide
-from pixnet_sd.slide.elements import regions_of
-from pixnet_sd.store import squares_element
-from pixnet_sd.store.gene_map import image_transforms
 
 io = pytest.importorskip("spatialdata_io")
 
-DRAWN: dict[str, Any] = {"size_um": 160.0, "mpp": 1.0, "n_genes": 12}
+DRAWN = {"size_um": 160.0, "mpp": 1.0, "n_genes": 12}
 CIRCLES, LABELS = {"bins_as_squares": False}, {"annotate_table_by_labels": True}
 VARIANTS = {
     "circles": ("sample", CIRCLES, "sample_square_008um"),
@@ -114,26 +109,3 @@ def test_the_short_way_in(folders, fit, predict, expected, tmp_path):
     assert model.record.weights_sha256 == expected[0]
     predict(sdata, shapes_key=BINS, write=None)
     np.testing.assert_allclose(by_id(sdata.tables[f"pixnet_{BINS}"]), expected[1], atol=1e-5)
-
-
-def test_bins_are_the_turned_squares(darkness, predict):
-    """Prediction for the bins of the lattice, in closed form, equals that for their polygons, and not for others."""
-    turned = ps.datasets.sample(**DRAWN | {"size_um": 200.0}, bin_um=(2,))
-    slide = open_slide(turned, working_mpp=darkness.record.working_mpp)
-    system, key = slide.coordinate_system, "sample_square_002um"
-    bins, _ = regions_of(turned, key, coordinate_system=system, from_system=slide.working_from_system)
-    assert isinstance(bins, Lattice)
-    assert not bins.is_aligned
-    transforms = image_transforms(turned, slide.image_key)
-    angle = float(np.arctan2(*bins.to_grid[[1, 0], 0]))
-    middle = bins.centre_xy.mean(axis=0)
-    unturned = middle + (bins.centre_xy - middle) @ np.array(
-        [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    )
-    turned.shapes["polygons"] = squares_element(bins.centre_xy, bins.pitch, transforms, angle_rad=angle)
-    turned.shapes["unturned"] = squares_element(unturned, bins.pitch, transforms)
-    for name in (key, "polygons", "unturned"):
-        predict(turned, darkness, shapes_key=name, write=None)
-    lattice, polygons, ignored = (turned.tables[f"pixnet_{name}"].X for name in (key, "polygons", "unturned"))
-    np.testing.assert_allclose(lattice, polygons, atol=1e-5 * np.ptp(polygons))
-    assert np.abs(ignored - lattice).mean() > 1e-3 * np.ptp(polygons)

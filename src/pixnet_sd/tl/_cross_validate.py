@@ -1,7 +1,4 @@
-"""Leave slides out in turn: train without them, predict their measured regions, score.
-
-Scores of a fold are kept beside its model, for calls that go on and for the call that puts all folds together.
-"""
+"""Leave slides out in turn: train without them, predict, score; a fold's scores are kept beside its model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Compare predicted with measured expression: the same regions and genes side by side, and scores of each gene.
-
-Scores are made of moments, so that expression is read in blocks of regions and slides are pooled without it.
-"""
+"""Compare predicted with measured expression by moments: read in blocks of regions, slides pooled without reading."""
 
 from __future__ import annotations
 

@@ -57,11 +57,7 @@ _FIRST = 5  # differences that are named
 
 
 def decoder_config(params: ModelParams) -> DecoderConfig:
-    """Choose the shape of the decoder.
-
-    By default every level is standardised and projected, to `decoder_width` channels at the coarsest stride and half as
-    many at each finer one, down to 32: the finest width is the rank of the gene map. ``"paper"`` is Eq. 3.
-    """
+    """Choose the decoder's shape: Eq. 3, or widths that halve at each finer stride, to 32, the rank of the gene map."""
     width = params.decoder_width
     if params.decoder == "paper":
         return DecoderConfig(widths=None, hidden=(width,) * (_LEVELS - 1))
@@ -228,15 +224,8 @@ def fit(  # noqa: PLR0913
         most_px = [np.array(s.slide.working_shape) + 2 * (tile_px // MARGIN_SHARE) for s in sources.values()]
         sides = np.minimum(tile_px, most_px).tolist()
         check_batch(sides, batch_size, tile_px, encoder.channels, shape, fabric.device)
-        data = training_data(
-            sources,
-            genes=genes,
-            target_sum=params.target_sum,
-            objective=objective,
-            validation=validation,
-            seed=seed,
-            cache=home / "pixnet_sd_cache",
-        )
+        how = {name: settings[name] for name in ("target_sum", "objective", "seed")}
+        data = training_data(sources, genes=genes, validation=validation, cache=home / "pixnet_sd_cache", **how)
         images = {name: (source.slide, pixels_of(slides[name], source.slide)) for name, source in sources.items()}
         names, described = [str(gene) for gene in data.genes], describe(sources, data)
         del sources  # of millions of bins it holds what the training does not need

@@ -178,12 +178,7 @@ def predict(  # noqa: PLR0913
         A name is taken, the store cannot be written, or the disk is too small; or image or regions are in memory
         otherwise than in the store.
     """
-    asked: Any = {
-        "radius_um": radius_um,
-        "spacing_um": spacing_um,
-        "bin_um": bin_um,
-        "shapes_key": shapes_key,
-    }
+    asked: Any = {"radius_um": radius_um, "spacing_um": spacing_um, "bin_um": bin_um, "shapes_key": shapes_key}
     check_together(**asked)
     if write is None and all(value is None for value in asked.values()):
         raise PixNetError("Nothing to predict: write=None and no radius_um, bin_um or shapes_key.")
@@ -193,15 +188,9 @@ def predict(  # noqa: PLR0913
     _check_quality(trained, params.allow_poor_model)
     names = trained.genes if genes is None else [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
     check_genes(names, trained.genes, "the model")
-    slide = open_slide(
-        sdata,
-        image_key=image_key,
-        coordinate_system=coordinate_system,
-        mpp=mpp,
-        allow_any_mpp=params.allow_any_mpp,
-        working_mpp=trained.record.working_mpp,
-        element_key=shapes_key,
-    )
+    where: Any = {"image_key": image_key, "coordinate_system": coordinate_system, "mpp": mpp, "element_key": shapes_key}
+    where |= {"allow_any_mpp": params.allow_any_mpp, "working_mpp": trained.record.working_mpp}
+    slide = open_slide(sdata, **where)
     check_on_disk(sdata, slide.image_key, shapes_key)
     tiling = _tiling(trained, slide, params, batch_size, fabric)
     factor = map_factor(map_um, slide, trained.network.head.in_features + len(names))
@@ -520,10 +509,9 @@ def _map_results(job: _Job, blocks: GeneMapWriter) -> tuple[dict[str, Any], dict
     elements[f"{job.map_key}_tissue"] = tissue_labels(job.tissue, MAP_STRIDE * slide.working_scale, transforms)
     if job.write == "factors":  # weights of all genes of the model, whichever are predicted for regions
         head = _head(model, range(len(model.genes)))
-        weights = [head.weight, head.bias, *([] if head.is_linear else [head.unit])]
-        factor_head = FactorHead(
-            outputs_of(model.genes, model.record.objective), *(each.detach().cpu().numpy() for each in weights)
-        )
+        tensors = [head.weight, head.bias, *([] if head.is_linear else [head.unit])]
+        arrays = (each.detach().cpu().numpy() for each in tensors)
+        factor_head = FactorHead(outputs_of(model.genes, model.record.objective), *arrays)
         elements[head_key(job.map_key)] = factor_head.table(units, job.fingerprint)
     about = {"units": units, "identity": job.map_identity, "fingerprint": job.fingerprint, "factor": job.factor}
     return elements, {"maps": {job.map_key: job.provenance | about | {"depends_on": job.parts}}}

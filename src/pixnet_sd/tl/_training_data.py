@@ -76,10 +76,7 @@ def training_data(
     seed: int,
     cache: Path,
 ) -> TrainingData:
-    """Choose genes on the training slides, make their targets, and split off what is held out.
-
-    Counts that are too many for memory go, compact, to the folder `cache`; the rest is as of :func:`pixnet_sd.tl.fit`.
-    """
+    """Choose genes on training slides, make targets, hold some out; counts too many for memory go to folder `cache`."""
     tables = {name: source.tables for name, source in sources.items()}
     unseen = {name: tables[name] for name in held_out_names(validation, list(sources))}
     seen = {name: own for name, own in tables.items() if name not in unseen}
