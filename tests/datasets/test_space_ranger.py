@@ -156,8 +156,6 @@ def test_refused_and_failed_writes_leave_everything_as_it_was(tmp_path, monkeypa
     with pytest.raises(StoreError, match=str(small)):
         verb(small)
     assert sorted(small.rglob("*")) == before
-    with pytest.raises(DataError, match="mpp"):
-        verb(tmp_path / "new" / "out", mpp=20)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         with pytest.raises(DataError, match="size_um=.*mpp="):
