@@ -9,6 +9,7 @@ from pixnet_sd import datasets
 from pixnet_sd.errors import DataError
 
 MIDDLE = {"size_um": 560.0, "seed": 1}  # two blocks of bins along each side
+SMALLEST = {"size_um": 100.0}
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +58,19 @@ def test_counts_are_poisson_draws_around_the_truth(middle):
         assert scatter[block].sum() / means[block].sum() == pytest.approx(1, abs=0.05)
 
 
-def test_truth_map_and_truth_of_bins_agree(middle):
-    table = middle.tables["square_016um"]
-    means = datasets.sample_truth_bins(16, **MIDDLE, library_size=False).to_numpy()
-    truth = datasets.sample_truth(**MIDDLE, pitch_um=1.0).to_numpy()
-    centre = np.floor(table.obsm["spatial"] * 0.5).astype(int)
+@pytest.mark.parametrize(("bin_um", "slide"), [(16, MIDDLE), (8, SMALLEST)])
+def test_truth_map_and_truth_of_bins_agree(middle, bin_um, slide):
+    sdata = middle if slide is MIDDLE else datasets.sample(**slide)
+    means = datasets.sample_truth_bins(bin_um, **slide, library_size=False).to_numpy()
+    assert len(means) > 30
+    assert means.sum(axis=1).min() > 0
+    truth = datasets.sample_truth(**slide, pitch_um=bin_um / 16).to_numpy()
+    centre = np.floor(sdata.tables[f"square_{bin_um:03d}um"].obsm["spatial"] * 8 / bin_um).astype(int)
     summed = np.stack([truth[:, y - 8 : y + 8, x - 8 : x + 8].sum(axis=(1, 2)) for x, y in centre])
     # the map's windows are neither turned nor centred on the bins to better than half a pixel
     assert np.abs(summed.sum(axis=1) / means.sum(axis=1) - 1).mean() < 0.03
     np.testing.assert_allclose(summed.sum(axis=(0, 1)), means.sum(), rtol=0.005)
     assert np.corrcoef(summed.ravel(), means.ravel())[0, 1] > 0.999
-
-
-def test_smallest_slides_have_counts_all_over():
-    means = datasets.sample_truth_bins(8, size_um=100, library_size=False).sum(axis=1)
-    truth = datasets.sample_truth(size_um=100, pitch_um=8).sum("c").to_numpy()
-    assert len(means) > 30
-    assert means.mean() == pytest.approx(truth[truth > truth.max() / 4].mean(), rel=0.3)
-    assert means.min() > 0
 
 
 def test_truth_says_what_varies_and_context_decides_what_alike_nuclei_express(middle):
@@ -118,11 +114,9 @@ def test_glass_has_no_bins(middle):
 @pytest.mark.parametrize(
     ("verb", "wrong"),
     [
-        (datasets.sample, {"size_um": 1e5}),
-        (datasets.sample_truth, {"size_um": 1e5}),
+        *((verb, {"size_um": 1e5}) for verb in (datasets.sample, datasets.sample_truth, datasets.sample_truth_bins)),
         (datasets.sample_truth, {"pitch_um": 1e-4}),
         (datasets.sample_truth, {"pitch_um": 1e4}),
-        (datasets.sample_truth_bins, {"size_um": 1e5}),
         (datasets.sample_truth_bins, {"n_genes": 10**6, "bin_um": 2}),
     ],
 )

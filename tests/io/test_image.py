@@ -15,9 +15,9 @@ from pixnet_sd.io import open_image
 PIXELS = np.random.default_rng(0).integers(0, 255, (150, 170, 3), dtype=np.uint8)
 
 
-def read(path: Path, chunk_px: int = 64) -> Any:
-    with open_image(path, chunk_px) as array:
-        assert array.chunksize == (3, chunk_px, chunk_px)
+def read(path: Path) -> Any:
+    with open_image(path, 64) as array:
+        assert array.chunksize == (3, 64, 64)
         return array.compute()
 
 
@@ -58,20 +58,17 @@ def test_one_large_piece_without_compression_is_read_by_rows(tmp_path):
     np.testing.assert_array_equal(rows, PIXELS[:100].transpose(2, 0, 1) * np.uint16(257))
 
 
-def test_one_large_compressed_piece_warns(tmp_path):
+def test_what_is_read_whole_warns_and_what_is_no_rgb_is_refused(tmp_path):
     large = np.broadcast_to(np.uint8(0), (10000, 9000, 3))
     tifffile.imwrite(tmp_path / "i.tif", large, photometric="rgb", rowsperstrip=10000, compression="zlib")
     with pytest.warns(UserWarning, match="i.tif"), open_image(tmp_path / "i.tif", 1024) as array:
         assert array.shape == (3, 10000, 9000)
-
-
-def test_other_formats_are_read_whole_with_a_warning_or_refused(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "i.png")
     with pytest.warns(UserWarning, match="i.png"):
         np.testing.assert_array_equal(read(tmp_path / "i.png"), PIXELS.transpose(2, 0, 1))
+    (tmp_path / "none.tif").write_text("nothing")
     for name in ("grey.tif", "grey.png"):
         Image.fromarray(PIXELS[..., 0]).save(tmp_path / name)
-    (tmp_path / "none.tif").write_text("nothing")
     for name in ("grey.tif", "grey.png", "none.tif"):
         with pytest.raises(DataError, match=name), open_image(tmp_path / name, 64):
             pass

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["convert_visium_hd", "open_store"]
 
 _LATER = {"convert_visium_hd": "pixnet_sd.io._convert", "open_store": "pixnet_sd.slide.elements"}
-_READ = ("open_image", "open_matrix", "open_positions", "placed_bins", "read_outlines")
+_READ = ("open_image", "open_matrix", "placed_bins", "read_outlines")
 _LATER |= dict.fromkeys(_READ, "pixnet_sd.io._read")
 
 
