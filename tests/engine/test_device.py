@@ -123,25 +123,21 @@ def test_two_threads_share_those_of_torch_and_give_them_back(device: str, thread
     assert (seen, after) == ([threads] if (device, threads) != ("cpu", 2) else [1] * 5, threads)
 
 
-def test_several_threads_write_at_once_and_one_keeps_the_order() -> None:
-    both, written = threading.Barrier(2, timeout=10), []
+def test_several_threads_write_at_once() -> None:
+    both = threading.Barrier(2, timeout=10)
     with Writer(2) as writer:
         for _ in range(4):
             writer.submit(both.wait)
-    with Writer() as writer:
-        for k in range(20):
-            writer.submit(written.append, k)
-    assert written == list(range(20))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_few_results_wait(threads: int) -> None:
+def test_few_results_wait_and_one_thread_keeps_their_order(threads: int) -> None:
     written: list[int] = []
     with Writer(threads) as writer:
         for k in range(12):
             writer.submit(lambda k=k: time.sleep(0.01) or written.append(k))
             assert len(written) >= k - threads
-    assert sorted(written) == list(range(12))
+    assert (written if threads == 1 else sorted(written)) == list(range(12))
 
 
 def fail() -> None:

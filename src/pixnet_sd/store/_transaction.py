@@ -52,15 +52,7 @@ from ._disk import (
     work_folder,
     write_json,
 )
-from ._notes import (
-    WRITTEN,
-    element_stamp,
-    image_stamp,
-    json_safe,
-    merge_notes,
-    read_back,
-    take_notes,
-)
+from ._notes import WRITTEN, element_stamp, image_stamp, json_safe, merge_notes, read_back, take_notes
 from ._stream import Staged, element_type, write_scratch_store
 
 if TYPE_CHECKING:

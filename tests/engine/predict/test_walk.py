@@ -398,13 +398,7 @@ def test_a_map_that_was_cut_off_goes_on(walk, gene_map, tissue, block_px: int) -
 
 @pytest.mark.parametrize(
     ("n_symmetries", "move", "holds"),
-    [
-        (8, np.rot90, True),
-        (8, np.transpose, True),
-        (4, np.flipud, True),
-        (4, np.rot90, False),
-        (1, np.fliplr, False),
-    ],
+    [(8, np.rot90, True), (8, np.transpose, True), (4, np.flipud, True), (4, np.rot90, False), (1, np.fliplr, False)],
 )
 def test_averaging_makes_the_prediction_turn_with_the_slide(
     walk, draw, reader, n_symmetries: int, move: Callable[..., Any], holds: bool
@@ -421,16 +415,6 @@ def test_averaging_makes_the_prediction_turn_with_the_slide(
     expected = np.stack([move(gene) for gene in maps[0]])
     difference = np.abs(expected - maps[1]).max() / maps[0][:, tissue].std()
     assert difference < 1e-5 if holds else difference > 1e-2
-
-
-def test_tissue_at_the_far_corner(walk, gene_map) -> None:
-    """The last map pixel hangs over the slide's edge."""
-    mask = np.zeros((GRID.height, GRID.width), bool)
-    mask[-1, -1] = True
-    found = walk(plan=plan_regions(Circles([[WIDTH - 1, HEIGHT - 1]], 4.0), GRID, mask, 16), block_px=16)
-    assert found.tiles_run == 1
-    assert_close(found.map.values[:, -1, -1], gene_map[:, -1, -1], gene_map.std())
-    assert_close(found.values[0], gene_map[:, -1, -1], gene_map.std())
 
 
 def test_a_read_that_fails_surfaces(walk, pixels, reader) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.engine.conftest import lattice
 
 from pixnet_sd.engine import TrainingSlide
 from pixnet_sd.engine.train import hold_out_blocks
@@ -13,11 +14,6 @@ from pixnet_sd.errors import PixNetError
 from pixnet_sd.geometry import Circles
 
 N_A_SIDE = 8
-
-
-def lattice(pitch: float, radius: float) -> Circles:
-    y, x = np.mgrid[pitch / 2 : 400 : pitch, pitch / 2 : 640 : pitch]
-    return Circles(np.stack([x.ravel(), y.ravel()], 1), radius)
 
 
 def with_row_numbers(slide_of, *regions: Circles) -> TrainingSlide:
@@ -33,7 +29,7 @@ def kept(slide: TrainingSlide, size: int = 0) -> np.ndarray:
 @settings(max_examples=12, deadline=None)
 @given(fraction=st.floats(0.02, 0.9), seed=st.integers(0, 1000))
 def test_blocks_hold_together(slide_of, fraction: float, seed: int) -> None:
-    fine, coarse = lattice(10, 4), lattice(25, 20)
+    fine, coarse = lattice(400, 640, 10, 4), lattice(400, 640, 25, 20)
     every = np.concatenate([fine.centre_xy, coarse.centre_xy])
     low, side = every.min(axis=0), np.ptp(every, axis=0).max() / N_A_SIDE
 
@@ -57,7 +53,7 @@ def test_blocks_hold_together(slide_of, fraction: float, seed: int) -> None:
 
 
 def test_only_regions_at_the_border_are_left_out_of_both(slide_of) -> None:
-    regions = lattice(10, 4)
+    regions = lattice(400, 640, 10, 4)
     training, held_out = map(kept, hold_out_blocks(with_row_numbers(slide_of, regions), 0.2, 0))
     lost = np.setdiff1d(np.arange(len(regions)), np.concatenate([training, held_out]))
     nearest = np.abs(regions.centre_xy[lost][:, None] - regions.centre_xy[held_out]).max(axis=2).min(axis=1)
@@ -66,7 +62,7 @@ def test_only_regions_at_the_border_are_left_out_of_both(slide_of) -> None:
 
 
 def test_a_size_without_held_out_regions_is_dropped_there(slide_of) -> None:
-    slide = with_row_numbers(slide_of, lattice(20, 4), Circles([[1.0, 1.0]], 1.0))
+    slide = with_row_numbers(slide_of, lattice(400, 640, 20, 4), Circles([[1.0, 1.0]], 1.0))
     assert {len(hold_out_blocks(slide, 0.1, seed)[1].measured) for seed in range(12)} == {1, 2}
 
 

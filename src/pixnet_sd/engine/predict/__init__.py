@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ._plan import Block, PredictPlan, RegionPlan, StoredMap, Tiling, Visit, plan_regions, window_side, windows_of
-from ._run import Lent, Walk, WindowResult
+from ._plan import Block, PredictPlan, RegionPlan, StoredMap, Tiling, plan_regions, window_side, windows_of
+from ._run import Lent, Walk
 
 __all__ = [
     "Block",
@@ -12,9 +12,7 @@ __all__ = [
     "RegionPlan",
     "StoredMap",
     "Tiling",
-    "Visit",
     "Walk",
-    "WindowResult",
     "plan_regions",
     "window_side",
     "windows_of",

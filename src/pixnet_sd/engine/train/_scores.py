@@ -115,13 +115,8 @@ class Moments(NamedTuple):
         mean = torch.where(both.amin(dim=1) == both.amax(dim=1), both[:, 0], both.mean(dim=1))
         (p, m), error = both - mean[:, None], both[0] - both[1]
         sums = (p**2).sum(dim=0), mean[1], (m**2).sum(dim=0), (p * m).sum(dim=0)
-        columns = [
-            torch.full_like(mean[0], len(error)),
-            mean[0],
-            *sums,
-            (error**2).mean(dim=0),
-            error.abs().mean(dim=0),
-        ]
+        errors = (error**2).mean(dim=0), error.abs().mean(dim=0)
+        columns = [torch.full_like(mean[0], len(error)), mean[0], *sums, *errors]
         return cls(*torch.stack(columns).cpu().numpy())
 
     def merged(self, other: Moments) -> Moments:

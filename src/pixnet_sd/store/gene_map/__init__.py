@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ._element import (
     FactorHead,
-    GeneMapReader,
     MapLayout,
     check_not_rewritten,
     factor_names,
@@ -24,7 +23,6 @@ from ._writer import GeneMapWriter
 
 __all__ = [
     "FactorHead",
-    "GeneMapReader",
     "GeneMapWriter",
     "MapLayout",
     "check_not_rewritten",
