@@ -44,7 +44,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(anndata|collections|huggingface_hub|matplotlib|numpy|pandas|pathlib|spatialdata|torch|xarray)\..*"),
     *[(r"py:.*", re.escape(name)) for name in PUBLIC],
     # of plots; where one annotation needs torch, none is evaluated
-    (r"py:class", r"AxesLike|Drawn|ObjectiveName|Validation"),
+    (r"py:class", r"AxesLike|Drawn|ObjectiveName"),
     (r"py:class", r"(pixnet_sd\.model\.)?(_network\.)?Network"),  # PixNet holds one; nobody makes one by hand
 ]
 

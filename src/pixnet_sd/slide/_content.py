@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dask
 import dask.array as da
@@ -19,7 +19,9 @@ import pandas as pd
 import shapely
 import zarr
 from dask.system import CPU_COUNT
+from geopandas import GeoDataFrame
 from numpy.typing import NDArray
+from spatialdata import SpatialData
 
 from pixnet_sd._fingerprint import content_sha256, files_sha256
 from pixnet_sd.errors import DataError, StoreError
@@ -38,10 +40,6 @@ from .elements import (
     shared_systems,
 )
 from .image import ImageLevel, computed, levels_of, stored_folder
-
-if TYPE_CHECKING:
-    from geopandas import GeoDataFrame
-    from spatialdata import SpatialData
 
 _BLOCK_PX = 1024  # side of the squares that are hashed apart; part of what the hash is
 _READ_PX = 4 * _BLOCK_PX  # least side of what is read at once, so that few chunks are read twice

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
+from spatialdata import SpatialData
 
 from pixnet_sd._notes import memory_note, stored_note
 from pixnet_sd._util import logger, warn
@@ -36,9 +37,6 @@ from .elements import (
     written_by_pixnet,
 )
 from .image import Looks, coarsest, computed, is_cheap_to_look_at, levels_of
-
-if TYPE_CHECKING:
-    from spatialdata import SpatialData
 
 _SAME_PLACE = 0.02  # of the extent: copies are cropped to whole pixels
 _PIXELS = 1.5  # of the smaller image

@@ -18,15 +18,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from spatialdata import SpatialData
 
 from pixnet_sd._files import file_kind, replace_file, try_lock
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
-
-if TYPE_CHECKING:
-    from spatialdata import SpatialData
-
 
 ELEMENT_TYPES = ("images", "labels", "points", "shapes", "tables")
 

@@ -14,12 +14,13 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import spatialdata as sd
 import zarr
+from spatialdata import SpatialData
 
 from pixnet_sd._fingerprint import content_sha256, files_sha256
 from pixnet_sd._notes import ATTRS_KEY, note_of
@@ -28,10 +29,6 @@ from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
 
 from ._disk import local_store, lock_store, plain_files, read_json, size_text, work_folder, write_json
-
-if TYPE_CHECKING:
-    from spatialdata import SpatialData
-
 
 WRITTEN = "written"  # section of the notes: element name → stamp
 

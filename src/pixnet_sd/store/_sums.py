@@ -12,19 +12,16 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pixnet_sd.errors import DataError, StoreError
 from pixnet_sd.geometry import RegionShare, Window
 
 from ._disk import Partial, available_memory, explain_disk_errors, open_regular, size_text
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from numpy.typing import NDArray
 
 
 class RegionSums(ABC):

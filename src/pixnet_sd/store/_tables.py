@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
 import shapely
 from anndata import AnnData
+from numpy.typing import NDArray
+from spatialdata import SpatialData
 from spatialdata.models import ShapesModel, TableModel
+from spatialdata.transformations import BaseTransformation
 
 from pixnet_sd.errors import DataError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from spatialdata import SpatialData
-    from spatialdata.transformations import BaseTransformation
-
 
 REGION_KEY = "region"
 INSTANCE_KEY = "instance_id"

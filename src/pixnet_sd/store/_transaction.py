@@ -25,9 +25,10 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+from spatialdata import SpatialData
 
 from pixnet_sd._files import clear_left_over
 from pixnet_sd._util import logger
@@ -54,10 +55,6 @@ from ._disk import (
 )
 from ._notes import WRITTEN, element_stamp, image_stamp, json_safe, merge_notes, read_back, take_notes
 from ._stream import Staged, element_type, write_scratch_store
-
-if TYPE_CHECKING:
-    from spatialdata import SpatialData
-
 
 JOURNAL = "journal.json"
 COMMIT = "commit"  # folder, inside the work folder, of elements that are written when they are committed

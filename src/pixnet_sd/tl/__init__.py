@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ._predict import predict
     from ._predict import predict_regions as predict_regions
     from ._training_data import Source as Source
-    from ._training_data import Validation as Validation
     from ._training_data import open_sources as open_sources
     from ._training_data import split_slides as split_slides
 
@@ -27,7 +26,7 @@ _NAMES = {
     "_evaluate": ("evaluate", "matched_values", "pooled"),
     "_fit": ("fit",),
     "_predict": ("predict", "predict_regions"),
-    "_training_data": ("Source", "Validation", "open_sources", "split_slides"),
+    "_training_data": ("Source", "open_sources", "split_slides"),
 }
 _LATER = {name: module for module, names in _NAMES.items() for name in names}
 

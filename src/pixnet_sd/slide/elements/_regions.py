@@ -11,13 +11,15 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import shapely
+from geopandas import GeoDataFrame
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
+from spatialdata import SpatialData
 
 from pixnet_sd._util import logger
 from pixnet_sd.errors import DataError, ElementError
@@ -51,11 +53,6 @@ from ._stored import (
     shapes_of,
     tables_of,
 )
-
-if TYPE_CHECKING:
-    from geopandas import GeoDataFrame
-    from spatialdata import SpatialData
-
 
 _MANY_SHAPES = 1_000_000
 _BIN_NAME = re.compile(r"_(\d{3})um(?:_labels)?$")

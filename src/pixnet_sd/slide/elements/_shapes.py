@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import shapely
+from geopandas import GeoDataFrame
 from numpy.typing import NDArray
+from spatialdata import SpatialData
 
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import DataError, ResolutionError
@@ -19,10 +21,6 @@ from pixnet_sd.slide.image import GuardedArray
 
 from ._elements import affine_matrix, coordinate_systems, moved, scale0
 from ._stored import sample_positions, sample_shapes, shapes_of
-
-if TYPE_CHECKING:
-    from geopandas import GeoDataFrame
-    from spatialdata import SpatialData
 
 HALF_PIXEL_BACK = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1.0]])
 """Map from pixels that cover [i, i + 1) to such as have their centre at i."""

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
+from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
+from geopandas import GeoDataFrame
 from numpy.typing import NDArray
 from spatialdata import SpatialData, read_zarr
 
@@ -29,10 +31,6 @@ from pixnet_sd._arguments import checked
 from pixnet_sd._notes import TABLE_NOTE, table_note
 from pixnet_sd._util import logger
 from pixnet_sd.errors import StoreError
-
-if TYPE_CHECKING:
-    from anndata import AnnData
-    from geopandas import GeoDataFrame
 
 _LEFT = "_pixnet_sd_left"  # attribute of an object: names by group of what `open_store` left on disk; copies keep it
 _SMALL_BYTES = 2**25  # of an element that `open_store` loads

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from dask.array import Array as DaskArray
 from numpy.typing import NDArray
 from spatialdata import get_pyramid_levels
-from xarray import DataArray
+from xarray import DataArray, DataTree
 
 from pixnet_sd._util import logger, warn
 from pixnet_sd.errors import DataError
 
 from ._arrays import computed, loaded_px
-
-if TYPE_CHECKING:
-    from xarray import DataTree
 
 HUGE_BLOCK_PX = 64e6  # blocks of more pixels are slow to load for one tile
 _WHOLE_PX = 2**20  # a level of so many pixels is read whole

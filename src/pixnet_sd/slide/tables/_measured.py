@@ -10,12 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
+from spatialdata import SpatialData
 
 from pixnet_sd._notes import table_note
 from pixnet_sd._util import logger, warn
@@ -44,9 +45,6 @@ from pixnet_sd.slide.elements import (
 )
 
 from ._counts import Counts
-
-if TYPE_CHECKING:
-    from spatialdata import SpatialData
 
 AnyRegions: TypeAlias = Lattice | Circles | Polygons | LabelGrid
 

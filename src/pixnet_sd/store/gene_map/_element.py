@@ -17,14 +17,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import zarr
+from numpy.typing import NDArray
+from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel, TableModel
-from spatialdata.transformations import Scale, get_transformation, set_transformation
+from spatialdata.transformations import BaseTransformation, Scale, get_transformation, set_transformation
 from spatialdata.transformations import Sequence as InTurn
 from xarray import DataArray, Dataset, DataTree
 from zarr.storage import LocalStore
@@ -32,12 +34,6 @@ from zarr.storage import LocalStore
 from pixnet_sd._notes import note_of, stored_note, table_note, table_uns
 from pixnet_sd.errors import DataError, ElementError, StoreError
 from pixnet_sd.store import WRITTEN, element_stamp, image_stamp, local_store, read_json
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from spatialdata import SpatialData
-    from spatialdata.transformations import BaseTransformation
-
 
 Block = tuple[int, int, int, int]  # row0, row1, col0, col1 in map pixels
 

@@ -8,12 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import dask.array as da
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from spatialdata.models import Image2DModel
+from spatialdata.transformations import BaseTransformation
 from zarr.codecs import BloscCodec
 
 from pixnet_sd._util import logger
@@ -30,11 +32,6 @@ from pixnet_sd.store import (
 )
 
 from ._element import FLOAT_BYTES, Block, MapLayout, image_pyramid, level_folders, map_transforms
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from spatialdata.transformations import BaseTransformation
-
 
 # for channels that are always read together: as small as the library's default, read three times as fast
 FAST = BloscCodec(typesize=4, cname="lz4", clevel=5, shuffle="shuffle")
