@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +14,13 @@ import pytest
 import shapely
 from numpy.typing import NDArray
 from scipy import sparse
-from spatialdata import SpatialData, rasterize_bins, rasterize_bins_link_table_to_labels
-from spatialdata.models import Image2DModel, ShapesModel, TableModel
+from spatialdata import SpatialData, rasterize_bins, rasterize_bins_link_table_to_labels, read_zarr
+from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, BaseTransformation, Identity, Scale
 from spatialdata.transformations import Sequence as Chain
+
+from pixnet_sd.geometry import Circles
+from pixnet_sd.slide.tables import Counts, Measured, measured
 
 HEIGHT_PX, WIDTH_PX = 240, 320
 ORIGIN_UM = np.array([14.0, 8.0])
@@ -129,6 +131,30 @@ def make_circles(xy: Any, radius: Any = 5.0, *, index: Any = None, system: str =
     return ShapesModel.parse(points, transformations={system: Identity()})
 
 
+def make_labels(values: NDArray[Any], **options: Any) -> Any:
+    """Labels element in coordinate system sample."""
+    return Labels2DModel.parse(values, dims=("y", "x"), transformations={"sample": Identity()}, **options)
+
+
+def similarity(scale: float, angle: float, flip: bool = False, shift: Sequence[float] = (30, -20)) -> NDArray[Any]:
+    """Map of (x, y, 1)."""
+    cos, sin, sign = scale * np.cos(angle), scale * np.sin(angle), -1.0 if flip else 1.0
+    return np.array([[cos, -sin * sign, shift[0]], [sin, cos * sign, shift[1]], [0, 0, 1]])
+
+
+def make_measured(x: Any, genes: Any, radius: float = 5.0, rows: Any = None, make: Any = sparse.csr_matrix) -> Measured:
+    """Circles, the k-th with the counts of row ``rows[k]`` of x."""
+    x = np.asarray(x)
+    return Measured(
+        table_key=f"t{radius:.0f}",
+        element_key="spots",
+        regions=Circles(np.arange(2.0 * len(x)).reshape(-1, 2), radius),
+        instances=pd.RangeIndex(len(x)),
+        counts=Counts.of(make(x), np.arange(len(x)) if rows is None else rows, "x"),
+        var_names=pd.Index(list(genes)),
+    )
+
+
 # what makes them, for tests to ask for by name
 image = pytest.fixture(lambda: make_image)
 table = pytest.fixture(lambda: make_table)
@@ -138,7 +164,24 @@ visium = pytest.fixture(lambda: make_visium)
 
 
 @pytest.fixture
-def frame() -> Callable[..., Any]:
+def frame() -> SimpleNamespace:
     """What `measured` needs of a slide."""
-    place = {"coordinate_system": "sample", "working_from_system": np.eye(3), "working_shape": (HEIGHT_PX, WIDTH_PX)}
-    return partial(SimpleNamespace, image_key=None, **place)
+    place = {"image_key": None, "coordinate_system": "sample", "working_from_system": np.eye(3)}
+    return SimpleNamespace(**place, working_shape=(HEIGHT_PX, WIDTH_PX))
+
+
+@pytest.fixture
+def opened(visium_hd, frame, tmp_path):
+    """The only table of a slide, in memory or in a store, after a change."""
+
+    def make(change=lambda table: None, is_stored=False) -> Measured:
+        sdata = visium_hd(bins=(8,))
+        table = sdata.tables["square_008um"]
+        table.X = sparse.csr_matrix(table.X.toarray() * [1, 500, 1, 1, 70])
+        change(table)
+        if is_stored:
+            sdata.write(tmp_path / "slide.zarr", overwrite=True)
+            sdata = read_zarr(tmp_path / "slide.zarr", selection=("images",))
+        return measured(sdata, frame)[0]
+
+    return make

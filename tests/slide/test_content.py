@@ -11,9 +11,9 @@ import pytest
 import shapely
 import spatialdata as sd
 from spatialdata import SpatialData
-from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
+from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Identity, Translation, set_transformation
-from tests.slide.conftest import make_circles, make_image
+from tests.slide.conftest import make_circles, make_image, make_labels
 from xarray import DataArray, DataTree
 
 from pixnet_sd.errors import StoreError
@@ -32,7 +32,7 @@ def elements() -> dict[str, Any]:
         "single": make_image(64, 80),
         "cells": ShapesModel.parse(boxes, **PLACES),
         "circles": make_circles([[9, 9], [20, 20], [40, 30]], 3.0),
-        "labels": Labels2DModel.parse(LABELS, dims=("y", "x"), **PLACES),
+        "labels": make_labels(LABELS),
     }
 
 

@@ -1,7 +1,8 @@
-"""Shapes, labels and bins as regions: their maps, their ids, whether they lie on the image, and on which lattice."""
+"""Shapes, labels and bins as regions, their maps, ids and lattices; tables and shapes that are on disk alone."""
 
 from __future__ import annotations
 
+import copy
 import pickle
 from itertools import product
 from typing import Any
@@ -10,27 +11,36 @@ import dask.array as da
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import shapely
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import sparse
 from spatialdata import SpatialData, read_zarr
-from spatialdata.models import Labels2DModel, ShapesModel
-from spatialdata.transformations import Affine, Identity, get_transformation, set_transformation
+from spatialdata.models import ShapesModel
+from spatialdata.transformations import Affine, get_transformation, set_transformation
+from tests.slide.conftest import make_labels, similarity
 
-from pixnet_sd.errors import DataError, ElementError, ResolutionError
+from pixnet_sd.errors import DataError, ElementError, ResolutionError, StoreError
 from pixnet_sd.geometry import Circles, LabelGrid, Polygons
-from pixnet_sd.slide import regions_sha256
+from pixnet_sd.slide import open_slide, regions_sha256
 from pixnet_sd.slide.elements import (
     LazyLabels,
+    StoredShapes,
     bins_of_table,
     check_regions_on_image,
     fit_lattice,
+    obs_column,
+    open_store,
     regions_from_shapes,
     regions_of,
+    shapes_of,
     similarity_scale,
     table_link,
+    tables_of,
 )
+from pixnet_sd.slide.tables import measured, select_tables
 
 XY = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
 SAMPLE = {"coordinate_system": "sample", "from_system": np.eye(3)}
@@ -38,11 +48,6 @@ PLACE = SAMPLE | {"from_system": np.diag([2.0, 2.0, 1.0])}
 SQUARE = shapely.box(2, 3, 8, 9)
 RING = shapely.Polygon(shapely.box(0, 0, 10, 10).exterior, [shapely.box(2, 2, 5, 6).exterior])
 ISLANDS = shapely.MultiPolygon([shapely.box(20, 20, 24, 24), shapely.Polygon(shapely.affinity.translate(RING, 30, 0))])
-
-
-def similarity(scale: float, angle: float, flip: bool, shift: tuple[float, float]) -> np.ndarray:
-    cos, sin, sign = scale * np.cos(angle), scale * np.sin(angle), -1.0 if flip else 1.0
-    return np.array([[cos, -sin * sign, shift[0]], [sin, cos * sign, shift[1]], [0, 0, 1]])
 
 
 def frame(geometry: list[Any], **columns: Any) -> gpd.GeoDataFrame:
@@ -108,14 +113,10 @@ def test_circles_through_two_maps_and_the_scales_of_these(to_system: np.ndarray,
     np.testing.assert_allclose(scales, [first, first * second, 1 / first], rtol=1e-6)
 
 
-def labels_of(values: np.ndarray, **options: Any) -> Any:
-    return Labels2DModel.parse(values, dims=("y", "x"), transformations={"sample": Identity()}, **options)
-
-
 def some_labels(kind: Any = np.uint16, background: int = 0, **options: Any) -> Any:
     values = np.full((20, 30), background, dtype=kind)
     values[2:5, 3:9], values[7:9, 1:3], values[12:20, 20:30] = 7, 3, 100
-    return labels_of(values, **options)
+    return make_labels(values, **options)
 
 
 def test_labels_are_read_lazily_and_keep_their_values_as_ids(tmp_path) -> None:
@@ -131,7 +132,7 @@ def test_labels_are_read_lazily_and_keep_their_values_as_ids(tmp_path) -> None:
         np.testing.assert_allclose(regions.bounds[1], [6, 4, 18, 10])
     for kind, value in ((int, -1), ("u1", 0), ("f4", 1), ("f8", 1), ("c8", 1)):  # nothing, and no whole numbers
         with pytest.raises(DataError, match="'cells'"):
-            regions_of(SpatialData(labels={"cells": labels_of(np.full((4, 4), value, kind))}), "cells", **SAMPLE)
+            regions_of(SpatialData(labels={"cells": make_labels(np.full((4, 4), value, kind))}), "cells", **SAMPLE)
     zeros = da.zeros((100, 100), "u1", chunks=10)  # of which nothing is read but what is asked for
     lazy = LazyLabels(zeros.map_blocks(lambda block, block_id=(1,): block + 1 // (block_id[0] == 1), dtype="u1"))
     assert lazy[15:18, 15:25].sum() == 30
@@ -303,3 +304,120 @@ def test_lattices_that_are_none_of_touching_squares(visium_hd, visium) -> None:
     spots.tables["table"].obs["array_row"], spots.tables["table"].obs["array_col"] = row, 2 * col + row % 2
     link = table_link(spots, table_key="table")
     assert bins_of_table(spots, link, coordinate_system="global", from_system=np.eye(3)) is None
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write an object, and open it again without its tables and shapes."""
+
+    def write(sdata: SpatialData) -> SpatialData:
+        sdata.write(tmp_path / "slide.zarr")
+        return read_zarr(tmp_path / "slide.zarr", selection=("images", "labels"))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "make"),
+    [
+        ("visium_hd", {"labels": True}, sparse.csr_matrix),
+        ("visium_hd", {"circles": True, "dataset_id": ""}, np.asarray),
+        ("visium", {}, sparse.csc_matrix),
+    ],
+)
+def test_same_regions_and_counts_as_opened_whole(request, written, monkeypatch, kind: str, arguments, make) -> None:
+    sdata = request.getfixturevalue(kind)(**arguments)
+    for key, table in sdata.tables.items():
+        sdata.tables[key] = table[np.random.default_rng(0).permutation(table.n_obs)].copy()
+        sdata.tables[key].X = make(sdata.tables[key].X.toarray())
+    light = written(sdata)
+    whole = read_zarr(light.path)
+    if kind == "visium_hd":
+        monkeypatch.setattr(StoredShapes, "load", None)  # of bins nothing is read whole
+    slides = [open_slide(one, working_mpp=1.0) for one in (light, whole)]
+    assert slides[0].taken() == slides[1].taken()
+
+    def assert_same(one: Any, other: Any, ids: pd.Index, other_ids: pd.Index) -> None:
+        assert regions_sha256(one) == regions_sha256(other)
+        pd.testing.assert_index_equal(ids, other_ids, check_names=False)
+
+    for one, other in zip(measured(light, slides[0]), measured(whole, slides[1]), strict=True):
+        assert (one.table_key, one.element_key) == (other.table_key, other.element_key)
+        assert list(one.var_names) == list(other.var_names)
+        assert_same(one.regions, other.regions, one.instances, other.instances)
+        np.testing.assert_array_equal(one.counts.to_csr().toarray(), other.counts.to_csr().toarray())
+        assert isinstance(obs_column(tables_of(light)[one.table_key], "region"), pd.Categorical)  # not a text a row
+    place = {"coordinate_system": slides[0].coordinate_system, "from_system": np.eye(3)}
+    for key in (*whole.shapes, *whole.labels):
+        if not ("labels" in arguments and key in whole.shapes):  # the tables annotate the labels
+            (one, ids), (other, other_ids) = (regions_of(s, key, **place) for s in (light, whole))
+            assert_same(one, other, ids, other_ids)
+
+
+NAMED = pd.Index([f"cell {k}" for k in range(6000)], name="id")
+
+
+@pytest.mark.parametrize("index", [pd.RangeIndex(5, 18005, 3), NAMED], ids=["counted by 3", "text"])
+def test_sample_of_shapes(written, index: pd.Index) -> None:
+    move = Affine(np.array([[2.0, 0, 1], [0, 2, 3], [0, 0, 1]]), input_axes=("x", "y"), output_axes=("x", "y"))
+    frame = gpd.GeoDataFrame({"radius": 1.0}, geometry=shapely.points(np.arange(12000.0).reshape(-1, 2)), index=index)
+    light = written(SpatialData(shapes={"spots": ShapesModel.parse(frame, transformations={"s": move})}))
+    stored = shapes_of(light)["spots"]
+    for n_rows in (None, 7):  # in one group of rows, and in many, of which 16 are read
+        if n_rows:
+            file = stored.path / "shapes.parquet"
+            pq.write_table(pq.read_table(file), file, row_group_size=n_rows)
+            stored = shapes_of(light)["spots"]
+        positions = shapely.get_coordinates(stored.sample().geometry)[:, 0].astype(int) // 2
+        assert len(stored) == len(stored.index) == 6000
+        assert list(stored.sample().index) == list(index[positions])
+        assert set(get_transformation(stored.sample(), get_all=True)) == {"s"}
+        assert (positions[0], positions[-1]) == (0, 5999)
+        assert len(positions) == (15 * n_rows + 6000 % n_rows if n_rows else 5000)
+        assert len(set(positions // n_rows)) == 16 if n_rows else np.diff(positions).max() == 2
+    assert list(stored.load().index) == list(index)
+
+
+def test_a_file_that_changed_is_sampled_anew(circles, tmp_path) -> None:
+    for n in (3, 5):
+        sdata = SpatialData(shapes={"spots": circles(np.arange(2 * n).reshape(-1, 2))})
+        sdata.write(tmp_path / "slide.zarr", overwrite=True)
+        light = read_zarr(tmp_path / "slide.zarr", selection=("images",))
+        assert len(shapes_of(light)["spots"].sample()) == n
+
+
+@pytest.mark.filterwarnings("error:The table is annotating")
+def test_open_store(visium_hd, circles, table, tmp_path, caplog) -> None:
+    sdata = visium_hd(labels=True)
+    n = 70_000  # of 500 bytes each
+    sdata["cells"] = circles(np.random.default_rng(0).uniform(0, 200, (n, 2)))
+    sdata["counts"] = table("cells", np.arange(n), x=np.zeros((n, 80), np.float32))
+    sdata.write(tmp_path / "slide.zarr")
+    caplog.set_level("INFO", "pixnet_sd")
+    light = open_store(str(tmp_path / "slide.zarr"))
+    assert set(light.tables) == {"square_008um", "square_016um"}
+    assert set(light.shapes) == {"sample_square_008um", "sample_square_016um"}
+    assert (len(light.images), len(light.labels), light.path) == (3, 2, tmp_path / "slide.zarr")
+    assert "left on disk, to be read when needed: cells, counts" in caplog.text
+    pd.testing.assert_frame_equal(light.tables["square_016um"].obs, sdata.tables["square_016um"].obs)
+    for each in (light, copy.copy(light)):  # a copy of the object knows what was left on disk, too
+        assert set(tables_of(each)) == {"square_008um", "square_016um", "counts"}
+        assert isinstance(shapes_of(each)["cells"], StoredShapes)
+    whole = read_zarr(tmp_path / "slide.zarr")
+    for each in (light, whole):
+        del each.tables["square_008um"]  # what was taken out stays out
+        assert set(tables_of(each)) == {"square_016um", "counts"}
+    with pytest.raises(StoreError, match="convert_visium_hd"):
+        open_store(tmp_path)
+
+
+def test_results_do_not_hide_what_is_on_disk(visium_hd, written) -> None:
+    sdata = visium_hd(bins=(8,))
+    result = sdata.tables["square_008um"].copy()
+    result.uns["pixnet_sd"] = {"target_sum": 1e4}
+    sdata.tables["pixnet_bins"] = result
+    light = written(sdata)
+    assert set(tables_of(light)) == {"square_008um", "pixnet_bins"}
+    assert select_tables(light) == ["square_008um"]
+    light.tables["pixnet_bins"] = light.tables["pixnet_not_written"] = result
+    assert set(tables_of(light)) == {"square_008um", "pixnet_bins", "pixnet_not_written"}

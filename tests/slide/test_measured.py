@@ -26,7 +26,7 @@ def spots(circles, table, frame):
     def make(order: str = "pqrs", xy=XY, ids="pqrs", drop=()) -> Measured:
         shapes = circles(xy, 5.0, index=list(ids)).drop(list(drop))
         measures = table("spots", list(order), x=X[["pqrs".index(name) for name in order]])
-        return measured(SpatialData(shapes={"spots": shapes}, tables={"t": measures}), frame())[0]
+        return measured(SpatialData(shapes={"spots": shapes}, tables={"t": measures}), frame)[0]
 
     return make
 
@@ -68,10 +68,10 @@ def test_bins_in_another_order_than_the_table_and_without_a_shape(visium_hd, fra
     sdata = visium_hd(bins=(8,))
     order = np.random.default_rng(0).permutation(sdata.tables["square_008um"].n_obs)
     table = sdata.tables["square_008um"] = sdata.tables["square_008um"][order].copy()
-    (bins,) = measured(sdata, frame())
+    (bins,) = measured(sdata, frame)
     sdata.shapes["sample_square_008um"] = sdata.shapes["sample_square_008um"].drop([0, 7])
     with pytest.warns(UserWarning, match="2 of 192 rows"):
-        (fewer,) = measured(sdata, frame())
+        (fewer,) = measured(sdata, frame)
     assert isinstance(fewer.regions, Lattice)
     assert len(fewer) == len(fewer.regions) == 190
     for each in (bins, bins.take(np.random.default_rng(1).random(len(bins)) < 0.3), fewer):

@@ -156,8 +156,6 @@ def test_disk_that_does_not_take_it(opened, tmp_path, fault: str) -> None:
 
 
 FINE, COARSE, COARSEST = "square_004um", "square_008um", "square_016um"
-
-
 SUM, NO_SUM = "is the sum of the bins of", "is not pooled from"
 POOLED = {
     "squares": ({}, None, SUM),
@@ -183,7 +181,7 @@ def test_pooled_as_read(visium_hd, frame, tmp_path, caplog, arguments, spoil, ho
         sdata.tables[key].X = sparse.csr_matrix(is_child) @ sdata.tables[FINE].X
     if spoil:
         spoil(sdata.tables[COARSE])
-    tables = {"": measured(sdata, frame())}
+    tables = {"": measured(sdata, frame)}
     dense, pooled = (targets_of(tables, ["GENE4", "GENE1"], 1e4, tmp_path, memory_bytes=n)[""] for n in (1e9, 0))
     for one, other in zip(dense, pooled, strict=True):
         np.testing.assert_array_equal(other.values[np.arange(len(one.regions))], one.values)

@@ -1,9 +1,9 @@
-"""Count matrices of any kind and type, read in blocks, and which values are taken for counts."""
+"""Count matrices of any kind, which values are taken for counts, and what is learnt of them, and of which genes."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import anndata as ad
@@ -14,10 +14,21 @@ import pytest
 import zarr
 from anndata.io import sparse_dataset
 from scipy import sparse
-from tests.slide.tables.conftest import make_measured
+from tests.slide.conftest import make_measured as of
 
 from pixnet_sd.errors import DataError
-from pixnet_sd.slide.tables import Counts, checked_blocks, checked_totals, targets_of
+from pixnet_sd.slide.tables import (
+    Counts,
+    Measured,
+    StoredTargets,
+    Targets,
+    check_genes,
+    checked_blocks,
+    checked_totals,
+    choose_genes,
+    log_normalise,
+    targets_of,
+)
 
 X = np.random.default_rng(0).poisson(0.7, (23, 6)).astype(np.float32)
 GENES = pd.Index(list("ABCDEF"))
@@ -71,13 +82,8 @@ def test_any_real_type_gives_the_same_totals(make, kind) -> None:
     if kind == np.float16 and make is not np.asarray:
         return  # SciPy has none
     np.testing.assert_array_equal(totals(make(x.astype(kind))), x.sum(axis=1, dtype=np.int64))
-
-
-def test_sums_do_not_overflow_or_lose_digits() -> None:
-    for kind in (np.int8, bool, np.float16):
-        x = sparse.csr_matrix((np.full(2, 1 if kind is bool else 100, kind), [1, 1], [0, 2]), shape=(1, 3))
-        assert totals(x)[0] == (2 if kind is bool else 200)  # stored twice
-    assert totals(np.array([[2**24, 1, 2**24]], dtype=np.float32))[0] == 2**25 + 1
+    twice = sparse.csr_matrix((np.full(2, 100, kind), [1, 1], [0, 2]), shape=(1, 3))
+    assert totals(twice)[0] == (2 if kind is bool else 200)
 
 
 @pytest.mark.parametrize("kind", [None, complex, object, "m8[s]", "U1"])
@@ -96,7 +102,8 @@ def test_a_bad_value_names_table_gene_and_row(make, value: float) -> None:
     assert len(checked_totals(Counts.of(make(x), ROWS[:4], "x"), GENES, "x")) == 4  # a row that does not count
 
 
-def test_what_32_and_16_bits_do_not_hold_is_said() -> None:
+def test_what_32_and_16_bits_do_not_hold_is_said_and_sums_lose_no_digits() -> None:
+    assert totals(np.array([[2**24, 1, 2**24]], dtype=np.float32))[0] == 2**25 + 1
     x = X.copy()
     x[7, 3] = 2**25
     with pytest.warns(UserWarning, match="Table 't'.*33554432"):
@@ -159,15 +166,14 @@ OTHER = {
 
 
 @pytest.fixture
-def learn(tmp_path):
+def learn(tmp_path, recwarn):
     """Make targets of values; return what is warned of."""
 
     def run(x, objective):
-        table = make_measured(x, range(x.shape[1]), make=lambda x: sparse.csr_matrix(x.astype(np.float32)))
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            targets_of({"": [table]}, [0], 1e4, tmp_path, objective)
-        return [str(w.message) for w in said]
+        table = of(x, range(x.shape[1]), make=lambda x: sparse.csr_matrix(x.astype(np.float32)))
+        recwarn.clear()
+        targets_of({"": [table]}, [0], 1e4, tmp_path, objective)
+        return [str(w.message) for w in recwarn]
 
     return run
 
@@ -196,3 +202,110 @@ def test_cells_of_destriped_bins_and_whole_multiples(learn) -> None:
     x = ASSAYS["bins"] * stripes(len(ASSAYS["bins"]))
     for values in (x[: len(x) // 4 * 4].reshape(-1, 4, x.shape[1]).sum(axis=1), ASSAYS["bins"] * 1000):
         assert [len(learn(values, objective)) for objective in ("mse_pcc", "nb")] == [0, 1]
+
+
+FEW = np.array([[1, 3, 0], [0, 5, 5], [2, 0, 0]], dtype=np.float32)
+
+
+def only(table: Measured, genes, cache, memory: int, objective: str = "mse_pcc") -> Targets:
+    return targets_of({"": [table]}, genes, 1e4, cache, objective, memory_bytes=memory)[""][0]
+
+
+@pytest.mark.filterwarnings("ignore:.*rounded to 32 bits")
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize(
+    ("objective", "scale"),
+    [*(("mse_pcc", scale) for scale in (1, 300, 2**26 + 1, 0.37)), ("nb", 1), ("poisson", 300)],
+)
+@pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+def test_on_disk_as_in_memory(tmp_path, make, objective: str, scale: float, shuffled: bool) -> None:
+    """Exactly, for any kind of matrix, size of counts and order of rows, and with empty regions."""
+    rng = np.random.default_rng(0)
+    x = rng.poisson(0.4, (60, 9)) * rng.choice([1, scale], (60, 9))
+    x[[3, 9]] = 0
+    rows = rng.permutation(60) if shuffled else np.arange(60)
+    table = of(x, "ABCDEFGHI", rows=rows, make=make)
+    total, chosen, kept = x[rows].sum(axis=1, keepdims=True), x[rows][:, [7, 1, 0]], np.arange(60)
+    if objective == "mse_pcc":
+        kept = np.flatnonzero(total)
+        expected = np.log1p(1e4 * chosen[kept] / total[kept])
+        np.testing.assert_allclose(log_normalise(chosen, total.ravel())[kept], expected, rtol=1e-5)
+        said = pytest.warns(UserWarning, match=f"Table 't5': {60 - len(kept)} of 60")
+    else:
+        expected, said = np.hstack([chosen, total]), nullcontext()
+    with said:
+        dense, stored = (only(table, list("HBA"), tmp_path, memory, objective) for memory in (2**28, 0))
+    assert isinstance(stored.values, StoredTargets)
+    assert stored.values.shape == dense.values.shape
+    np.testing.assert_allclose(dense.values, expected, rtol=1e-5)
+    index = rng.choice(len(kept), 30, replace=False)
+    np.testing.assert_array_equal(stored.values[index], dense.values[index])
+    np.testing.assert_array_equal(stored.values.subset(index)[np.arange(5)], dense.values[index[:5]])
+    np.testing.assert_allclose(stored.values.mean(axis=0), dense.values.mean(axis=0), rtol=1e-5)
+    for each in (dense, stored):
+        np.testing.assert_array_equal(each.regions.centre_xy, table.regions.centre_xy[kept])
+
+
+@pytest.mark.parametrize("memory", [2**28, 0])
+def test_bad_counts_and_logarithms_are_said_also_when_the_copy_is_there(tmp_path, memory) -> None:
+    for x, genes, names in ((FEW, ["A", "Z"], "'t5': 'Z'"), (-FEW, ["A"], "Table 't5'")):
+        with pytest.raises(DataError, match=names):
+            only(of(x, "ABC"), genes, tmp_path, memory)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match="all 3 regions"):
+        only(of(FEW * 0, "ABC"), ["A"], tmp_path, memory)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="Table 't5'.*logarithms"):
+            only(of(np.log1p(FEW), "ABC"), ["A"], tmp_path, memory)
+
+
+COARSE, FINE = of([[1, 9, 5]], "ABC", radius=50), of([[9, 1]], "AB", radius=5)
+TWO, MANY = {"a": [of(FEW, "ABC")], "b": [of(FEW, "CBA")]}, of([[8, 2]] * 50, "AB")
+CHOSEN = {  # slides, arguments, genes
+    # A has more counts in all, but B is high in more regions
+    "mean of logarithms": ({"": [of([[90, 1, 0], [0, 1, 1], [0, 1, 1]], "ABC")]}, {"n_genes": 2}, ["B", "C"]),
+    "ties by name": ({"": [of([[1, 1, 0, 1]] * 2, ["z", "b", "zero", "a"])]}, {"n_genes": 4}, ["a", "b", "z"]),
+    # over regions A would win; over slides B does
+    "slides": ({"many": [MANY], "few": [of([[1, 99]], "AB")]}, {"n_genes": 1, "target_sum": 10}, ["B"]),
+    "coarsest": ({"s": [FINE, COARSE]}, {"n_genes": 2}, ["B", "A"]),
+    "named": (TWO, {"genes": ["C", "A"]}, ["C", "A"]),
+    "one": (TWO, {"genes": "B"}, ["B"]),
+    # B has 9 counts, A 10 in both slides
+    "all with 10": ({"a": [of([[6, 9, 99]], "ABC")], "b": [of([[4, 0, 0]], "ABC")]}, {"n_genes": None}, ["A", "C"]),
+    # held-out slides must have the genes, but do not rank them
+    "held out": ({"": [of([[3, 2, 1]], "ABC")]}, {"held_out": {"b": [of([[0, 1, 9]], "BZC")]}}, ["B", "C"]),
+}
+
+
+@pytest.mark.parametrize(("slides", "arguments", "genes"), CHOSEN.values(), ids=CHOSEN)
+@pytest.mark.filterwarnings("error")
+def test_genes_that_are_chosen(slides, arguments, genes, caplog) -> None:
+    caplog.set_level("INFO", "pixnet_sd")
+    assert list(choose_genes(slides, **arguments)) == genes
+    # fewer than asked for: it is said what each table has
+    assert ("'t5' 4" in caplog.text) == (len(genes) < (arguments.get("n_genes") or 0))
+
+
+FOREIGN = {"held_out": {"test": [of(FEW, "BCD")]}, "genes": ["A"]}
+NOT_CHOSEN = {  # slides, arguments, what is named
+    "nothing in common": ({"a": [of([[1]], "A")], "b": [of([[1]], "B")]}, {"n_genes": 1}, "'a'.*'b'"),
+    "missing in one": (TWO | {"b": [of(FEW, "aBC")]}, {"genes": ["B", "A"]}, "'t5' of slide 'b': 'A'.*'a'"),
+    "twice": (TWO, {"genes": ["A", "B", "A"]}, "genes=.*'A'"),
+    "none": (TWO, {"genes": []}, "genes="),
+    "missing in a held-out slide": (TWO, FOREIGN, "'t5' of slide 'test': 'A'"),
+}
+
+
+@pytest.mark.parametrize(("slides", "arguments", "names"), NOT_CHOSEN.values(), ids=NOT_CHOSEN)
+def test_genes_that_cannot_be_chosen(slides, arguments, names) -> None:
+    with pytest.raises(DataError, match=names):
+        choose_genes(slides, **arguments)
+
+
+def test_missing_genes_are_listed_up_to_ten_with_close_matches_and_silent_ones_said() -> None:
+    missing = [f"LOST{i}" for i in range(13)]
+    with pytest.raises(DataError, match=r"14 of 15 .* the model: 'CD3E' \(there is 'CD3D'\).*and 4 more"):
+        check_genes(["CD3E", "ACTB", *missing], ["ACTB", "CD3D"], "the model")
+    check_genes(["ACTB"], ["ACTB", "CD3D"], "the model")
+    with pytest.warns(UserWarning, match="'C'"):
+        choose_genes({"": [of([[1, 2, 0]], "ABC")]}, genes=["C", "A"])
