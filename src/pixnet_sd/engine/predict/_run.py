@@ -93,6 +93,7 @@ class Walk:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._buffers = Buffers()  # the memory of the old ones goes back with what else was kept
         self._contexts.close()
 
     @property
