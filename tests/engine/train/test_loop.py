@@ -238,6 +238,7 @@ def test_the_papers_optimizer(make_network, run, learnable, monkeypatch) -> None
 
 def test_steps_are_counted_and_rates_annealed_over_them(make_network, run, learnable) -> None:
     rates = [row["lr"] for row in run(make_network(), [learnable()], anneal=True, max_epochs=100, max_steps=9).history]
+    assert len(rates) == 3  # at least three steps an epoch, and none after the ninth
     assert np.argmax(rates) in (0, 1)
     assert rates[-1] < 0.1 * max(rates)
 
