@@ -58,8 +58,7 @@ import matplotlib.pyplot as plt
 MODELS: dict[str, dict[str, Any]] = {
     "sum": {"aggregation": "sum"},
     "mean": {},
-    "poisson": {"objective": "poisson"},
-    "nb": {"objective": "nb"},
+    "nb_pcc": {"objective": "nb_pcc"},
 }
 MODEL: dict[str, Any] = {"encoder": ENCODER, "freeze_encoder": True, "working_mpp": 1.0, "decoder_width": 64}
 TRAIN: dict[str, Any] = {"tile_px": 640, "lr": 2e-3, "weight_decay": 1e-2}

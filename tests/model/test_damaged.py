@@ -52,7 +52,7 @@ WRONG: dict[str, list[Any]] = {
     "genes": [[], None, "ACTB", ["A", "A", "B"], ["", "A", "B"], [1, 2, 3], [None] * 3, {"A": 1}, ["A", LONG, "B"]],
     "target_sum": [-1, 0, None, "1e4", True, [], float("nan"), float("inf")],
     "log_base": [5, "10", None, "E", 2.718281828],
-    "objective": ["x", None, 0, "MSE", [], "poisson"],  # the last goes with sums
+    "objective": ["x", None, 0, "MSE", [], "nb_pcc"],  # the last goes with sums
     "aggregation": ["x", None, 1, "median", ["mean"]],
     "working_mpp": [0, -0.5, None, "0.5", 1e9, True, float("nan")],
     "encoder": [None, 5, "", LONG, ["resnet18"]],
@@ -65,6 +65,7 @@ WRONG: dict[str, list[Any]] = {
     "decoder.hidden": [[], [4, 4], [4] * 4, None],
     "decoder.hidden.2": [HUGE, 0, -4, 8.5, None],
     "decoder.dropout": [-0.1, 1, 2, None, "0.5"],
+    "sizes": [{}, None, [], {"spots": 0}, {"spots": -1.0}, {"spots": "4"}, {"": 4.0}, {LONG: 4.0}, 3.0],
     "tile_px": [0, -128, 100, 127, 128.5, HUGE * 32, None, "128", 32],
     "halo_px": [0, -32, 100, HUGE * 32, None, "160", True],
     "sees_whole_tile": [None, 1, "no"],
@@ -117,11 +118,11 @@ def test_any_value_anywhere(tmp_path: Path, content, where: str, value: Any) -> 
     ("text", "says"),
     [
         ("", "damaged"),
-        ('{"format": "pixnet_sd/2", "genes": [', "damaged"),
+        ('{"format": "pixnet_sd/3", "genes": [', "damaged"),
         ("[1, 2]", "None"),
         ('{"architectures": ["ResNet"]}', "encoder_weights="),
         ('{"format": "pixnet_sd/1"}', "pixnet_sd/1"),
-        ('{"format": "pixnet_sd/2", "genes": ["A"]}', "target_sum"),
+        ('{"format": "pixnet_sd/3", "genes": ["A"]}', "target_sum"),
         ('{"a":' * 100_000, "damaged"),
         ("9" * 100_000, "damaged"),
         ('{"format": NaN}', "nan"),

@@ -194,7 +194,7 @@ def test_crop_and_level():
 
 
 def test_counts_are_densities():
-    sdata, _ = hd(genes=("GENE0", "total_counts"), note={"objective": "poisson", "aggregation": "sum"}, angle=0.0)
+    sdata, _ = hd(genes=("GENE0", "total_counts"), note={"objective": "nb_pcc", "aggregation": "sum"}, angle=0.0)
     axes = draw(sdata, ["GENE0", "total_counts"])
     counts = sdata.tables["square_016um"].X.toarray()
     for (_, measured, predicted), expected in zip(axes, (counts[:, 0], counts.sum(axis=1)), strict=True):

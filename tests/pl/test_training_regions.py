@@ -78,7 +78,7 @@ def test_tissue_is_outlined() -> None:
 def test_slides_are_rows() -> None:
     slides = {"a": make_visium_hd(bins=(16,)), "b": make_visium()}
     slides["b"].attrs["pixnet_sd"] = {"mpp": {"tissue_full_image": 0.5}}  # to measure spots takes squidpy, and seconds
-    axes = draw(slides, train_params={"tile_px": 256}, objective="poisson", validation=["b"])
+    axes = draw(slides, train_params={"tile_px": 256}, objective="nb_pcc", validation=["b"])
     assert axes.shape == (2, 2)
     assert [(len(boxes(ax, BLUE)) > 0, len(boxes(ax, ORANGE)) > 0) for ax in axes[:, 0]] == [(1, 0), (0, 1)]
     assert [legend(ax)[0].split(":")[0] for ax in axes[:, 1]] == ["training", "held out"]

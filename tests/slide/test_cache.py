@@ -93,7 +93,7 @@ def test_damage_and_content_of_others_are_seen(tmp_path, name: str) -> None:
 
 
 def counts_of(table: Measured, cache: Path, genes=GENES) -> CountFile:
-    (targets,) = targets_of({"": [table]}, genes, 1e4, cache, "nb", memory_bytes=0)[""]
+    (targets,) = targets_of({"": [table]}, genes, 1e4, cache, "nb_pcc", memory_bytes=0)[""]
     return targets.values.counts
 
 

@@ -183,8 +183,8 @@ def learn(tmp_path, recwarn):
 def test_only_counts_have_a_likelihood_and_logarithms_are_not_taken_twice(learn, assay, change) -> None:
     """A factor of each region does not matter to log-normalised expression."""
     x = (NORMALISED | LOGGED | OTHER)[change](assay)
-    with pytest.raises(DataError, match=r"Table 't5'.*objective='nb'"):
-        learn(x, "nb")
+    with pytest.raises(DataError, match=r"Table 't5'.*objective='nb_pcc'"):
+        learn(x, "nb_pcc")
     if change not in OTHER:
         assert ["logarithms" in said for said in learn(x, "mse_pcc")] == [True] * (change in LOGGED)
 
@@ -192,16 +192,16 @@ def test_only_counts_have_a_likelihood_and_logarithms_are_not_taken_twice(learn,
 @pytest.mark.parametrize("assay", ASSAYS.values(), ids=ASSAYS)
 def test_counts_and_destriped_counts(learn, assay) -> None:
     destriped = assay * stripes(len(assay))
-    for x, objective in ((assay, "mse_pcc"), (assay, "poisson"), (assay, "nb"), (destriped, "mse_pcc")):
+    for x, objective in ((assay, "mse_pcc"), (assay, "nb_pcc"), (destriped, "mse_pcc")):
         assert learn(x, objective) == []
-    (said,) = learn(destriped, "poisson")
+    (said,) = learn(destriped, "nb_pcc")
     assert "not whole" in said
 
 
 def test_cells_of_destriped_bins_and_whole_multiples(learn) -> None:
     x = ASSAYS["bins"] * stripes(len(ASSAYS["bins"]))
     for values in (x[: len(x) // 4 * 4].reshape(-1, 4, x.shape[1]).sum(axis=1), ASSAYS["bins"] * 1000):
-        assert [len(learn(values, objective)) for objective in ("mse_pcc", "nb")] == [0, 1]
+        assert [len(learn(values, objective)) for objective in ("mse_pcc", "nb_pcc")] == [0, 1]
 
 
 FEW = np.array([[1, 3, 0], [0, 5, 5], [2, 0, 0]], dtype=np.float32)
@@ -215,7 +215,7 @@ def only(table: Measured, genes, cache, memory: int, objective: str = "mse_pcc")
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize(
     ("objective", "scale"),
-    [*(("mse_pcc", scale) for scale in (1, 300, 2**26 + 1, 0.37)), ("nb", 1), ("poisson", 300)],
+    [*(("mse_pcc", scale) for scale in (1, 300, 2**26 + 1, 0.37)), ("nb_pcc", 1), ("nb_pcc", 300)],
 )
 @pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
 def test_on_disk_as_in_memory(tmp_path, make, objective: str, scale: float, shuffled: bool) -> None:

@@ -37,7 +37,7 @@ def test_what_it_leaves(slide, fitted, checkpoint):
     assert fitted.attrs["pixnet_sd"]["model"] == str(checkpoint)
     assert user_files(fitted.path) == user_files(slide.path)
     config = json.loads((checkpoint / "config.json").read_text())
-    assert (config["format"], config["log_base"], config["target_sum"]) == ("pixnet_sd/2", "e", 1e4)
+    assert (config["format"], config["log_base"], config["target_sum"]) == ("pixnet_sd/3", "e", 1e4)
     split = [config["slides"]["slide"][f"{part}_regions"][TABLE] for part in ("training", "held_out")]
     assert min(split) > 30
     assert sum(split) <= 408
@@ -103,7 +103,7 @@ def test_named_tables_and_genes_in_order_without_validation(pair, fit, tmp_path,
 @pytest.mark.filterwarnings("ignore:.*common divisor")
 def test_depth_of_slides_is_relative(pair, run_of):
     pair["b"].tables[TABLE].X *= 3
-    depths = [slide.depth for slide in run_of(pair, objective="poisson", validation=None).training]
+    depths = [slide.depth for slide in run_of(pair, objective="nb_pcc", validation=None).training]
     assert sum(depths) == pytest.approx(2)
     assert depths[1] > 2 * depths[0]
 
@@ -120,9 +120,9 @@ def test_the_papers_parameters(slide, tmp_path):
 def test_counts(slide, fit, tmp_path):
     """All genes with 10 counts; one output more, positive densities, and the mean of the slide at the start."""
     table = slide.tables[TABLE]
-    model = fit(slide, checkpoint_dir=tmp_path / "model", objective="nb", genes="all", max_epochs=1, lr=1e-5)
+    model = fit(slide, checkpoint_dir=tmp_path / "model", objective="nb_pcc", genes="all", max_epochs=1, lr=1e-5)
     assert set(model.genes) == set(table.var_names[np.asarray(table.X.sum(axis=0)).ravel() >= 10])
-    assert (model.record.objective, model.record.aggregation) == ("nb", "sum")
+    assert (model.record.objective, model.record.aggregation) == ("nb_pcc", "sum")
     assert model.record.outputs == [*model.genes, "total_counts"]
     found = PixNet.load(tmp_path / "model").network
     with torch.inference_mode():
@@ -158,7 +158,7 @@ def test_frozen_encoder(slide, fit, tmp_path):
         ({"coordinate_system": "microns"}, "coordinate_system="),
         ({"checkpoint_dir": __file__}, "checkpoint_dir="),
         ({"checkpoint_dir": f"{__file__}/model"}, "checkpoint_dir="),
-        ({"objective": "poisson", "aggregation": "mean"}, "objective='poisson'.*aggregation="),
+        ({"objective": "nb_pcc", "aggregation": "mean"}, "objective='nb_pcc'.*aggregation="),
     ],
 )
 def test_arguments_that_do_not_fit(slide, fit, tmp_path, monkeypatch, arguments, message):
@@ -184,7 +184,7 @@ def test_counts_that_are_warned_of_once(slide, fit, tmp_path, first, change, mes
     slide.tables[TABLE] = slide.tables.pop(TABLE)[first].copy()
     slide.tables[TABLE].X = change(slide.tables[TABLE].X)
     with pytest.warns(UserWarning, match=message) as caught:
-        model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1, validation=None)
+        model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1, validation=None, objective="mse_pcc")
     assert model.record.slides["slide"]["training_regions"] == {TABLE: n_regions}
     assert len([w for w in caught if issubclass(w.category, UserWarning)]) == 1
 

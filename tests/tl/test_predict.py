@@ -204,7 +204,7 @@ def test_counts(counted, predict):
     assert of_map["units"] == "counts per µm²"
     assert genes_of(counted, "pixnet_map") == [*table.var_names, "total_counts"]
     said = table.uns["pixnet_sd"]
-    assert said["objective"] == "poisson"
+    assert said["objective"] == "nb_pcc"
     assert "log1p(10000 * expected_counts / sum)" in said["X"]
     assert "add up" in said["layers"]["expected_counts"]
     assert ps.tl.evaluate(counted, table_key=TABLE, predicted_key=key).attrs["MSE"] < 20

@@ -42,7 +42,7 @@ def test_a_poor_model_predicts_when_told(slide, model, predict, caplog):
     assert "worse than none" in caplog.text
 
 
-@pytest.mark.parametrize("options", [{"validation": 0.25}, {"validation": None, "objective": "nb"}])
+@pytest.mark.parametrize("options", [{"validation": 0.25}, {"validation": None, "objective": "nb_pcc"}])
 def test_divergence_saves_nothing(slide, fit, tmp_path, options):
     with pytest.raises(DivergenceError, match=r"now 0.3\), for instance to 0.03"):
         fit(slide, checkpoint_dir=tmp_path / "model", lr=0.3, max_epochs=1, **options)

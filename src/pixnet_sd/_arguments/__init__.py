@@ -64,9 +64,9 @@ _GROUPS = (("ModelParams", "model_params"), ("TrainParams", "train_params"), ("P
 _CARD = ("repo_id", "license", "license_name", "license_link", "datasets", "language")
 _ONE_TABLE = "evaluate.table_key evaluation.table_key gene_map.table_key"
 _FLAGS = (
-    "allow_any_mpp allow_poor_model anneal cells compile create_pr force_download freeze_encoder keep_best "
-    "library_size local_files_only overwrite private push_to_hub record_model return_fig scalebar shared_limits "
-    "show show_progress_bar"
+    "allow_any_mpp allow_poor_model anneal at_measured_depth cells compile create_pr force_download freeze_encoder "
+    "keep_best library_size local_files_only overwrite private push_to_hub record_model return_fig scalebar "
+    "shared_limits show show_progress_bar"
 )
 
 _TABLE: list[tuple[r.Rule, str]] = [
@@ -85,12 +85,12 @@ _TABLE: list[tuple[r.Rule, str]] = [
     *((r.either(r.instance(f"pixnet_sd.params.{group}", f"a {group}"), _FIELDS), name) for group, name in _GROUPS),
     (r.raising(CheckpointError, _MODEL), "model"),
     (r.number("a positive number", lambda x: x > 0), "lr target_sum"),
-    (r.number("a number from 0 on", lambda x: x >= 0), "pcc_weight weight_decay"),
+    (r.number("a number from 0 on", lambda x: x >= 0), "pcc_weight mse_weight weight_decay"),
     (r.number("a number from 0 to 1", lambda x: 0 <= x <= 1), "stain_jitter"),
     (r.text("the name of a timm model", empty=False), "encoder"),
     (r.path("'imagenet' or the path of a file"), "encoder_weights"),
     (r.raising(ResolutionError, _MPP), "working_mpp"),
-    (r.choice("mse_pcc", "poisson", "nb"), "objective"),
+    (r.choice("nb_pcc", "mse_pcc"), "objective"),
     (r.choice("mean", "sum"), "aggregation"),
     (r.choice("laterals", "paper"), "decoder"),
     (r.choice("adamw", "adam"), "optimizer"),

@@ -11,18 +11,22 @@ if TYPE_CHECKING:
     from ._encoder import Encoder, build_encoder, hash_weights
     from ._network import (
         Decoder,
-        Densities,
         Factors,
         Head,
         Network,
+        apply_head,
+        receptive_radius_px,
+        sees_whole_tile,
+    )
+    from ._objectives import (
+        Densities,
+        Dispersion,
         Objective,
         Part,
-        apply_head,
+        expected_log_normalised,
         log_normalised,
         make_objective,
         pearson_per_gene,
-        receptive_radius_px,
-        sees_whole_tile,
     )
     from ._operators import Move, Operator, TiledOperator, staged_array
     from ._record import CHECKSUMS, DecoderConfig, ModelRecord, library_versions, link_of, outputs_of, read_record
@@ -32,6 +36,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "Densities",
+    "Dispersion",
     "Encoder",
     "Factors",
     "Head",
@@ -47,6 +52,7 @@ __all__ = [
     "build_encoder",
     "build_operator",
     "count_pixels",
+    "expected_log_normalised",
     "hash_weights",
     "library_versions",
     "link_of",
@@ -60,7 +66,7 @@ __all__ = [
     "staged_array",
 ]
 
-_MODULES = ("_record", "_operators", "_aggregation", "_encoder", "_network", "_checkpoint")
+_MODULES = ("_record", "_operators", "_aggregation", "_encoder", "_objectives", "_network", "_checkpoint")
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ from pixnet_sd.errors import CheckpointError, PixNetError
 
 from ._encoder import build_encoder, hash_weights
 from ._network import Network, receptive_radius_px
+from ._objectives import Dispersion
 from ._record import (
     CHECKSUMS,
     CONFIG,
@@ -73,6 +74,18 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
     def genes(self) -> list[str]:
         """Genes that it predicts, in order."""
         return self.record.genes
+
+    @property
+    def dispersion(self) -> Dispersion | None:
+        """How much counts vary beyond Poisson, of every gene and size of regions; None of a model of logarithms."""
+        learnt = self.network.log_dispersion
+        return None if learnt is None else Dispersion.learnt(learnt[:, :-1], list(self.record.sizes.values()))
+
+    @property
+    def var(self) -> pd.DataFrame:
+        """Columns by gene for predicted tables: ``held_out_pcc`` when known, and the dispersion at each size."""
+        frame = self.record.var
+        return frame if self.dispersion is None else frame.assign(**self.dispersion.columns())
 
     @property
     def history(self) -> pd.DataFrame:
@@ -367,7 +380,8 @@ def _network(record: ModelRecord) -> Network:
             f"{now}, does not have it. Install that version."
         ) from error
     try:
-        return Network(encoder, record.decoder, len(record.outputs), record.aggregation, link_of(record.objective))
+        link, n_sizes = link_of(record.objective), len(record.sizes)
+        return Network(encoder, record.decoder, len(record.outputs), record.aggregation, link, n_sizes)
     except (MemoryError, RuntimeError) as error:  # torch's own word for no memory is the latter
         raise CheckpointError(
             f"The network that the checkpoint describes cannot be built ({str(error)[:200]}): decoder {record.decoder}."

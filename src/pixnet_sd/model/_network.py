@@ -1,18 +1,15 @@
 """PixNet's network: encoder, decoder (Eq. 3) and head (Eq. 4), which is applied last while it is linear.
 
-Then how far a pixel of the map looks, so that tiles get a halo that makes their borders invisible; and the objectives
-of training. A loss is the sum of `Objective.part` over groups of outputs, so a whole transcriptome is never in memory.
+Then how far a pixel of the map looks, so that tiles get a halo that makes their borders invisible.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pixnet_sd.geometry import MAP_STRIDE, STRIDES
-from pixnet_sd.params import Aggregation, ObjectiveName
+from pixnet_sd.params import Aggregation
 
 from ._encoder import Encoder
 from ._operators import Operator
@@ -30,8 +27,7 @@ from ._record import DecoderConfig, Link
 _AT_ONE = math.log(math.e - 1)  # where softplus is 1
 _ALIGN_PX = STRIDES[-1]
 _SPREADING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
-_EPS = 1e-8
-_TINY = 1e-12
+_DISPERSION = -2.0  # its logarithm before training
 
 
 class Head(nn.Module):
@@ -207,8 +203,11 @@ def apply_head(pooled: Tensor, n_px: Tensor, weight: Tensor, bias: Tensor, aggre
 class Network(nn.Module):
     """Image in, feature map D out; regions by `predict_regions`, the gene map by `gene_map`.
 
-    Values are averaged or summed over a region's pixels (Eq. 5 is the sum); densities are always summed.
+    Values are averaged or summed over a region's pixels (Eq. 5 is the sum); densities are always summed, and have
+    `log_dispersion` (sizes, M): that of the counts of regions of each size, which is learnt beside them.
     """
+
+    log_dispersion: nn.Parameter | None
 
     def __init__(
         self,
@@ -217,6 +216,7 @@ class Network(nn.Module):
         n_outputs: int,
         aggregation: Aggregation,
         link: Link = "identity",
+        n_sizes: int = 1,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -224,6 +224,8 @@ class Network(nn.Module):
         self.decoder_config = decoder
         self.head = Head(self.decoder.channels_out, n_outputs, link)
         self.aggregation = aggregation
+        log_dispersion = None if link == "identity" else nn.Parameter(torch.full((n_sizes, n_outputs), _DISPERSION))
+        self.register_parameter("log_dispersion", log_dispersion)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map RGB (B, 3, H, W) on a scale of 0 to 255 to the feature map D (B, C, H / 4, W / 4)."""
@@ -335,140 +337,3 @@ def sees_whole_tile(network: Network, radius_px: int) -> bool:
     with _evaluating(network) as device:
         before, after = (network(x.to(device))[..., near] for x in (image, changed))
     return bool((before - after).abs().max() > 1e-5 * before.std())
-
-
-# Objectives of training
-
-
-def pearson_per_gene(predicted: Tensor, measured: Tensor) -> Tensor:
-    """Correlate each gene over regions: (regions, genes) twice -> (genes,).
-
-    NaN for a gene that is constant in `measured`, which has no correlation; 0, without a gradient, for one that is
-    constant in `predicted` only.
-    """
-    p, m = predicted - predicted.mean(0), measured - measured.mean(0)
-    product = (p * p).sum(0) * (m * m).sum(0)
-    varies = (predicted.amax(0) > predicted.amin(0)) & (product > 0)
-    r = (p * m).sum(0) / (torch.sqrt(torch.where(varies, product, 1.0)) + _EPS)
-    r = torch.where(varies, r, 0.0)  # rather than the infinite slope of the square root at 0
-    return torch.where(_varying(measured), r, torch.nan)
-
-
-def _varying(measured: Tensor) -> Tensor:
-    """Mask the genes that differ between regions; picking them would make the host wait for a device."""
-    return measured.amax(0) > measured.amin(0)
-
-
-def log_normalised(values: Tensor, total: Tensor, target_sum: float) -> Tensor:
-    """Return ``log1p(target_sum * values / total)``; 0 where the total is 0."""
-    return torch.log1p(target_sum * values / torch.where(total > 0, total, torch.inf))
-
-
-@dataclass(frozen=True)
-class Densities:
-    """Totals of n regions of one size whose counts are predicted."""
-
-    usual: Tensor  # counts that each region would have at the mean density, (n, outputs)
-    usual_total: Tensor  # (n, 1), as the two below: the sum over all genes of the usual counts,
-    predicted_total: Tensor  # of the predicted ones
-    measured_total: Tensor  # and of the measured ones
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a loss has to know besides the values of a group of outputs."""
-
-    outputs: slice
-    n_outputs: int  # of all groups
-    n_varying: Tensor | None  # `Objective.n_varying` of all outputs, on the device
-    size: int  # which size the regions have
-    densities: Densities | None = None  # for a likelihood of counts
-
-
-class Objective(nn.Module, ABC):
-    """A loss."""
-
-    has_total = False  # whether the last output is the sum over all genes
-
-    def n_varying(self, measured: Iterable[Tensor]) -> Tensor | None:  # noqa: ARG002 - a likelihood needs no number
-        """Count the outputs that differ between regions, a scalar to divide by, from groups of them; None: unneeded."""
-        return None
-
-    @abstractmethod
-    def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
-        """Return the share of the loss of a group of outputs, over the regions of one size, each (n, outputs)."""
-
-    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:  # noqa: ARG002 - where they are log-normalised
-        """Log-normalise predictions, or targets, of a group of outputs, given those of the sum (n, 1)."""
-        return values
-
-
-class MsePcc(Objective):
-    """Squared error + `pcc_weight` times the correlation loss, of log-normalised values (Eq. 6, arXiv 2503.01347)."""
-
-    def __init__(self, pcc_weight: float) -> None:
-        super().__init__()
-        self.pcc_weight = pcc_weight
-
-    def n_varying(self, measured: Iterable[Tensor]) -> Tensor:
-        return torch.stack([_varying(group).sum() for group in measured]).sum()
-
-    def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
-        """See `Objective.part`; the correlation loss is 0 of genes that are constant in `measured`."""
-        assert about.n_varying is not None  # it was counted
-        squared = ((predicted - measured) ** 2).mean(0).sum() / about.n_outputs
-        uncorrelated = torch.where(_varying(measured), 1 - pearson_per_gene(predicted, measured), 0.0)
-        return squared + self.pcc_weight * uncorrelated.sum() / about.n_varying.clamp_min(1)
-
-
-class CountLoss(Objective):
-    """Negative log-likelihood of raw counts whose means are sums of a density: Poisson, or negative binomial.
-
-    A gene's mean is its density summed over the region times a size factor, the region's depth: measured over predicted
-    counts of all genes there. So genes are learnt as shares of the counts that a region happens to have, and only the
-    last output, the sum over all genes, from how many these are.
-
-    The loss of each output is divided by the counts that the regions would have at its mean density, so that genes with
-    many counts do not outweigh the others, nor large regions small ones. The dispersion α of the negative binomial
-    (variance μ + α μ²; Hilbe, Negative Binomial Regression, 2011, section 8) is learnt for every size and gene, as sums
-    over larger regions vary less. The sum over all genes is always Poisson: then the expected totals of the training
-    regions are those measured, while dispersion would leave them to the smallest.
-    """
-
-    has_total = True
-
-    def __init__(self, likelihood: Literal["poisson", "nb"], target_sum: float, n_sizes: int, n_outputs: int) -> None:
-        super().__init__()
-        self.likelihood, self.target_sum = likelihood, target_sum
-        if likelihood == "nb":
-            self.log_dispersion = nn.Parameter(torch.full((n_sizes, n_outputs), -2.0))
-
-    def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
-        known = about.densities
-        assert known is not None  # counts are sums of densities
-        # What is predicted of a gene and of all rise together, so their ratio has to be what is learnt from: with the
-        # divisor held fixed every gene that is predicted too high would pull the total down, step after step.
-        depth = known.measured_total / known.predicted_total.clamp_min(_TINY)
-        usual_depth = known.measured_total / known.usual_total.clamp_min(_TINY)
-        n_genes = about.n_outputs - 1 - (about.outputs.start or 0)
-        is_total = torch.arange(predicted.shape[1], device=predicted.device) >= n_genes
-        usual = known.usual * torch.where(is_total, 1.0, usual_depth)
-        mean = predicted * torch.where(is_total, 1.0, depth) + _TINY * usual
-        loss = mean - measured * torch.log(mean / (usual + _TINY) + _TINY)
-        if self.likelihood == "nb":  # without the term that depends on the count alone
-            dispersion = self.log_dispersion[about.size, about.outputs].exp()
-            spread, shape = dispersion * mean, 1 / dispersion
-            known_terms = measured * torch.log(spread + _TINY) + torch.lgamma(measured + shape) - torch.lgamma(shape)
-            loss = torch.where(is_total, loss, (measured + shape) * torch.log1p(spread) - known_terms)
-        return (loss.sum(0) / usual.sum(0).clamp_min(_TINY)).sum() / about.n_outputs
-
-    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
-        assert total is not None  # it is the last output
-        return log_normalised(values, total, self.target_sum)
-
-
-def make_objective(
-    name: ObjectiveName, *, pcc_weight: float, target_sum: float, n_sizes: int, n_outputs: int
-) -> Objective:
-    """Make the objective of a name, with λ of Eq. 6 or the target sum, sizes of regions and outputs of a likelihood."""
-    return MsePcc(pcc_weight) if name == "mse_pcc" else CountLoss(name, target_sum, n_sizes, n_outputs)

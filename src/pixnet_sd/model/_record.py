@@ -33,7 +33,7 @@ Link = Literal["identity", "softplus"]
 
 CHECKSUMS = "checksums.json"
 CONFIG = "config.json"
-FORMAT = "pixnet_sd/2"
+FORMAT = "pixnet_sd/3"
 TOTAL = "total_counts"
 """Name of the output that is the sum over all genes, as scanpy calls it."""
 
@@ -85,7 +85,7 @@ class ModelRecord:
     log_base
         Base of that logarithm, always ``"e"``.
     objective
-        ``"mse_pcc"``, or ``"poisson"`` or ``"nb"`` for a model of counts.
+        ``"nb_pcc"``, for a model of counts, or ``"mse_pcc"``.
     aggregation
         ``"mean"`` or ``"sum"``.
     working_mpp
@@ -98,6 +98,8 @@ class ModelRecord:
         Whether the encoder was kept as it was.
     decoder
         Shape of the decoder.
+    sizes
+        Median area of the training regions of each table, µm².
     tile_px
         Side of the training tiles, working px.
     halo_px
@@ -132,6 +134,7 @@ class ModelRecord:
     encoder_sha256: str
     freeze_encoder: bool
     decoder: DecoderConfig
+    sizes: dict[str, float]
     tile_px: int
     halo_px: int
     sees_whole_tile: bool
@@ -261,8 +264,7 @@ _SHOWN = 10  # genes at either end of the table of scores; all of them are in co
 
 _OBJECTIVES = {
     "mse_pcc": "squared error and correlation of log-normalised expression (Eq. 6 of the paper)",
-    "poisson": "Poisson likelihood of raw counts",
-    "nb": "negative binomial likelihood of raw counts",
+    "nb_pcc": "negative binomial likelihood of raw counts, with correlation and squared error of what it expects",
 }
 
 

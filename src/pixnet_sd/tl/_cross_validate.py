@@ -29,7 +29,7 @@ from pixnet_sd.slide.elements import tables_of
 from pixnet_sd.slide.tables import Measured, checked_totals, measured, measured_regions, select_tables
 
 from ._checks import model_parts, models_folder, pixels_of, slide_parts
-from ._evaluate import METRICS, Matched, pooled, summary
+from ._evaluate import METRICS, Matched, Noise, pooled, summary
 from ._fit import fit
 from ._predict import predict_regions
 from ._regions import region_parts
@@ -248,7 +248,11 @@ class _Scoring:
         rows, counts = np.flatnonzero(keep), table.counts.take(keep)
         columns, positions = genes.get_indexer(shared), table.var_names.get_indexer(shared)
         target_sum = model.record.target_sum
-        return Matched(shared, predicted, rows, columns, counts, positions, total[keep], target_sum).moments()
+        noise = None
+        if model.dispersion is not None:
+            areas = table.regions.subset(rows).area * model.record.working_mpp**2
+            noise = Noise(areas, model.dispersion.of(columns))
+        return Matched(shared, predicted, rows, columns, counts, positions, total[keep], target_sum, noise).moments()
 
 
 def _fold_scores(model: PixNet, left_out: Mapping[str, SpatialData], scoring: _Scoring, folder: Path) -> FoldScores:

@@ -21,6 +21,7 @@ from pixnet_sd._notes import table_note
 from pixnet_sd._util import logger
 from pixnet_sd.engine.train import Moments
 from pixnet_sd.errors import DataError, ElementError
+from pixnet_sd.model import Dispersion, expected_log_normalised
 from pixnet_sd.slide import slide_at
 from pixnet_sd.slide.elements import Table, check_instances, obs_column, table_link, tables_of
 from pixnet_sd.slide.tables import Counts, check_genes, checked_totals, counts_of, genes_of, log_normalise
@@ -36,12 +37,17 @@ _PARTS = {"pixels": "pixels of the image", "regions": "outlines of the regions",
 
 
 @checked()
-def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.DataFrame:
+def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str, at_measured_depth: bool = True) -> pd.DataFrame:
     """Score a prediction against measured expression of the same regions.
 
     Measured counts are normalised as the model's targets were. Regions are matched by the element that both tables
     annotate and by instance id, genes by name; what only one of the tables has takes no part, nor do regions without a
     single count.
+
+    A model of counts is scored by what it expects to be measured, E[log1p(target_sum y / total)] over negative binomial
+    counts y, at the number of counts that each region has: the fewer these are, the lower is the mean of such
+    logarithms, whatever the tissue expresses. It so knows one thing that is not on the image. To compare with methods
+    that do not, leave it out with `at_measured_depth`.
 
     Parameters
     ----------
@@ -51,6 +57,8 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
         Table with raw counts.
     predicted_key
         Table that :func:`predict` wrote with ``shapes_key=`` the element which `table_key` annotates.
+    at_measured_depth
+        False: score ``X`` as it is, also of a model of counts.
 
     Returns
     -------
@@ -65,7 +73,8 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str) -> pd.Da
     DataError
         Counts cannot be used, or the tables have no region with counts, or no gene, in common.
     """
-    of_regions = matched_values(sdata, table_key=table_key, predicted_key=predicted_key).moments()
+    keys: Any = {"table_key": table_key, "predicted_key": predicted_key}
+    of_regions = matched_values(sdata, **keys, at_measured_depth=at_measured_depth).moments()
     scores = pooled([of_regions])
     scores.attrs.update(summary(scores), n_regions=int(of_regions["n"].iloc[0]), n_genes=len(scores))
     return scores
@@ -88,6 +97,14 @@ def pooled(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 @dataclass(frozen=True, eq=False)
+class Noise:
+    """What decides how counts vary around those expected: areas of the regions, and the dispersion of each gene."""
+
+    areas_um2: NDArray[np.float64]
+    dispersion: Dispersion
+
+
+@dataclass(frozen=True, eq=False)
 class Matched:
     """Expression of regions and genes that are both predicted and measured, read in blocks of regions."""
 
@@ -99,6 +116,7 @@ class Matched:
     positions: NDArray[np.integer]  # of the genes in these
     total: NDArray[np.float64]  # counts of each region over all genes
     target_sum: float
+    noise: Noise | None = None  # of a model of counts: then predicted is what it expects at the regions' own depth
 
     def blocks(self, values: int = _BLOCK_VALUES) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Read predicted and measured expression, (n, M) each, of some regions after others."""
@@ -108,7 +126,19 @@ class Matched:
             for start in range(0, len(rows), step):
                 block = slice(start, start + step)
                 predicted = _read_rows(self.predicted, rows[block])[:, self.columns]
+                if self.noise is not None:
+                    dispersion = self.noise.dispersion.at(self.noise.areas_um2[place][block])
+                    predicted = self._expected(predicted, total[block], dispersion)
                 yield predicted, log_normalise(counts[block][:, self.positions], total[block], self.target_sum)
+
+    def _expected(
+        self, x: NDArray[np.float32], total: NDArray[np.float64], dispersion: NDArray[np.float64]
+    ) -> NDArray[np.float32]:
+        """Turn log-normalised expected expression into expected log-normalised expression."""
+        depth = torch.from_numpy(total)[:, None]
+        mean = torch.expm1(torch.from_numpy(x).double()) * (depth / self.target_sum)
+        expected = expected_log_normalised(mean, torch.from_numpy(dispersion), depth, self.target_sum)
+        return expected.float().numpy()
 
     def moments(self) -> pd.DataFrame:
         """Compute what scores are made of, a row a gene."""
@@ -134,7 +164,12 @@ def _read_rows(matrix: Any, rows: NDArray[np.intp]) -> NDArray[np.float32]:
 
 
 def matched_values(
-    sdata: SpatialData, *, table_key: str, predicted_key: str, genes: Sequence[str] | None = None
+    sdata: SpatialData,
+    *,
+    table_key: str,
+    predicted_key: str,
+    genes: Sequence[str] | None = None,
+    at_measured_depth: bool = True,
 ) -> Matched:
     """Match a prediction with measured expression, as `evaluate`; of the genes named or of all that both have."""
     predicted = _table(sdata, predicted_key, "predicted_key")
@@ -180,15 +215,20 @@ def matched_values(
     keep = (rows >= 0) & (total > 0)
     if not keep.any():
         raise DataError(f"{what}: none of the regions that {predicted_key!r} predicts has a count.")
+    noise, columns = None, predicted.var_names.get_indexer(shared)
+    dispersion = Dispersion.read(predicted.var)
+    if at_measured_depth and dispersion is not None:
+        noise = Noise(np.asarray(obs_column(predicted, "area_um2"), np.float64)[rows[keep]], dispersion.of(columns))
     return Matched(
         genes=shared,
         predicted=predicted.X,
         rows=rows[keep],
-        columns=predicted.var_names.get_indexer(shared),
+        columns=columns,
         counts=counts.take(keep),
         positions=measured_genes.names.get_indexer(shared),
         total=total[keep],
         target_sum=float(note["target_sum"]),
+        noise=noise,
     )
 
 

@@ -530,7 +530,7 @@ def _region_results(
         region_table,
         genes=job.genes,
         region=request.element_key,
-        var=job.model.record.var,
+        var=job.model.var,
         uns=table_uns(about | {"depends_on": depends_on}) | {"spatial": spatial},
     )
     return rows.results(

@@ -16,6 +16,7 @@ from pixnet_sd._util import warn
 from pixnet_sd.engine import MeasuredRegions, TrainingSlide
 from pixnet_sd.engine.train import hold_out_blocks
 from pixnet_sd.errors import PixNetError
+from pixnet_sd.geometry import Regions
 from pixnet_sd.params import ObjectiveName
 from pixnet_sd.slide import Slide, open_slide, regions_sha256
 from pixnet_sd.slide.tables import Measured, StoredTargets, choose_genes, measured, measured_regions, targets_of
@@ -100,10 +101,22 @@ def training_data(
     return data
 
 
+def sizes_of(data: TrainingData, working_mpp: float) -> dict[str, float]:
+    """Give the median area of the training regions of each table, µm², in the order in which they are met."""
+    areas: dict[str, list[float]] = {}
+    for slide in data.training:
+        for group in slide.measured:
+            areas.setdefault(group.size_name, []).append(float(np.median(_sampled(group).area)) * working_mpp**2)
+    return {name: float(np.mean(of_slides)) for name, of_slides in areas.items()}
+
+
+def _sampled(group: MeasuredRegions) -> Regions:
+    return group.regions.subset(np.unique(np.linspace(0, len(group.regions) - 1, _SAMPLE).astype(np.int64)))
+
+
 def _density(group: MeasuredRegions) -> float:
     """Compute the mean counts of all genes per px²."""
-    sample = np.unique(np.linspace(0, len(group.regions) - 1, _SAMPLE).astype(np.int64))
-    return float(group.values.mean(axis=0)[-1] / group.regions.subset(sample).area.mean())
+    return float(group.values.mean(axis=0)[-1] / _sampled(group).area.mean())
 
 
 def split_slides(

@@ -82,7 +82,7 @@ def test_learns_counts(make_network, run, counted) -> None:
     """Of two sizes and depths; totals of regions of a size that it has not seen come out right too."""
     slides = [counted(radii=(5.0, 9.0)), counted(seed=2, name="deep", radii=(5.0, 9.0), depth=3.0)]
     network = make_network(**OF_COUNTS)
-    options = {"objective": "nb", "stain_jitter": 0.0, "max_epochs": 30}
+    options = {"objective": "nb_pcc", "stain_jitter": 0.0, "max_epochs": 30}
     assert run(network, slides, [counted(seed=1, name="other")], **options).quality["pcc"] > 0.5
     (other,) = counted(seed=1, radii=(7.0,)).measured
     features = network.eval()(torch.from_numpy(counted(seed=1).read(0, 96, 0, 128)).permute(2, 0, 1)[None].float())
@@ -109,7 +109,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, epoch: int, *, saved: bool) -> No
         ("mse_pcc", False, 1, False, True),
         ("mse_pcc", True, 2, True, True),
         ("mse_pcc", True, 4, False, False),
-        ("nb", False, 2, True, True),
+        ("nb_pcc", False, 2, True, True),
     ],
 )
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
@@ -247,8 +247,8 @@ def test_steps_are_counted_and_rates_annealed_over_them(make_network, run, learn
     ("objective", "lr", "held", "steps"),
     [
         ("mse_pcc", 3, False, {"max_epochs": 1, "max_steps": 1}),
-        ("nb", 30, True, {"max_epochs": 1, "max_steps": 1}),
-        ("poisson", 30, False, {"max_epochs": 3}),
+        ("nb_pcc", 30, True, {"max_epochs": 1, "max_steps": 1}),
+        ("nb_pcc", 30, False, {"max_epochs": 3}),
     ],
 )
 def test_divergence_is_an_error(make_network, run, learnable, counted, tmp_path, objective, lr, held, steps) -> None:

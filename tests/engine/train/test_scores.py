@@ -35,21 +35,22 @@ def loss_of(network: Network, name: str, *, sparsely: bool = False, **options: A
     values = [rng.poisson(0.7, (len(r), M)).astype(np.float32) for r in REGIONS]
     values[1][:, 3] = 2  # does not vary
     targets = [sparse.csc_matrix(v) if sparsely else torch.from_numpy(v) for v in values]
-    objective = make_objective(name, pcc_weight=0.5, target_sum=1e4, n_sizes=2, n_outputs=M)
+    objective = make_objective(name, pcc_weight=0.5, mse_weight=1.0, target_sum=1e4)
     return BatchLoss(network, objective, [build_operator(r, GRID) for r in REGIONS], targets, [0, 1], **options)
 
 
 def gradients_of(network: Network, loss: BatchLoss, fabric) -> tuple[float, list[torch.Tensor]]:
     features = torch.randn(1, network.head.in_features, 8, 8, generator=torch.Generator().manual_seed(0))
     features.requires_grad_()
-    trained = [features, network.head.weight, network.head.bias, *loss.objective.parameters()]
+    trained = [features, network.head.weight, network.head.bias]
+    trained += [] if network.log_dispersion is None else [network.log_dispersion]
     for parameter in trained:
         parameter.grad = None
     value = loss.backward(features, fabric).item()
     return value, [p.grad.clone() for p in trained]
 
 
-@pytest.mark.parametrize(("name", "sparsely"), [("mse_pcc", True), ("poisson", False), ("nb", True)])
+@pytest.mark.parametrize(("name", "sparsely"), [("mse_pcc", True), ("nb_pcc", False), ("nb_pcc", True)])
 def test_blocks_of_outputs_do_not_matter(network_for, fabric, name: str, sparsely: bool) -> None:
     net = network_for(name)
     expected, gradients = gradients_of(net, loss_of(net, name, depth=1.7), fabric)
@@ -66,7 +67,7 @@ def test_outputs_are_held_within_128_mib(n_outputs: int, n_rows: int, n_blocks: 
     assert len(blocks) == n_blocks
 
 
-@pytest.mark.parametrize("name", ["mse_pcc", "poisson"])
+@pytest.mark.parametrize("name", ["mse_pcc", "nb_pcc"])
 def test_sizes_weigh_the_same_and_one_without_regions_nothing(network_for, fabric, name: str) -> None:
     net = network_for(name)
     both = loss_of(net, name)
@@ -83,15 +84,18 @@ def test_sizes_weigh_the_same_and_one_without_regions_nothing(network_for, fabri
 
 def test_depth_scales_what_is_expected(network_for, fabric) -> None:
     """Twice the counts at twice the depth: the same gradient per count."""
-    net = network_for("poisson")
-    one = loss_of(net, "poisson")
-    two = BatchLoss(net, one.objective, one.operators, [2 * t for t in one.targets], [0, 1], depth=2.0)
-    for a, b in zip(gradients_of(net, one, fabric)[1], gradients_of(net, two, fabric)[1], strict=True):
+    net = network_for("nb_pcc")
+    net.log_dispersion.data.fill_(-12)  # none, with which the gradient would grow less than the counts
+    likelihood = make_objective("nb_pcc", pcc_weight=0.0, mse_weight=0.0, target_sum=1e4)
+    one = replace(loss_of(net, "nb_pcc"), objective=likelihood)
+    two = BatchLoss(net, likelihood, one.operators, [2 * t for t in one.targets], [0, 1], depth=2.0)
+    of_one, of_two = (gradients_of(net, loss, fabric)[1][:3] for loss in (one, two))
+    for a, b in zip(of_one, of_two, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-MSE = make_objective("mse_pcc", pcc_weight=0.5, target_sum=1e4, n_sizes=1, n_outputs=3)
-POISSON = make_objective("poisson", pcc_weight=0.5, target_sum=1e4, n_sizes=1, n_outputs=3)
+MSE = make_objective("mse_pcc", pcc_weight=0.5, mse_weight=1.0, target_sum=1e4)
+COUNTS = make_objective("nb_pcc", pcc_weight=0.5, mse_weight=1.0, target_sum=1e4)
 
 
 class Colours(FeatureMaps):
@@ -177,7 +181,7 @@ def test_counts_are_compared_log_normalised(score, learnable) -> None:
     (measured,) = slide.measured
     measured.values[:, 2] = 1 / 128
     counts = MeasuredRegions("counts", measured.regions, 50 * measured.values)
-    scores = score([replace(slide, measured=(counts,))], POISSON, torch.diag(torch.tensor([1.0, 1, 0])))
+    scores = score([replace(slide, measured=(counts,))], COUNTS, torch.diag(torch.tensor([1.0, 1, 0])))
     assert len(scores.pcc_per_gene) == 2  # the third output is the sum
     expected = np.log1p(1e4 * measured.values[:, :2] / measured.values[:, 2:])
     assert scores.pcc > 0.9
@@ -194,7 +198,7 @@ def test_regions_without_counts_are_not_compared(score, learnable) -> None:
     mixed = MeasuredRegions("mixed", measured.regions, values)
     weight = torch.diag(torch.tensor([1.0, 0.5, 0]))
     found, expected = (
-        score([replace(slide, measured=(m,))], POISSON, weight) for m in (mixed, mixed.subset(every[every % 3 > 0]))
+        score([replace(slide, measured=(m,))], COUNTS, weight) for m in (mixed, mixed.subset(every[every % 3 > 0]))
     )
     np.testing.assert_allclose(found.pcc_per_gene, expected.pcc_per_gene, rtol=1e-6)
     assert found.mse == pytest.approx(expected.mse)

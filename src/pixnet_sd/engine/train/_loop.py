@@ -31,6 +31,7 @@ _LOOK_EVERY = 16  # steps between looks at the loss, each of which waits for the
 _STEPS_A_SCORE = 50  # of training for one batch that is scored where nothing is held out
 _MOST_SCORED = 8  # batches
 _QUALITY = ("mse", "gene_mean_mse", "pcc")
+_DISPERSION_RATE = 20.0  # times that of the weights
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,13 @@ class Trainer:
         self.features = FeatureMaps(network, run, fabric)
         slides, params = run.training, run.params
         self.sizes = list(dict.fromkeys(m.size_name for s in slides for m in s.measured))
-        self.objective = make_objective(
-            run.objective,
-            pcc_weight=params.pcc_weight,
-            target_sum=run.target_sum,
-            n_sizes=len(self.sizes),
-            n_outputs=network.head.n_outputs,
-        ).to(fabric.device)
-        groups: list[dict[str, Any]] = [{"params": [p for p in network.parameters() if p.requires_grad]}]
-        if beside := list(self.objective.parameters()):  # what the objective learns does not decay
-            groups.append({"params": beside, "weight_decay": 0.0})
+        weights = {"pcc_weight": params.pcc_weight, "mse_weight": params.mse_weight}
+        self.objective = make_objective(run.objective, target_sum=run.target_sum, **weights)
+        dispersion = network.log_dispersion
+        trained = [p for p in network.parameters() if p.requires_grad and p is not dispersion]
+        groups: list[dict[str, Any]] = [{"params": trained, "times": 1.0}]
+        if dispersion is not None:  # it does not decay, and has further to go than weights that start near 0
+            groups.append({"params": [dispersion], "weight_decay": 0.0, "times": _DISPERSION_RATE})
         optimizer = torch.optim.AdamW if params.optimizer == "adamw" else torch.optim.Adam
         options: dict[str, Any] = {"fused": True} if fabric.device.type == "cuda" else {}
         self.optimizer = optimizer(groups, lr=params.lr, weight_decay=params.weight_decay, **options)
@@ -111,7 +109,6 @@ class Trainer:
             if missing.unexpected_keys or set(missing.missing_keys) & set(_trained(self.network)):
                 raise KeyError
             self.optimizer.load_state_dict(state.optimizer)
-            self.objective.load_state_dict(state.extras)
             self.first_loss = state.history[0]["loss"]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             what = f"The training state of epoch {state.epoch} is of another network ({type(error).__name__})"
@@ -140,7 +137,7 @@ class Trainer:
     def step(self, batch: Batch, rate: float) -> Tensor:
         """Take one step of the optimizer; returns the loss, which nothing waits for."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["times"]
         slide, features = batch.plan.slide, self.features.of(batch)
         self.optimizer.zero_grad()
         sizes = [self.sizes.index(m.size_name) for m in slide.measured]
@@ -256,8 +253,7 @@ def train(network: Network, run: Run, fabric: Fabric, *, show_progress_bar: bool
                 warn(f"{error} The training ends with epoch {state.epoch + 1}, and the model is that of {best}.")
                 break
             if trainer.has_ended(state) or time.monotonic() - saved_at >= run.save_every_s:
-                state.network, state.extras = _trained(network), trainer.objective.state_dict()
-                state.optimizer = trainer.optimizer.state_dict()
+                state.network, state.optimizer = _trained(network), trainer.optimizer.state_dict()
                 state.save(run.directory)
                 saved, saved_at = state.epoch, time.monotonic()
             val = f", val PCC {row['val_pcc']:.3f}, val MSE {row['val_mse']:.4f}" if run.held_out else ""

@@ -35,7 +35,7 @@ class Run:
     params: TrainParams
     directory: Path  # of the state and, with a frozen encoder, of kept features
     fingerprint: str  # of data and settings: a state in the directory is taken up if it has the same
-    objective: ObjectiveName = "mse_pcc"  # decides what targets are: logarithms, or raw counts with their sum last
+    objective: ObjectiveName = "nb_pcc"  # decides what targets are: logarithms, or raw counts with their sum last
     target_sum: float = 1e4  # of the log-normalised values by which models of counts are compared
     max_epochs: int = 500
     batch_size: int = 8  # tiles of one slide
@@ -100,7 +100,6 @@ class RunState:
     steps: int = 0
     network: dict[str, Tensor] = field(default_factory=dict)  # what is trained: without a frozen encoder
     optimizer: dict[str, Any] = field(default_factory=dict)
-    extras: dict[str, Tensor] = field(default_factory=dict)  # what the objective learns: dispersions of counts
     history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch
     best: BestEpoch = field(default_factory=BestEpoch)
     versions: dict[str, str] = field(default_factory=library_versions)  # that it was made with

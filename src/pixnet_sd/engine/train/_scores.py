@@ -62,7 +62,7 @@ class BatchLoss:
         fabric.backward(torch.stack(carried).sum())
         return total
 
-    def _part(self, outputs: slice, k: int, rows: Tensor, n_varying: Tensor | None) -> Tensor:
+    def _part(self, outputs: slice, k: int, rows: Tensor, n_varying: Tensor) -> Tensor:
         """Compute the share of the k-th size's loss that a group of outputs has."""
         operator, head, densities = self.operators[k], self.network.head, None
         measured = partial(block_of, self.targets[k], device=rows.device)
@@ -72,8 +72,10 @@ class BatchLoss:
             unit, last = self.depth * head.unit, slice(head.n_outputs - 1, head.n_outputs)
             n_px = torch.as_tensor(operator.n_px, dtype=unit.dtype, device=unit.device)[:, None]
             total = self.network.region_values(rows, operator, last) * self.depth
-            densities = Densities(n_px * unit[outputs], n_px * unit[last], total, measured(last))
-        about = Part(outputs, head.n_outputs, n_varying, self.sizes[k], densities)
+            assert self.network.log_dispersion is not None  # of densities
+            dispersion = self.network.log_dispersion[self.sizes[k], outputs]
+            densities = Densities(n_px * unit[outputs], n_px * unit[last], total, measured(last), dispersion)
+        about = Part(outputs, head.n_outputs, n_varying, densities)
         return self.objective.part(predicted, measured(outputs), about)
 
 
