@@ -78,8 +78,12 @@ class Trainer:
         self.features = FeatureMaps(network, run, fabric)
         slides, params = run.training, run.params
         self.sizes = list(dict.fromkeys(m.size_name for s in slides for m in s.measured))
-        weights = {"pcc_weight": params.pcc_weight, "mse_weight": params.mse_weight}
-        self.objective = make_objective(run.objective, target_sum=run.target_sum, **weights)
+        self.objective = make_objective(
+            run.objective,
+            pcc_weight=params.pcc_weight,
+            mse_weight=params.mse_weight,
+            target_sum=run.target_sum,
+        )
         dispersion = network.log_dispersion
         trained = [p for p in network.parameters() if p.requires_grad and p is not dispersion]
         groups: list[dict[str, Any]] = [{"params": trained, "times": 1.0}]
