@@ -173,9 +173,9 @@ STAGED = {
     "circles": (circles, 1, 7),
     "aligned bins": (aligned, 1, 14),
     "nothing": (nothing, 1, 7),
-    "tiles": (TiledOperator([circles, sparse, nothing]), 3, 7),  # they become one matrix
-    "tiles of both forms": (TiledOperator([aligned, sparse]), 2, 21),
-    "tiles of nothing": (TiledOperator([nothing, nothing]), 2, 7),
+    "tiles": (TiledOperator([circles, sparse, nothing]).joined(), 3, 8),  # they become one matrix
+    "tiles of both forms": (TiledOperator([aligned, sparse]).joined(), 2, 21),
+    "tiles of nothing": (TiledOperator([nothing, nothing]).joined(), 2, 8),
 }
 
 
@@ -205,6 +205,18 @@ def test_a_staged_operator_equals_its_own(case: str, device: str) -> None:
         applied(staged, device, n_tiles), applied(operator, "cpu", n_tiles), rtol=1e-5, atol=1e-4
     )
     np.testing.assert_allclose(staged.n_px.cpu(), operator.n_px, rtol=1e-6)
+
+
+def test_joined_tiles_take_only_the_pixels_that_they_touch() -> None:
+    """What is done to each pixel can be done to those."""
+    tiles = TiledOperator([circles, sparse, nothing])
+    joined, rows = tiles.joined(), rows_of(WIDE).repeat(3, 1)
+    for found, expected in zip(applied(joined, "cpu", 3), applied(tiles, "cpu", 3), strict=True):
+        torch.testing.assert_close(found, expected)
+    touched = joined.gather(rows)
+    assert len(touched) < 0.5 * len(rows)
+    torch.testing.assert_close(joined.total(touched.exp()), tiles.apply(rows.exp()))
+    assert TiledOperator([aligned, sparse]).joined().gather(rows) is rows
 
 
 @staging

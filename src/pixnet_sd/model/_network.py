@@ -244,14 +244,14 @@ class Network(nn.Module):
         return self.region_values(self.region_inputs(features, operator), operator)
 
     def region_inputs(self, features: Tensor, operator: Operator) -> Tensor:
-        """Return all that `region_values` needs of the features: A D under a linear head, D itself otherwise."""
+        """Return all that `region_values` needs of the features: A D under a linear head, else D where A is not 0."""
         rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-        return operator.apply(rows) if self.head.is_linear else rows
+        return operator.apply(rows) if self.head.is_linear else operator.gather(rows)
 
     def region_values(self, inputs: Tensor, operator: Operator, outputs: slice = slice(None)) -> Tensor:
         """Compute outputs of `predict_regions`, shape (n, outputs), from `region_inputs`."""
         if not self.head.is_linear:
-            return operator.apply(self.head(inputs, outputs))
+            return operator.total(self.head(inputs, outputs))
         n_px = torch.as_tensor(operator.n_px, dtype=inputs.dtype, device=inputs.device)[:, None]
         weight, bias = self.head.weight[outputs].float(), self.head.bias[outputs].float()
         with torch.autocast(inputs.device.type, enabled=False):

@@ -121,6 +121,14 @@ class Operator(ABC):
     def apply(self, features: Tensor) -> Tensor:
         """Multiply feature rows: (window rows * window columns, C) float32 -> (n, C) float32, differentiable."""
 
+    def gather(self, features: Tensor) -> Tensor:
+        """Pick the feature rows that `total` needs, to compute something of each: (window pixels, C) -> (p, C)."""
+        return features
+
+    def total(self, rows: Tensor) -> Tensor:
+        """Multiply what was computed of gathered rows: (p, C) float32 -> (n, C) float32, differentiable."""
+        return self.apply(rows)
+
     def staged(self, *, gradient: bool, pin: bool) -> Operator:
         """Put into torch's form, on the host: differentiable, and in page-locked memory, if asked for."""
         staged: dict[str, Any] = {
@@ -146,6 +154,27 @@ class SparseOperator(Operator):
 
     def apply(self, features: Tensor) -> Tensor:
         return _aggregate(features, self.matrix)
+
+
+@dataclass(frozen=True, eq=False)
+class TouchedOperator(Operator):
+    """Operator of regions that touch few pixels of a window, as spots do: A without its empty columns.
+
+    `pixels` are those that it touches, shape (p,), ascending; the matrix has shape (n, p).
+    """
+
+    pixels: Int | Tensor
+    matrix: Matrix
+    n_px: Float | Tensor
+
+    def gather(self, features: Tensor) -> Tensor:
+        return features.index_select(0, torch.as_tensor(self.pixels, device=features.device))
+
+    def total(self, rows: Tensor) -> Tensor:
+        return _aggregate(rows, self.matrix)
+
+    def apply(self, features: Tensor) -> Tensor:
+        return self.total(self.gather(features))
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,13 +214,19 @@ class TiledOperator(Operator):
         rows = features.chunk(len(self.tiles))
         return torch.cat([tile.apply(own) for tile, own in zip(self.tiles, rows, strict=True)])
 
-    def staged(self, *, gradient: bool, pin: bool) -> Operator:
-        """See `Operator.staged`; sparse tiles become one matrix, as many small products keep a GPU waiting."""
+    def joined(self) -> Operator:
+        """Make one matrix of sparse tiles, as many small products keep a GPU waiting, of the pixels that they touch."""
         sparse_tiles = [tile for tile in self.tiles if isinstance(tile, SparseOperator)]
         if len(sparse_tiles) < len(self.tiles):
-            return TiledOperator([tile.staged(gradient=gradient, pin=pin) for tile in self.tiles])
-        whole = SparseOperator(_block_diagonal([tile.matrix for tile in sparse_tiles]), self.n_px)
-        return whole.staged(gradient=gradient, pin=pin)
+            return self
+        matrix = _block_diagonal([tile.matrix for tile in sparse_tiles])
+        pixels, columns = np.unique(matrix.indices, return_inverse=True)
+        shape = matrix.shape[0], len(pixels)
+        touched = sparse.csr_array((matrix.data, columns.astype(matrix.indices.dtype), matrix.indptr), shape=shape)
+        return TouchedOperator(pixels.astype(np.int64), touched, self.n_px)
+
+    def staged(self, *, gradient: bool, pin: bool) -> Operator:
+        return TiledOperator([tile.staged(gradient=gradient, pin=pin) for tile in self.tiles])
 
     def moved(self, move: Move) -> Operator:
         return TiledOperator([tile.moved(move) for tile in self.tiles])

@@ -108,7 +108,7 @@ def tile_operators(plan: BatchPlan, members: Sequence[tuple[NDArray[np.intp], ..
         to_tile = np.array([[1, 0, -col0], [0, 1, -row0], [0, 0, 1]], np.float64)
         for operators, measured, index in zip(per_size, slide.measured, of_tile, strict=True):
             operators.append(build_operator(measured.regions.subset(index).transform(to_tile), grid, inside=inside))
-    return [TiledOperator(operators) for operators in per_size]
+    return [TiledOperator(operators).joined() for operators in per_size]
 
 
 def make_batch(
