@@ -142,6 +142,14 @@ def test_all_ways_give_the_literal_values(link: str) -> None:
     assert chosen.is_linear == head.is_linear == (link == "identity")
 
 
+def test_genes_do_not_teach_the_total() -> None:
+    """In their shares it is the weight of a pixel, and would become whatever makes genes fit."""
+    head = Head(4, 6, "softplus")
+    head(D)[:, :-1].sum().backward()
+    assert not head.weight.grad[-1].any()
+    assert head.weight.grad[:-1].any(dim=1).all()
+
+
 # The decoder
 
 

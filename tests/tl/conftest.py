@@ -94,12 +94,12 @@ def _trained(drawn: Path, folder: Path, **options: Any) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def _fitted(_drawn: Path, tmp_path_factory) -> tuple[Path, Path]:
-    return _trained(_drawn, tmp_path_factory.mktemp("fitted"), validation=0.25, objective="mse_pcc")
+    return _trained(_drawn, tmp_path_factory.mktemp("fitted"), validation=0.25)
 
 
 @pytest.fixture(scope="session")
 def _counted(_drawn: Path, tmp_path_factory) -> tuple[Path, Path]:
-    return _trained(_drawn, tmp_path_factory.mktemp("counted"))
+    return _trained(_drawn, tmp_path_factory.mktemp("counted"), objective="nb_pcc")
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_an_image_that_was_aligned_anew(model, fit):
 
 @pytest.mark.parametrize(
     "option",
-    [{"seed": 1}, {"lr": 1e-4}, {"target_sum": 1e3}, {"mpp": 0.25}, {"objective": "mse_pcc"}, {"genes": ["g1", "g0"]}],
+    [{"seed": 1}, {"lr": 1e-4}, {"target_sum": 1e3}, {"mpp": 0.25}, {"objective": "nb_pcc"}, {"genes": ["g1", "g0"]}],
     ids=str,
 )
 def test_options_train_anew(model, fit, option):
@@ -196,7 +196,7 @@ class TestSameQuestionAskedOfOtherData:
         one_pixel(slide, 0)
         with pytest.raises(CheckpointError, match="slides / slide / pixels"):
             fit(slide.build(), checkpoint_dir=tmp_path / "m")
-        for other in ({"lr": 1e-3}, {"target_sum": 1e3}):
+        for other in ({"lr": 1e-3}, {"aggregation": "sum"}):
             with pytest.raises(CheckpointError, match=f"{next(iter(other))}'.*checkpoint_dir"):
                 fit(Slide().build(), checkpoint_dir=tmp_path / "m", **other)
         again = fit(Slide().build(), checkpoint_dir=tmp_path / "m")

@@ -184,7 +184,7 @@ def test_counts_that_are_warned_of_once(slide, fit, tmp_path, first, change, mes
     slide.tables[TABLE] = slide.tables.pop(TABLE)[first].copy()
     slide.tables[TABLE].X = change(slide.tables[TABLE].X)
     with pytest.warns(UserWarning, match=message) as caught:
-        model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1, validation=None, objective="mse_pcc")
+        model = fit(slide, checkpoint_dir=tmp_path / "model", max_epochs=1, validation=None)
     assert model.record.slides["slide"]["training_regions"] == {TABLE: n_regions}
     assert len([w for w in caught if issubclass(w.category, UserWarning)]) == 1
 

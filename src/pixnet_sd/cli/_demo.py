@@ -129,7 +129,8 @@ def score(slide: SpatialData, truth: AnnData, cut_um: float) -> pd.DataFrame:
     for name, table in (("counts", slide.tables[TABLE]), ("truth", truth)):
         tables = {TABLE: table[x_um(table) >= cut_um].copy(), PREDICTED: slide.tables[PREDICTED]}
         right = SpatialData(shapes={SHAPES: slide.shapes[SHAPES]}, tables=tables)
-        pcc = ps.tl.evaluate(right, table_key=TABLE, predicted_key=PREDICTED)["pcc"]
+        keys: Any = {"table_key": TABLE, "predicted_key": PREDICTED}
+        pcc = ps.tl.evaluate(right, **keys, at_measured_depth=name == "counts")["pcc"]  # of the truth nothing is drawn
         scores[name] = pcc[table.var_names[table.var["spatially_varying"]]]
     scores.loc["mean"] = scores.mean()
     return scores.rename_axis(None)
@@ -143,7 +144,8 @@ def x_um(table: Any) -> NDArray[np.float64]:
 def draw_picture(slide: SpatialData, truth: AnnData, cut_um: float) -> Figure:
     """Draw H&E beside truth and prediction of a few genes."""
     rest = {"images": dict(slide.images), "labels": dict(slide.labels), "shapes": dict(slide.shapes)}
-    drawn = SpatialData(**rest, tables={TABLE: truth}, attrs=slide.attrs)
+    drawn = SpatialData(**rest, tables={TABLE: truth.copy()}, attrs=slide.attrs)
+    drawn.tables[TABLE].X = truth.X / 1e6
     figure: Any = ps.pl.gene_map(drawn, DRAWN, table_key=TABLE, return_fig=True)
     for axes in figure.axes:
         if title := axes.get_title():

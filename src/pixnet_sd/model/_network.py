@@ -67,7 +67,9 @@ class Head(nn.Module):
             if self.is_linear:
                 return linear
             relative = functional.softplus(linear + _AT_ONE) * self.unit[outputs]
-            return relative * torch.where(self.is_total[outputs], 1.0, self._total(rows)[..., None])
+            # Only the counts of all genes teach the total: in a region's shares it is no more than the weight of each
+            # pixel, and would become what makes genes fit best, on glass too.
+            return relative * torch.where(self.is_total[outputs], 1.0, self._total(rows).detach()[..., None])
 
     def columns(self, d: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the values of all outputs, pixels last, as a map lies: D (C, n) float32 -> (M, n), put into `out`."""

@@ -171,12 +171,13 @@ class NbPcc(Objective):
 
     **Likelihood.** Counts are negative binomial (variance μ + α μ²; Hilbe, Negative Binomial Regression, 2011, section
     8). A gene's mean is its density summed over the region times the region's depth, measured over predicted counts of
-    all genes there. So genes are learnt as shares of the counts that a region happens to have, and only the last
-    output, the sum over all genes, from how many these are. The loss of each output is divided by the counts that the
-    regions would have at its mean density, so that genes with many counts do not outweigh the others, nor large regions
-    small ones. The dispersion α is learnt for every size and gene, as sums over larger regions vary less. The sum over
-    all genes is Poisson: then the expected totals of the training regions are those measured, while dispersion would
-    leave them to the smallest.
+    all genes there. So genes are learnt as shares of the counts that a region happens to have, and the last output, the
+    sum over all genes, from how many these are and nothing else. The loss of each output is divided by the counts that
+    the regions would have at its mean density, so that genes with many counts do not outweigh the others, nor large
+    regions small ones; the mean over genes and the sum have the same weight. The dispersion α is learnt for every size
+    and gene, as sums over larger regions vary less, and from the likelihood alone. The sum over all genes is Poisson:
+    then the expected totals of the training regions are those measured, while dispersion would leave them to the
+    smallest.
 
     **Correlation and squared error**, as in Eq. 6, compare measured log-normalised expression with what the likelihood
     expects of it, E[log1p(target_sum y / total)] at the region's depth: the logarithm of the expected counts would be
@@ -201,21 +202,20 @@ class NbPcc(Objective):
             usual = known.usual_total + _TINY
             ratio = predicted[:, n_genes:] / usual
             lost = predicted[:, n_genes:] - measured[:, n_genes:] * torch.log(ratio + _TINY)
-            loss = loss + (lost.sum(0) / usual.sum()).sum() / about.n_outputs
+            loss = loss + (lost.sum(0) / usual.sum()).sum()
         genes = slice(0, max(n_genes, 0))
         predicted, measured, dispersion = predicted[:, genes], measured[:, genes], known.log_dispersion[genes].exp()
-        # What is predicted of a gene and of all rise together, so their ratio has to be what is learnt from: with the
-        # divisor held fixed every gene that is predicted too high would pull the total down, step after step.
         usual = known.usual[:, genes] * (known.measured_total / known.usual_total.clamp_min(_TINY))
-        mean = predicted * (known.measured_total / known.predicted_total.clamp_min(_TINY)) + _TINY * usual
+        mean = predicted * (known.measured_total / known.predicted_total.detach().clamp_min(_TINY)) + _TINY * usual
         lost = _minus_log_likelihood(mean, measured, dispersion) / usual.sum(0).clamp_min(_TINY)
-        loss = loss + lost.sum() / about.n_outputs
+        loss = loss + lost.sum() / (about.n_outputs - 1)
         if not (self.pcc_weight or self.mse_weight):
             return loss
-        expected = expected_log_normalised(mean, dispersion, known.measured_total, self.target_sum)
+        # Of errors that the image cannot explain a dispersion that grew would make as little as a mean that fits.
+        expected = expected_log_normalised(mean, dispersion.detach(), known.measured_total, self.target_sum)
         observed = log_normalised(measured, known.measured_total, self.target_sum)
         some = (known.measured_total > 0).to(expected.dtype)
-        squared = (some * (expected - observed) ** 2).sum() / some.sum().clamp_min(1) / max(about.n_outputs - 1, 1)
+        squared = (some * (expected - observed) ** 2).sum() / some.sum().clamp_min(1) / (about.n_outputs - 1)
         correlation = _uncorrelated(expected, observed, some) / about.n_varying.clamp_min(1)
         return loss + self.pcc_weight * correlation + self.mse_weight * squared
 

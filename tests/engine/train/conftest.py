@@ -27,8 +27,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
         fingerprint: str = "this run",
         **options: Any,
     ) -> Run:
-        own = {"objective": "mse_pcc", "max_epochs": 3, "batch_size": 3}
-        own |= {k: options.pop(k) for k in OWN if k in options}
+        own = {"max_epochs": 3, "batch_size": 3} | {k: options.pop(k) for k in OWN if k in options}
         params = TrainParams(**({"lr": 5e-3, "tile_px": 64, "anneal": False} | options))
         return Run(training, held_out, params, tmp_path / folder, fingerprint, **own)
 

@@ -82,6 +82,19 @@ def test_sizes_weigh_the_same_and_one_without_regions_nothing(network_for, fabri
     assert loss([*both.operators, empty], [*both.targets, torch.empty(0, M)], [0, 1, 2]) == expected
 
 
+def test_the_total_is_learnt_from_its_own_counts_alone(network_for, fabric) -> None:
+    """Whatever the genes' counts and the weights of the other terms are."""
+    net = network_for("nb_pcc")
+    one = loss_of(net, "nb_pcc")
+    likelihood = make_objective("nb_pcc", pcc_weight=0.0, mse_weight=0.0, target_sum=1e4)
+    others = [torch.cat([t[:, :-1].flip(0), t[:, -1:]], dim=1) for t in one.targets]
+    found = [
+        gradients_of(net, loss, fabric)[1][1][-1] for loss in (one, replace(one, objective=likelihood, targets=others))
+    ]
+    assert found[0].any()
+    torch.testing.assert_close(*found)
+
+
 def test_depth_scales_what_is_expected(network_for, fabric) -> None:
     """Twice the counts at twice the depth: the same gradient per count."""
     net = network_for("nb_pcc")

@@ -35,7 +35,7 @@ class Run:
     params: TrainParams
     directory: Path  # of the state and, with a frozen encoder, of kept features
     fingerprint: str  # of data and settings: a state in the directory is taken up if it has the same
-    objective: ObjectiveName = "nb_pcc"  # decides what targets are: logarithms, or raw counts with their sum last
+    objective: ObjectiveName = "mse_pcc"  # decides what targets are: logarithms, or raw counts with their sum last
     target_sum: float = 1e4  # of the log-normalised values by which models of counts are compared
     max_epochs: int = 500
     batch_size: int = 8  # tiles of one slide
