@@ -71,10 +71,9 @@ PIXNET: dict[str, Any] = {"validation": None, "max_epochs": 60, "batch_size": 1}
 N_SYMMETRIES = 8
 MODELS: dict[str, dict[str, Any]] = {
     "default": {},
-    "mse_pcc": {"objective": "mse_pcc"},
-    "likelihood": {"train_params": TRAIN | {"pcc_weight": 0.0, "mse_weight": 0.0}},
-    "correlation": {"train_params": TRAIN | {"pcc_weight": 2.0, "mse_weight": 1.0}},
-    "error": {"train_params": TRAIN | {"pcc_weight": 0.0}},
+    "weak": {"train_params": TRAIN | {"pcc_weight": 0.5}},
+    "sum": {"model_params": MODEL | {"aggregation": "sum"}},
+    "nb_pcc": {"objective": "nb_pcc"},
 }
 """Models that can be trained, and what is different in each."""
 FEWER_SYMMETRIES = (1, 4)

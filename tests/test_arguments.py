@@ -66,7 +66,7 @@ WRONG_VALUES: list[tuple[list[Any], str]] = [
     ([*ODD, True, "0.5", "system", 0, -1, math.nan, math.inf, [0.5], HUGE], "mpp"),
     ([*NO_SIZE, 20, 0.01], "sample.mpp sample_truth.mpp sample_truth_bins.mpp write_visium.mpp write_visium_hd.mpp"),
     (NO_SIZE, "working_mpp lr target_sum radius_um spacing_um bin_um map_um pitch_um dpi"),
-    ([*NO_NUMBER, -1, -1e-300], "weight_decay pcc_weight"),
+    ([*NO_NUMBER, -1, -1e-300], "weight_decay pcc_weight mse_weight"),
     ([*NO_SIZE, 1.1], "alpha"),
     ([*NO_NUMBER, -0.1, 1.1], "stain_jitter"),
     ([*ODD[:2], 5, "a", [], ["a"], True, {1: 2}, b"a"], "model_params train_params predict_params fit_params"),

@@ -101,8 +101,8 @@ class TrainParams(_Params):
         The rate follows one cycle and falls to zero (True), which suits a run of known length, or is constant (False).
         None: one cycle when nothing is held out.
     pcc_weight, mse_weight
-        Weights of the correlation loss, λ of Eq. 6, and of the squared error beside a likelihood. None: 0.5 of the
-        former with ``objective="nb_pcc"``, 2 with ``"mse_pcc"``, chosen by trials of `benchmarks/her2st.py`.
+        Weights of the correlation loss, λ of Eq. 6, and of the squared error beside a likelihood. None: 1 of the former
+        with ``objective="nb_pcc"``; 2 with ``"mse_pcc"``, the best over left-out sections (`benchmarks/her2st.py`).
     max_steps
         Most steps of the optimizer, each on `batch_size` tiles; None: as many as `max_epochs` takes. On a large slide,
         where a pass over all tiles is long, this bounds the time.
@@ -125,7 +125,7 @@ class TrainParams(_Params):
     optimizer: Literal["adamw", "adam"] = field(default="adamw", metadata={"help": "optimizer"})
     anneal: bool | None = field(default=None, metadata={"help": "one cycle of the learning rate"})
     pcc_weight: float | None = field(default=None, metadata={"help": "λ of Eq. 6"})
-    mse_weight: float = field(default=2.0, metadata={"help": "of the squared error, beside a likelihood"})
+    mse_weight: float = field(default=0.5, metadata={"help": "of the squared error, beside a likelihood"})
     max_steps: int | None = field(default=None, metadata={"help": "most steps of the optimizer"})
     patience: int | None = field(default=30, metadata={"help": "epochs without a better held-out PCC before it stops"})
     keep_best: bool = field(default=True, metadata={"help": "end with the best epoch on held-out regions"})

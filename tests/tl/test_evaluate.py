@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
-from scipy import sparse
+from scipy import sparse, stats
 from spatialdata.models import ShapesModel, TableModel
 
 from pixnet_sd.errors import DataError, ElementError
@@ -66,6 +66,30 @@ def test_against_numpy(sdata, counts, predictions):
     expected = {"MSE": mse.mean(), "MAE": mae.mean(), "PCC@F": np.quantile(known, 0.25), "PCC@S": np.median(known)}
     expected |= {"PCC@M": np.mean(known), "n_regions": N - 3, "n_genes": 5}
     assert scores.attrs == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_of_counts_is_scored_by_what_it_expects_at_the_measured_depth(sdata, counts, predictions):
+    """Regions of two sizes, each with a dispersion of its own; or X as it is, which says another thing."""
+    as_it_is = evaluate(sdata, table_key="counts", predicted_key="predicted")
+    table = sdata.tables["predicted"]
+    alpha = {4.0: np.linspace(0.1, 1, table.n_vars), 64.0: np.linspace(0.05, 0.3, table.n_vars)}
+    for area, values in alpha.items():
+        table.var[f"dispersion_{area:g}um2"] = values
+    ids = table.obs["instance_id"].to_numpy()
+    table.obs["area_um2"] = np.where(ids % 2, 4.0, 64.0)
+    found = evaluate(sdata, table_key="counts", predicted_key="predicted")
+    order = pd.Index(ids).get_indexer(np.setdiff1d(np.arange(N), [3, 5, 6]) + 100)
+    total = counts.sum(axis=1)[ids[order] - 100][:, None]
+    names = [name for name in table.var_names if name != "UNMEASURED"]
+    x = np.asarray(table[order, names].X, float)
+    own = np.where((ids[order] % 2)[:, None] == 1, alpha[4.0][:5], alpha[64.0][:5])
+    mean, y = np.expm1(x) / 1000 * total, np.arange(4000)[:, None, None]
+    expected = (stats.nbinom.pmf(y, 1 / own, 1 / (1 + own * mean)) * np.log1p(1000 * y / total)).sum(axis=0)
+    measured = counts[ids[order] - 100][:, [GENES.index(name) for name in names]]
+    error = expected - np.log1p(1000 * measured / total)
+    np.testing.assert_allclose(found.loc[names, "mse"], (error**2).mean(axis=0), rtol=2e-3)
+    plain = evaluate(sdata, table_key="counts", predicted_key="predicted", at_measured_depth=False)
+    pd.testing.assert_frame_equal(plain, as_it_is)
 
 
 def test_only_genes_are_scored_and_counted(sdata):

@@ -131,6 +131,7 @@ _ALL = (
             "Tables": (
                 Flag("table_key", str, "table with raw counts", ...),
                 Flag("predicted_key", str, "table that predict wrote for the same shapes or labels", ...),
+                Flag("at_measured_depth", bool, "score counts by what is expected at each region's depth", True),
                 _CSV,
             )
         },

@@ -231,11 +231,11 @@ def _minus_log_likelihood(mean: Tensor, measured: Tensor, dispersion: Tensor) ->
     return ((measured + shape) * grown - known).sum(0)
 
 
-_PCC_WEIGHTS: dict[ObjectiveName, float] = {"nb_pcc": 0.5, "mse_pcc": 2.0}
+_PCC_WEIGHTS: dict[ObjectiveName, float] = {"nb_pcc": 1.0, "mse_pcc": 2.0}
 
 
 def make_objective(
-    name: ObjectiveName, *, pcc_weight: float | None = None, mse_weight: float = 2.0, target_sum: float = 1e4
+    name: ObjectiveName, *, pcc_weight: float | None = None, mse_weight: float = 0.5, target_sum: float = 1e4
 ) -> Objective:
     """Make the objective of a name, with the weights of its terms, and the target sum of a likelihood of counts."""
     pcc_weight = _PCC_WEIGHTS[name] if pcc_weight is None else pcc_weight
