@@ -218,7 +218,7 @@ class Runs:
                 table = self._predict(test, model, n)[total.index]
                 views = "" if n == N_SYMMETRIES else f", {n} views"
                 yield method + views, np.asarray(table.X, dtype=np.float64)
-                if model.dispersion is not None:
+                if model.record.objective != "mse_pcc":
                     own = table.obs["expected_total_counts"]
                     yield f"{method}{views}, own depth", expectation(table, own)
                     yield f"{method}{views}, depth known", expectation(table, total)

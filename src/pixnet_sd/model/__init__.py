@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._aggregation import build_operator, count_pixels
-    from ._checkpoint import PixNet
+    from ._checkpoint import PixNet, dispersion_of, gene_columns
     from ._encoder import Encoder, build_encoder, hash_weights
     from ._network import (
         Decoder,
@@ -52,7 +52,9 @@ __all__ = [
     "build_encoder",
     "build_operator",
     "count_pixels",
+    "dispersion_of",
     "expected_log_normalised",
+    "gene_columns",
     "hash_weights",
     "library_versions",
     "link_of",

@@ -76,18 +76,6 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         return self.record.genes
 
     @property
-    def dispersion(self) -> Dispersion | None:
-        """How much counts vary beyond Poisson, of every gene and size of regions; None of a model of logarithms."""
-        learnt = self.network.log_dispersion
-        return None if learnt is None else Dispersion.learnt(learnt[:, :-1], list(self.record.sizes.values()))
-
-    @property
-    def var(self) -> pd.DataFrame:
-        """Columns by gene for predicted tables: ``held_out_pcc`` when known, and the dispersion at each size."""
-        frame = self.record.var
-        return frame if self.dispersion is None else frame.assign(**self.dispersion.columns())
-
-    @property
     def history(self) -> pd.DataFrame:
         """One row an epoch, with loss, lr, seconds and, with held-out regions, val_pcc and val_mse."""
         frame = pd.DataFrame(self.record.history)
@@ -330,6 +318,18 @@ class PixNet(ModelHubMixin, library_name="pixnet_sd"):
         )
         stated = license_name or license
         return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{card_text(self.record, repo_id=repo_id, license=stated)}")
+
+
+def dispersion_of(model: PixNet) -> Dispersion | None:
+    """Take how much counts vary beyond Poisson, of every gene and size of regions; None of a model of logarithms."""
+    learnt = model.network.log_dispersion
+    return None if learnt is None else Dispersion.learnt(learnt[:, :-1], list(model.record.sizes.values()))
+
+
+def gene_columns(model: PixNet) -> pd.DataFrame:
+    """Make the ``var`` of predicted tables: ``held_out_pcc`` when known, and the dispersion at each size."""
+    dispersion = dispersion_of(model)
+    return model.record.var.assign(**({} if dispersion is None else dispersion.columns()))
 
 
 @contextmanager

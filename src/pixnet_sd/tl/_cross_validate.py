@@ -22,7 +22,7 @@ from pixnet_sd._fingerprint import fingerprint
 from pixnet_sd._schemas import ScoresSchema, parse_json, what_is_wrong
 from pixnet_sd._util import logger
 from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError
-from pixnet_sd.model import PixNet
+from pixnet_sd.model import PixNet, dispersion_of
 from pixnet_sd.params import PredictParams, TrainParams
 from pixnet_sd.slide import Slide, open_slide
 from pixnet_sd.slide.elements import tables_of
@@ -248,10 +248,10 @@ class _Scoring:
         rows, counts = np.flatnonzero(keep), table.counts.take(keep)
         columns, positions = genes.get_indexer(shared), table.var_names.get_indexer(shared)
         target_sum = model.record.target_sum
-        noise = None
-        if model.dispersion is not None:
+        noise, dispersion = None, dispersion_of(model)
+        if dispersion is not None:
             areas = table.regions.subset(rows).area * model.record.working_mpp**2
-            noise = Noise(areas, model.dispersion.of(columns))
+            noise = Noise(areas, dispersion.of(columns))
         return Matched(shared, predicted, rows, columns, counts, positions, total[keep], target_sum, noise).moments()
 
 

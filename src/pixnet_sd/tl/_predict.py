@@ -30,7 +30,7 @@ from pixnet_sd.engine import BLOCK_WRITERS, Writer, make_fabric
 from pixnet_sd.engine.predict import Block, Lent, PredictPlan, StoredMap, Tiling, Walk, plan_regions, window_side
 from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError
 from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, Regions, RegionShare
-from pixnet_sd.model import Factors, Head, PixNet, outputs_of
+from pixnet_sd.model import Factors, Head, PixNet, gene_columns, outputs_of
 from pixnet_sd.params import PredictParams
 from pixnet_sd.slide import PixelContent, Slide, check_on_disk, check_same_pixels, open_slide, tissue_mask
 from pixnet_sd.slide.elements import affine_matrix
@@ -530,7 +530,7 @@ def _region_results(
         region_table,
         genes=job.genes,
         region=request.element_key,
-        var=job.model.var,
+        var=gene_columns(job.model),
         uns=table_uns(about | {"depends_on": depends_on}) | {"spatial": spatial},
     )
     return rows.results(
