@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> tuple[int, float]:
     """Run it; genes and peak GiB."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the sections")
-    parser.add_argument("--objective", default="nb_pcc", choices=("nb_pcc", "mse_pcc"))
+    parser.add_argument("--objective", default="mse_pcc", choices=("nb_pcc", "mse_pcc"))
     parser.add_argument("--epochs", type=int, default=1)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:

@@ -14,6 +14,9 @@ from pixnet_sd.errors import PixNetError
 Aggregation = Literal["mean", "sum"]
 ObjectiveName = Literal["nb_pcc", "mse_pcc"]
 
+PCC_WEIGHTS: dict[ObjectiveName, float] = {"nb_pcc": 1.0, "mse_pcc": 2.0}
+"""Weights of the correlation loss that are used where none is given."""
+
 
 class _Params:
     """Check fields when they are set, and read a group from what a verb was given."""

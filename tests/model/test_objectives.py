@@ -201,4 +201,6 @@ def test_dispersion_between_sizes() -> None:
         np.testing.assert_allclose(found[:, 1], [1, 1, -0.5, -2, -2], atol=1e-12)
     one = Dispersion.learnt(torch.zeros(1, 2), [100.0])
     np.testing.assert_allclose(one.of(np.array([1])).at(np.array([1.0, 1e4])), 1)
-    assert Dispersion.read({"other": np.zeros(2)}) is None
+    assert Dispersion.read({"other": np.zeros(2), "dispersion_ofum2": np.zeros(2)}) is None
+    alike = Dispersion.learnt(torch.tensor([[0.0], [2.0]]), [7853.981, 7853.984])  # a column of the table for both
+    np.testing.assert_allclose(Dispersion.read(alike.columns()).at(np.array([0.0, 7854])), np.e)

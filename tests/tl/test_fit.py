@@ -123,6 +123,7 @@ def test_counts(slide, fit, tmp_path):
     model = fit(slide, checkpoint_dir=tmp_path / "model", objective="nb_pcc", genes="all", max_epochs=1, lr=1e-5)
     assert set(model.genes) == set(table.var_names[np.asarray(table.X.sum(axis=0)).ravel() >= 10])
     assert (model.record.objective, model.record.aggregation) == ("nb_pcc", "sum")
+    assert model.record.training["pcc_weight"] == 1.0  # what was used, where none was given
     assert model.record.outputs == [*model.genes, "total_counts"]
     found = PixNet.load(tmp_path / "model").network
     with torch.inference_mode():

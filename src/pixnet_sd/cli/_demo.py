@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from ._parser import Call
 
+MILLION = 1e6
 BIN_UM = 8
 TABLE, SHAPES = "square_008um", "sample_square_008um"
 PREDICTED = f"pixnet_{SHAPES}"
@@ -119,7 +120,7 @@ def fit(slide: SpatialData, limit_um: float, epochs: int, **options: Any) -> ps.
 def as_counts(truth: pd.DataFrame, measured: AnnData) -> AnnData:
     """Make a table of the truth in place of what was measured, in millionths, since counts are whole numbers."""
     table = measured.copy()
-    table.X = np.rint(1e6 * truth.loc[table.obs_names, table.var_names].to_numpy())
+    table.X = np.rint(MILLION * truth.loc[table.obs_names, table.var_names].to_numpy())
     return table
 
 
@@ -145,7 +146,7 @@ def draw_picture(slide: SpatialData, truth: AnnData, cut_um: float) -> Figure:
     """Draw H&E beside truth and prediction of a few genes."""
     rest = {"images": dict(slide.images), "labels": dict(slide.labels), "shapes": dict(slide.shapes)}
     drawn = SpatialData(**rest, tables={TABLE: truth.copy()}, attrs=slide.attrs)
-    drawn.tables[TABLE].X = truth.X / 1e6
+    drawn.tables[TABLE].X = truth.X / MILLION
     figure: Any = ps.pl.gene_map(drawn, DRAWN, table_key=TABLE, return_fig=True)
     for axes in figure.axes:
         if title := axes.get_title():

@@ -6,6 +6,7 @@ A loss is the sum of `Objective.part` over groups of outputs, so a whole transcr
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pixnet_sd.params import ObjectiveName
+from pixnet_sd.params import PCC_WEIGHTS, ObjectiveName
 
 _EPS = 1e-8
 _TINY = 1e-12
@@ -231,18 +232,13 @@ def _minus_log_likelihood(mean: Tensor, measured: Tensor, dispersion: Tensor) ->
     return ((measured + shape) * grown - known).sum(0)
 
 
-_PCC_WEIGHTS: dict[ObjectiveName, float] = {"nb_pcc": 1.0, "mse_pcc": 2.0}
-
-
-def make_objective(
-    name: ObjectiveName, *, pcc_weight: float | None = None, mse_weight: float = 0.5, target_sum: float = 1e4
-) -> Objective:
+def make_objective(name: ObjectiveName, *, pcc_weight: float | None, mse_weight: float, target_sum: float) -> Objective:
     """Make the objective of a name, with the weights of its terms, and the target sum of a likelihood of counts."""
-    pcc_weight = _PCC_WEIGHTS[name] if pcc_weight is None else pcc_weight
+    pcc_weight = PCC_WEIGHTS[name] if pcc_weight is None else pcc_weight
     return MsePcc(pcc_weight) if name == "mse_pcc" else NbPcc(pcc_weight, mse_weight, target_sum)
 
 
-_COLUMN = "dispersion_{:g}um2"
+_COLUMN, _COLUMNS = "dispersion_{:g}um2", re.compile(r"dispersion_(\d[\d.e+]*)um2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,8 +250,8 @@ class Dispersion:
 
     @classmethod
     def learnt(cls, log_dispersion: Tensor, areas_um2: Sequence[float]) -> Dispersion:
-        """Take what a network has learnt, (sizes, M); sizes of the same area are averaged."""
-        areas, place = np.unique(np.round(areas_um2, 3), return_inverse=True)
+        """Take what a network has learnt, (sizes, M); sizes that agree in three digits of their area are averaged."""
+        areas, place = np.unique([float(f"{area:.3g}") for area in areas_um2], return_inverse=True)
         logs = log_dispersion.detach().cpu().double().numpy()
         return cls(areas, np.exp([logs[place == k].mean(axis=0) for k in range(len(areas))]))
 
@@ -266,9 +262,8 @@ class Dispersion:
     @classmethod
     def read(cls, var: Any) -> Dispersion | None:
         """Find them among the columns of a table's ``var``; None where there are none."""
-        before, after = _COLUMN.split("{:g}")
-        names = (n for n in map(str, var) if n.startswith(before) and n.endswith(after))
-        sizes = sorted((float(name[len(before) : -len(after)]), name) for name in names)
+        named = filter(None, map(_COLUMNS.fullmatch, map(str, var)))
+        sizes = sorted((float(match[1]), match[0]) for match in named)
         if not sizes:
             return None
         return cls(np.array([area for area, _ in sizes]), np.array([np.asarray(var[n], np.float64) for _, n in sizes]))
@@ -280,7 +275,8 @@ class Dispersion:
     def at(self, areas_um2: NDArray[np.float64]) -> NDArray[np.float64]:
         """Interpolate between sizes, in logarithms, for regions of some areas: (n,) -> (n, M); the ends hold beyond."""
         logs, areas = np.log(self.values), np.log(self.areas_um2)
-        place = np.interp(np.log(areas_um2), areas, np.arange(len(areas)))
+        inside = np.clip(areas_um2, self.areas_um2[0], self.areas_um2[-1])  # a point has no area
+        place = np.interp(np.log(inside), areas, np.arange(len(areas)))
         low = np.minimum(place.astype(np.intp), max(len(areas) - 2, 0))
         share = (place - low)[:, None]
         return np.exp((1 - share) * logs[low] + share * logs[np.minimum(low + 1, len(areas) - 1)])

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -39,7 +39,7 @@ from pixnet_sd.model import (
     receptive_radius_px,
     sees_whole_tile,
 )
-from pixnet_sd.params import Aggregation, ModelParams, ObjectiveName, TrainParams
+from pixnet_sd.params import PCC_WEIGHTS, Aggregation, ModelParams, ObjectiveName, TrainParams
 from pixnet_sd.slide import PixelContent, Slide, check_same_pixels
 from pixnet_sd.store import hold_lock
 from pixnet_sd.store import record as note
@@ -202,6 +202,8 @@ def fit(  # noqa: PLR0913
     """
     slides = {"slide": sdata} if isinstance(sdata, SpatialData) else dict(sdata)
     params, train_params = ModelParams.read(model_params), TrainParams.read(train_params)
+    if train_params.pcc_weight is None:  # what is used is what is recorded, and decides whether a run is the same
+        train_params = replace(train_params, pcc_weight=PCC_WEIGHTS[objective])
     aggregation = _aggregation(params, objective)
     held_out_names(validation, list(slides))
     fabric = make_fabric(device)
