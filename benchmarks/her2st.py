@@ -48,7 +48,8 @@ from shared_pyramids import shared_pyramids
 
 import pixnet_sd as ps
 from pixnet_sd.geometry import STRIDES, Circles, Grid, Regions, squares
-from pixnet_sd.model import Dispersion, Encoder, build_encoder, build_operator, expected_log_normalised
+from pixnet_sd.model import Encoder, build_encoder, build_operator
+from pixnet_sd.model.noise import Dispersion, expected_log_normalised
 from pixnet_sd.slide import open_slide
 from pixnet_sd.slide.tables import checked_totals, choose_genes, measured, targets_of
 

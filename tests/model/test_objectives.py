@@ -9,15 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import sparse, stats
+from tests.model.literal import literal_expectation
 from torch import Tensor
 
 from pixnet_sd.model import (
     Densities,
-    Dispersion,
     Objective,
+    Operator,
     Part,
-    expected_log_normalised,
+    SparseOperator,
     log_normalised,
     make_objective,
     pearson_per_gene,
@@ -55,15 +56,20 @@ def example(name: str) -> tuple[Objective, Tensor, Tensor, Tensor | None]:
 
 
 def whole(
-    objective: Objective, predicted: Tensor, measured: Tensor, usual: Tensor | None, cuts: tuple[int, ...] = ()
+    objective: Objective,
+    predicted: Tensor,
+    measured: Tensor,
+    usual: Tensor | None,
+    cuts: tuple[int, ...] = (),
+    sums: Operator | None = None,
 ) -> Tensor:
     """The loss, some outputs at a time."""
 
     def densities(block: slice) -> Densities | None:
         if usual is None:
             return None
-        totals = (v[:, -1:] for v in (usual, predicted, measured))
-        return Densities(usual[:, block], *totals, LOG_DISPERSION[: predicted.shape[1]][block])
+        dispersion = LOG_DISPERSION[: predicted.shape[1]][block]
+        return Densities(predicted[:, -1:], measured[:, -1:], dispersion, usual[:, block], usual[:, -1:], sums)
 
     n_outputs = predicted.shape[1]
     blocks = [slice(a, b) for a, b in itertools.pairwise([0, *cuts, n_outputs]) if b > a]
@@ -152,30 +158,22 @@ def test_nb_pcc_is_its_parts(weights: dict[str, float]) -> None:
     assert found.item() == pytest.approx(literal(mean) - literal(other), abs=2e-3)
 
 
-def literal_expectation(mean: np.ndarray, alpha: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """E[log1p(1e4 y / total)] as a sum over all counts that have a probability."""
-    y = np.arange(30_000)[:, None, None]
-    probability = stats.nbinom.pmf(y, 1 / alpha, 1 / (1 + alpha * mean))
-    return (probability * np.log1p(1e4 * y / total)).sum(axis=0)
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.floats(1e-4, 300), st.floats(0.01, 3), st.floats(1e-5, 1), st.sampled_from([1e3, 1e6]))
-def test_expected_log_normalised_is_the_sum_over_all_counts(
-    mean: float, alpha: float, share: float, target_sum: float
-) -> None:
-    total = max(mean / share, 1)
-    found = expected_log_normalised(*torch.tensor([[[mean]], [[alpha]], [[total]]]).double(), target_sum)
-    literal = literal_expectation(np.array([[mean]]), np.array([alpha]), np.array([[total * 1e4 / target_sum]]))
-    assert found.item() == pytest.approx(literal.item(), abs=1e-3)
-
-
-def test_gradients_of_the_expectation() -> None:
-    rng = np.random.default_rng(0)
-    inputs = [torch.from_numpy(rng.uniform(0.1, 5, shape)).requires_grad_() for shape in ((6, 3), (3,))]
-    total = torch.tensor([[9.0], [20], [0], [1e3], [50], [7]]).double()
-    assert torch.autograd.gradcheck(lambda *of: expected_log_normalised(*of, total, 1e2), inputs)
-    assert (expected_log_normalised(*inputs, total, 1e2)[2] == 0).all()
+def test_few_counts_are_compared_in_sums_of_neighbours() -> None:
+    """What adds up is compared as if it had been measured so: means, counts, and with them their variance."""
+    group = np.repeat([0, 1, 2], [5, 6, 1])
+    matrix = sparse.csr_array((np.ones(N, np.float32), (group, np.arange(N))))
+    mean, measured, usual = counts()
+    mean = mean[:, :-1] * measured[:, -1:] / mean[:, -1:]
+    mean = torch.cat([mean, measured[:, -1:]], dim=1)  # at the measured depth already
+    terms, none = make("nb_pcc"), make("nb_pcc", pcc_weight=0.0, mse_weight=0.0)
+    found = [whole(each, mean, measured, usual, sums=SparseOperator(matrix, np.ones(3))) for each in (terms, none)]
+    m, y, total = (matrix @ v.numpy() for v in (mean[:, :-1], measured[:, :-1], measured[:, -1:]))
+    alpha = LOG_DISPERSION[:-1].exp().numpy() * (matrix @ mean[:, :-1].numpy() ** 2) / m**2
+    expected = np.array([literal_expectation(m[k], alpha[k], total[k])[0] for k in range(3)])
+    observed = np.log1p(1e4 * y / total)
+    r = [stats.pearsonr(p, q).statistic for p, q in zip(expected.T, observed.T, strict=True)]
+    literal = terms.pcc_weight * np.mean(1 - np.array(r)) + terms.mse_weight * ((expected - observed) ** 2).mean()
+    assert (found[0] - found[1]).item() == pytest.approx(literal, abs=3e-3)
 
 
 def test_zero_means_and_zero_counts_stay_finite() -> None:
@@ -189,18 +187,3 @@ def test_zero_means_and_zero_counts_stay_finite() -> None:
 def test_log_normalised() -> None:
     found = log_normalised(torch.tensor([[3.0, 0], [0, 0]]), torch.tensor([[4.0], [0]]), 100)
     np.testing.assert_allclose(found, [[np.log1p(75), 0], [0, 0]], rtol=1e-6)
-
-
-def test_dispersion_between_sizes() -> None:
-    """Straight lines in logarithms, and constant beyond the ends; tables keep it as columns."""
-    learnt = Dispersion.learnt(torch.tensor([[0.0, 1], [-2, -1], [-2, -3]]), [4.0, 64.0, 64.0])
-    columns = {"other": np.zeros(2), **learnt.columns()}
-    for each in (learnt, Dispersion.read(columns)):
-        found = np.log(each.at(np.array([1.0, 4, 16, 64, 500])))
-        np.testing.assert_allclose(found[:, 0], [0, 0, -1, -2, -2], atol=1e-12)
-        np.testing.assert_allclose(found[:, 1], [1, 1, -0.5, -2, -2], atol=1e-12)
-    one = Dispersion.learnt(torch.zeros(1, 2), [100.0])
-    np.testing.assert_allclose(one.of(np.array([1])).at(np.array([1.0, 1e4])), 1)
-    assert Dispersion.read({"other": np.zeros(2), "dispersion_ofum2": np.zeros(2)}) is None
-    alike = Dispersion.learnt(torch.tensor([[0.0], [2.0]]), [7853.981, 7853.984])  # a column of the table for both
-    np.testing.assert_allclose(Dispersion.read(alike.columns()).at(np.array([0.0, 7854])), np.e)

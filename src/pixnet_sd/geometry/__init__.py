@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._grid import MAP_STRIDE, STRIDES, Grid, RegionShare, Window, cumulated_weights, reach, resize_taps
+from ._groups import neighbour_groups
 from ._lattice import Lattice
 from ._regions import (
     SNAP_PX,
@@ -37,6 +38,7 @@ __all__ = [
     "chunks",
     "cumulated_weights",
     "first_centre",
+    "neighbour_groups",
     "ranges",
     "reach",
     "resize_taps",

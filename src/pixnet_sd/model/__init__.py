@@ -19,24 +19,24 @@ if TYPE_CHECKING:
         sees_whole_tile,
     )
     from ._objectives import (
+        ENOUGH_COUNTS,
         Densities,
-        Dispersion,
         Objective,
         Part,
-        expected_log_normalised,
+        Totals,
         log_normalised,
         make_objective,
         pearson_per_gene,
     )
-    from ._operators import Move, Operator, TiledOperator, staged_array
+    from ._operators import Move, Operator, SparseOperator, TiledOperator, staged_array
     from ._record import CHECKSUMS, DecoderConfig, ModelRecord, library_versions, link_of, outputs_of, read_record
 
 __all__ = [
     "CHECKSUMS",
+    "ENOUGH_COUNTS",
     "Decoder",
     "DecoderConfig",
     "Densities",
-    "Dispersion",
     "Encoder",
     "Factors",
     "Head",
@@ -47,13 +47,14 @@ __all__ = [
     "Operator",
     "Part",
     "PixNet",
+    "SparseOperator",
     "TiledOperator",
+    "Totals",
     "apply_head",
     "build_encoder",
     "build_operator",
     "count_pixels",
     "dispersion_of",
-    "expected_log_normalised",
     "gene_columns",
     "hash_weights",
     "library_versions",

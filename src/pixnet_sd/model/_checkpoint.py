@@ -26,7 +26,6 @@ from pixnet_sd.errors import CheckpointError, PixNetError
 
 from ._encoder import build_encoder, hash_weights
 from ._network import Network, receptive_radius_px
-from ._objectives import Dispersion
 from ._record import (
     CHECKSUMS,
     CONFIG,
@@ -39,6 +38,7 @@ from ._record import (
     read_record,
     write_checksums,
 )
+from .noise import Dispersion
 
 _WEIGHTS = "model.safetensors"
 _CARD = "README.md"

@@ -259,6 +259,12 @@ class Network(nn.Module):
         with torch.autocast(inputs.device.type, enabled=False):
             return apply_head(inputs, n_px, weight, bias, self.aggregation)
 
+    def log_dispersion_of(self, size: int | None, outputs: slice) -> Tensor:
+        """Return the logarithm of the dispersion of outputs, (outputs,), at a size; at one that is new, the mean."""
+        assert self.log_dispersion is not None  # of densities
+        learnt = self.log_dispersion[:, outputs]
+        return learnt.mean(0) if size is None else learnt[size]
+
     @torch.no_grad()
     def start_from(self, mean: Tensor, n_px: float = 1.0) -> None:
         """Start the head at the mean of each output, (M,), so that the first steps do not go into finding it.

@@ -1,26 +1,28 @@
-"""Objectives of training, and what their noise model says of measured expression.
+"""Objectives of training.
 
 A loss is the sum of `Objective.part` over groups of outputs, so a whole transcriptome is never in memory.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pixnet_sd.params import PCC_WEIGHTS, ObjectiveName
 
+from ._operators import Operator
+from .noise import expected_log_normalised
+
 _EPS = 1e-8
 _TINY = 1e-12
+_LEAST_DISPERSION = 1e-4
+
+ENOUGH_COUNTS = 100.0
+"""Counts from which on the logarithm of a region's expression is worth comparing."""
 
 
 def pearson_per_gene(predicted: Tensor, measured: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -62,65 +64,26 @@ def log_normalised(values: Tensor, total: Tensor, target_sum: float) -> Tensor:
     return torch.log1p(target_sum * values / torch.where(total > 0, total, torch.inf))
 
 
-_STEP, _FIRST, _LAST = 1.0, -4.0, 2.0  # of the quadrature, in the logarithm; the first is added to -log(largest)
+@dataclass(frozen=True)
+class Totals:
+    """Counts of all genes of n regions of one size, (n, 1), and how much the counts of some outputs vary there."""
 
+    predicted_total: Tensor
+    measured_total: Tensor
+    log_dispersion: Tensor  # (outputs,)
 
-class _ExpectedLog(torch.autograd.Function):
-    """See `expected_log_normalised`; derivatives are summed up on the way, so that no node is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, dispersion: Tensor, scale: Tensor, nodes: tuple[float, ...]) -> Tensor:
-        z, spread = scale * mean, dispersion * mean
-        value = torch.log1p(z)
-        by_mean = scale / (1 + z) if ctx.needs_input_grad[0] else None
-        by_dispersion = torch.zeros_like(value) if ctx.needs_input_grad[1] else None
-        for s in nodes:
-            weight = _STEP * math.exp(-s)
-            caught = -torch.expm1(-s * scale)
-            grown = torch.log1p(spread * caught)
-            transform, of_mean = torch.exp(-grown / dispersion), torch.exp(-s * z)
-            value.sub_(transform - of_mean, alpha=weight)
-            slope = transform / (1 + spread * caught) * caught
-            if by_mean is not None:
-                by_mean.add_(slope - s * scale * of_mean, alpha=weight)
-            if by_dispersion is not None:
-                by_dispersion.add_((slope * mean - transform * grown / dispersion) / dispersion, alpha=weight)
-        ctx.save_for_backward(by_mean, by_dispersion)
-        ctx.shape = dispersion.shape
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        by_mean, by_dispersion = (None if by is None else grads[0] * by for by in ctx.saved_tensors)
-        return by_mean, None if by_dispersion is None else by_dispersion.sum_to_size(ctx.shape), None, None
-
-
-def expected_log_normalised(mean: Tensor, dispersion: Tensor, total: Tensor, target_sum: float) -> Tensor:
-    """Compute E[log1p(target_sum y / total)] of negative binomial counts y: means (n, M), total (n, 1) -> (n, M).
-
-    The variance of y is ``mean + dispersion * mean ** 2``; `dispersion`, above 0, broadcasts to the means, which are no
-    more than the total. Exact to 1e-3, differentiable in mean and dispersion. Where the total is 0, so is the result.
-
-    log(1 + z) is the integral of (1 - exp(-s z)) exp(-s) / s over s > 0, so its expectation takes no more than the
-    Laplace transform of y, ``(1 + dispersion mean (1 - exp(-s))) ** (-1 / dispersion)``. Over log s the trapezoidal
-    rule converges exponentially; log1p of the mean is taken out, of which the same integral is known.
-    """
-    first = _FIRST - math.log(max(target_sum, 1.0))
-    nodes = tuple(np.exp(np.arange(first, _LAST + _STEP / 2, _STEP)).tolist())
-    some = total > 0
-    value = _ExpectedLog.apply(mean, dispersion, target_sum / torch.where(some, total, 1.0), nodes)
-    return torch.where(some, value, 0.0)
+    def at_measured_depth(self, predicted: Tensor) -> Tensor:
+        """Return the means of counts, given the number that was measured of all genes: (n, outputs) twice."""
+        return predicted * (self.measured_total / self.predicted_total.detach().clamp_min(_TINY))
 
 
 @dataclass(frozen=True)
-class Densities:
-    """Totals of n regions of one size whose counts are predicted."""
+class Densities(Totals):
+    """What a likelihood of counts has to know besides these."""
 
     usual: Tensor  # counts that each region would have at the mean density, (n, outputs)
-    usual_total: Tensor  # (n, 1), as the two below: the sum over all genes of the usual counts,
-    predicted_total: Tensor  # of the predicted ones
-    measured_total: Tensor  # and of the measured ones
-    log_dispersion: Tensor  # of the counts of regions of this size, (outputs,)
+    usual_total: Tensor  # of all genes, (n, 1)
+    sums: Operator | None = None  # adds up neighbours, (n, outputs) -> (groups, outputs), where most regions have few
 
 
 @dataclass(frozen=True)
@@ -146,9 +109,9 @@ class Objective(ABC):
     def part(self, predicted: Tensor, measured: Tensor, about: Part) -> Tensor:
         """Return the share of the loss of a group of outputs, over the regions of one size, each (n, outputs)."""
 
-    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:  # noqa: ARG002 - where they are log-normalised
-        """Log-normalise predictions, or targets, of a group of outputs, given those of the sum (n, 1)."""
-        return values
+    def comparable(self, predicted: Tensor, measured: Tensor, about: Totals | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - where they are so
+        """Log-normalise predictions, as what is expected to be measured, and targets of a group of genes."""
+        return predicted, measured
 
 
 @dataclass(frozen=True)
@@ -207,22 +170,39 @@ class NbPcc(Objective):
         genes = slice(0, max(n_genes, 0))
         predicted, measured, dispersion = predicted[:, genes], measured[:, genes], known.log_dispersion[genes].exp()
         usual = known.usual[:, genes] * (known.measured_total / known.usual_total.clamp_min(_TINY))
-        mean = predicted * (known.measured_total / known.predicted_total.detach().clamp_min(_TINY)) + _TINY * usual
+        mean = known.at_measured_depth(predicted) + _TINY * usual
         lost = _minus_log_likelihood(mean, measured, dispersion) / usual.sum(0).clamp_min(_TINY)
         loss = loss + lost.sum() / (about.n_outputs - 1)
         if not (self.pcc_weight or self.mse_weight):
             return loss
+        total = known.measured_total
+        if known.sums is not None:
+            mean, measured, total, dispersion = _summed(known.sums, mean, measured, total, dispersion)
         # Of errors that the image cannot explain a dispersion that grew would make as little as a mean that fits.
-        expected = expected_log_normalised(mean, dispersion.detach(), known.measured_total, self.target_sum)
-        observed = log_normalised(measured, known.measured_total, self.target_sum)
-        some = (known.measured_total > 0).to(expected.dtype)
+        expected = expected_log_normalised(mean, dispersion.detach(), total, self.target_sum)
+        observed = log_normalised(measured, total, self.target_sum)
+        some = (total > 0).to(expected.dtype)
         squared = (some * (expected - observed) ** 2).sum() / some.sum().clamp_min(1) / (about.n_outputs - 1)
         correlation = _uncorrelated(expected, observed, some) / about.n_varying.clamp_min(1)
         return loss + self.pcc_weight * correlation + self.mse_weight * squared
 
-    def comparable(self, values: Tensor, total: Tensor | None) -> Tensor:
-        assert total is not None  # it is the last output
-        return log_normalised(values, total, self.target_sum)
+    def comparable(self, predicted: Tensor, measured: Tensor, about: Totals | None) -> tuple[Tensor, Tensor]:
+        assert about is not None  # counts are sums of densities
+        mean, total = about.at_measured_depth(predicted), about.measured_total
+        expected = expected_log_normalised(mean, about.log_dispersion.exp(), total, self.target_sum)
+        return expected, log_normalised(measured, total, self.target_sum)
+
+
+def _summed(
+    sums: Operator, mean: Tensor, measured: Tensor, total: Tensor, dispersion: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add up regions: means, counts, totals, and the dispersion that a sum of negative binomial counts then has.
+
+    The variance of counts of means m with one dispersion α adds up to Σ m + α Σ m².
+    """
+    summed = sums.apply(mean)
+    squares = sums.apply(mean.detach() ** 2) / (summed.detach() ** 2).clamp_min(_TINY)
+    return summed, sums.apply(measured), sums.apply(total), (dispersion * squares).clamp_min(_LEAST_DISPERSION)
 
 
 def _minus_log_likelihood(mean: Tensor, measured: Tensor, dispersion: Tensor) -> Tensor:
@@ -236,47 +216,3 @@ def make_objective(name: ObjectiveName, *, pcc_weight: float | None, mse_weight:
     """Make the objective of a name, with the weights of its terms, and the target sum of a likelihood of counts."""
     pcc_weight = PCC_WEIGHTS[name] if pcc_weight is None else pcc_weight
     return MsePcc(pcc_weight) if name == "mse_pcc" else NbPcc(pcc_weight, mse_weight, target_sum)
-
-
-_COLUMN, _COLUMNS = "dispersion_{:g}um2", re.compile(r"dispersion_(\d[\d.e+]*)um2")
-
-
-@dataclass(frozen=True, eq=False)
-class Dispersion:
-    """How much the counts of M genes vary beyond Poisson, α, in regions of k sizes, ascending."""
-
-    areas_um2: NDArray[np.float64]  # (k,)
-    values: NDArray[np.float64]  # (k, M)
-
-    @classmethod
-    def learnt(cls, log_dispersion: Tensor, areas_um2: Sequence[float]) -> Dispersion:
-        """Take what a network has learnt, (sizes, M); sizes that agree in three digits of their area are averaged."""
-        areas, place = np.unique([float(f"{area:.3g}") for area in areas_um2], return_inverse=True)
-        logs = log_dispersion.detach().cpu().double().numpy()
-        return cls(areas, np.exp([logs[place == k].mean(axis=0) for k in range(len(areas))]))
-
-    def columns(self) -> dict[str, NDArray[np.float64]]:
-        """Give them as the columns of a table's ``var``."""
-        return {_COLUMN.format(area): row for area, row in zip(self.areas_um2, self.values, strict=True)}
-
-    @classmethod
-    def read(cls, var: Any) -> Dispersion | None:
-        """Find them among the columns of a table's ``var``; None where there are none."""
-        named = filter(None, map(_COLUMNS.fullmatch, map(str, var)))
-        sizes = sorted((float(match[1]), match[0]) for match in named)
-        if not sizes:
-            return None
-        return cls(np.array([area for area, _ in sizes]), np.array([np.asarray(var[n], np.float64) for _, n in sizes]))
-
-    def of(self, genes: NDArray[np.integer]) -> Dispersion:
-        """Select genes by position."""
-        return Dispersion(self.areas_um2, self.values[:, genes])
-
-    def at(self, areas_um2: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Interpolate between sizes, in logarithms, for regions of some areas: (n,) -> (n, M); the ends hold beyond."""
-        logs, areas = np.log(self.values), np.log(self.areas_um2)
-        inside = np.clip(areas_um2, self.areas_um2[0], self.areas_um2[-1])  # a point has no area
-        place = np.interp(np.log(inside), areas, np.arange(len(areas)))
-        low = np.minimum(place.astype(np.intp), max(len(areas) - 2, 0))
-        share = (place - low)[:, None]
-        return np.exp((1 - share) * logs[low] + share * logs[np.minimum(low + 1, len(areas) - 1)])

@@ -21,7 +21,7 @@ from pixnet_sd._notes import table_note
 from pixnet_sd._util import logger
 from pixnet_sd.engine.train import Moments
 from pixnet_sd.errors import DataError, ElementError
-from pixnet_sd.model import Dispersion, expected_log_normalised
+from pixnet_sd.model.noise import Dispersion, expected_log_normalised
 from pixnet_sd.slide import slide_at
 from pixnet_sd.slide.elements import Table, check_instances, obs_column, table_link, tables_of
 from pixnet_sd.slide.tables import Counts, check_genes, checked_totals, counts_of, genes_of, log_normalise

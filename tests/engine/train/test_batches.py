@@ -92,6 +92,27 @@ def test_targets_on_disk_are_those_in_memory(slide, n_outputs: int) -> None:
         np.testing.assert_array_equal(stored.toarray() if sparse.issparse(stored) else stored, dense)
 
 
+@pytest.mark.parametrize("n_outputs", [3, 1100])
+def test_sums_of_neighbours_with_few_counts(slide, n_outputs: int) -> None:
+    """Every region is in one of them, with others of its tile; nothing is added to enough counts."""
+    rng, values = np.random.default_rng(0), []
+    for measured, mean in zip(slide.measured, (3, 90), strict=True):
+        total = rng.poisson(mean, len(measured.regions))
+        values.append(np.concatenate([np.zeros((len(total), n_outputs - 1)), total[:, None]], axis=1).astype("f4"))
+    measured = tuple(replace(m, values=Lazy(v)) for m, v in zip(slide.measured, values, strict=True))
+    tiling = training_tiles(replace(slide, measured=measured), 64)
+    plan = BatchPlan(tiling, (2, 0, 5))
+    assert make_batch(plan).sums == [None, None]
+    few, many = make_batch(plan, least_counts=20.0).sums
+    assert many is None
+    matrix = few.apply(torch.eye(few.matrix.shape[1])).numpy()
+    np.testing.assert_array_equal(matrix.sum(axis=0), 1)
+    members = [tiling.members(tile)[0] for tile in plan.tiles]
+    total, tile = values[0][np.concatenate(members), -1], np.repeat(range(3), [len(k) for k in members])
+    assert all(len(set(tile[row > 0])) == 1 for row in matrix)
+    assert 15 < np.median(matrix @ total) < 25
+
+
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_plans_hold_every_tile_once_and_follow_the_seed(seed: int | None) -> None:
     found = [TrainingTiles(None, [Tile(0, k, 32, 32) for k in range(n)], 2) for n in (17, 1, 14)]

@@ -16,8 +16,8 @@ from scipy import sparse
 from torch import Tensor
 
 from pixnet_sd.engine import N_SYMMETRIES, Tile, TrainingSlide, TrainingTiles
-from pixnet_sd.geometry import MAP_STRIDE, Grid, Window
-from pixnet_sd.model import Move, Operator, TiledOperator, build_operator
+from pixnet_sd.geometry import MAP_STRIDE, Grid, Regions, Window, neighbour_groups
+from pixnet_sd.model import Move, Operator, SparseOperator, TiledOperator, build_operator
 
 DENSE_OUTPUTS = 1024  # most that are held for all regions of a batch
 _BLOCK_BYTES = 2**27
@@ -61,13 +61,17 @@ class BatchPlan:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Tiles of one slide, all of one size; operators (over the tiles' map pixels) and targets (regions, M) per size."""
+    """Tiles of one slide, all of one size; operators (over the tiles' map pixels) and targets (regions, M) per size.
+
+    `sums` add up neighbouring regions, see `Densities`; None where there are none to add.
+    """
 
     plan: BatchPlan
     image: Tensor | None  # uint8 (b, 3, H, W) of the tiles whose pyramid is not kept; None: there are none
     kept: list[Pyramid | None]  # of each tile; None where its pixels are in the image
     operators: list[Operator]
     targets: list[Target]
+    sums: list[Operator | None]
 
     def moved(self, move: Move) -> Batch:
         """Move all tensors; sparse targets stay until they are asked for."""
@@ -77,6 +81,7 @@ class Batch:
             kept=[None if pyramid is None else [move(level) for level in pyramid] for pyramid in self.kept],
             operators=[operator.moved(move) for operator in self.operators],
             targets=[move(target) if isinstance(target, Tensor) else target for target in self.targets],
+            sums=[None if operator is None else operator.moved(move) for operator in self.sums],
         )
 
 
@@ -111,26 +116,47 @@ def tile_operators(plan: BatchPlan, members: Sequence[tuple[NDArray[np.intp], ..
     return [TiledOperator(operators).joined() for operators in per_size]
 
 
+def _sums_of_few(
+    regions: Regions, members: Sequence[NDArray[np.intp]], target: Target, least: float
+) -> Operator | None:
+    """Add up neighbouring regions, of the same tile, that have fewer counts than `least`; None where no region has."""
+    totals = target[:, -1].numpy() if isinstance(target, Tensor) else target[:, [-1]].toarray()[:, 0]
+    groups, n_groups = [], 0
+    for index, total in zip(members, np.split(totals, np.cumsum([len(k) for k in members])[:-1]), strict=True):
+        groups.append(n_groups + neighbour_groups(regions.subset(index).centre_xy, total, least))
+        n_groups = int(groups[-1].max(initial=n_groups - 1)) + 1
+    if n_groups == len(totals):
+        return None
+    rows, columns, ones = np.concatenate(groups), np.arange(len(totals)), np.ones(len(totals), np.float32)
+    matrix = sparse.csr_array((ones, (rows, columns)), shape=(n_groups, len(totals)))
+    return SparseOperator(matrix, np.asarray(matrix.sum(axis=1), np.float64))
+
+
 def make_batch(
     plan: BatchPlan,
     *,
+    least_counts: float | None = None,
     kept: Callable[[TrainingSlide, Tile, int], Pyramid | None] | None = None,
     pin: bool = False,
     gradient: bool = True,
 ) -> Batch:
     """Read a batch's pixels, build its operators and collect its targets.
 
-    `kept` reads a turned tile's kept pyramid, instead of its pixels. To pin puts all into page-locked memory, and
+    `least_counts` is that of the `sums` of regions; None: nothing is added up. `kept` reads a turned tile's kept
+    pyramid, instead of its pixels. To pin puts all into page-locked memory, and
     operators into torch's form, differentiable or not: a GPU copies these while it computes.
     """
     members = [plan.tiling.members(tile) for tile in plan.tiles]
     targets: list[Target] = []
-    for measured, index in zip(plan.slide.measured, zip(*members, strict=True), strict=True):
+    sums: list[Operator | None] = [None] * len(plan.slide.measured)
+    for size, (measured, index) in enumerate(zip(plan.slide.measured, zip(*members, strict=True), strict=True)):
         values = measured.values
         if isinstance(values, np.ndarray) or values.shape[1] <= DENSE_OUTPUTS:
             targets.append(_joined([values[k] for k in index], pin=pin))
         else:
             targets.append(sparse.vstack([values.rows(k) for k in index], format="csc"))
+        if least_counts is not None:
+            sums[size] = _sums_of_few(measured.regions, index, targets[-1], least_counts)
     pyramids = [None if kept is None else kept(plan.slide, tile, plan.symmetry) for tile in plan.tiles]
     image, to_read = None, [t for t, pyramid in zip(plan.tiles, pyramids, strict=True) if pyramid is None]
     if to_read:
@@ -140,8 +166,9 @@ def make_batch(
     operators = tile_operators(plan, members, MAP_STRIDE)
     if pin:
         operators = [operator.staged(gradient=gradient, pin=True) for operator in operators]
+        sums = [each and each.staged(gradient=gradient, pin=True) for each in sums]
         pyramids = [pyramid and [level.pin_memory() for level in pyramid] for pyramid in pyramids]
-    return Batch(plan, image, pyramids, operators, targets)
+    return Batch(plan, image, pyramids, operators, targets, sums)
 
 
 def _joined(pieces: list[NDArray[Any]], *, pin: bool) -> Tensor:

@@ -34,7 +34,7 @@ from pixnet_sd.engine import (
     undo_symmetry,
 )
 from pixnet_sd.geometry import MAP_STRIDE, STRIDES
-from pixnet_sd.model import Encoder, Network
+from pixnet_sd.model import ENOUGH_COUNTS, Encoder, Network
 
 from ._batches import Batch, BatchPlan, Pyramid, make_batch, plan_batches, tile_operators
 from ._run import Run
@@ -117,7 +117,8 @@ class FeatureMaps:
     def batches(self, plans: Sequence[BatchPlan], *, gradient: bool = True) -> Iterator[Batch]:
         """Make batches ahead of the network, with pixels or, where they are kept, pyramids."""
         kept = self.cache.read if self.frozen else None
-        make = partial(make_batch, kept=kept, pin=self.copies.gpu, gradient=gradient)
+        least = ENOUGH_COUNTS if gradient and self.run.objective != "mse_pcc" else None
+        make = partial(make_batch, least_counts=least, kept=kept, pin=self.copies.gpu, gradient=gradient)
         return self.copies.arriving(prefetch((partial(make, plan) for plan in plans), self._ahead))
 
     def of(self, batch: Batch) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pixnet_sd._util import bar_class, logger, warn
@@ -21,8 +20,9 @@ from pixnet_sd.model import Network, count_pixels, make_objective
 
 from ._batches import Batch, plan_batches
 from ._features import FeatureMaps, calibrate
+from ._level import set_dispersion, set_level
 from ._run import BestEpoch, Run, RunState
-from ._scores import BatchLoss, Scores, gene_means, score_regions
+from ._scores import BatchLoss, Scores, score_regions
 
 _ABSURD = 100.0  # times the loss at the start, where the head predicts the genes' means
 _SAMPLE = 1024  # regions whose pixels are counted for a typical size
@@ -30,6 +30,7 @@ _SMALL_BYTES = 64 << 20  # of a state: history, scores, dispersions
 _LOOK_EVERY = 16  # steps between looks at the loss, each of which waits for the device
 _STEPS_A_SCORE = 50  # of training for one batch that is scored where nothing is held out
 _MOST_SCORED = 8  # batches
+_STEPS_A_LEVEL = 10  # of training for one batch that the level is taken of
 _QUALITY = ("mse", "gene_mean_mse", "pcc")
 _DISPERSION_RATE = 20.0  # times that of the weights
 
@@ -51,11 +52,11 @@ def _seed_epoch(seed: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng(sequence)
 
 
-def _start_head(network: Network, slides: Sequence[TrainingSlide], means: list[list[NDArray[Any]]]) -> None:
-    """Start the head at the mean target of the training regions, given for each slide and size."""
+def _start_head(network: Network, slides: Sequence[TrainingSlide]) -> None:
+    """Start the head at the mean target of the training regions, over slides and sizes."""
     every, typical = [], []
-    for slide, of_slide in zip(slides, means, strict=True):
-        for regions, mean in zip([m.regions for m in slide.measured], of_slide, strict=True):
+    for slide in slides:
+        for regions, mean in ((m.regions, m.values.mean(axis=0)) for m in slide.measured):
             sample = np.unique(np.linspace(0, len(regions) - 1, _SAMPLE).astype(np.intp))
             n_px = count_pixels(regions.subset(sample), slide.height, slide.width)
             typical.append(np.median(n_px) if network.head.is_linear else 1.0)
@@ -77,7 +78,6 @@ class Trainer:
         self.network, self.run, self.fabric = network, run, fabric
         self.features = FeatureMaps(network, run, fabric)
         slides, params = run.training, run.params
-        self.sizes = list(dict.fromkeys(m.size_name for s in slides for m in s.measured))
         self.objective = make_objective(
             run.objective,
             pcc_weight=params.pcc_weight,
@@ -93,8 +93,6 @@ class Trainer:
         options: dict[str, Any] = {"fused": True} if fabric.device.type == "cuda" else {}
         self.optimizer = optimizer(groups, lr=params.lr, weight_decay=params.weight_decay, **options)
         self.fixed_tiles = [training_tiles(s, params.tile_px) for s in slides]
-        self.mean_targets = [[m.values.mean(axis=0) for m in s.measured] for s in slides]
-        self.means = gene_means(self.mean_targets, slides, self.objective)
         self.first_loss: float | None = None
         self.unscored = 0  # steps since the training regions were scored
         self.last: Scores | None = None  # of them
@@ -103,7 +101,7 @@ class Trainer:
         """Set what is measured once, before the first epoch."""
         self.features.cache.clear()  # a run that was stopped in its first epoch may have had another encoder
         _seed_epoch(self.run.seed, 0)
-        _start_head(self.network, self.run.training, self.mean_targets)
+        _start_head(self.network, self.run.training)
         calibrate(self.network, self.features, self.fixed_tiles, self.run.batch_size)
 
     def restore(self, state: RunState) -> None:
@@ -144,8 +142,9 @@ class Trainer:
             group["lr"] = rate * group["times"]
         slide, features = batch.plan.slide, self.features.of(batch)
         self.optimizer.zero_grad()
-        sizes = [self.sizes.index(m.size_name) for m in slide.measured]
-        loss = BatchLoss(self.network, self.objective, batch.operators, batch.targets, sizes, slide.depth)
+        sizes = [self.run.sizes.index(m.size_name) for m in slide.measured]
+        of_batch = batch.operators, batch.targets, sizes, batch.sums
+        loss = BatchLoss(self.network, self.objective, *of_batch, slide.depth)
         value = loss.backward(features, self.fabric)
         self.optimizer.step()
         return value
@@ -205,7 +204,7 @@ class Trainer:
     def score(self, slides: Sequence[TrainingSlide], n_steps: int | None = None) -> Scores:
         """Score the network on slides' regions, or on some in a small share of the time that so many steps took."""
         n_batches = None if n_steps is None else min(max(1, n_steps // _STEPS_A_SCORE), _MOST_SCORED)
-        return score_regions(self.network, self.objective, self.features, slides, self.means, n_batches)
+        return score_regions(self.network, self.objective, self.features, slides, n_batches)
 
     def has_ended(self, state: RunState) -> bool:
         """Tell whether all steps are taken, or the held-out PCC was not better for `patience` epochs."""
@@ -216,15 +215,22 @@ class Trainer:
     def finish(self, state: RunState) -> TrainResult:
         """Give the network the weights that are kept, and say what they are worth."""
         self.network.load_state_dict(state.best.weights, strict=False)
-        kept, scored_on = state.best.epoch or state.epoch, "held_out" if self.run.held_out else "training"
-        if self.run.held_out:
-            worth = {name: state.history[kept - 1].get(f"val_{name}", np.nan) for name in _QUALITY}
-        else:
-            scores = self.last or self.score(self.run.training, state.steps)  # of a run that was killed when it ended
+        kept, held_out = state.best.epoch or state.epoch, self.run.held_out
+        scores, pcc_per_gene = self.last, state.best.pcc_per_gene
+        if self.objective.has_total:
+            set_level(self.network, self.features, self.run.training, max(_MOST_SCORED, state.steps // _STEPS_A_LEVEL))
+            set_dispersion(self.network, self.features, held_out)
+            scores = None
+        if held_out and not self.objective.has_total:
+            worth: dict[str, Any] = {name: state.history[kept - 1].get(f"val_{name}", np.nan) for name in _QUALITY}
+        else:  # of other weights than were scored, or of a run that was killed when it ended
+            scores = scores or (self.score(held_out) if held_out else self.score(self.run.training, state.steps))
             worth = {name: getattr(scores, name) for name in _QUALITY}
+            pcc_per_gene = scores.pcc_per_gene if held_out else []
         self.network.eval()
         self.features.cache.clear()
-        return TrainResult(state.history, kept, state.best.pcc_per_gene, worth | {"scored_on": scored_on})
+        worth["scored_on"] = "held_out" if held_out else "training"
+        return TrainResult(state.history, kept, pcc_per_gene, worth)
 
 
 def train(network: Network, run: Run, fabric: Fabric, *, show_progress_bar: bool = True) -> TrainResult:

@@ -8,6 +8,7 @@ import math
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +42,15 @@ class Run:
     batch_size: int = 8  # tiles of one slide
     seed: int = 0
     save_every_s: float = 60.0  # after which the state is written again
+
+    @cached_property
+    def sizes(self) -> list[str]:
+        """Name all sizes of the training regions."""
+        return list(dict.fromkeys(m.size_name for slide in self.training for m in slide.measured))
+
+    def size_number(self, size_name: str) -> int | None:
+        """Number a size among those of the training regions; None if it is not one of them."""
+        return self.sizes.index(size_name) if size_name in self.sizes else None
 
     def learning_rate(self, progress: float) -> float:
         """Compute the rate at a share of the run, 0 to 1; of progress alone, so that a resumed run agrees."""

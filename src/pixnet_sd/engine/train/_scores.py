@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixnet_sd.engine import TrainingSlide, training_tiles
-from pixnet_sd.model import Densities, Network, Objective, Operator, Part
+from pixnet_sd.model import Densities, Network, Objective, Operator, Part, Totals
 
-from ._batches import DENSE_OUTPUTS, Target, block_of, output_blocks, plan_batches
+from ._batches import DENSE_OUTPUTS, Batch, Target, block_of, output_blocks, plan_batches
 from ._features import FeatureMaps
-
-# What the mean of each gene predicts for regions of each size, by which a network is measured; "" for other sizes.
-GeneMeans = Mapping[str, NDArray[np.float64]]
 
 _EPS = 1e-8  # as of `pearson_per_gene`
 _ABSURD, _ABSURD_ZERO = 100.0, 10.0  # times the error of the gene means, and of zeros
@@ -39,6 +36,7 @@ class BatchLoss:
     operators: list[Operator]  # of each size
     targets: list[Target]
     sizes: list[int]  # numbers among all sizes of the run
+    sums: list[Operator | None] | None = None  # of each size, see `Densities`
     depth: float = 1.0  # counts of this slide relative to the mean of all, where they are what is learnt
     block_size: int | None = None  # outputs that are held together; None: as many as memory allows
 
@@ -72,9 +70,9 @@ class BatchLoss:
             unit, last = self.depth * head.unit, slice(head.n_outputs - 1, head.n_outputs)
             n_px = torch.as_tensor(operator.n_px, dtype=unit.dtype, device=unit.device)[:, None]
             total = self.network.region_values(rows, operator, last) * self.depth
-            assert self.network.log_dispersion is not None  # of densities
-            dispersion = self.network.log_dispersion[self.sizes[k], outputs]
-            densities = Densities(n_px * unit[outputs], n_px * unit[last], total, measured(last), dispersion)
+            dispersion = self.network.log_dispersion_of(self.sizes[k], outputs)
+            usual = n_px * unit[outputs], n_px * unit[last]
+            densities = Densities(total, measured(last), dispersion, *usual, self.sums[k] if self.sums else None)
         about = Part(outputs, head.n_outputs, n_varying, densities)
         return self.objective.part(predicted, measured(outputs), about)
 
@@ -85,7 +83,7 @@ class Scores(NamedTuple):
     pcc: float  # Pearson correlation over regions, mean over genes
     mse: float
     pcc_per_gene: list[float]  # NaN for genes constant everywhere
-    gene_mean_mse: float = float("nan")  # of predicting each gene's mean over the training regions
+    gene_mean_mse: float = float("nan")  # of predicting each gene's mean over the same regions
     zero_mse: float = float("nan")  # of predicting nothing
     count_ratio: float = 1.0  # predicted over measured counts, of the genes or of all, whichever is further off
 
@@ -153,9 +151,8 @@ class Moments(NamedTuple):
 class _SizeMoments:
     """Moments of the log-normalised expression of one size's regions: a region without counts has none."""
 
-    def __init__(self, network: Network, objective: Objective, size_name: str, depth: float) -> None:
-        self.network, self.objective = network, objective
-        self.size_name, self.depth = size_name, depth
+    def __init__(self, network: Network, objective: Objective, size: int | None, depth: float) -> None:
+        self.network, self.objective, self.size, self.depth = network, objective, size, depth
         self.n_genes = network.head.n_outputs - objective.has_total
         self.counts = np.zeros((2, 2))  # predicted and measured, of the genes and of all
         self.values = np.zeros((len(Moments._fields), self.n_genes))
@@ -165,19 +162,20 @@ class _SizeMoments:
         inputs = self.network.region_inputs(features, operator)
         predict = partial(self.network.region_values, inputs, operator)
         measure = partial(block_of, target, device=features.device)
-        totals: tuple[Tensor | None, Tensor | None] = (None, None)
         kept: Tensor | slice = slice(None)
+        totals = None
         if self.objective.has_total:
             last = slice(self.n_genes, None)
-            totals = total, total_measured = predict(last), measure(last)
-            kept = total_measured[:, 0] > 0
-            self._count(1, total, total_measured)
+            totals = predict(last), measure(last)
+            kept = totals[1][:, 0] > 0
+            self._count(1, *totals)
         for start in range(0, self.n_genes, DENSE_OUTPUTS):
             genes = slice(start, min(start + DENSE_OUTPUTS, self.n_genes))
-            values = predict(genes), measure(genes)
-            if self.objective.has_total:
+            values, about = (predict(genes), measure(genes)), None
+            if totals is not None:
                 self._count(0, *values)
-            predicted, measured = map(self.objective.comparable, values, totals)
+                about = Totals(*totals, self.network.log_dispersion_of(self.size, genes))
+            predicted, measured = self.objective.comparable(*values, about)
             if len(measured := measured[kept]):
                 own = Moments.of(predicted[kept], measured)
                 self.values[:, genes] = Moments(*self.values[:, genes]).merged(own)
@@ -200,19 +198,20 @@ def _far(ratio: float) -> float:
     return abs(np.log(ratio)) if 0 < ratio < np.inf else np.inf
 
 
-def gene_means(
-    means: Sequence[Sequence[NDArray[Any]]], slides: Sequence[TrainingSlide], objective: Objective
-) -> GeneMeans:
-    """Average what the means of the training regions' targets, of each slide and size, predict by themselves."""
-    by_size: dict[str, list[NDArray[np.float64]]] = {}
-    for slide, of_slide in zip(slides, means, strict=True):
-        for measured, mean in zip(slide.measured, of_slide, strict=True):
-            value = torch.as_tensor(np.asarray(mean, np.float64))[None]
-            if objective.has_total:
-                value = objective.comparable(value[:, :-1], value[:, -1:])
-            by_size.setdefault(measured.size_name, []).append(value[0].numpy())
-    averaged = {name: np.mean(each, axis=0) for name, each in by_size.items()}
-    return {"": np.mean(list(averaged.values()), axis=0), **averaged}
+def scored_batches(
+    network: Network, features: FeatureMaps, slides: Sequence[TrainingSlide], n_batches: int | None = None
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Pass over slides' regions, each once, or over so many batches spread evenly, as is predicted and not trained.
+
+    Yields batches and their feature maps.
+    """
+    network.eval()
+    run = features.run
+    plans = plan_batches([training_tiles(slide, run.params.tile_px, once=True) for slide in slides], run.batch_size)
+    if n_batches is not None:
+        plans = [plans[i] for i in np.unique(np.linspace(0, len(plans) - 1, min(n_batches, len(plans))).astype(int))]
+    for batch in features.batches(plans, gradient=False):
+        yield batch, features.of(batch)
 
 
 @torch.no_grad()
@@ -221,20 +220,15 @@ def score_regions(
     objective: Objective,
     features: FeatureMaps,
     slides: Sequence[TrainingSlide],
-    means: GeneMeans,
     n_batches: int | None = None,
 ) -> Scores:
-    """Score a network, as it predicts and not as it trains, on slides' regions, or on so many batches spread evenly."""
-    network.eval()
-    run = features.run
-    plans = plan_batches([training_tiles(slide, run.params.tile_px, once=True) for slide in slides], run.batch_size)
-    if n_batches is not None:
-        plans = [plans[i] for i in np.unique(np.linspace(0, len(plans) - 1, min(n_batches, len(plans))).astype(int))]
+    """Score a network on slides' regions, or on some, see `scored_batches`."""
     sizes: dict[int, list[_SizeMoments]] = {}
-    for batch in features.batches(plans, gradient=False):
-        slide, maps = batch.plan.slide, features.of(batch)
+    for batch, maps in scored_batches(network, features, slides, n_batches):
+        slide = batch.plan.slide
         if id(slide) not in sizes:
-            sizes[id(slide)] = [_SizeMoments(network, objective, m.size_name, slide.depth) for m in slide.measured]
+            known = [features.run.size_number(m.size_name) for m in slide.measured]
+            sizes[id(slide)] = [_SizeMoments(network, objective, number, slide.depth) for number in known]
         for size, operator, target in zip(sizes[id(slide)], batch.operators, batch.targets, strict=True):
             size.add(maps, operator, target)
     every = [size for of_slide in sizes.values() for size in of_slide]
@@ -242,7 +236,7 @@ def score_regions(
     per_gene = np.array([size.moments.pcc for size in every])
     n_known = (~np.isnan(per_gene)).sum(axis=0)
     pcc_per_gene = np.nansum(per_gene, axis=0) / np.where(n_known, n_known, np.nan)
-    of_means = [size.moments.mse_of(means.get(size.size_name, means[""])) for size in every]
+    of_means = [size.moments.mse_of(size.moments.measured_mean) for size in every]
     return Scores(
         pcc=float(np.nanmean(pcc_per_gene)) if n_known.any() else float("-inf"),
         mse=float(np.mean([size.moments.mse.mean() for size in every])),

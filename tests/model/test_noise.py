@@ -1,0 +1,93 @@
+"""What is measured of expected counts: expectations equal sums over all counts, intervals hold what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from tests.model.literal import literal_expectation
+
+from pixnet_sd.model.noise import Dispersion, calibrated_dispersion, coverage, expected_log_normalised, quantile
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(1e-4, 300), st.floats(0.01, 3), st.floats(1e-5, 1), st.sampled_from([1e3, 1e6]))
+def test_expected_log_normalised_is_the_sum_over_all_counts(
+    mean: float, alpha: float, share: float, target_sum: float
+) -> None:
+    total = max(mean / share, 1)
+    found = expected_log_normalised(*torch.tensor([[[mean]], [[alpha]], [[total]]]).double(), target_sum)
+    literal = literal_expectation(np.array([[mean]]), np.array([alpha]), np.array([[total * 1e4 / target_sum]]))
+    assert found.item() == pytest.approx(literal.item(), abs=1e-3)
+
+
+def test_gradients_of_the_expectation() -> None:
+    rng = np.random.default_rng(0)
+    inputs = [torch.from_numpy(rng.uniform(0.1, 5, shape)).requires_grad_() for shape in ((6, 3), (3,))]
+    total = torch.tensor([[9.0], [20], [0], [1e3], [50], [7]]).double()
+    assert torch.autograd.gradcheck(lambda *of: expected_log_normalised(*of, total, 1e2), inputs)
+    assert (expected_log_normalised(*inputs, total, 1e2)[2] == 0).all()
+
+
+# Intervals
+
+
+def drawn(seed: int, mean: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.poisson(mean * rng.gamma(1 / alpha, alpha, mean.shape)).astype(float)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 99), st.sampled_from([0.01, 0.4, 3.0, 200.0]), st.floats(0.5, 0.99))
+def test_intervals_hold_their_share_of_draws_of_any_depth(seed: int, depth: float, level: float) -> None:
+    """Where 99 % are 0 as well, which no interval of whole counts does."""
+    mean, alpha = depth * np.random.default_rng(seed).uniform(0.5, 2, (4000, 3)), np.array([0.02, 0.3, 1.5])
+    assert coverage(drawn(seed, mean, alpha), mean, alpha, level).mean() == pytest.approx(level, abs=0.02)
+
+
+def test_coverage_is_the_share_of_what_a_count_stands_for() -> None:
+    mean, alpha = np.full((1, 40), 6.0), np.full(40, 0.4)
+    below, upto = (stats.nbinom.cdf(np.arange(40) - k, 1 / 0.4, 1 / 3.4) for k in (1, 0))
+    found = coverage(np.arange(40.0)[None], mean, alpha, 0.8)[0]
+    expected = np.clip(np.minimum(upto, 0.9) - np.maximum(below, 0.1), 0, None) / (upto - below)
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def test_a_calibrated_dispersion_covers_what_one_of_training_does_not() -> None:
+    """Means that are off scatter more; rare genes get the others' widening."""
+    rng, alpha = np.random.default_rng(0), np.full(5, 0.05)
+    mean = rng.uniform(1, 40, (600, 5)) * [1, 1, 1, 1, 1e-5]
+    counts = drawn(1, mean * rng.lognormal(0, 0.6, mean.shape), alpha)
+    found = calibrated_dispersion(counts[::2], mean[::2], alpha)
+    before, after = (coverage(counts[1::2], mean[1::2], each).mean(axis=0)[:4] for each in (alpha, found))
+    assert (before < 0.75).all()
+    np.testing.assert_allclose(after, 0.9, atol=0.05)
+    assert found[4] == pytest.approx(0.05 * np.median(found[:4] / 0.05), rel=0.5)
+    np.testing.assert_array_equal(calibrated_dispersion(counts[:0], mean[:0], alpha), alpha)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(1e-3, 5e3), st.floats(1e-3, 10), st.sampled_from([0.05, 0.5, 0.95]))
+def test_quantiles_are_those_of_scipy(mean: float, alpha: float, probability: float) -> None:
+    found = quantile(np.array([mean]), np.array([alpha]), probability)[0]
+    literal = stats.nbinom.ppf(probability, 1 / alpha, 1 / (1 + alpha * mean))
+    assert found == pytest.approx(literal, rel=0.01, abs=1)
+    assert found == int(found)
+
+
+def test_dispersion_between_sizes() -> None:
+    """Straight lines in logarithms, and constant beyond the ends; tables keep it as columns."""
+    learnt = Dispersion.learnt(torch.tensor([[0.0, 1], [-2, -1], [-2, -3]]), [4.0, 64.0, 64.0])
+    columns = {"other": np.zeros(2), **learnt.columns()}
+    for each in (learnt, Dispersion.read(columns)):
+        found = np.log(each.at(np.array([1.0, 4, 16, 64, 500])))
+        np.testing.assert_allclose(found[:, 0], [0, 0, -1, -2, -2], atol=1e-12)
+        np.testing.assert_allclose(found[:, 1], [1, 1, -0.5, -2, -2], atol=1e-12)
+    one = Dispersion.learnt(torch.zeros(1, 2), [100.0])
+    np.testing.assert_allclose(one.of(np.array([1])).at(np.array([1.0, 1e4])), 1)
+    assert Dispersion.read({"other": np.zeros(2), "dispersion_ofum2": np.zeros(2)}) is None
+    alike = Dispersion.learnt(torch.tensor([[0.0], [2.0]]), [7853.981, 7853.984])  # a column of the table for both
+    np.testing.assert_allclose(Dispersion.read(alike.columns()).at(np.array([0.0, 7854])), np.e)
