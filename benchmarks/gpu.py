@@ -254,7 +254,7 @@ class Bench:
         started = time.perf_counter()
         regions, tissue = self.slide.measured[0].regions, np.ones((side, side), bool)
         window = window_side(tiling.tile_px, self.scale.block_px)
-        region_plan = plan_regions(regions, Grid(side, side, MAP_STRIDE), tissue, window)
+        region_plan = plan_regions(regions, Grid(side, side, MAP_STRIDE), tissue)
         print(f"plan of {len(regions):,} bins: {time.perf_counter() - started:.1f} s, in no figure", flush=True)
         head = network.head.select(np.arange(self.scale.n_genes))
         pooled = network.head.in_features < self.scale.n_genes  # as `predict` does

@@ -257,7 +257,9 @@ def expectation(table: ad.AnnData, total: pd.Series) -> Array:
 
 
 def scores(predicted: Array, target: Array) -> dict[str, float]:
-    """The five metrics."""
+    """The five metrics, over regions that are predicted: those without tissue are NaN."""
+    known = ~np.isnan(predicted).any(axis=1)
+    predicted, target = predicted[known], target[known]
     pcc = pcc_per_gene(predicted, target)
     pcc = pcc[~np.isnan(pcc)]
     return {

@@ -10,6 +10,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import shapely
 import spatialdata as sd
 import torch
 from tests.tl.conftest import BINS, FAST, FIT, TABLE, content, grouped
@@ -24,12 +25,17 @@ METRICS = ["MSE", "MAE", "PCC@F", "PCC@S", "PCC@M"]
 
 @pytest.fixture(scope="module")
 def slides(_drawn: Path, tmp_path_factory) -> dict[str, sd.SpatialData]:
-    """Three slides with the same image; in the third, other genes are the most expressed."""
+    """Three slides with the same image; a bin of the first is on glass, in the third other genes are expressed most."""
     folder = tmp_path_factory.mktemp("slides")
     paths = {name: folder / f"{name}.zarr" for name in "ABC"}
-    for name in "AB":
-        shutil.copytree(_drawn, paths[name])
-    other = sd.read_zarr(_drawn)
+    shutil.copytree(_drawn, paths["B"])
+    first, other = sd.read_zarr(_drawn), sd.read_zarr(_drawn)
+    place = ["array_row", "array_col"]
+    row, col = first.tables[TABLE].obs.iloc[200][place]
+    first.tables[TABLE].obs.loc[first.tables[TABLE].obs_names[200], place] = 0
+    bins = first.shapes[BINS].geometry
+    bins.iloc[200] = shapely.affinity.translate(bins.iloc[200], -8 * col, -8 * row)
+    first.write(paths["A"])
     table = other.tables[TABLE]
     other.tables[TABLE] = ad.AnnData(table.X[:, ::-1], obs=table.obs, var=table.var, obsm=table.obsm, uns=table.uns)
     other.write(paths["C"])

@@ -104,6 +104,23 @@ def test_only_genes_are_scored_and_counted(sdata):
 
 
 @pytest.mark.parametrize("is_stored", [False, True])
+def test_regions_without_tissue_take_no_part(sdata, tmp_path, is_stored):
+    keys = {"table_key": "counts", "predicted_key": "predicted"}
+    table = sdata.tables["predicted"]
+    off = np.arange(table.n_obs) % 3 == 1
+    sdata.tables["predicted"] = table[~off].copy()
+    expected = evaluate(sdata, **keys)
+    table.X[off], table.obs["on_tissue"] = np.nan, ~off
+    sdata.tables["predicted"] = table
+    if is_stored:
+        sdata.write(tmp_path / "slide.zarr")
+        sdata = sd.read_zarr(tmp_path / "slide.zarr", selection=("shapes",))
+    found = evaluate(sdata, **keys)
+    pd.testing.assert_frame_equal(found, expected)
+    assert found.attrs == expected.attrs
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
 def test_blocks_do_not_matter(sdata, tmp_path, is_stored):
     """Of tables in memory and on disk; a block may be one region."""
     expected = evaluate(sdata, table_key="counts", predicted_key="predicted")
@@ -147,6 +164,7 @@ def test_tables_that_do_not_go_together(sdata, table_key, predicted_key, names):
         (lambda m, p: p.obs.insert(0, "instance_id", p.obs.pop("instance_id") + 1000), r"0 regions.*\[1\d\d\d"),
         (lambda m, p: setattr(p, "var_names", [f"hg38_{g}" for g in p.var_names]), "28 regions and 0 genes.*'hg38_"),
         (lambda m, p: setattr(m, "X", m.X * 0), "'counts'.*'predicted'"),
+        (lambda m, p: p.obs.insert(0, "on_tissue", False), "'counts'.*28.*'predicted'.*0 have tissue"),
         (lambda m, p: setattr(m, "X", m.X * np.nan), "'counts'.*NaN"),
         (lambda m, p: setattr(m, "var_names", ["A", "A", "C", "D", "E", "X"]), "'counts'.*'A'"),
     ],

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import geopandas as gpd
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import shapely
 import spatialdata as sd
+import squidpy as sq
 import torch
 from anndata import AnnData
-from spatialdata.models import Labels2DModel, ShapesModel
+from spatialdata.models import Labels2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
-from tests.tl.conftest import BINS, FULL, TABLE, in_memory, map_values
+from tests.tl.conftest import BINS, FULL, TABLE, content, in_memory, map_values
 from torch.nn.functional import interpolate
 
 import pixnet_sd as ps
-from pixnet_sd.errors import StoreError
+from pixnet_sd.errors import DataError, StoreError
 from pixnet_sd.geometry import Circles
 from pixnet_sd.slide import open_slide, tissue_mask
 from pixnet_sd.slide.elements import regions_of
@@ -32,12 +35,13 @@ def with_shapes(sdata, key, data, **options):
 
 
 def with_regions(sdata) -> None:
-    """Outlines of which one has a hole and one lies across the tissue's border, and labels on a coarser grid."""
+    """Outlines, one with a hole, one across the tissue's border, one on glass, and labels on a coarser grid."""
     hole = shapely.Point(100, 100).buffer(30) - shapely.Point(95, 100).buffer(12)
     outlines = [hole, shapely.box(20, 80, 90, 88), shapely.Polygon([(120, 20), (190, 90), (150, 120)])]
-    with_shapes(sdata, "outlines", gpd.GeoDataFrame(geometry=outlines, index=[5, 2, 9]))
+    outlines.insert(1, shapely.box(8, 9, 13, 15))
+    with_shapes(sdata, "outlines", gpd.GeoDataFrame(geometry=outlines, index=[5, 3, 2, 9]))
     labels = np.zeros((25, 25), dtype=np.int32)
-    labels[10:14, 10:12], labels[5, 9], labels[18:22:2, 5:20] = 7, 3, 12
+    labels[10:14, 10:12], labels[5, 9], labels[18:22:2, 5:20], labels[0, 24] = 7, 3, 12, 4
     scale = Scale([8, 8], axes=("x", "y"))
     sdata.labels["cells"] = Labels2DModel.parse(labels, dims=("y", "x"), transformations={"sample": scale})
     sdata.write_element("cells")
@@ -96,7 +100,7 @@ KINDS = [
     ],
 )
 def test_against_the_slide_in_one_piece(request, predict, forward_passes, model_of, backed, write):
-    """Eq. 4-5 written out with masks: sums over tissue pixels of the map at full resolution."""
+    """Eq. 4-5 written out with masks: sums over tissue pixels of the map at full resolution, NaN without any."""
     sdata = request.getfixturevalue(model_of)
     with_regions(sdata)
     sdata = sdata if backed else in_memory(sdata)
@@ -117,20 +121,23 @@ def test_against_the_slide_in_one_piece(request, predict, forward_passes, model_
         np.testing.assert_allclose(kept, (whole * tissue)[: len(kept)], atol=1e-5)
     assert 0.3 < tissue.mean() < 0.95
     on_tissue, seen = resized(whole * tissue), resized(tissue[None])[0]
-    for _, name in KINDS:
+    for arguments, name in KINDS:
         table = sdata.tables[f"pixnet_{name}"]
         inside = np.array(masks(sdata, table), float).reshape(len(table), -1)
         sums, n_px = inside @ on_tissue.reshape(len(whole), -1).T, inside @ seen.ravel()
-        rows = n_px > 1
+        rows = n_px > 0
         assert rows.sum() >= 2
+        assert rows.all() == ("shapes_key" not in arguments)  # grids lie on tissue
+        assert list(table.obs["on_tissue"]) == list(rows)
+        sums[~rows] = np.nan
         np.testing.assert_allclose(table.obs["area_um2"], inside.sum(axis=1), rtol=0.15)
-        np.testing.assert_allclose(table.obs["tissue_area_um2"][rows], n_px[rows], rtol=1e-4)
+        np.testing.assert_allclose(table.obs["tissue_area_um2"], n_px, rtol=1e-4)
         if model_of == "counted":
-            np.testing.assert_allclose(table.layers["expected_counts"][rows], sums[rows, :-1], rtol=1e-4, atol=1e-6)
-            values = np.log1p(model.record.target_sum * sums[:, :-1] / np.where(rows, sums[:, -1], 1)[:, None])
+            np.testing.assert_allclose(counts(table), sums, rtol=1e-4, atol=1e-6)
+            values = np.log1p(model.record.target_sum * sums[:, :-1] / sums[:, -1:])
         else:
             values = sums / np.where(rows, n_px, 1)[:, None]
-        np.testing.assert_allclose(table.X[rows], values[rows], atol=1e-4)
+        np.testing.assert_allclose(table.X, values, atol=1e-4)
 
 
 def test_circles(fitted, predict, model):
@@ -171,7 +178,7 @@ def test_some_genes(fitted, predict, model):
 
 @pytest.mark.parametrize("model_of", ["fitted", "counted"])
 def test_regions_in_memory_are_those_of_the_table(request, predict, model_of):
-    """As cross-validation predicts them: nothing is written, a region off the slide is NaN."""
+    """As cross-validation predicts them: nothing is written, a region on glass or off the slide is NaN."""
     sdata = request.getfixturevalue(model_of)
     model = ps.PixNet.load(sdata.attrs["pixnet_sd"]["model"])
     slide = open_slide(sdata, working_mpp=model.record.working_mpp)
@@ -182,9 +189,11 @@ def test_regions_in_memory_are_those_of_the_table(request, predict, model_of):
     assert not sdata.tables.keys() - {TABLE}
     predict(sdata, shapes_key=BINS, write=None)
     np.testing.assert_allclose(found, sdata.tables[f"pixnet_{BINS}"].X, atol=1e-6)
-    off = Circles([[-500.0, 50.0], [100.0, 100.0]], [5.0, 5.0])
+    off = Circles([[-500.0, 50.0], [100.0, 100.0], [3.0, 3.0]], [5.0, 5.0, 3.0])
     rows = predict_regions(model, slide, off, device="cpu", show_progress_bar=False)
-    assert np.isnan(rows).all(axis=1).tolist() == [True, False]
+    assert np.isnan(rows).all(axis=1).tolist() == np.isnan(rows).any(axis=1).tolist() == [True, False, True]
+    with pytest.raises(DataError):
+        predict_regions(model, slide, off.subset([0, 2]), device="cpu", show_progress_bar=False)
 
 
 def counts(table: AnnData) -> np.ndarray:
@@ -240,14 +249,8 @@ class TestReuse:
         predict(fitted, bin_um=16, write=None, key_added="two")  # nor are fewer genes
         assert len(forward_passes) == 4
         predict(fitted, overwrite=True)
-        with_shapes(fitted, "corner", np.array([[3.0, 3.0], [100.0, 100.0]]), geometry=0, radius=3)
-        predict(fitted, shapes_key="corner")  # nor is tissue for regions on glass
-        assert len(forward_passes) == 6
-        table = fitted.tables["pixnet_corner"]
-        assert np.isfinite(table.X).all()
-        assert list(table.obs["tissue_area_um2"] > 0) == [False, True]
         predict(fitted, bin_um=16, genes=model.genes[2:4], overwrite=True)  # a part of its genes is
-        assert len(forward_passes) == 6
+        assert len(forward_passes) == 5
         assert list(fitted.tables["pixnet_bins_16um"].var_names) == model.genes[2:4]
         assert genes_of(fitted, "pixnet_map") == model.genes
 
@@ -278,17 +281,55 @@ def test_overwrite(fitted, predict, model):
 
 
 def test_shapes_partly_off_the_image_and_smaller_than_a_pixel(fitted, predict):
-    """A dot gets the pixel that it lies in."""
+    """A dot gets the pixel that it lies in, a region beside the image NaN."""
     for key, x, radius in (("spots", [100, 198, 500], 5), ("dots", [100, 100.4], 0.05)):
         xy = np.column_stack([x, np.full(len(x), 100.0)])
         with_shapes(fitted, key, xy, geometry=0, radius=radius, index=np.arange(5, 5 + len(x)))
     with pytest.warns(UserWarning, match="1 of 3 regions"):
         predict(fitted, shapes_key="spots", radius_um=5, write=None)
     predict(fitted, shapes_key="dots", write=None)
-    for table in ("pixnet_spots_circles_5um", "pixnet_dots"):
-        assert list(fitted.tables[table].obs["instance_id"]) == [5, 6]
-        assert np.isfinite(fitted.tables[table].X).all()
-    assert list(fitted.shapes["pixnet_spots_circles_5um_shapes"].index) == [5, 6]
+    for name, on_tissue in (("spots_circles_5um", [True, True, False]), ("dots", [True, True])):
+        table = fitted.tables[f"pixnet_{name}"]
+        assert list(table.obs["instance_id"]) == [5, 6, 7][: len(on_tissue)]
+        assert list(table.obs["on_tissue"]) == on_tissue
+        np.testing.assert_array_equal(np.isnan(table.X).any(axis=1), ~table.obs["on_tissue"])
+    assert list(fitted.shapes["pixnet_spots_circles_5um_shapes"].index) == [5, 6, 7]
+
+
+def test_regions_without_tissue(fitted, predict, model, forward_passes):
+    """No tile is run for them; they take no part in scores, and do not keep the others from being drawn."""
+    with_shapes(fitted, "rim", np.array([[3.0, 3], [100, 100], [197, 3], [110, 90]]), geometry=0, radius=3)
+    predict(fitted, shapes_key="rim", write=None, tile_px=64)
+    assert forward_passes == [1]
+    table = sd.read_zarr(fitted.path).tables["pixnet_rim"]
+    assert list(table.obs["on_tissue"]) == [False, True, False, True]
+    sq.pl.spatial_scatter(table, color=model.genes[0])
+    (circles,) = plt.gcf().axes[0].collections
+    assert len(circles.get_paths()) == 4
+    np.testing.assert_allclose(np.ma.filled(circles.get_array(), np.nan), table.X[:, 0], rtol=1e-6)
+    plt.close("all")
+    obs = pd.DataFrame({"region": pd.Categorical(["rim"] * 4), "id": range(4)}, index=list("abcd"))
+    measured = AnnData(np.arange(24.0).reshape(4, 6), obs=obs, var=pd.DataFrame(index=model.genes))
+    keys = {"table_key": "measured", "predicted_key": "pixnet_rim"}
+    for rows, n_regions in ((slice(None), 2), ([0, 1], 1)):
+        part = TableModel.parse(measured[rows].copy(), region="rim", region_key="region", instance_key="id")
+        fitted.tables["measured"] = part
+        scores = ps.tl.evaluate(fitted, **keys)
+        assert scores.attrs["n_regions"] == n_regions
+        assert np.isfinite(scores["mse"]).all()
+
+
+@pytest.mark.parametrize("on_slide", [True, False])
+def test_no_region_has_tissue(fitted, predict, forward_passes, on_slide):
+    """It is said before the network runs, and nothing is written; the ring's box has tissue, and the ring has none."""
+    ring = shapely.box(0, 0, 200, 200) - shapely.box(2, 2, 198, 198)
+    with_shapes(fitted, "rim", gpd.GeoDataFrame(geometry=[shapely.box(0, 0, 7, 7), *[ring] * on_slide]))
+    before = content(fitted.path)
+    for arguments in ({"shapes_key": "rim"}, {"shapes_key": "rim", "write": None}):
+        with pytest.raises(DataError):
+            predict(fitted, **arguments)
+    assert forward_passes == []
+    assert content(fitted.path) == before
 
 
 def test_what_was_taken_is_said_and_recorded(fitted, predict, model, caplog):

@@ -253,8 +253,7 @@ def _fill_bins(store: Path, files: BinFiles, shapes_key: str, one: gpd.GeoDataFr
             columns = {**placed.columns, "location_id": np.arange(start, stop)}
             table.add_rows(np.asarray(placed.barcodes.to_numpy(zero_copy_only=False)), columns, placed.centres_px)
             start = stop
-        every = np.ones(matrix.n_rows, bool)
-        _copy_counts(matrix, table, every, progress)
+        _copy_counts(matrix, table, np.ones(matrix.n_rows, bool), progress)
 
     def describe(start: int, stop: int, _: object) -> RowInfo:
         return RowInfo(np.arange(start, stop), table.centres_px(start, stop))
@@ -262,7 +261,7 @@ def _fill_bins(store: Path, files: BinFiles, shapes_key: str, one: gpd.GeoDataFr
     radius = files.factors["spot_diameter_fullres"] / 2
     # written beside the store, then put in the place of the one bin's
     beside, file = store.with_name("shapes.zarr"), Path("shapes") / shapes_key / "shapes.parquet"
-    write_shapes(beside, shapes_key, describe, every, partial(_squares, one=one, radius=radius))
+    write_shapes(beside, shapes_key, describe, start, partial(_squares, one=one, radius=radius))
     (beside / file).replace(store / file)
     shutil.rmtree(beside)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pixnet_sd._util import logger
-from pixnet_sd.errors import DataError
 
 from ._disk import explain_disk_errors
 from ._stream import Staged, TableArrays, consolidate, write_scratch_store, write_shapes
@@ -18,9 +17,6 @@ from ._tables import INSTANCE_KEY, Describe, Express, Expressed, MakeShapes, Mak
 from ._transaction import Transaction
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from pixnet_sd.geometry import RegionShare, Window
 
 
@@ -91,37 +87,28 @@ class RegionWriter:
     ) -> dict[str, Any]:
         """Make the elements for `Transaction.commit`, of a backed object on disk, once all windows are put.
 
-        Regions that hold no pixel of the slide are left out; a DataError tells that none does. Ids have to differ.
+        Ids have to differ.
         """
-        keep = self.rows.keep()
-        if not keep.any():
-            raise DataError(
-                f"None of the {len(keep)} regions holds a pixel of the slide: are they those of this image?"
-            )
-        if not keep.all():
-            logger.warning("%d regions hold no pixel of the slide and are left out of the table", (~keep).sum())
+        n = self.rows.n_rows
 
         def read(start: int, stop: int) -> tuple[Expressed, RowInfo]:
-            kept = keep[start:stop]
             sums, weight = self.rows.rows(start, stop)
             info = describe(start, stop, weight)
-            if not kept.all():
-                sums, weight, info = sums[kept], weight[kept], info.subset(kept)
             return express(sums, weight), info
 
         if isinstance(self.rows, MemorySums):
             elements: dict[str, Any] = {}
             if shapes_key is not None and make_shapes is not None:
-                info = describe(0, len(keep), None).subset(keep)
+                info = describe(0, n, None)
                 elements[shapes_key] = make_shapes(info.centres_px, index=info.ids)
-            elements[self._key] = make_table(*read(0, len(keep)))
+            elements[self._key] = make_table(*read(0, n))
             return elements
         staged = []
         for store in ("shapes.zarr", "table.zarr"):
             shutil.rmtree(self.rows.folder / store, ignore_errors=True)  # of a run that was killed while it wrote them
         if shapes_key is not None and make_shapes is not None:
-            staged.append(write_shapes(self.rows.folder / "shapes.zarr", shapes_key, describe, keep, make_shapes))
-        staged.append(_write_table(self.rows.folder / "table.zarr", self._key, read, keep, make_table))
+            staged.append(write_shapes(self.rows.folder / "shapes.zarr", shapes_key, describe, n, make_shapes))
+        staged.append(_write_table(self.rows.folder / "table.zarr", self._key, read, n, make_table))
         return {item.name: item for item in staged}
 
     def __enter__(self) -> Self:
@@ -137,14 +124,13 @@ class RegionWriter:
         self.rows.close()
 
 
-def _write_table(path: Path, name: str, read: _Read, keep: NDArray[np.bool_], make: MakeTable) -> Staged:
+def _write_table(path: Path, name: str, read: _Read, n: int, make: MakeTable) -> Staged:
     """Write the table into a new scratch store, chunk by chunk."""
-    first = int(keep.argmax())
     with explain_disk_errors("Writing the table", path.parent):
-        values, info = read(first, first + 1)
+        values, info = read(0, 1)
         (staged,) = write_scratch_store(path, {name: make(values, info)})
-        table = TableArrays(path / "tables" / name, int(keep.sum()), values.x.shape[1])
-        for values, info in _batches(read, keep, table.chunk_rows * _BATCH_CHUNKS):
+        table = TableArrays(path / "tables" / name, n, values.x.shape[1])
+        for values, info in _batches(read, n, table.chunk_rows * _BATCH_CHUNKS):
             table.add_rows(info.ids, {**info.obs, **values.obs, INSTANCE_KEY: info.ids}, info.centres_px)
             table.add_values(values.x, values.layers)
         table.finish()
@@ -152,16 +138,14 @@ def _write_table(path: Path, name: str, read: _Read, keep: NDArray[np.bool_], ma
     return staged
 
 
-def _batches(read: _Read, keep: NDArray[np.bool_], size: int) -> Iterator[tuple[Expressed, RowInfo]]:
+def _batches(read: _Read, n: int, size: int) -> Iterator[tuple[Expressed, RowInfo]]:
     """Read all regions, ``size`` at a time; while a batch is looked at, the next is read."""
     with ThreadPoolExecutor(1) as pool:
         following: Future[tuple[Expressed, RowInfo]] | None = None
-        for start in range(0, len(keep), size):
-            stop = min(start + size, len(keep))
-            if keep[start:stop].any():
-                current, following = following, pool.submit(read, start, stop)
-                if current is not None:
-                    yield current.result()
+        for start in range(0, n, size):
+            current, following = following, pool.submit(read, start, min(start + size, n))
+            if current is not None:
+                yield current.result()
         if following is not None:
             yield following.result()
 

@@ -238,37 +238,34 @@ class _Filler:
 GROUP_ROWS = 2**16
 
 
-def write_shapes(path: Path, name: str, describe: Describe, keep: NDArray[np.bool_], make: MakeShapes) -> Staged:
-    """Write the shapes, all of one size, of the regions in ``keep`` (n,), at least one, into a new scratch store."""
+def write_shapes(path: Path, name: str, describe: Describe, n: int, make: MakeShapes) -> Staged:
+    """Write the shapes, all of one size, of n regions, at least one, into a new scratch store."""
 
     def made(info: RowInfo) -> gpd.GeoDataFrame:
         return make(info.centres_px, index=info.ids)
 
-    first = int(np.argmax(keep))
     with explain_disk_errors("Writing the shapes", path.parent):
-        (staged,) = write_scratch_store(path, {name: made(describe(first, first + 1, None))})
+        (staged,) = write_scratch_store(path, {name: made(describe(0, 1, None))})
         file = path / "shapes" / name / "shapes.parquet"
         schema = pq.read_schema(file)
         geo = json.loads(schema.metadata[b"geo"])
         column = geo["columns"][geo["primary_column"]]
         # of shapes of one size, those whose centres are furthest out make the box around all
         boxes = []
-        for info in _described(describe, keep):
+        for info in _described(describe, n):
             xy = info.centres_px
             boxes.append(made(info.subset(np.unique([*xy.argmin(axis=0), *xy.argmax(axis=0)]))).total_bounds)
         bounds = np.array(boxes)
         column["bbox"] = [*bounds[:, :2].min(axis=0).tolist(), *bounds[:, 2:].max(axis=0).tolist()]
         schema = schema.with_metadata({**schema.metadata, b"geo": json.dumps(geo).encode()})
         with pq.ParquetWriter(file, schema) as writer:
-            for info in _described(describe, keep):
+            for info in _described(describe, n):
                 encoding = "WKB" if column["encoding"] == "WKB" else "geoarrow"  # as spatialdata chose
                 arrow = made(info).to_arrow(index=True, geometry_encoding=encoding, interleaved=False)
                 writer.write_table(pa.table(arrow).rename_columns(schema.names).cast(schema))
     return staged
 
 
-def _described(describe: Describe, keep: NDArray[np.bool_]) -> Iterator[RowInfo]:
-    for start in range(0, len(keep), GROUP_ROWS):
-        kept = keep[start : start + GROUP_ROWS]
-        if kept.any():
-            yield describe(start, start + len(kept), None).subset(kept)
+def _described(describe: Describe, n: int) -> Iterator[RowInfo]:
+    for start in range(0, n, GROUP_ROWS):
+        yield describe(start, min(start + GROUP_ROWS, n), None)

@@ -57,13 +57,14 @@ class RegionSums(ABC):
     def is_done(self, window: Window) -> bool:
         """Whether the window was put, by this run or by the one that it takes up."""
 
-    @abstractmethod
     def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Read sums (m, columns) and weights (m,) of the regions ``start`` … ``stop − 1``, zero where none was put."""
+        """Read sums (m, columns) and weights (m,) of the regions ``start`` … ``stop − 1``; without a weight, NaN."""
+        sums, weight = self._rows(start, stop)
+        sums[weight == 0] = np.nan
+        return sums, weight
 
     @abstractmethod
-    def keep(self) -> NDArray[np.bool_]:
-        """Tell which regions (n,) have any weight: the others hold no pixel of the slide."""
+    def _rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]: ...
 
 
 class MemorySums(RegionSums):
@@ -92,13 +93,9 @@ class MemorySums(RegionSums):
     def is_done(self, window: Window) -> bool:
         return window in self._shared
 
-    def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    def _rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         self._add_shared()
         return self._sums[start:stop], self._weight[start:stop]
-
-    def keep(self) -> NDArray[np.bool_]:
-        self._add_shared()
-        return self._weight > 0
 
     def _add_shared(self) -> None:
         shares = [self._shared[window] for window in sorted(self._shared)]
@@ -169,8 +166,8 @@ class FileSums(RegionSums):
     def is_done(self, window: Window) -> bool:
         return window in self._windows
 
-    def rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        with explain_disk_errors(_READING, self.folder):
+    def _rows(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        with self._partial.used(_READING):
             order = self._sort_shares()
             first, last = np.searchsorted(order, np.array([start, stop], np.uint64) << np.uint64(32))
             row = (order[first:last] >> np.uint64(32)).astype(np.intp) - start
@@ -180,11 +177,6 @@ class FileSums(RegionSums):
             self._read_sums(offset[alone], sums, row[alone])
             self._add_shared(offset[~alone], sums, row[~alone])
         return sums, self._weight[start:stop]
-
-    def keep(self) -> NDArray[np.bool_]:
-        with self._partial.used(_READING):
-            self._sort_shares()
-        return self._weight > 0
 
     def close(self) -> None:
         """Close the file; the sums stay for the next run."""

@@ -47,7 +47,7 @@ class Expressed(NamedTuple):
 Describe = Callable[[int, int, "NDArray[np.float64] | None"], RowInfo]
 """``describe(start, stop, weight)``: the regions ``start`` … ``stop − 1``; weights (m,) are None for shapes."""
 Express = Callable[["NDArray[np.float32]", "NDArray[np.float64]"], Expressed]
-"""``express(sums, weight)``: expression from sums (m, columns) and weights (m,) above 0; may write over the sums."""
+"""``express(sums, weight)``: expression from sums (m, columns) and weights (m,), both of which it may write over."""
 MakeTable = Callable[[Expressed, RowInfo], AnnData]  # `region_table` with all given but the first two
 MakeShapes = Callable[..., gpd.GeoDataFrame]  # an element of shapes with all given but centres and ``index``
 

@@ -96,7 +96,7 @@ def why_poor(record: ModelRecord) -> str:
 
 _MOST_REGIONS = 2**32
 _REGION_BYTES = 24  # row and column of a region while they are listed
-_MASKS = 3  # of the map's size: tissue, and what regions need on it and off it
+_MASKS = 2  # of the map's size: tissue, and what regions need of it
 _TRAINED = 4  # a weight, its gradient, and the optimizer's two means
 _LEAST_BLOCK_PX = 32
 

@@ -242,7 +242,7 @@ class _Scoring:
         total = checked_totals(table.counts, table.var_names, table.what)
         genes = pd.Index(model.genes)
         shared = genes[genes.isin(table.var_names)]
-        keep = (total > 0) & ~np.isnan(predicted).all(axis=1)  # NaN: no pixel of the slide
+        keep = (total > 0) & ~np.isnan(predicted).all(axis=1)  # NaN: no tissue
         if not len(shared) or not keep.any():
             raise DataError(f"{table.what} has {int(keep.sum())} regions with counts and {len(shared)} genes to score.")
         rows, counts = np.flatnonzero(keep), table.counts.take(keep)

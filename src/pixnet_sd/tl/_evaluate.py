@@ -27,7 +27,7 @@ from pixnet_sd.slide.elements import Table, check_instances, obs_column, table_l
 from pixnet_sd.slide.tables import Counts, check_genes, checked_totals, counts_of, genes_of, log_normalise
 
 from ._checks import pixels_of
-from ._regions import placed_regions, region_parts
+from ._regions import ON_TISSUE, placed_regions, region_parts
 
 METRICS = ("MSE", "MAE", "PCC@F", "PCC@S", "PCC@M")
 
@@ -42,7 +42,7 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str, at_measu
 
     Measured counts are normalised as the model's targets were. Regions are matched by the element that both tables
     annotate and by instance id, genes by name; what only one of the tables has takes no part, nor do regions without a
-    single count.
+    single count, or without tissue, which have no prediction.
 
     A model of counts is scored by what it expects to be measured, E[log1p(target_sum y / total)] over negative binomial
     counts y, at the number of counts that each region has: the fewer these are, the lower is the mean of such
@@ -71,7 +71,7 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str, at_measu
     ElementError
         A table is missing, or the tables annotate different elements.
     DataError
-        Counts cannot be used, or the tables have no region with counts, or no gene, in common.
+        Counts cannot be used, or the tables have no region with tissue and counts, or no gene, in common.
     """
     keys: Any = {"table_key": table_key, "predicted_key": predicted_key}
     of_regions = matched_values(sdata, **keys, at_measured_depth=at_measured_depth).moments()
@@ -212,9 +212,15 @@ def matched_values(
     _check_current(sdata, predicted_key, predicted)
     counts = counts_of(measured, link.rows, measured_genes, what)
     total = checked_totals(counts, measured_genes.names, what)
-    keep = (rows >= 0) & (total > 0)
+    is_predicted = (rows >= 0) & _on_tissue(predicted)[rows]
+    if n_off := n_common - int(is_predicted.sum()):
+        logger.info("%d of %d regions in %r lie off tissue and take no part", n_off, n_common, predicted_key)
+    keep = is_predicted & (total > 0)
     if not keep.any():
-        raise DataError(f"{what}: none of the regions that {predicted_key!r} predicts has a count.")
+        raise DataError(
+            f"{what}: {n_common} of its regions are in {predicted_key!r}, of which {n_common - n_off} have tissue and "
+            "with it a prediction, and none of these has a count. Are the regions where the tissue is?"
+        )
     noise, columns = None, predicted.var_names.get_indexer(shared)
     dispersion = Dispersion.read(predicted.var)
     if at_measured_depth and dispersion is not None:
@@ -237,6 +243,12 @@ def _table(sdata: SpatialData, key: str, argument: str) -> Table:
     if key not in tables:
         raise ElementError(f"There is no table {key!r}. Tables: {list(tables)}. Check {argument}=.")
     return tables[key]
+
+
+def _on_tissue(predicted: Table) -> NDArray[np.bool_]:
+    """Tell which rows have a prediction; all, where the table does not say."""
+    is_said = ON_TISSUE in predicted.obs
+    return np.asarray(obs_column(predicted, ON_TISSUE), bool) if is_said else np.ones(predicted.n_obs, bool)
 
 
 def _check_current(sdata: SpatialData, key: str, predicted: Table) -> None:

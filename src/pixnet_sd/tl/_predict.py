@@ -27,7 +27,17 @@ from pixnet_sd._fingerprint import differing_parts, fingerprint
 from pixnet_sd._notes import stored_note, table_uns
 from pixnet_sd._util import logger
 from pixnet_sd.engine import BLOCK_WRITERS, Writer, make_fabric
-from pixnet_sd.engine.predict import Block, Lent, PredictPlan, StoredMap, Tiling, Walk, plan_regions, window_side
+from pixnet_sd.engine.predict import (
+    Block,
+    Lent,
+    PredictPlan,
+    RegionPlan,
+    StoredMap,
+    Tiling,
+    Walk,
+    plan_regions,
+    window_side,
+)
 from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError
 from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, Regions, RegionShare
 from pixnet_sd.model import Factors, Head, PixNet, gene_columns, outputs_of
@@ -157,9 +167,10 @@ def predict(  # noqa: PLR0913
         For ``radius_um=8``; ``_bins_8um`` for ``bin_um=8``.
     ``tables["{key_added}_{shapes_key}"]``
         For `shapes_key`, annotating that element. ``X`` is predicted log-normalised expression, ``var`` has the
-        held-out PCC where known. Regions are predicted from their tissue pixels; one without any, from all of them.
-        With a model of counts also ``layers["expected_counts"]``, which add up over regions, and
-        ``obs["expected_total_counts"]`` over all genes that were measured. ``uns["pixnet_sd"]`` says what is what.
+        held-out PCC where known. With a model of counts also ``layers["expected_counts"]``, which add up over regions,
+        and ``obs["expected_total_counts"]`` over all genes that were measured. Regions are predicted from their tissue
+        pixels, of which ``obs["tissue_area_um2"]`` is the area; without any, all of these are NaN, and
+        ``obs["on_tissue"]`` is False. ``uns["pixnet_sd"]`` says what is what.
     ``attrs``
         Where the results come from, under ``"pixnet_sd"``.
 
@@ -170,8 +181,8 @@ def predict(  # noqa: PLR0913
     ResolutionError
         Micrometres per pixel unknown or absurd.
     DataError
-        Genes that the model does not know, an image that is not RGB uint8 or shows no tissue, or one that was changed
-        while it was read.
+        Genes that the model does not know, regions of which none has tissue, an image that is not RGB uint8 or shows no
+        tissue, or one that was changed while it was read.
     CheckpointError
         No model, a damaged one, or one that is worse than none.
     StoreError
@@ -224,21 +235,17 @@ def predict_regions(
     device: str | torch.device | None = None,
     show_progress_bar: bool = True,
 ) -> NDArray[np.float32]:
-    """Predict regions, working pixels, as ``X`` of the table of `predict`: (n, genes), NaN where no pixel is held."""
+    """Predict regions, working pixels, as ``X`` of the table of `predict`: (n, genes), NaN without tissue."""
     fabric = make_fabric(device)
     tiling = _tiling(model, slide, params or PredictParams(), batch_size, fabric)
     head, side = _head(model, range(len(model.genes))), window_side(tiling.tile_px, None)
-    region_plan = plan_regions(regions, Grid(*slide.map_shape, MAP_STRIDE), _tissue(slide), side)
+    region_plan = _planned(slide, _tissue(slide), regions, side)
     plan = PredictPlan(region_plan, tiling, side, head, pooled=_is_pooled(head, None))
     n, n_genes = len(regions), len(model.genes)
     rows = MemorySums(n, plan.n_columns, n_genes * (1 + len(units_of(model.record).layers)))
     with Walk(model.network, slide.read, plan, plan.visits([], rows.is_done), fabric) as walk:
         _put_away(walk, rows, None, {}, show_progress_bar=show_progress_bar)
-    sums, weight = rows.rows(0, n)
-    keep = weight > 0
-    values = np.full((n, n_genes), np.nan, np.float32)
-    values[keep] = express(model, range(n_genes), plan.n_columns)(sums[keep], weight[keep]).x
-    return values
+    return express(model, range(n_genes), plan.n_columns)(*rows.rows(0, n)).x
 
 
 @dataclass(frozen=True)
@@ -390,6 +397,19 @@ def _is_pooled(head: Head, stored: StoredMap | None) -> bool:
     return head.is_linear and (stored is None or stored.has_features) and head.in_features < head.n_outputs
 
 
+def _planned(slide: Slide, tissue: NDArray[np.bool_], regions: Regions | None, side: int) -> RegionPlan:
+    """Plan regions, None being none, before the network runs; a DataError tells that not one has tissue."""
+    asked = Circles(np.empty((0, 2)), np.empty(0)) if regions is None else regions
+    plan = plan_regions(asked, Grid(*slide.map_shape, MAP_STRIDE), tissue)
+    if len(asked) and not plan.has_tissue(side):
+        raise DataError(
+            f"None of the {len(asked)} regions has tissue, which was found on {tissue.mean():.1%} of image "
+            f"{slide.image_key!r}. Are they of this slide? Check shapes_key= and coordinate_system=; predict without "
+            "regions writes the tissue beside the map."
+        )
+    return plan
+
+
 def _run(
     job: _Job, tiling: Tiling, reused: tuple[str, StoredMap] | None, fabric: Fabric, *, show_progress_bar: bool
 ) -> None:
@@ -398,6 +418,7 @@ def _run(
     stored = None if reused is None else reused[1]
     pooled = _is_pooled(head, stored)
     side = window_side(tiling.tile_px, None if layout is None else layout.block_px * job.factor)
+    region_plan = _planned(job.slide, job.tissue, None if request is None else request.regions, side)
     with Transaction(job.sdata, job.names, overwrite=job.overwrite) as out, ExitStack() as stack:
         blocks, rows = None, None
         if layout is not None:
@@ -425,11 +446,9 @@ def _run(
         writers = [writer for writer in (blocks, rows) if writer is not None]
         n_bytes = sum(writer.missing_bytes for writer in writers)
         out.check_room(n_bytes, _OTHER_FILES + (0 if blocks is None else blocks.missing_files))
-        regions = Circles(np.empty((0, 2)), np.empty(0)) if request is None else request.regions
-        height, width = job.slide.map_shape
-        region_plan = plan_regions(regions, Grid(height, width, MAP_STRIDE), job.tissue, side)
         shown = Factors(head.in_features) if job.write == "factors" else head
         plan = PredictPlan(region_plan, tiling, side, head, shown, pooled, stored)
+        height, width = job.slide.map_shape
         to_write = {}  # native map pixels of each block of the map → the block
         for block in () if blocks is None else blocks.pending:
             row0, row1, col0, col1 = (v * job.factor for v in block)
@@ -443,14 +462,12 @@ def _run(
                 "gene map %r reused for the regions: %d tiles run, %d windows read back",
                 *(reused[0], walk.n_tiles, sum(visit.reuse for visit in visits)),
             )
-            if n_glass := region_plan.on_glass.sum():
-                logger.info("%d regions lie off tissue, where the map is 0: their tiles are run", n_glass)
         check_same_pixels(job.slide, job.pixels)
         elements, notes = _map_results(job, blocks) if blocks is not None else ({}, {})
         if rows is not None and request is not None:
             units = units_of(job.model.record)
             about = job.provenance | {"X": units.x, "layers": units.layers}
-            elements |= _region_results(job, request, rows, region_plan.on_glass, about)
+            elements |= _region_results(job, request, rows, about)
             notes["tables"] = {request.table_key: about | {"identity": job.table_identity}}
         if job.pixels.is_settled:
             notes["content"] = {job.slide.image_key: job.pixels.note()}
@@ -517,9 +534,7 @@ def _map_results(job: _Job, blocks: GeneMapWriter) -> tuple[dict[str, Any], dict
     return elements, {"maps": {job.map_key: job.provenance | about | {"depends_on": job.parts}}}
 
 
-def _region_results(
-    job: _Job, request: RegionRequest, rows: RegionWriter, on_glass: NDArray[np.bool_], about: dict[str, Any]
-) -> dict[str, Any]:
+def _region_results(job: _Job, request: RegionRequest, rows: RegionWriter, about: dict[str, Any]) -> dict[str, Any]:
     """Table, and shapes where they are not there."""
     slide = job.slide
     # what the values depend on and may change later: `evaluate` compares it
@@ -534,7 +549,7 @@ def _region_results(
         uns=table_uns(about | {"depends_on": depends_on}) | {"spatial": spatial},
     )
     return rows.results(
-        partial(request.describe, on_glass),
+        request.describe,
         make_table=make_table,
         express=express(job.model, job.index, rows.n_columns),
         shapes_key=None if request.make_shapes is None else request.element_key,

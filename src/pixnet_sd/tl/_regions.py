@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 _SAMPLE = 5000  # regions whose median area is taken
-COUNTS, TOTAL = "expected_counts", "expected_total_counts"
+COUNTS, TOTAL, ON_TISSUE = "expected_counts", "expected_total_counts", "on_tissue"
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,13 @@ class RegionRequest:
         """Parts of the answer's fingerprint: where the regions are, and what they are called."""
         return region_parts(self.regions, self.ids)
 
-    def describe(
-        self, on_glass: NDArray[np.bool_], start: int, stop: int, weight: NDArray[np.float64] | None
-    ) -> RowInfo:
-        """List ids, centres and areas of some regions; `weight` counts tissue pixels, or all pixels ``on_glass``."""
+    def describe(self, start: int, stop: int, weight: NDArray[np.float64] | None) -> RowInfo:
+        """List ids, centres and areas of some regions; `weight` counts tissue pixels."""
         regions = self.regions.subset(np.arange(start, stop))
         px_um2 = self.slide.working_mpp**2
-        obs = {"area_um2": regions.area * px_um2}
+        obs: dict[str, NDArray[Any]] = {"area_um2": regions.area * px_um2}
         if weight is not None:
-            obs["tissue_area_um2"] = np.where(on_glass[start:stop], 0.0, weight * px_um2)
+            obs |= {"tissue_area_um2": weight * px_um2, ON_TISSUE: weight > 0}
         return RowInfo(self.ids[start:stop], regions.centre_xy * self.slide.working_scale, obs)
 
 
@@ -143,15 +141,13 @@ def _grid_on_tissue(slide: Slide, tissue: NDArray[np.bool_], pitch_um: float, wh
 
 
 def placed_regions(sdata: SpatialData, slide: Slide, shapes_key: str) -> tuple[Regions, pd.Index]:
-    """Read the regions of a shapes or labels element that lie on the slide, working pixels, and their ids."""
+    """Read the regions of a shapes or labels element, working pixels, and their ids; refuse those of another slide."""
     regions, ids = regions_of(
         sdata, shapes_key, coordinate_system=slide.coordinate_system, from_system=slide.working_from_system
     )
     height, width = slide.working_shape
-    keep = check_regions_on_image(regions, width=width, height=height, what=f"Element {shapes_key!r}")
-    if keep.all():
-        return regions, ids
-    return regions.subset(np.flatnonzero(keep)), ids[keep]
+    check_regions_on_image(regions, width=width, height=height, what=f"Element {shapes_key!r}")
+    return regions, ids
 
 
 def region_parts(regions: Regions, ids: pd.Index) -> dict[str, str]:

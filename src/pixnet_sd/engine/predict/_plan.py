@@ -1,9 +1,8 @@
 """What a pass over a slide computes: the windows to walk, their tiles and blocks, and the operators of their regions.
 
 The map is zero off tissue, and a region sums the map (Eq. 5), so glass inside a region adds nothing; a mean divides by
-the tissue pixels. A region that lies on glass altogether was still asked for: it is predicted from all of its pixels,
-and the network has to run there. There may be millions of regions: what is known of each beforehand is a few bytes,
-and operators are made window by window.
+the tissue pixels, and a region without any weighs nothing. There may be millions of regions: operators are made window
+by window.
 """
 
 from __future__ import annotations
@@ -44,32 +43,21 @@ class WindowRegions:
     index: NDArray[np.intp]  # (k,), ascending
     operator: Operator  # tissue not looked at
     complete: NDArray[np.bool_]  # (k,), whether a region's weights all lie in the window
-    on_glass: tuple[NDArray[np.intp] | Tensor, Operator] | None  # places in `index` of regions without tissue
     tissue: NDArray[np.bool_] | Tensor  # mask of the window, flat
 
     def staged(self, *, pin: bool) -> WindowRegions:
         """Convert what `share` needs to torch's form, see `Operator.staged`."""
-        on_glass = self.on_glass
-        if on_glass is not None:
-            on_glass = staged_array(on_glass[0], np.int64, pin=pin), on_glass[1].staged(gradient=False, pin=pin)
         tissue = staged_array(self.tissue, np.bool_, pin=pin)
-        operator = self.operator.staged(gradient=False, pin=pin)
-        return replace(self, operator=operator, on_glass=on_glass, tissue=tissue)
+        return replace(self, operator=self.operator.staged(gradient=False, pin=pin), tissue=tissue)
 
     def moved(self, move: Move) -> WindowRegions:
         """Move every tensor."""
-        on_glass = self.on_glass and (move(torch.as_tensor(self.on_glass[0])), self.on_glass[1].moved(move))
-        tissue = move(torch.as_tensor(self.tissue))
-        return replace(self, operator=self.operator.moved(move), on_glass=on_glass, tissue=tissue)
+        return replace(self, operator=self.operator.moved(move), tissue=move(torch.as_tensor(self.tissue)))
 
     def share(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum map rows (window pixels, C), and count pixels: over tissue, or over everything for regions on glass."""
+        """Sum map rows (window pixels, C) over tissue, and count its pixels."""
         mask = torch.as_tensor(self.tissue, device=values.device)[:, None]
         total = self.operator.apply(torch.cat([values * mask, mask.to(values.dtype)], dim=1))
-        if self.on_glass is not None:
-            place, operator = self.on_glass
-            every = torch.cat([values, torch.ones_like(mask, dtype=values.dtype)], dim=1)
-            total[torch.as_tensor(place, device=total.device)] = operator.apply(every)
         return total[:, :-1], total[:, -1]
 
 
@@ -81,8 +69,6 @@ class RegionPlan:
     grid: Grid
     tissue: NDArray[np.bool_]  # mask on the map grid
     n_px: NDArray[np.float32] | None  # (n,), pixels inside the slide; None: every region is sure to hold one
-    on_glass: NDArray[np.bool_]  # (n,), regions without tissue
-    glass_support: NDArray[np.bool_]  # map pixels off tissue that regions on glass need
     wanted: NDArray[np.bool_]  # map pixels on tissue near which a region was asked for
 
     def window(self, window: Window) -> WindowRegions | None:
@@ -95,14 +81,14 @@ class RegionPlan:
         index = index[meets]
         if not len(index):
             return None
-        glass = np.flatnonzero(self.on_glass[index])
-        on_glass = (glass, self.operator(index[glass], window)) if len(glass) else None
-        return WindowRegions(index, self.operator(index, window), complete, on_glass, _cut(self.tissue, window).ravel())
-
-    def operator(self, index: NDArray[np.intp], window: Window) -> Operator:
-        """Build the operator of some regions on a window."""
         n_px = np.ones(len(index)) if self.n_px is None else self.n_px[index]
-        return build_operator(self.regions.subset(index), self.grid, window=window, n_px=n_px)
+        operator = build_operator(self.regions.subset(index), self.grid, window=window, n_px=n_px)
+        return WindowRegions(index, operator, complete, _cut(self.tissue, window).ravel())
+
+    def has_tissue(self, side: int) -> bool:
+        """Whether any of the regions has tissue, found window by window, up to the first that has."""
+        near = (self.window(window) for window in windows_of(self.grid, side) if _cut(self.wanted, window).any())
+        return any(bool(found.share(torch.zeros(len(found.tissue), 0))[1].any()) for found in near if found is not None)
 
 
 @dataclass(frozen=True)
@@ -153,15 +139,13 @@ class PredictPlan:
         visits = []
         for window in windows_of(self.regions.grid, side):
             to_write = pending.get((window.row0, window.col0), [])
-            glass = _cut(self.regions.glass_support, window)
-            asked = glass | _cut(self.regions.wanted, window)
+            asked = _cut(self.regions.wanted, window)
             regions = is_done is not None and bool(asked.any()) and not is_done(window)
             if not to_write and not regions:
                 continue
             reuse = (
                 self.stored is not None
                 and (self.stored.has_features or not to_write)
-                and not glass.any()  # of which a map knows nothing
                 and window.row1 <= self.stored.shape[0]
                 and window.col1 <= self.stored.shape[1]
             )
@@ -189,20 +173,13 @@ def windows_of(grid: Grid, side: int) -> Iterator[Window]:
             yield Window(row0, min(row0 + side, grid.height), col0, min(col0 + side, grid.width))
 
 
-def plan_regions(regions: Regions, grid: Grid, tissue: NDArray[np.bool_], window_side: int) -> RegionPlan:
-    """Find out what the regions (working pixels) need before the network runs, a window of the map after the other."""
+def plan_regions(regions: Regions, grid: Grid, tissue: NDArray[np.bool_]) -> RegionPlan:
+    """Find out where on the map the regions (working pixels) need the network, from their boxes."""
     diameter = (regions.pitch if regions.radius is None else 2 * regions.radius) if isinstance(regions, Lattice) else 0
     n_px = None
     if diameter < _SURE_PX:
         n_px = count_pixels(regions, grid.height * grid.stride, grid.width * grid.stride).astype(np.float32)
-    near, on_glass, mixed = _look_at_boxes(regions, grid, tissue)
-    plan = RegionPlan(regions, grid, tissue, n_px, on_glass, np.zeros_like(tissue), near & tissue)
-    on_glass[mixed] = _without_tissue(plan, mixed, window_side)
-    support = _Covered(grid)
-    for _, chunk in chunks(regions.subset(np.flatnonzero(on_glass))):
-        support.add(chunk)
-    np.logical_and(support.mask(), ~tissue, out=plan.glass_support)
-    return plan
+    return RegionPlan(regions, grid, tissue, n_px, _near(regions, grid) & tissue)
 
 
 def _cut(array: NDArray[np.bool_], window: Window) -> NDArray[np.bool_]:
@@ -218,61 +195,23 @@ def _touching(regions: Regions, grid: Grid, window: Window) -> NDArray[np.intp]:
 
 def _map_box(bounds: NDArray[np.float64], grid: Grid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First and last map pixel (x, y) on which a box can have weight; off the slide the last is before the first."""
-    last = np.array([grid.width - 1, grid.height - 1])
+    size = np.array([grid.width, grid.height])
     bounds = np.nan_to_num(bounds, nan=-1e6)  # labels that are nowhere
-    low = np.floor(bounds[:, :2] / grid.stride - 0.5).astype(np.int64)
-    high = np.floor(bounds[:, 2:] / grid.stride - 0.5).astype(np.int64) + 1
-    off = ((high < 0) | (low > last)).any(axis=1)
-    low, high = np.clip(low, 0, last), np.clip(high, 0, last)
+    off = ((bounds[:, 2:] <= 0) | (bounds[:, :2] >= size * grid.stride)).any(axis=1)
+    corners = bounds[:, :2] / grid.stride - 0.5, bounds[:, 2:] / grid.stride + 0.5
+    low, high = (np.clip(np.floor(corner), 0, size - 1).astype(np.int64) for corner in corners)
     high[off] = low[off] - 1
     return low, high
 
 
-class _Covered:
+def _near(regions: Regions, grid: Grid) -> NDArray[np.bool_]:
     """Map pixels on which any of many regions can have weight, from the corners of their boxes."""
-
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-        self._corners = np.zeros((grid.height + 1, grid.width + 1), np.int32)
-
-    def add(self, regions: Regions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Cover the regions' boxes; returns their first map pixel (x, y) and the one after their last, each (2, k)."""
-        low, high = _map_box(regions.bounds, self.grid)
+    corners = np.zeros((grid.height + 1, grid.width + 1), np.int32)
+    flat, width = corners.reshape(-1), corners.shape[1]  # `add.at` is fast in one dimension only
+    for _, chunk in chunks(regions):
+        low, high = _map_box(chunk.bounds, grid)
         (x0, y0), (x1, y1) = low.T, high.T + 1
-        flat, width = self._corners.reshape(-1), self._corners.shape[1]  # `add.at` is fast in one dimension only
         for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
             np.add.at(flat, y * width + x, np.int32(sign))
-        return low.T, high.T + 1
-
-    def mask(self) -> NDArray[np.bool_]:
-        """Shape (height, width)."""
-        inside = self._corners.cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)
-        return np.asarray(inside[:-1, :-1] > 0)
-
-
-def _look_at_boxes(
-    regions: Regions, grid: Grid, tissue: NDArray[np.bool_]
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.intp]]:
-    """By boxes only: map pixels near regions, regions whose box has no tissue, and those whose box has some glass."""
-    near = _Covered(grid)
-    before = np.pad(tissue.cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32), ((1, 0), (1, 0)))
-    on_glass, mixed = np.zeros(len(regions), bool), [np.empty(0, np.intp)]
-    for place, chunk in chunks(regions):
-        (x0, y0), (x1, y1) = near.add(chunk)
-        n_tissue = before[y1, x1] - before[y0, x1] - before[y1, x0] + before[y0, x0]
-        on_glass[place] = n_tissue == 0
-        mixed.append(np.flatnonzero((n_tissue > 0) & (n_tissue < (x1 - x0) * (y1 - y0))) + place.start)
-    return near.mask(), on_glass, np.concatenate(mixed)
-
-
-def _without_tissue(plan: RegionPlan, chosen: NDArray[np.intp], window_side: int) -> NDArray[np.bool_]:
-    """Find out exactly which of the chosen regions have no weight on tissue."""
-    weight = np.zeros((len(chosen), 2))
-    regions = plan.regions.subset(chosen)
-    for window in windows_of(plan.grid, window_side) if len(chosen) else ():
-        index = _touching(regions, plan.grid, window)
-        if len(index):
-            mask = torch.from_numpy(_cut(plan.tissue, window).ravel()).float()
-            columns = torch.stack([mask, torch.ones_like(mask)], dim=1)
-            weight[index] += plan.operator(chosen[index], window).apply(columns).numpy()
-    return np.asarray(weight[:, 0] <= 1e-6 * np.maximum(weight[:, 1], 1))
+    inside = corners.cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)
+    return np.asarray(inside[:-1, :-1] > 0)
