@@ -68,6 +68,7 @@ WRONG_VALUES: list[tuple[list[Any], str]] = [
     (NO_SIZE, "working_mpp lr target_sum radius_um spacing_um bin_um map_um pitch_um dpi"),
     ([*NO_NUMBER, -1, -1e-300], "weight_decay pcc_weight mse_weight"),
     ([*NO_SIZE, 1.1], "alpha"),
+    ([*NO_SIZE, 0.4, 1.0, 90], "interval"),
     ([*NO_NUMBER, -0.1, 1.1], "stain_jitter"),
     ([*ODD[:2], 5, "a", [], ["a"], True, {1: 2}, b"a"], "model_params train_params predict_params fit_params"),
     ([*NO_SIZE, 99, 1e9, 1e300], "size_um"),

@@ -11,6 +11,7 @@ from scipy import sparse, stats
 from spatialdata.models import ShapesModel, TableModel
 
 from pixnet_sd.errors import DataError, ElementError
+from pixnet_sd.model.noise import coverage
 from pixnet_sd.tl import evaluate, matched_values
 
 GENES = ["A", "B", "C", "D", "E"]
@@ -88,6 +89,9 @@ def test_a_model_of_counts_is_scored_by_what_it_expects_at_the_measured_depth(sd
     measured = counts[ids[order] - 100][:, [GENES.index(name) for name in names]]
     error = expected - np.log1p(1000 * measured / total)
     np.testing.assert_allclose(found.loc[names, "mse"], (error**2).mean(axis=0), rtol=2e-3)
+    inside = coverage(measured.astype(float), mean, own).mean(axis=0)
+    np.testing.assert_allclose(found.loc[names, "coverage"], inside, rtol=1e-6)
+    assert found.attrs["coverage"] == pytest.approx(inside.mean())
     plain = evaluate(sdata, table_key="counts", predicted_key="predicted", at_measured_depth=False)
     pd.testing.assert_frame_equal(plain, as_it_is)
 

@@ -12,6 +12,7 @@ import spatialdata as sd
 import squidpy as sq
 import torch
 from anndata import AnnData
+from scipy import stats
 from spatialdata.models import Labels2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
 from tests.tl.conftest import BINS, FULL, TABLE, content, in_memory, map_values
@@ -220,6 +221,25 @@ def test_counts(counted, predict):
     genes = list(table.var_names[[4, 1]])
     predict(counted, shapes_key=BINS, write=None, genes=genes, key_added="two")
     np.testing.assert_allclose(counted.tables[f"two_{BINS}"].X, table[:, genes].X, rtol=1e-5)
+
+
+def test_intervals_are_of_counts_at_the_expected_depth(counted, predict):
+    """Whole counts, in the units of X, of which a share lies below the upper end and not below the lower one."""
+    predict(counted, shapes_key=BINS, write=None, interval=0.8)
+    table = counted.tables[f"pixnet_{BINS}"]
+    total = table.obs["expected_total_counts"].to_numpy(float)[:, None]
+    low, high = (np.expm1(table.layers[name].astype(float)) * total / 1e4 for name in ("lower", "upper"))
+    np.testing.assert_allclose(low, np.rint(low), atol=1e-2)
+    (alpha,) = (table.var[name].to_numpy() for name in table.var if name.startswith("dispersion_"))
+    of = stats.nbinom(1 / alpha, 1 / (1 + alpha * table.layers["expected_counts"].astype(float)))
+    for found, probability in ((low, 0.1), (high, 0.9)):
+        np.testing.assert_allclose(found, of.ppf(probability), rtol=0.02, atol=1.01)
+    assert (high > low).any()
+    assert set(table.uns["pixnet_sd"]["layers"]) == {"expected_counts", "lower", "upper"}
+    predict(counted, shapes_key=BINS, write=None, interval=None, overwrite=True)
+    again = counted.tables[f"pixnet_{BINS}"]
+    assert set(again.layers) == {"expected_counts"}
+    np.testing.assert_array_equal(again.X, table.X)
 
 
 class TestReuse:

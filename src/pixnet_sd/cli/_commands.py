@@ -110,6 +110,7 @@ _ALL = (
             "Output": (
                 Flag("write", Literal["map", "factors"] | None, "map of all genes, or factors that make them", "map"),
                 Flag("map_um", float | None, "pixel size of the map, a multiple of its own"),
+                Flag("interval", float | None, "share of what is measured between lower and upper end", 0.9),
                 Flag("key_added", str, "first part of all names", "pixnet"),
                 Flag("overwrite", bool, "replace results of the same names", False),
                 _BAR,

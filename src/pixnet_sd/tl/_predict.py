@@ -74,7 +74,7 @@ from pixnet_sd.store.gene_map import (
 )
 
 from ._checks import check_batch, check_working_size, map_factor, map_parts, pixels_of, slide_note, why_poor
-from ._regions import RegionRequest, check_together, express, request_regions, units_of
+from ._regions import RegionRequest, Units, check_together, express, request_regions, units_of
 
 _TILE_PX = 1024
 _BATCH_SIZE = {"cuda": 4}
@@ -95,6 +95,7 @@ def predict(  # noqa: PLR0913
     genes: Sequence[str] | None = None,
     write: Literal["map", "factors"] | None = "map",
     map_um: float | None = None,
+    interval: float | None = 0.9,
     image_key: str | None = None,
     coordinate_system: str | None = None,
     mpp: float | Literal["coordinate_system"] | None = None,
@@ -136,6 +137,9 @@ def predict(  # noqa: PLR0913
         (:func:`~pixnet_sd.get.gene_map` makes genes of either); None predicts regions only.
     map_um
         Pixel size of the map, a whole multiple of the native one (4 times the model's working µm per pixel).
+    interval
+        Share of what is measured that lies between the layers ``"lower"`` and ``"upper"`` of a table; None: without
+        them. Only with a model of counts.
     image_key, coordinate_system, mpp
         As in :func:`fit`.
     device
@@ -213,7 +217,9 @@ def predict(  # noqa: PLR0913
     request = request_regions(sdata, slide, tissue, key_added=key_added, **asked)
     pixels = pixels_of(sdata, slide)
     parts = map_parts(trained, slide, pixels, tissue, n_symmetries=params.n_symmetries, tile_px=tiling.tile_px)
-    job = _Job(sdata, trained, slide, pixels, tissue, request, names, factor, parts, key_added, write, overwrite)
+    job = _Job(
+        sdata, trained, slide, pixels, tissue, request, names, factor, parts, key_added, write, interval, overwrite
+    )
     attach_written(sdata, job.names)
     stored = _stored_maps(job)
     to_do = job.without_results(stored)
@@ -263,12 +269,18 @@ class _Job:
     parts: dict[str, Any]  # what the map's values depend on, besides its genes
     key_added: str
     write: Literal["map", "factors"] | None
+    interval: float | None
     overwrite: bool
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash over model, image, resolution, tissue and averaging."""
         return fingerprint(self.parts)
+
+    @property
+    def units(self) -> Units:
+        """What the numbers are."""
+        return units_of(self.model.record, self.interval)
 
     @property
     def index(self) -> list[int]:
@@ -325,7 +337,8 @@ class _Job:
     def table_identity(self) -> str:
         if self.request is None:
             return ""
-        return self.identity(diameter_um=self.request.diameter_um, genes=self.genes, **self.request.parts)
+        about = {"diameter_um": self.request.diameter_um, "genes": self.genes, "interval": self.interval}
+        return self.identity(**about, **self.request.parts)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -439,7 +452,7 @@ def _run(
                 n_regions=len(request.regions),
                 genes=job.genes,
                 n_columns=head.in_features if pooled else head.n_outputs,
-                n_layers=len(units_of(job.model.record).layers),
+                n_layers=len(job.units.layers),
                 fingerprint=fingerprint({"map": job.fingerprint, "window": side, **request.parts}),
             )
             stack.enter_context(rows)
@@ -465,7 +478,7 @@ def _run(
         check_same_pixels(job.slide, job.pixels)
         elements, notes = _map_results(job, blocks) if blocks is not None else ({}, {})
         if rows is not None and request is not None:
-            units = units_of(job.model.record)
+            units = job.units
             about = job.provenance | {"X": units.x, "layers": units.layers}
             elements |= _region_results(job, request, rows, about)
             notes["tables"] = {request.table_key: about | {"identity": job.table_identity}}
@@ -520,7 +533,7 @@ def _announce(walk: Walk, n_bytes: int, writers: Sequence[GeneMapWriter | Region
 
 def _map_results(job: _Job, blocks: GeneMapWriter) -> tuple[dict[str, Any], dict[str, Any]]:
     """Elements of the map, and what is noted of it."""
-    units, model, slide = units_of(job.model.record).map, job.model, job.slide
+    units, model, slide = job.units.map, job.model, job.slide
     transforms = image_transforms(job.sdata, slide.image_key)
     elements: dict[str, Any] = {job.map_key: blocks.element()}
     elements[f"{job.map_key}_tissue"] = tissue_labels(job.tissue, MAP_STRIDE * slide.working_scale, transforms)
@@ -551,7 +564,7 @@ def _region_results(job: _Job, request: RegionRequest, rows: RegionWriter, about
     return rows.results(
         request.describe,
         make_table=make_table,
-        express=express(job.model, job.index, rows.n_columns),
+        express=express(job.model, job.index, rows.n_columns, job.interval),
         shapes_key=None if request.make_shapes is None else request.element_key,
         make_shapes=request.make_shapes,
     )

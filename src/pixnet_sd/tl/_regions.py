@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _SAMPLE = 5000  # regions whose median area is taken
 COUNTS, TOTAL, ON_TISSUE = "expected_counts", "expected_total_counts", "on_tissue"
+LOWER, UPPER = "lower", "upper"
 
 
 @dataclass(frozen=True)
@@ -163,22 +164,31 @@ class Units(NamedTuple):
     layers: dict[str, str]
 
 
-def units_of(record: ModelRecord) -> Units:
-    """Say in which units a model predicts."""
+def units_of(record: ModelRecord, interval: float | None = None) -> Units:
+    """Say in which units a model predicts, with what share of measurements between the layers of an interval."""
     logs = "log1p({:g} * {} / sum), natural logarithm, the sum over all genes measured"
     if record.objective == "mse_pcc":
         pooled = "sum over a region's pixels of" if record.aggregation == "sum" else "mean over a region's pixels of"
         measured = logs.format(record.target_sum, "counts")
         return Units(measured, f"{pooled} {measured}", {})
     counts = "expected counts in a region, at the mean depth of the training slides; they add up over regions"
-    return Units("counts per µm²", logs.format(record.target_sum, COUNTS), {COUNTS: counts})
+    layers, x = {COUNTS: counts}, logs.format(record.target_sum, COUNTS)
+    if interval is not None:
+        known = "held-out" if record.training.get("scored_on") == "held_out" else "training"
+        within = f"{interval:g} of what is measured, at {TOTAL}, by the scatter of {known} regions; as X"
+        layers |= {LOWER: f"lower end of the middle {within}", UPPER: f"upper end of the middle {within}"}
+    return Units("counts per µm²", x, layers)
 
 
-def express(model: PixNet, index: Sequence[int], n_columns: int) -> Express:
-    """Choose how sums over regions, a column a gene (of counts one more for all) or a channel of D, become values."""
+def express(model: PixNet, index: Sequence[int], n_columns: int, interval: float | None = None) -> Express:
+    """Choose how sums over regions, a column a gene (of counts one more for all) or a channel of D, become values.
+
+    Those of counts get the ends of an interval that holds a share of what is measured.
+    """
     import torch  # plots look for regions, and load none
 
-    from pixnet_sd.model import apply_head, log_normalised
+    from pixnet_sd.model import apply_head, dispersion_of, log_normalised
+    from pixnet_sd.model.noise import quantile
 
     record, head = model.record, model.network.head
     if record.objective == "mse_pcc" and n_columns == len(index):
@@ -190,11 +200,20 @@ def express(model: PixNet, index: Sequence[int], n_columns: int) -> Express:
         n_px_column = torch.from_numpy(n_px).float()[:, None]
         return Expressed(apply_head(torch.from_numpy(pooled), n_px_column, weight, bias, record.aggregation).numpy())
 
-    def of_densities(sums: NDArray[np.float32], _n_px: NDArray[np.float64]) -> Expressed:
+    dispersion, area_um2 = dispersion_of(model), record.working_mpp**2
+
+    def of_densities(sums: NDArray[np.float32], n_px: NDArray[np.float64]) -> Expressed:
         """From sums of densities per µm² over pixels, the last column that of all genes."""
-        expected = sums * np.float32(record.working_mpp**2)
+        expected = sums * np.float32(area_um2)
         counts, total = np.ascontiguousarray(expected[:, :-1]), expected[:, -1:]
-        x = log_normalised(torch.from_numpy(counts), torch.from_numpy(total), record.target_sum).numpy()
-        return Expressed(x, {COUNTS: counts}, {TOTAL: total[:, 0]})
+
+        def logs(values: NDArray[np.float32]) -> NDArray[np.float32]:
+            return log_normalised(torch.from_numpy(values), torch.from_numpy(total), record.target_sum).numpy()
+
+        layers = {COUNTS: counts}
+        if interval is not None and dispersion is not None:
+            scatter, ends = dispersion.of(np.array(index)).at(n_px * area_um2), (1 + np.array([-1, 1]) * interval) / 2
+            layers |= {name: logs(quantile(counts, scatter, p)) for name, p in zip((LOWER, UPPER), ends, strict=True)}
+        return Expressed(logs(counts), layers, {TOTAL: total[:, 0]})
 
     return of_features if record.objective == "mse_pcc" else of_densities

@@ -88,14 +88,15 @@ def set_dispersion(network: Network, features: FeatureMaps, held_out: Sequence[T
     most = min(_MOST_REGIONS, max(_MOST_VALUES // network.head.n_outputs, 1))
     found: dict[tuple[int, int], list[NDArray[np.float64]]] = {}
     blocks: dict[int, slice] = {}
-    for slide, size, outputs, expected, measured, _ in _compared(network, features, held_out, _MOST_BATCHES):
+    for slide, size, outputs, mean, counts, _ in _compared(network, features, held_out, _MOST_BATCHES):
         number = features.run.size_number(slide.measured[size].size_name)
-        if number is not None and len(expected):
-            picked = np.unique(np.linspace(0, len(expected) - 1, most).astype(np.intp))
-            both = torch.stack([measured, expected])[:, picked].double().cpu().numpy()
-            found.setdefault((number, outputs.start), []).append(both)
+        if number is not None and len(counts):
+            picked = np.unique(np.linspace(0, len(counts) - 1, most).astype(np.intp))
+            both = torch.stack([counts, mean])[:, picked].double()
+            found.setdefault((number, outputs.start), []).append(both.cpu().numpy())
             blocks[outputs.start] = outputs
     for (number, start), parts in found.items():
         learnt = network.log_dispersion[number, blocks[start]]
-        values = calibrated_dispersion(*np.concatenate(parts, axis=1), learnt.exp().double().cpu().numpy())
+        measured, expected = np.concatenate(parts, axis=1)
+        values = calibrated_dispersion(measured, expected, learnt.exp().double().cpu().numpy())
         learnt.copy_(torch.from_numpy(np.log(values)).to(learnt))

@@ -10,6 +10,7 @@ probability integral transform).
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,14 +64,15 @@ def calibrated_dispersion(counts: Float, mean: Float, start: Float, level: float
     return np.clip(found, _LEAST, _MOST)
 
 
-def quantile(mean: Float, dispersion: Float, probability: float) -> Float:
-    """Compute which count is not exceeded with a probability, a whole number; shapes broadcast."""
-    mean, dispersion = np.broadcast_arrays(mean, dispersion)
+def quantile(mean: NDArray[Any], dispersion: Float, probability: float) -> NDArray[Any]:
+    """Compute which count is not exceeded with a probability, whole numbers of the dtype of the means; NaN of NaN."""
+    known, dispersion = np.broadcast_arrays(np.nan_to_num(mean), np.nan_to_num(dispersion))
     place = [
         (np.log10(np.maximum(values, 10.0 ** nodes[0])) - nodes[0]) / (nodes[1] - nodes[0])
-        for values, nodes in ((mean, _MEANS), (dispersion, _DISPERSIONS))
+        for values, nodes in ((known, _MEANS), (dispersion, _DISPERSIONS))
     ]
-    return np.rint(np.exp(ndimage.map_coordinates(_log_quantiles(probability), place, order=1, mode="nearest")))
+    logs = ndimage.map_coordinates(_log_quantiles(probability), place, order=1, mode="nearest")
+    return np.where(np.isnan(mean), np.nan, np.rint(np.exp(logs))).astype(mean.dtype)
 
 
 @lru_cache(maxsize=8)
