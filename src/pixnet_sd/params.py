@@ -14,9 +14,6 @@ from pixnet_sd.errors import PixNetError
 Aggregation = Literal["mean", "sum"]
 ObjectiveName = Literal["nb_pcc", "mse_pcc"]
 
-PCC_WEIGHTS: dict[ObjectiveName, float] = {"nb_pcc": 1.0, "mse_pcc": 2.0}
-"""Weights of the correlation loss that are used where none is given."""
-
 
 class _Params:
     """Check fields when they are set, and read a group from what a verb was given."""
@@ -103,9 +100,8 @@ class TrainParams(_Params):
     anneal
         The rate follows one cycle and falls to zero (True), which suits a run of known length, or is constant (False).
         None: one cycle when nothing is held out.
-    pcc_weight, mse_weight
-        Weights of the correlation loss, λ of Eq. 6, and of the squared error beside a likelihood. None: 1 of the former
-        with ``objective="nb_pcc"``; 2 with ``"mse_pcc"``, the best over left-out sections (`benchmarks/her2st.py`).
+    pcc_weight
+        Weight of the correlation loss, λ of Eq. 6.
     max_steps
         Most steps of the optimizer, each on `batch_size` tiles; None: as many as `max_epochs` takes. On a large slide,
         where a pass over all tiles is long, this bounds the time.
@@ -127,8 +123,7 @@ class TrainParams(_Params):
     weight_decay: float = field(default=1e-4, metadata={"help": "of the optimizer"})
     optimizer: Literal["adamw", "adam"] = field(default="adamw", metadata={"help": "optimizer"})
     anneal: bool | None = field(default=None, metadata={"help": "one cycle of the learning rate"})
-    pcc_weight: float | None = field(default=None, metadata={"help": "λ of Eq. 6"})
-    mse_weight: float = field(default=0.5, metadata={"help": "of the squared error, beside a likelihood"})
+    pcc_weight: float = field(default=2.0, metadata={"help": "λ of Eq. 6"})
     max_steps: int | None = field(default=None, metadata={"help": "most steps of the optimizer"})
     patience: int | None = field(default=30, metadata={"help": "epochs without a better held-out PCC before it stops"})
     keep_best: bool = field(default=True, metadata={"help": "end with the best epoch on held-out regions"})

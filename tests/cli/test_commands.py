@@ -69,7 +69,8 @@ def test_paper(slide, tiny, tmp_path):
     options = ["--paper", "--lr=1e-3", "--no-record-model", f"--checkpoint-dir={folder}"]
     assert printed("fit", f"x={slide}", *tiny, *options) == ""
     record = ps.PixNet.load(folder).record
-    assert (record.aggregation, record.training["optimizer"], record.training["lr"]) == ("sum", "adam", 1e-3)
+    assert (record.objective, record.aggregation) == ("mse_pcc", "sum")
+    assert (record.training["optimizer"], record.training["lr"]) == ("adam", 1e-3)
     assert list(record.slides) == ["x"]
 
 
@@ -112,7 +113,7 @@ def test_info_of_a_store(slide, predicted):
         f"model: {slide.with_name('model')}",
         "slide image: 'sample_full_image' in coordinate system 'sample'",
         f"resolution: 1 µm per pixel, from the lattice pitch of the 8 µm bins '{BINS}'; 0.20 x 0.20 mm",
-        "gene map of this model: 50 x 50 px of 4 µm, 6 channels",
+        "gene map of this model: 50 x 50 px of 4 µm, 7 channels",
     }
     assert expected - set(printed("info", slide).splitlines()) == set()
 
@@ -123,7 +124,7 @@ def test_info_of_a_checkpoint(slide, fitted):
     expected = {
         f"{model}: pixnet_sd checkpoint",
         f"  genes: 6: {', '.join(record.genes)}",
-        "  objective: mse_pcc, aggregation: mean, target_sum: 10000",
+        "  objective: nb_pcc, aggregation: sum, target_sum: 10000",
         "  encoder: test_resnet, random weights",
         "  training slides: 1",
     }
@@ -140,4 +141,4 @@ def test_info_of_a_slide_without_a_resolution(tmp_path):
     assert "\nslide image: cannot be told." in out
     out = printed("info", tmp_path / "he.zarr", "--mpp=0.5")
     assert "resolution: 0.5 µm per pixel, from the argument mpp" in out
-    assert "gene map of a model with the defaults of fit: 16 x 16 px of 2 µm, 250 channels" in out
+    assert "gene map of a model with the defaults of fit: 16 x 16 px of 2 µm, 251 channels" in out

@@ -30,7 +30,7 @@ def legend(ax: plt.Axes) -> list[str]:
 
 
 def draw(slides: Any, **options: Any) -> np.ndarray:
-    options = {"train_params": {"tile_px": 64}, "model_params": {"working_mpp": 1.0}} | options
+    options = {"train_params": {"tile_px": 64}, "model_params": {"working_mpp": 1.0}, "objective": "mse_pcc"} | options
     return ps.pl.training_regions(slides, **options, show=False)
 
 
@@ -40,8 +40,9 @@ def test_tiles_and_regions_are_those_of_fit() -> None:
     counts.data[: counts.indptr[3]] = 0  # regions without counts are left out
     arguments = {"validation": 0.3, "train_params": {"tile_px": 64}}
     tiles, regions = draw(sdata, **arguments)[0]
+    small = {**SMALL, "model_params": NETWORK, "objective": "mse_pcc"}
     with pytest.warns(UserWarning, match="square_016um") as warned:
-        model = ps.tl.fit(sdata, **arguments, **SMALL, model_params=NETWORK, record_model=False)
+        model = ps.tl.fit(sdata, **arguments, **small, record_model=False)
     # of the first caller outside the package
     assert {w.filename for w in warned if "square_016um" in str(w.message)} == {__file__}
     trained, held_out = (model.record.slides["slide"][f"{use}_regions"] for use in ("training", "held_out"))

@@ -20,6 +20,7 @@ from pixnet_sd.model import Network
 
 FULL, BINS, TABLE = "sample_full_image", "sample_square_008um", "square_008um"
 FAST: dict[str, Any] = {
+    "objective": "mse_pcc",  # with its linear head, as what is kept and read back is checked to the last digit
     "encoder": "test_resnet",
     "encoder_weights": None,
     "decoder_width": 16,
@@ -88,7 +89,7 @@ def _drawn(tmp_path_factory) -> Path:
 def _trained(drawn: Path, folder: Path, **options: Any) -> tuple[Path, Path]:
     """The slide after `fit`, and the checkpoint."""
     sdata = sd.read_zarr(shutil.copytree(drawn, folder / "slide.zarr"))
-    ps.tl.fit(sdata, checkpoint_dir=folder / "model", **options, **grouped(FIT, **FAST))
+    ps.tl.fit(sdata, checkpoint_dir=folder / "model", **(grouped(FIT, **FAST) | options))
     return folder / "slide.zarr", folder / "model"
 
 

@@ -111,6 +111,7 @@ def test_depth_of_slides_is_relative(pair, run_of):
 def test_the_papers_parameters(slide, tmp_path):
     network = ps.ModelParams.paper(encoder="test_resnet", encoder_weights=None, decoder_width=16, working_mpp=1.0)
     options = {"model_params": network, "train_params": ps.TrainParams.paper(tile_px=128), "device": "cpu"}
+    options["objective"] = "mse_pcc"
     record = ps.tl.fit(slide, checkpoint_dir=tmp_path / "model", genes=6, max_epochs=1, **options).record
     said = [record.training[name] for name in ("optimizer", "anneal", "patience", "pcc_weight", "keep_best")]
     assert said == ["adam", False, None, 0.5, False]
@@ -123,7 +124,6 @@ def test_counts(slide, fit, tmp_path):
     model = fit(slide, checkpoint_dir=tmp_path / "model", objective="nb_pcc", genes="all", max_epochs=1, lr=1e-5)
     assert set(model.genes) == set(table.var_names[np.asarray(table.X.sum(axis=0)).ravel() >= 10])
     assert (model.record.objective, model.record.aggregation) == ("nb_pcc", "sum")
-    assert model.record.training["pcc_weight"] == 1.0  # what was used, where none was given
     assert model.record.outputs == [*model.genes, "total_counts"]
     found = PixNet.load(tmp_path / "model").network
     with torch.inference_mode():

@@ -62,7 +62,7 @@ _DRAWING = ("sample", "sample_truth", "sample_truth_bins", "write_visium", "writ
 _FIELDS = r.mapping("a dictionary of its fields")  # the group checks them itself
 _GROUPS = (("ModelParams", "model_params"), ("TrainParams", "train_params"), ("PredictParams", "predict_params"))
 _CARD = ("repo_id", "license", "license_name", "license_link", "datasets", "language")
-_ONE_TABLE = "evaluate.table_key evaluation.table_key gene_map.table_key"
+_ONE_TABLE = "evaluate.table_key evaluation.table_key gene_map.table_key reliability.table_key"
 _FLAGS = (
     "allow_any_mpp allow_poor_model anneal at_measured_depth cells compile create_pr force_download freeze_encoder "
     "keep_best library_size local_files_only overwrite private push_to_hub record_model return_fig scalebar "
@@ -85,7 +85,7 @@ _TABLE: list[tuple[r.Rule, str]] = [
     *((r.either(r.instance(f"pixnet_sd.params.{group}", f"a {group}"), _FIELDS), name) for group, name in _GROUPS),
     (r.raising(CheckpointError, _MODEL), "model"),
     (r.number("a positive number", lambda x: x > 0), "lr target_sum"),
-    (r.number("a number from 0 on", lambda x: x >= 0), "pcc_weight mse_weight weight_decay"),
+    (r.number("a number from 0 on", lambda x: x >= 0), "pcc_weight weight_decay"),
     (r.number("a number from 0 to 1", lambda x: 0 <= x <= 1), "stain_jitter"),
     (r.text("the name of a timm model", empty=False), "encoder"),
     (r.path("'imagenet' or the path of a file"), "encoder_weights"),

@@ -45,7 +45,7 @@ _TRAINING = {
     ),
     "Model": (
         _PAPER,
-        Flag("objective", ObjectiveName, "loss, on log-normalised expression or on counts", "mse_pcc"),
+        Flag("objective", ObjectiveName, "loss, on counts or on log-normalised expression", "nb_pcc"),
         *_fields(ModelParams),
     ),
     "Training": (

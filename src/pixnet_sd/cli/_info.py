@@ -153,14 +153,14 @@ def _elements(sdata: SpatialData) -> list[str]:
 def _prediction(slide: Slide, folder: str | None) -> list[str]:
     """Describe a gene map, at most: as if all of the slide were tissue, before compression."""
     from pixnet_sd.geometry import MAP_STRIDE
+    from pixnet_sd.model import outputs_of, read_record
     from pixnet_sd.store import size_text
     from pixnet_sd.store.gene_map import map_layout
 
-    n_outputs, working_mpp = COMMANDS["fit"].flags["genes"].default, ModelParams().working_mpp
+    genes, objective = (COMMANDS["fit"].flags[name].default for name in ("genes", "objective"))
+    n_outputs, working_mpp = len(outputs_of([""] * genes, objective)), ModelParams().working_mpp
     whose = "a model with the defaults of fit"
     if folder and (Path(folder) / "config.json").is_file():
-        from pixnet_sd.model import read_record
-
         record = read_record(Path(folder))
         n_outputs, working_mpp, whose = len(record.outputs), record.working_mpp, "this model"
     height_mm, width_mm = (size * slide.mpp / 1000 for size in (slide.height_px, slide.width_px))

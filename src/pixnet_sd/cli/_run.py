@@ -142,7 +142,7 @@ def _converted(folder: Path, store: str | None) -> Path:
 
 def _arguments(call: Call, **groups: Any) -> dict[str, Any]:
     """Arguments of a verb: options that are fields of a group of parameters go into it."""
-    arguments = dict(call.options)
+    arguments = ({"objective": "mse_pcc"} if call.own.get("paper") else {}) | call.options
     for key, group in groups.items():
         given = {f.name: arguments.pop(f.name) for f in fields(group) if f.name in arguments}
         arguments[key] = group.paper(**given) if call.own.get("paper") else group(**given)

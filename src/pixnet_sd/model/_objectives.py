@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pixnet_sd.params import PCC_WEIGHTS, ObjectiveName
+from pixnet_sd.params import ObjectiveName
 
 from ._operators import Operator
 from .noise import expected_log_normalised
@@ -131,26 +131,24 @@ class MsePcc(Objective):
 
 @dataclass(frozen=True)
 class NbPcc(Objective):
-    """Likelihood of raw counts whose means are sums of a density + correlation loss + squared error of what they imply.
+    """Likelihood of raw counts, sums of a density + `pcc_weight` times the correlation loss of what these imply.
 
     **Likelihood.** Counts are negative binomial (variance μ + α μ²; Hilbe, Negative Binomial Regression, 2011, section
     8). A gene's mean is its density summed over the region times the region's depth, measured over predicted counts of
     all genes there. So genes are learnt as shares of the counts that a region happens to have, and the last output, the
-    sum over all genes, from how many these are and nothing else. The loss of each output is divided by the counts that
-    the regions would have at its mean density, so that genes with many counts do not outweigh the others, nor large
-    regions small ones; the mean over genes and the sum have the same weight. The dispersion α is learnt for every size
-    and gene, as sums over larger regions vary less, and from the likelihood alone. The sum over all genes is Poisson:
-    then the expected totals of the training regions are those measured, while dispersion would leave them to the
-    smallest.
+    sum over all genes, from how many these are and nothing else. The loss of each gene is divided by the information
+    that its counts have about the logarithm of its mean, Σ μ / (1 + α μ) at its mean density: a mean that is off by a
+    share costs the same of any gene, in regions of any size and depth, and a dispersion that grows does not buy out of
+    it. The mean over genes and the sum have the same weight. The dispersion α is learnt for every size and gene, as
+    sums over larger regions vary less, and from the likelihood alone. The sum over all genes is Poisson: then the
+    expected totals of the training regions are those measured, while dispersion would leave them to the smallest.
 
-    **Correlation and squared error**, as in Eq. 6, compare measured log-normalised expression with what the likelihood
-    expects of it, E[log1p(target_sum y / total)] at the region's depth: the logarithm of the expected counts would be
-    another thing, by the more the fewer counts there are, and would pull the level of small regions away. Regions
-    without counts take no part.
+    **Correlation**, as in Eq. 6, of measured log-normalised expression with what the likelihood expects of it,
+    E[log1p(target_sum y / total)] at the region's depth: the logarithm of the expected counts would be another thing,
+    by the more the fewer counts there are. Regions without counts take no part.
     """
 
     pcc_weight: float
-    mse_weight: float
     target_sum: float
     has_total = True
 
@@ -171,20 +169,18 @@ class NbPcc(Objective):
         predicted, measured, dispersion = predicted[:, genes], measured[:, genes], known.log_dispersion[genes].exp()
         usual = known.usual[:, genes] * (known.measured_total / known.usual_total.clamp_min(_TINY))
         mean = known.at_measured_depth(predicted) + _TINY * usual
-        lost = _minus_log_likelihood(mean, measured, dispersion) / usual.sum(0).clamp_min(_TINY)
+        information = (usual / (1 + dispersion.detach() * usual)).sum(0)
+        lost = _minus_log_likelihood(mean, measured, dispersion) / information.clamp_min(_TINY)
         loss = loss + lost.sum() / (about.n_outputs - 1)
-        if not (self.pcc_weight or self.mse_weight):
+        if not self.pcc_weight:
             return loss
         total = known.measured_total
         if known.sums is not None:
             mean, measured, total, dispersion = _summed(known.sums, mean, measured, total, dispersion)
-        # Of errors that the image cannot explain a dispersion that grew would make as little as a mean that fits.
         expected = expected_log_normalised(mean, dispersion.detach(), total, self.target_sum)
-        observed = log_normalised(measured, total, self.target_sum)
-        some = (total > 0).to(expected.dtype)
-        squared = (some * (expected - observed) ** 2).sum() / some.sum().clamp_min(1) / (about.n_outputs - 1)
+        observed, some = log_normalised(measured, total, self.target_sum), (total > 0).to(expected.dtype)
         correlation = _uncorrelated(expected, observed, some) / about.n_varying.clamp_min(1)
-        return loss + self.pcc_weight * correlation + self.mse_weight * squared
+        return loss + self.pcc_weight * correlation
 
     def comparable(self, predicted: Tensor, measured: Tensor, about: Totals | None) -> tuple[Tensor, Tensor]:
         assert about is not None  # counts are sums of densities
@@ -212,7 +208,6 @@ def _minus_log_likelihood(mean: Tensor, measured: Tensor, dispersion: Tensor) ->
     return ((measured + shape) * grown - known).sum(0)
 
 
-def make_objective(name: ObjectiveName, *, pcc_weight: float | None, mse_weight: float, target_sum: float) -> Objective:
-    """Make the objective of a name, with the weights of its terms, and the target sum of a likelihood of counts."""
-    pcc_weight = PCC_WEIGHTS[name] if pcc_weight is None else pcc_weight
-    return MsePcc(pcc_weight) if name == "mse_pcc" else NbPcc(pcc_weight, mse_weight, target_sum)
+def make_objective(name: ObjectiveName, *, pcc_weight: float, target_sum: float) -> Objective:
+    """Make the objective of a name, with the weight of its correlation loss, and the target sum of a likelihood."""
+    return MsePcc(pcc_weight) if name == "mse_pcc" else NbPcc(pcc_weight, target_sum)

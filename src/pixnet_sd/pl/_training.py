@@ -262,7 +262,7 @@ def training_regions(  # noqa: PLR0913
     table_key: str | Sequence[str] | None = None,
     coordinate_system: str | None = None,
     mpp: float | Literal["coordinate_system"] | None = None,
-    objective: ObjectiveName = "mse_pcc",
+    objective: ObjectiveName = "nb_pcc",
     validation: float | Sequence[str] | None = 0.1,
     seed: int = 0,
     model_params: ModelParams | Mapping[str, Any] | None = None,

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -39,7 +39,7 @@ from pixnet_sd.model import (
     receptive_radius_px,
     sees_whole_tile,
 )
-from pixnet_sd.params import PCC_WEIGHTS, Aggregation, ModelParams, ObjectiveName, TrainParams
+from pixnet_sd.params import Aggregation, ModelParams, ObjectiveName, TrainParams
 from pixnet_sd.slide import PixelContent, Slide, check_same_pixels
 from pixnet_sd.store import hold_lock
 from pixnet_sd.store import record as note
@@ -47,7 +47,7 @@ from pixnet_sd.store import record as note
 from ._checks import check_batch, check_decoder, models_folder, pixels_of, training_parts, why_poor
 from ._training_data import data_parts, describe, held_out_names, open_sources, sizes_of, training_data
 
-_DROPOUT = 0.5  # of channels of the decoder's laterals
+_DROPOUT = 0.2  # of channels of the decoder's laterals
 _MIN_WIDTH = 32  # fewest channels of a level, unless `decoder_width` itself is smaller
 _LEVELS = len(STRIDES)
 _BATCH_SIZE = {"cuda": 8, "mps": 4, "cpu": 2}
@@ -111,7 +111,7 @@ def fit(  # noqa: PLR0913
     coordinate_system: str | None = None,
     mpp: float | Literal["coordinate_system"] | None = None,
     genes: Sequence[str] | int | Literal["all"] = 250,
-    objective: ObjectiveName = "mse_pcc",
+    objective: ObjectiveName = "nb_pcc",
     validation: float | Sequence[str] | None = 0.1,
     max_epochs: int = 500,
     batch_size: int | None = None,
@@ -145,10 +145,11 @@ def fit(  # noqa: PLR0913
         Genes to learn, or how many: those with the highest mean expression on the training slides. ``"all"``: the whole
         transcriptome, that is all genes with at least 10 counts; the loss takes them some at a time.
     objective
-        ``"mse_pcc"``: Eq. 6, on log-normalised expression. ``"nb_pcc"``: the negative binomial likelihood of raw
-        counts, whose means are sums of a density over the region, so that what is predicted adds up from the smallest
-        regions to the largest, with the correlation and squared error of the log-normalised expression that it expects.
-        Genes are learnt relative to the counts that each region has, and these relative to the slide's counts per area.
+        ``"nb_pcc"``: the negative binomial likelihood of raw counts, whose means are sums of a density over the region,
+        so that what is predicted adds up from the smallest regions to the largest, and the correlation of what it
+        expects with log-normalised expression. Genes are learnt relative to the counts that each region has, and these
+        relative to the slide's counts per area. ``"mse_pcc"``: Eq. 6, squared error and correlation of log-normalised
+        expression, for values that are not counts, and for the paper's own settings.
     validation
         Share of spatial blocks to hold out on every slide, names of slides to hold out, or None.
     max_epochs
@@ -202,8 +203,6 @@ def fit(  # noqa: PLR0913
     """
     slides = {"slide": sdata} if isinstance(sdata, SpatialData) else dict(sdata)
     params, train_params = ModelParams.read(model_params), TrainParams.read(train_params)
-    if train_params.pcc_weight is None:  # what is used is what is recorded, and decides whether a run is the same
-        train_params = replace(train_params, pcc_weight=PCC_WEIGHTS[objective])
     aggregation = _aggregation(params, objective)
     held_out_names(validation, list(slides))
     fabric = make_fabric(device)

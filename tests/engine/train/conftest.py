@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from pixnet_sd.engine import TrainingSlide
-from pixnet_sd.engine.train import Run
+from pixnet_sd.engine.train import FeatureMaps, Run
 from pixnet_sd.params import TrainParams
 
 OWN = ("max_epochs", "batch_size", "objective", "seed", "save_every_s")
+
+
+class Colours(FeatureMaps):
+    """Its map is the colour of the slide over 128, as of a network that knows the answer."""
+
+    def of(self, batch: Any) -> Tensor:
+        return torch.nn.functional.avg_pool2d(batch.image.float(), 4)
 
 
 @pytest.fixture

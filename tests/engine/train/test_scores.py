@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
+from tests.engine.train.conftest import Colours
 from torch import Tensor
 
 from pixnet_sd.engine import MeasuredRegions, TrainingSlide
@@ -35,7 +36,7 @@ def loss_of(network: Network, name: str, *, sparsely: bool = False, **options: A
     values = [rng.poisson(0.7, (len(r), M)).astype(np.float32) for r in REGIONS]
     values[1][:, 3] = 2  # does not vary
     targets = [sparse.csc_matrix(v) if sparsely else torch.from_numpy(v) for v in values]
-    objective = make_objective(name, pcc_weight=0.5, mse_weight=1.0, target_sum=1e4)
+    objective = make_objective(name, pcc_weight=0.5, target_sum=1e4)
     return BatchLoss(network, objective, [build_operator(r, GRID) for r in REGIONS], targets, [0, 1], **options)
 
 
@@ -86,7 +87,7 @@ def test_the_total_is_learnt_from_its_own_counts_alone(network_for, fabric) -> N
     """Whatever the genes' counts and the weights of the other terms are."""
     net = network_for("nb_pcc")
     one = loss_of(net, "nb_pcc")
-    likelihood = make_objective("nb_pcc", pcc_weight=0.0, mse_weight=0.0, target_sum=1e4)
+    likelihood = make_objective("nb_pcc", pcc_weight=0.0, target_sum=1e4)
     others = [torch.cat([t[:, :-1].flip(0), t[:, -1:]], dim=1) for t in one.targets]
     found = [
         gradients_of(net, loss, fabric)[1][1][-1] for loss in (one, replace(one, objective=likelihood, targets=others))
@@ -99,7 +100,7 @@ def test_depth_scales_what_is_expected(network_for, fabric) -> None:
     """Twice the counts at twice the depth: the same gradient per count."""
     net = network_for("nb_pcc")
     net.log_dispersion.data.fill_(-12)  # none, with which the gradient would grow less than the counts
-    likelihood = make_objective("nb_pcc", pcc_weight=0.0, mse_weight=0.0, target_sum=1e4)
+    likelihood = make_objective("nb_pcc", pcc_weight=0.0, target_sum=1e4)
     one = replace(loss_of(net, "nb_pcc"), objective=likelihood)
     two = BatchLoss(net, likelihood, one.operators, [2 * t for t in one.targets], [0, 1], depth=2.0)
     of_one, of_two = (gradients_of(net, loss, fabric)[1][:3] for loss in (one, two))
@@ -107,15 +108,8 @@ def test_depth_scales_what_is_expected(network_for, fabric) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-MSE = make_objective("mse_pcc", pcc_weight=0.5, mse_weight=1.0, target_sum=1e4)
-COUNTS = make_objective("nb_pcc", pcc_weight=0.5, mse_weight=1.0, target_sum=1e4)
-
-
-class Colours(FeatureMaps):
-    """Its map is the colour of the slide over 128, as of a network that knows the answer."""
-
-    def of(self, batch: Any) -> Tensor:
-        return torch.nn.functional.avg_pool2d(batch.image.float(), 4)
+MSE = make_objective("mse_pcc", pcc_weight=0.5, target_sum=1e4)
+COUNTS = make_objective("nb_pcc", pcc_weight=0.5, target_sum=1e4)
 
 
 KNOWS = torch.eye(3) / 128

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from safetensors import SafetensorError
@@ -31,6 +32,7 @@ from pixnet_sd.engine import (
     apply_symmetry,
     jitter_stain,
     prefetch,
+    training_tiles,
     undo_symmetry,
 )
 from pixnet_sd.geometry import MAP_STRIDE, STRIDES
@@ -138,6 +140,20 @@ class FeatureMaps:
             with self.fabric.autocast():
                 features = forward(apply_symmetry(image, turn).contiguous(memory_format=layout))
         return undo_symmetry(features.float(), turn)
+
+    def scored(self, slides: Sequence[TrainingSlide], n_batches: int | None = None) -> Iterator[tuple[Batch, Tensor]]:
+        """Pass over slides' regions, each once, or over so many batches spread evenly, as is predicted and not trained.
+
+        Yields batches and their feature maps.
+        """
+        self.network.eval()
+        tilings = [training_tiles(slide, self.run.params.tile_px, once=True) for slide in slides]
+        plans = plan_batches(tilings, self.run.batch_size)
+        if n_batches is not None:
+            n = min(n_batches, len(plans))
+            plans = [plans[i] for i in np.unique(np.linspace(0, len(plans) - 1, n).astype(int))]
+        for batch in self.batches(plans, gradient=False):
+            yield batch, self.of(batch)
 
     def pyramid(self, batch: Batch) -> Pyramid:
         """Compute the pyramid of a batch or take what is kept of it: each level (B, C_l, h_l, w_l), float32.

@@ -17,7 +17,6 @@ from pixnet_sd.model.noise import calibrated_dispersion
 
 from ._batches import DENSE_OUTPUTS, block_of, output_blocks
 from ._features import FeatureMaps
-from ._scores import scored_batches
 
 _FURTHEST = 10.0  # times that a density is made larger or smaller
 _MOST_BATCHES, _MOST_REGIONS, _MOST_VALUES = 32, 256, 2**19  # whose scatter is looked at; the latter two of a batch
@@ -37,9 +36,9 @@ class _Compared(NamedTuple):
 def _compared(
     network: Network, features: FeatureMaps, slides: Sequence[TrainingSlide], n_batches: int | None
 ) -> Iterator[_Compared]:
-    """Compare regions of slides, see `scored_batches`, each size after the other, some genes at a time."""
+    """Compare regions of slides, see `FeatureMaps.scored`, each size after the other, some genes at a time."""
     n_genes = network.head.n_outputs - 1
-    for batch, maps in scored_batches(network, features, slides, n_batches):
+    for batch, maps in features.scored(slides, n_batches):
         slide = batch.plan.slide
         for size, (operator, target) in enumerate(zip(batch.operators, batch.targets, strict=True)):
             inputs = network.region_inputs(maps, operator)

@@ -78,12 +78,7 @@ class Trainer:
         self.network, self.run, self.fabric = network, run, fabric
         self.features = FeatureMaps(network, run, fabric)
         slides, params = run.training, run.params
-        self.objective = make_objective(
-            run.objective,
-            pcc_weight=params.pcc_weight,
-            mse_weight=params.mse_weight,
-            target_sum=run.target_sum,
-        )
+        self.objective = make_objective(run.objective, pcc_weight=params.pcc_weight, target_sum=run.target_sum)
         dispersion = network.log_dispersion
         trained = [p for p in network.parameters() if p.requires_grad and p is not dispersion]
         groups: list[dict[str, Any]] = [{"params": trained, "times": 1.0}]
@@ -215,22 +210,22 @@ class Trainer:
     def finish(self, state: RunState) -> TrainResult:
         """Give the network the weights that are kept, and say what they are worth."""
         self.network.load_state_dict(state.best.weights, strict=False)
-        kept, held_out = state.best.epoch or state.epoch, self.run.held_out
-        scores, pcc_per_gene = self.last, state.best.pcc_per_gene
+        kept, held_out, scores = state.best.epoch or state.epoch, self.run.held_out, self.last
         if self.objective.has_total:
             set_level(self.network, self.features, self.run.training, max(_MOST_SCORED, state.steps // _STEPS_A_LEVEL))
             set_dispersion(self.network, self.features, held_out)
-            scores = None
-        if held_out and not self.objective.has_total:
-            worth: dict[str, Any] = {name: state.history[kept - 1].get(f"val_{name}", np.nan) for name in _QUALITY}
-        else:  # of other weights than were scored, or of a run that was killed when it ended
-            scores = scores or (self.score(held_out) if held_out else self.score(self.run.training, state.steps))
+            scores = self.score(held_out) if held_out else None
+        if held_out and scores is None:
+            worth = {name: state.history[kept - 1].get(f"val_{name}", np.nan) for name in _QUALITY}
+            pcc_per_gene = state.best.pcc_per_gene
+        else:  # no score: the level was set, or a run was killed when it ended
+            scores = scores or self.score(self.run.training, state.steps)
             worth = {name: getattr(scores, name) for name in _QUALITY}
             pcc_per_gene = scores.pcc_per_gene if held_out else []
         self.network.eval()
         self.features.cache.clear()
-        worth["scored_on"] = "held_out" if held_out else "training"
-        return TrainResult(state.history, kept, pcc_per_gene, worth)
+        scored_on = "held_out" if held_out else "training"
+        return TrainResult(state.history, kept, pcc_per_gene, worth | {"scored_on": scored_on})
 
 
 def train(network: Network, run: Run, fabric: Fabric, *, show_progress_bar: bool = True) -> TrainResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,10 +13,10 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pixnet_sd.engine import TrainingSlide, training_tiles
+from pixnet_sd.engine import TrainingSlide
 from pixnet_sd.model import Densities, Network, Objective, Operator, Part, Totals
 
-from ._batches import DENSE_OUTPUTS, Batch, Target, block_of, output_blocks, plan_batches
+from ._batches import DENSE_OUTPUTS, Target, block_of, output_blocks
 from ._features import FeatureMaps
 
 _EPS = 1e-8  # as of `pearson_per_gene`
@@ -198,22 +198,6 @@ def _far(ratio: float) -> float:
     return abs(np.log(ratio)) if 0 < ratio < np.inf else np.inf
 
 
-def scored_batches(
-    network: Network, features: FeatureMaps, slides: Sequence[TrainingSlide], n_batches: int | None = None
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Pass over slides' regions, each once, or over so many batches spread evenly, as is predicted and not trained.
-
-    Yields batches and their feature maps.
-    """
-    network.eval()
-    run = features.run
-    plans = plan_batches([training_tiles(slide, run.params.tile_px, once=True) for slide in slides], run.batch_size)
-    if n_batches is not None:
-        plans = [plans[i] for i in np.unique(np.linspace(0, len(plans) - 1, min(n_batches, len(plans))).astype(int))]
-    for batch in features.batches(plans, gradient=False):
-        yield batch, features.of(batch)
-
-
 @torch.no_grad()
 def score_regions(
     network: Network,
@@ -222,9 +206,9 @@ def score_regions(
     slides: Sequence[TrainingSlide],
     n_batches: int | None = None,
 ) -> Scores:
-    """Score a network on slides' regions, or on some, see `scored_batches`."""
+    """Score a network on slides' regions, or on some, see `FeatureMaps.scored`."""
     sizes: dict[int, list[_SizeMoments]] = {}
-    for batch, maps in scored_batches(network, features, slides, n_batches):
+    for batch, maps in features.scored(slides, n_batches):
         slide = batch.plan.slide
         if id(slide) not in sizes:
             known = [features.run.size_number(m.size_name) for m in slide.measured]
