@@ -24,7 +24,7 @@ from pydantic_core import from_json
 from pixnet_sd._util import shown
 from pixnet_sd.errors import StoreError
 
-_MOMENTS = {"n", "predicted_mean", "predicted_ss", "measured_mean", "measured_ss", "product", "mse", "mae"}
+_MOMENTS = {"n", "predicted_mean", "predicted_ss", "measured_mean", "measured_ss", "product", "mse", "mae", "coverage"}
 _MAX_GENES, _MAX_SIZES = 1_000_000, 1000
 _SHOWN = 60  # characters of a key that a message repeats
 _LEVELS, _ALIGN_PX = 4, 32  # of the feature pyramid, and its coarsest stride

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from tests.model.literal import literal_expectation
 
-from pixnet_sd.model.noise import Dispersion, calibrated_dispersion, coverage, expected_log_normalised, quantile
+from pixnet_sd.model.noise import Dispersion, calibrated_dispersion, coverage, expected_log_normalised, quantiles
 
 
 @settings(deadline=None, max_examples=30)
@@ -66,13 +66,16 @@ def test_a_calibrated_dispersion_covers_what_one_of_training_does_not() -> None:
     assert (before < 0.75).all()
     np.testing.assert_allclose(after, 0.9, atol=0.05)
     assert found[4] == pytest.approx(0.05 * np.median(found[:4] / 0.05), rel=0.5)
-    np.testing.assert_array_equal(calibrated_dispersion(counts[:0], mean[:0], alpha), alpha)
+    for few in (0, 15):
+        np.testing.assert_array_equal(calibrated_dispersion(counts[:few], mean[:few], alpha), alpha)
+    none_expected = coverage(np.array([[0.0, 3]]), np.zeros((1, 2)), np.ones(2))
+    np.testing.assert_allclose(none_expected, [[0.9, 0]], atol=1e-9)
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.floats(1e-3, 5e3), st.floats(1e-3, 10), st.sampled_from([0.05, 0.5, 0.95]))
 def test_quantiles_are_those_of_scipy(mean: float, alpha: float, probability: float) -> None:
-    found = quantile(np.array([mean]), np.array([alpha]), probability)[0]
+    (((found,),),) = quantiles(torch.tensor([[mean]]), torch.tensor([[alpha]]), [probability])
     literal = stats.nbinom.ppf(probability, 1 / alpha, 1 / (1 + alpha * mean))
     assert found == pytest.approx(literal, rel=0.01, abs=1)
     assert found == int(found)

@@ -49,8 +49,11 @@ def test_three_panels_in_um():
     sdata, values = hd()
     axes = draw(sdata)
     assert axes.shape == (1, 3)
-    titles = [ax.get_title() for ax in axes.flat]
-    assert titles == ["H&E", "GENE0, measured (16 µm bins)", "GENE0, predicted"]
+    titles, levels = zip(*((*ax.get_title().split("\n"), "")[:2] for ax in axes.flat), strict=True)
+    assert titles == ("H&E", "GENE0, measured (16 µm bins)", "GENE0, predicted")
+    assert levels[0] == ""
+    said = float(levels[2].removeprefix("mean ").split(",")[0])
+    assert said == pytest.approx(np.nanmean(values[0]), rel=0.05)
     for ax in axes.flat:
         assert (ax.get_xlim(), ax.get_ylim(), ax.get_aspect()) == ((0, 160), (120, 0), 1)
     np.testing.assert_array_equal(shown(axes[0, 2]), values[0])
@@ -78,7 +81,7 @@ def test_image_is_the_slide_also_beneath_and_without_expression():
         assert beneath.get_array().shape[-1] == 3
         assert (values.get_alpha(), values.get_cmap().name) == (0.4, "magma")
     alone = sd.SpatialData(images=sdata.images, labels=sdata.labels, attrs=sdata.attrs)
-    assert [ax.get_title() for ax in draw(alone).flat] == ["H&E", "GENE0, predicted"]
+    assert [ax.get_title().split("\n")[0] for ax in draw(alone).flat] == ["H&E", "GENE0, predicted"]
     with pytest.raises(ElementError, match="panels="):
         draw(alone, panels=["measured"])
     for crop_um, length in ((None, 20), ((0, 0, 36, 60), 5)):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import spatialdata as sd
 import torch
+from scipy import sparse
 from spatialdata.models import ShapesModel
 from spatialdata.transformations import Identity
 from tests.model.models import make_record
@@ -66,6 +67,23 @@ def test_measured_against_predicted(n: int) -> None:
         np.testing.assert_allclose(found, np.stack([measured, predicted], axis=1), rtol=1e-5)
     assert ax.get_title() == f"GENE1, PCC {np.corrcoef(measured, predicted)[0, 1]:.2f}"
     assert ax.lines[0].get_slope() == 1
+
+
+def test_reliability() -> None:
+    """Of counts drawn from what is predicted the curve is the diagonal; logarithms have none."""
+    sdata, rng = with_predictions(2000), np.random.default_rng(0)
+    with pytest.raises(DataError, match="nb_pcc"):
+        ps.pl.reliability(sdata, **KEYS)
+    table, measured = sdata.tables["predicted"], sdata.tables["counts"]
+    share, total = rng.dirichlet(np.ones(5), 2000), rng.integers(20, 300, (2000, 1))
+    table.X = np.log1p(100 * share).astype(np.float32)
+    table.obs["area_um2"], table.var["dispersion_12um2"] = 12.0, 1e-4
+    counts = np.array([rng.multinomial(n[0], p) for n, p in zip(total, share, strict=True)])
+    measured.X = sparse.csr_matrix(counts[::-1])
+    ax = ps.pl.reliability(sdata, **KEYS, show=False)
+    nominal, found = ax.lines[0].get_xydata().T
+    assert nominal[[0, -1]].tolist() == [0.1, 0.99]
+    np.testing.assert_allclose(found, nominal, atol=0.12)  # of shares of a fixed sum, which vary less than each alone
 
 
 def test_bad_evaluations() -> None:

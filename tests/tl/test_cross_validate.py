@@ -43,7 +43,7 @@ def slides(_drawn: Path, tmp_path_factory) -> dict[str, sd.SpatialData]:
 
 
 def run(slides, folder, fit_params=None, **arguments):
-    params = grouped(FIT, **FAST) | {"validation": 0.25, "max_epochs": 1} | (fit_params or {})
+    params = grouped(FIT, **FAST) | {"validation": 0.25, "max_epochs": 1, "objective": "nb_pcc"} | (fit_params or {})
     del params["show_progress_bar"]
     arguments = {"groups": {"A": "one", "B": "one", "C": "two"}, "checkpoint_dir": folder} | arguments
     options = {"predict_tile_px": 256, "show_progress_bar": False}
@@ -76,9 +76,11 @@ def test_scores_are_those_of_predict_and_evaluate(finished, slides, predict, tmp
     predict(sdata, folder / "one", shapes_key=BINS, write=None)
     expected = ps.tl.evaluate(sdata, table_key=TABLE, predicted_key=f"pixnet_{BINS}")
     of_genes = result.per_gene.query("slide == 'A'").set_index("gene")
-    pd.testing.assert_frame_equal(of_genes[["pcc", "mse", "mae"]], expected.loc[of_genes.index], rtol=1e-4, atol=1e-5)
+    pd.testing.assert_frame_equal(of_genes[expected.columns], expected.loc[of_genes.index], rtol=1e-4, atol=1e-5)
     row = result.per_slide.set_index("slide").loc["A"]
-    assert row[[*METRICS, "n_regions", "n_genes"]].to_dict() == pytest.approx(expected.attrs, rel=1e-4, abs=1e-5)
+    assert row[[*METRICS, "coverage", "n_regions", "n_genes"]].to_dict() == pytest.approx(
+        expected.attrs, rel=1e-4, abs=1e-5
+    )
 
 
 def test_summary(finished):
@@ -134,7 +136,8 @@ def test_refused(slides, tmp_path, arguments, error, names):
 
 
 def moments(predicted: np.ndarray, measured: np.ndarray, genes: pd.Index) -> pd.DataFrame:
-    return pd.DataFrame(Moments.of(*map(torch.from_numpy, (predicted, measured)))._asdict(), index=genes)
+    of_genes = Moments.of(*map(torch.from_numpy, (predicted, measured)))._asdict()
+    return pd.DataFrame(of_genes | {"coverage": (measured > 0).mean(axis=0)}, index=genes)
 
 
 def test_pooled_regions_are_scored_as_those_of_one_slide():

@@ -67,6 +67,7 @@ def test_against_numpy(sdata, counts, predictions):
     expected = {"MSE": mse.mean(), "MAE": mae.mean(), "PCC@F": np.quantile(known, 0.25), "PCC@S": np.median(known)}
     expected |= {"PCC@M": np.mean(known), "n_regions": N - 3, "n_genes": 5}
     assert scores.attrs == pytest.approx(expected, rel=1e-5)
+    assert scores["coverage"].isna().all()  # of logarithms there is no interval
 
 
 def test_a_model_of_counts_is_scored_by_what_it_expects_at_the_measured_depth(sdata, counts, predictions):

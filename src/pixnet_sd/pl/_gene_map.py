@@ -56,7 +56,7 @@ Panel = Literal["image", "measured", "predicted"]
 
 _TOTAL = "total_counts"
 _PANELS: tuple[Panel, ...] = ("image", "measured", "predicted")
-_PANEL_IN, _TITLE_IN, _BAR_IN = 3.6, 0.35, 0.3
+_PANEL_IN, _TITLE_IN, _BAR_IN = 3.6, 0.55, 0.3
 _TARGET_SUM = 1e4
 
 
@@ -84,7 +84,9 @@ def gene_map(  # noqa: PLR0913
     save: str | Path | None = None,
     return_fig: bool = False,
 ) -> Drawn:
-    """Draw the H&E image, measured and predicted expression side by side, one row a gene.
+    """Draw the H&E image, measured and predicted expression side by side, on one scale, one row a gene.
+
+    Titles have the mean and the range of what is shown.
 
     Only what is shown is read: the channels of these genes, inside the crop, from the coarsest level of the map that
     has a pixel for every one on the screen. Axes are in µm from the image's top left corner.
@@ -175,7 +177,7 @@ def gene_map(  # noqa: PLR0913
             if layer is not None:
                 artist = layer.draw_gene(panel_ax, k, cmap=cmap, norm=norms[k][panel], alpha=alpha)
                 coloured += [] if artist is None else [(panel_ax, artist, layer.units)]
-            set_view(panel_ax, view, "H&E" if layer is None else f"{gene}, {layer.name}")
+            set_view(panel_ax, view, "H&E" if layer is None else f"{gene}, {layer.name}\n{layer.level(k)}".strip())
         if scalebar:
             add_scale_bar(row[0], view)
         if colorbar_loc is not None:
@@ -192,6 +194,13 @@ class _Layer:
     name: str
     absent: str  # written in place of a gene without values
     units: str
+
+    def level(self, k: int) -> str:
+        """Say the mean of gene k and its range, which tell of levels more than colours do."""
+        values = self.values[k][np.isfinite(self.values[k])]
+        if not len(values):
+            return ""
+        return "mean {:.2g}, 1-99 %: {:.2g} to {:.2g}".format(values.mean(), *np.percentile(values, [1, 99]))
 
     def draw_gene(self, ax: Axes, k: int, **style: Any) -> Any:
         """Draw gene k; returns the artist that has colours, if any."""

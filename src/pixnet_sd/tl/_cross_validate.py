@@ -34,7 +34,7 @@ from ._fit import fit
 from ._predict import predict_regions
 from ._regions import region_parts
 
-FoldScores: TypeAlias = dict[tuple[str, str], pd.DataFrame]  # `Moments` of genes by slide and table
+FoldScores: TypeAlias = dict[tuple[str, str], pd.DataFrame]  # `Matched.moments`, by slide and table
 
 _FOLDER_NAME = re.compile(r"[\w.-]+")
 _MOST_ROWS = 500_000
@@ -49,10 +49,10 @@ class CrossValidation:
     ----------
     per_gene
         One row a gene, table and left-out slide: ``fold``, ``slide``, ``table``, ``gene``, ``n_regions``, ``pcc``,
-        ``mse``, ``mae``, as of :func:`evaluate`.
+        ``mse``, ``mae``, ``coverage``, as of :func:`evaluate`.
     per_slide
         One row a table and left-out slide: ``MSE``, ``MAE``, ``PCC@F``, ``PCC@S``, ``PCC@M`` (first quartile, median
-        and mean over genes), ``n_regions``, ``n_genes``.
+        and mean over genes), of a model of counts ``coverage``, ``n_regions``, ``n_genes``.
     summary
         Two rows a table, ``how`` they came about: ``"mean per slide"``, the mean of the rows of `per_slide`, and
         ``"pooled"``, the regions of all slides scored together over the genes that every fold has.
@@ -340,7 +340,7 @@ def _result(scores: Mapping[str, FoldScores], folders: dict[str, Path]) -> Cross
             slides.append(place | summary(of_genes) | n)
             parts.setdefault(", ".join(names) if one_each else table, []).append((of_regions, slides[-1]))
     rows = [row for group, of_group in parts.items() for row in _summary_rows(group, of_group)]
-    columns = ["fold", "slide", "table", "gene", "n_regions", "pcc", "mse", "mae"]
+    columns = ["fold", "slide", "table", "gene", "n_regions", "pcc", "mse", "mae", "coverage"]
     per_gene = pd.concat(genes, ignore_index=True)[columns]
     return CrossValidation(per_gene, pd.DataFrame(slides), pd.DataFrame(rows), folders)
 
@@ -350,7 +350,8 @@ def _summary_rows(group: str, parts: Sequence[tuple[pd.DataFrame, dict[str, Any]
     each, together = pd.DataFrame([of_slide for _, of_slide in parts]), pooled([of_regions for of_regions, _ in parts])
     n = {"n_slides": len(each), "n_regions": int(each["n_regions"].sum())}
     # a slide without a score makes the mean unknown: leaving it out would flatter
-    mean = {name: float(each[name].mean(skipna=False)) for name in METRICS}
+    known = [*METRICS, *(["coverage"] if "coverage" in each else [])]
+    mean = {name: float(each[name].mean(skipna=False)) for name in known}
     return [
         {"table": group, "how": "mean per slide", **mean, **n, "n_genes": float(each["n_genes"].mean())},
         {"table": group, "how": "pooled", **summary(together), **n, "n_genes": float(len(together))},

@@ -21,7 +21,7 @@ from pixnet_sd._notes import table_note
 from pixnet_sd._util import logger
 from pixnet_sd.engine.train import Moments
 from pixnet_sd.errors import DataError, ElementError
-from pixnet_sd.model.noise import LEVEL, Dispersion, coverage, expected_log_normalised
+from pixnet_sd.model.noise import LEVEL, Dispersion, cumulative, expected_log_normalised, inside
 from pixnet_sd.slide import slide_at
 from pixnet_sd.slide.elements import Table, check_instances, obs_column, table_link, tables_of
 from pixnet_sd.slide.tables import Counts, check_genes, checked_totals, counts_of, genes_of, log_normalise
@@ -63,11 +63,13 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str, at_measu
 
     Returns
     -------
-    One row a gene: ``pcc`` (Pearson over regions; NaN when the measured gene is constant), ``mse``, ``mae``; of a model
-    of counts ``coverage``, the share of measured counts in the middle 90 % of those expected, by up to 4,096 regions (a
-    count lies in there by the share of its probability that does, so that it is 0.9 of a right model at any depth).
+    One row a gene: ``pcc`` (Pearson over regions; NaN when the measured gene is constant), ``mse``, ``mae``,
+    and ``coverage``, the share of measured counts in the middle 90 % of those that a model of counts expects, by up to
+    4,096 regions (a count lies in there by the share of its probability that does, so that it is 0.9 of a right model
+    at any depth); NaN without `at_measured_depth`, or of a model of logarithms.
     ``attrs`` has ``MSE``, ``MAE``, ``PCC@F``, ``PCC@S``, ``PCC@M`` (first quartile, median and mean over genes),
-    ``n_regions`` and ``n_genes``. For several slides, average these per slide or pool the regions, and say which.
+    ``n_regions``, ``n_genes`` and, if known, the mean ``coverage``. For several slides, average these per slide or pool
+    the regions, and say which.
 
     Raises
     ------
@@ -77,21 +79,18 @@ def evaluate(sdata: SpatialData, *, table_key: str, predicted_key: str, at_measu
         Counts cannot be used, or the tables have no region with tissue and counts, or no gene, in common.
     """
     keys: Any = {"table_key": table_key, "predicted_key": predicted_key}
-    matched = matched_values(sdata, **keys, at_measured_depth=at_measured_depth)
-    of_regions = matched.moments()
+    of_regions = matched_values(sdata, **keys, at_measured_depth=at_measured_depth).moments()
     scores = pooled([of_regions])
-    if matched.noise is not None:
-        scores["coverage"] = matched.coverage([LEVEL])[0]
-        scores.attrs["coverage"] = float(scores["coverage"].mean())
     scores.attrs.update(summary(scores), n_regions=int(of_regions["n"].iloc[0]), n_genes=len(scores))
     return scores
 
 
 def summary(scores: pd.DataFrame) -> dict[str, float]:
-    """Sum up the scores of genes in the five metrics."""
+    """Sum up the scores of genes in the five metrics, and their coverage where it is known."""
     pcc = scores["pcc"].dropna()
     values: list[Any] = [scores["mse"].mean(), scores["mae"].mean(), pcc.quantile(0.25), pcc.median(), pcc.mean()]
-    return {name: float(value) for name, value in zip(METRICS, values, strict=True)}
+    found = {name: float(value) for name, value in zip(METRICS, values, strict=True)}
+    return found | ({"coverage": float(covered.mean())} if len(covered := scores["coverage"].dropna()) else {})
 
 
 def pooled(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -99,7 +98,8 @@ def pooled(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     shared = [gene for gene in parts[0].index if all(gene in part.index for part in parts)]
     own = (Moments(**{name: part.loc[shared, name].to_numpy() for name in Moments._fields}) for part in parts)
     whole = reduce(Moments.merged, own)
-    scores = {"pcc": whole.pcc, "mse": whole.mse, "mae": whole.mae}
+    covered = sum((part.loc[shared, "coverage"] * part.loc[shared, "n"]).to_numpy() for part in parts) / whole.n
+    scores = {"pcc": whole.pcc, "mse": whole.mse, "mae": whole.mae, "coverage": covered}
     return pd.DataFrame(scores, index=pd.Index(shared, name="gene"))
 
 
@@ -142,8 +142,8 @@ class Matched:
         own |= {"rows": self.rows[picked], "counts": self.counts.take(picked), "total": self.total[picked]}
         sums = np.zeros((len(levels), len(self.genes)))
         for x, counts, total, dispersion in replace(self, **own)._read(_BLOCK_VALUES // 8):
-            known = np.asarray(counts.todense(), np.float64), self._mean(x, total), dispersion
-            sums += [coverage(*known, level).sum(axis=0) for level in levels]
+            between = cumulative(np.asarray(counts.todense(), np.float64), self._mean(x, total), dispersion)
+            sums += [inside(*between, level).sum(axis=0) for level in levels]
         return sums / len(picked)
 
     def _read(self, values: int) -> Iterator[tuple[NDArray[np.float32], Any, NDArray[np.float64], Any]]:
@@ -163,14 +163,15 @@ class Matched:
         return np.expm1(x.astype(np.float64)) * (total / self.target_sum)[:, None]
 
     def moments(self) -> pd.DataFrame:
-        """Compute what scores are made of, a row a gene."""
+        """Compute what scores are made of, and the coverage (NaN where it is not known), a row a gene."""
         step = max(1, _WIDE_VALUES // len(self.genes))
         parts = (
             Moments.of(*(torch.from_numpy(values[start : start + step]) for values in block))
             for block in self.blocks()
             for start in range(0, len(block[0]), step)
         )
-        columns = reduce(Moments.merged, parts)._asdict()
+        covered = np.nan if self.noise is None else self.coverage([LEVEL])[0]
+        columns = reduce(Moments.merged, parts)._asdict() | {"coverage": covered}
         return pd.DataFrame(columns, index=pd.Index(self.genes, name="gene")).astype({"n": int})
 
 

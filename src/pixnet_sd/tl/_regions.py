@@ -188,7 +188,7 @@ def express(model: PixNet, index: Sequence[int], n_columns: int, interval: float
     import torch  # plots look for regions, and load none
 
     from pixnet_sd.model import apply_head, dispersion_of, log_normalised
-    from pixnet_sd.model.noise import quantile
+    from pixnet_sd.model.noise import quantiles
 
     record, head = model.record, model.network.head
     if record.objective == "mse_pcc" and n_columns == len(index):
@@ -207,13 +207,14 @@ def express(model: PixNet, index: Sequence[int], n_columns: int, interval: float
         expected = sums * np.float32(area_um2)
         counts, total = np.ascontiguousarray(expected[:, :-1]), expected[:, -1:]
 
-        def logs(values: NDArray[np.float32]) -> NDArray[np.float32]:
-            return log_normalised(torch.from_numpy(values), torch.from_numpy(total), record.target_sum).numpy()
+        def logs(values: torch.Tensor) -> NDArray[np.float32]:
+            return log_normalised(values, torch.from_numpy(total), record.target_sum).numpy()
 
-        layers = {COUNTS: counts}
+        mean, layers = torch.from_numpy(counts), {COUNTS: counts}
         if interval is not None and dispersion is not None:
-            scatter, ends = dispersion.of(np.array(index)).at(n_px * area_um2), (1 + np.array([-1, 1]) * interval) / 2
-            layers |= {name: logs(quantile(counts, scatter, p)) for name, p in zip((LOWER, UPPER), ends, strict=True)}
-        return Expressed(logs(counts), layers, {TOTAL: total[:, 0]})
+            scatter = torch.from_numpy(dispersion.of(np.array(index)).at(n_px * area_um2))
+            ends = map(logs, quantiles(mean, scatter, [(1 - interval) / 2, (1 + interval) / 2]))
+            layers |= zip((LOWER, UPPER), ends, strict=True)
+        return Expressed(logs(mean), layers, {TOTAL: total[:, 0]})
 
     return of_features if record.objective == "mse_pcc" else of_densities

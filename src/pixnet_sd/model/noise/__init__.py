@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from ._dispersion import Dispersion
 from ._expected import expected_log_normalised
-from ._intervals import LEVEL, calibrated_dispersion, coverage, quantile
+from ._intervals import LEVEL, calibrated_dispersion, coverage, cumulative, inside, quantiles
 
-__all__ = ["LEVEL", "Dispersion", "calibrated_dispersion", "coverage", "expected_log_normalised", "quantile"]
+__all__ = [
+    "LEVEL",
+    "Dispersion",
+    "calibrated_dispersion",
+    "coverage",
+    "cumulative",
+    "expected_log_normalised",
+    "inside",
+    "quantiles",
+]
