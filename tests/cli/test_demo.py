@@ -53,7 +53,7 @@ def test_scores_are_of_the_held_out_bins(shown):
     measured, predicted = slide.tables[TABLE], slide.tables[PREDICTED]
     names = pd.Series(measured.obs_names, index=measured.obs["location_id"])
     found = pd.DataFrame(predicted.X, names[predicted.obs["instance_id"]], predicted.var_names)
-    truth = ps.datasets.sample_truth_bins(8, size_um=200, mpp=0.5, seed=0)
+    truth = ps.datasets.sample_truth_bins(8, size_um=200, mpp=0.5, seed=0, library_size=False)
     truth = np.log1p(1e4 * truth.div(truth.sum(axis=1), axis=0))
     right = measured.obs_names[x_um(measured) >= 140], measured.var_names[measured.var["spatially_varying"]]
     expected = found.loc[right].corrwith(truth.loc[right]).fillna(0)

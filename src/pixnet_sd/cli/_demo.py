@@ -2,7 +2,7 @@
 
 The slide is drawn, so its true expression is known at every pixel. The network sees the expression of the left 70 % of
 the slide only; everything printed is about bins of 8 µm in the right 30 %, in two ways: against the counts that were
-"measured" there (Poisson draws), and against the truth that they were drawn from.
+"measured" there (Poisson draws), and against the truth, what lies in the tissue.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def demo(call: Call) -> int:
         ps.tl.predict(slide, model, radius_um=8)
         ps.tl.predict(slide, model, shapes_key=SHAPES)  # read back from the map: the network does not run again
     with step("Scoring"):
-        truth = as_counts(ps.datasets.sample_truth_bins(BIN_UM, **drawing), slide.tables[TABLE])
+        truth = as_caught(
+            ps.datasets.sample_truth_bins(BIN_UM, **drawing, library_size=False), slide.tables[TABLE], cut_um
+        )
         scores = score(slide, truth, cut_um)
     with step("Drawing the picture"):
         draw_picture(slide, truth, cut_um).savefig(folder / "demo.png", dpi=100)
@@ -67,6 +69,10 @@ def demo(call: Call) -> int:
 Held-out part, bins of {BIN_UM} µm, Pearson correlation over bins, spatially varying genes:
 
 {scores.round(3).to_string()}
+
+Whole slide, counts in a bin of {BIN_UM} µm, mean over bins:
+
+{levels(slide, truth).round(3).to_string()}
 
 {folder / "sample.zarr"}: the slide with all results; spatialdata.read_zarr opens it
     images['pixnet_map']: the gene map, one channel a gene
@@ -117,11 +123,26 @@ def fit(slide: SpatialData, limit_um: float, epochs: int, **options: Any) -> ps.
     )
 
 
-def as_counts(truth: pd.DataFrame, measured: AnnData) -> AnnData:
-    """Make a table of the truth in place of what was measured, in millionths, since counts are whole numbers."""
+def as_caught(truth: pd.DataFrame, measured: AnnData, cut_um: float) -> AnnData:
+    """Make a table of the truth in place of what was measured, in millionths, since counts are whole numbers.
+
+    Which share of what lies in the tissue was caught is not on its image: that of the training part is taken for all.
+    """
     table = measured.copy()
-    table.X = np.rint(MILLION * truth.loc[table.obs_names, table.var_names].to_numpy())
+    values = truth.loc[table.obs_names, table.var_names].to_numpy()
+    known = x_um(table) < cut_um - GAP_UM
+    table.X = np.rint(MILLION * values * (measured.X[known].sum() / values[known].sum()))
     return table
+
+
+def levels(slide: SpatialData, truth: AnnData) -> pd.DataFrame:
+    """Compare the mean of the genes that are drawn, over all bins, with what is expected there."""
+    table = slide.tables[PREDICTED]
+    table = table[table.obs["on_tissue"]]
+    there = truth[truth.obs["location_id"].isin(table.obs["instance_id"])]
+    genes = list(DRAWN)
+    true, predicted = there.to_df()[genes].mean() / MILLION, table.to_df("expected_counts")[genes].mean()
+    return pd.DataFrame({"truth": true, "predicted": predicted, "ratio": predicted / true}).rename_axis(None)
 
 
 def score(slide: SpatialData, truth: AnnData, cut_um: float) -> pd.DataFrame:
