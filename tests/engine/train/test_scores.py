@@ -194,6 +194,9 @@ def test_counts_are_compared_log_normalised(score, learnable) -> None:
     expected = np.log1p(1e4 * measured.values[:, :2] / measured.values[:, 2:])
     assert scores.pcc > 0.9
     assert scores.mse < 0.05 * expected.var()
+    sums = counts.values.sum(axis=0, dtype=float)
+    of_means = ((expected - np.log1p(1e4 * sums[:2] / sums[2])) ** 2).mean()
+    assert scores.gene_mean_mse == pytest.approx(of_means, rel=1e-4)
 
 
 def test_regions_without_counts_are_not_compared(score, learnable) -> None:

@@ -156,6 +156,7 @@ class _SizeMoments:
         self.n_genes = network.head.n_outputs - objective.has_total
         self.counts = np.zeros((2, 2))  # predicted and measured, of the genes and of all
         self.values = np.zeros((len(Moments._fields), self.n_genes))
+        self.summed = np.zeros(self.n_genes)  # measured counts of each gene
 
     def add(self, features: Tensor, operator: Operator, target: Target) -> None:
         """Take in a batch's regions of this size."""
@@ -174,6 +175,7 @@ class _SizeMoments:
             values, about = (predict(genes), measure(genes)), None
             if totals is not None:
                 self._count(0, *values)
+                self.summed[genes] += values[1].double().sum(0).cpu().numpy()
                 about = Totals(*totals, self.network.log_dispersion_of(self.size, genes))
             predicted, measured = self.objective.comparable(*values, about)
             if len(measured := measured[kept]):
@@ -186,6 +188,15 @@ class _SizeMoments:
     @property
     def moments(self) -> Moments:
         return Moments(*self.values)
+
+    @property
+    def gene_mean(self) -> NDArray[np.float64]:
+        """What the mean of each gene predicts: that of log-normalised values, or the logarithm of all its counts."""
+        if not self.objective.has_total:
+            return self.moments.measured_mean
+        sums, total = torch.from_numpy(self.summed)[None], torch.tensor([[self.counts[1, 1]]])
+        about = Totals(total, total, torch.zeros(self.n_genes, dtype=torch.float64))
+        return self.objective.comparable(sums, sums, about)[1][0].numpy()
 
     @property
     def count_ratio(self) -> float:
@@ -220,7 +231,7 @@ def score_regions(
     per_gene = np.array([size.moments.pcc for size in every])
     n_known = (~np.isnan(per_gene)).sum(axis=0)
     pcc_per_gene = np.nansum(per_gene, axis=0) / np.where(n_known, n_known, np.nan)
-    of_means = [size.moments.mse_of(size.moments.measured_mean) for size in every]
+    of_means = [size.moments.mse_of(size.gene_mean) for size in every]
     return Scores(
         pcc=float(np.nanmean(pcc_per_gene)) if n_known.any() else float("-inf"),
         mse=float(np.mean([size.moments.mse.mean() for size in every])),
