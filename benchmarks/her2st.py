@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -329,9 +329,9 @@ def run_fold(
         known = given[1] if depth else None
         name = f"ridge, {kind}{', depth known' if depth else ''}"
         predicted[name] = fitted([x[s] for s in training], given[0], known, x[test], totals[test], alpha)[0]
-    for name, values in runs.predictions(training, test, genes, counted[test]):
+    for name, values in chain(predicted.copy().items(), runs.predictions(training, test, genes, counted[test])):
         predicted[name] = values
-        print(f"{test}: {name}: {scores(predicted[name], y[test])}", flush=True)
+        print(f"{test}, genes of both choices: {name}: {scores(values, y[test])}", flush=True)
     return Fold(genes, y[test], predicted, choices)
 
 

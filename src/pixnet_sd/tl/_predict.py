@@ -138,8 +138,8 @@ def predict(  # noqa: PLR0913
     map_um
         Pixel size of the map, a whole multiple of the native one (4 times the model's working µm per pixel).
     interval
-        Share of what is measured that lies between the layers ``"lower"`` and ``"upper"`` of a table; None: without
-        them. Only with a model of counts.
+        Share of what is measured, 0.5 to 0.99, that lies between the layers ``"lower"`` and ``"upper"`` of a table;
+        None: without them. Only with a model of counts.
     image_key, coordinate_system, mpp
         As in :func:`fit`.
     device
@@ -172,8 +172,9 @@ def predict(  # noqa: PLR0913
     ``tables["{key_added}_{shapes_key}"]``
         For `shapes_key`, annotating that element. ``X`` is predicted log-normalised expression, ``var`` has the
         held-out PCC where known. With a model of counts also ``layers["expected_counts"]``, which add up over regions,
-        and ``obs["expected_total_counts"]`` over all genes that were measured. Regions are predicted from their tissue
-        pixels, of which ``obs["tissue_area_um2"]`` is the area; without any, all of these are NaN, and
+        ``obs["expected_total_counts"]`` over all genes that were measured, ``layers["lower"]`` and ``layers["upper"]``
+        (`interval`), in the units of ``X``, and the genes' dispersion in ``var``. Regions are predicted from their
+        tissue pixels, of which ``obs["tissue_area_um2"]`` is the area; without any, all of these are NaN, and
         ``obs["on_tissue"]`` is False. ``uns["pixnet_sd"]`` says what is what.
     ``attrs``
         Where the results come from, under ``"pixnet_sd"``.
