@@ -82,7 +82,7 @@ WRONG_VALUES: list[tuple[list[Any], str]] = [
     ([*NO_WHOLE, 10**9], "n_labels"),
     ([*NO_WHOLE, 0, 32, 10**6], "chunk_px"),
     ([*NO_WHOLE, 0, 32, 100, np.int64(65)], "tile_px predict_tile_px"),
-    (NO_CHOICE, "objective aggregation decoder optimizer write colorbar_loc"),
+    (NO_CHOICE, "objective aggregation decoder optimizer write what colorbar_loc"),
     ([*ODD, 2, 0, -1, True, 1.0, "4", [4], HUGE], "n_symmetries"),
     ([*NO_CHOICE, [], ["truth"], {"image"}, [None]], "panels"),
     ([*ODD, 3.5, 0, True, "", "a\0b", ["cpu"]], "device"),

@@ -9,7 +9,7 @@ import xarray as xr
 from spatialdata.transformations import get_transformation
 
 import pixnet_sd as ps
-from pixnet_sd.errors import StoreError
+from pixnet_sd.errors import DataError, StoreError
 
 
 @pytest.fixture(params=["fitted", "counted"])
@@ -58,3 +58,30 @@ def test_a_table_of_the_name_of_its_weights_is_not_replaced(fitted, predict) -> 
     fitted.tables["pixnet_factors_head"] = fitted.tables["square_008um"]
     with pytest.raises(StoreError, match="pixnet_factors_head"):
         predict(fitted, write="factors")
+
+
+@pytest.mark.parametrize("write", ["map", "factors"])
+def test_scatter_is_that_of_counts_in_a_pixel_of_each_level(counted, predict, write) -> None:
+    predict(counted, write=write, bin_um=64, map_um=8 if write == "map" else None, genes=None)
+    var = counted.tables["pixnet_bins_64um"].var
+    genes, columns = list(var.index[::-1]), [column for column in var if column.startswith("dispersion_")]
+    areas = [float(column.removeprefix("dispersion_").removesuffix("um2")) for column in columns]
+    pitch_um = 8 if write == "map" else 4
+    sdata = sd.read_zarr(counted.path)
+    mean, found = (ps.get.gene_map(sdata, genes, what=what) for what in ("mean", "sd"))
+    for k, level in enumerate(mean):
+        density, area = mean[level]["image"].values, float((pitch_um * 2**k) ** 2)
+        place = np.interp(np.log(area), np.log(areas), np.arange(len(areas)))
+        logs = np.log(var.loc[genes, columns].to_numpy())
+        alpha = np.exp([np.interp(place, np.arange(len(areas)), row) for row in logs])[:, None, None]
+        variance = density * area + alpha * (density * area) ** 2  # of counts
+        np.testing.assert_allclose(found[level]["image"], np.sqrt(variance) / area, rtol=2e-3, atol=1e-9)
+    assert list(ps.get.gene_map(sdata, what="sd")["scale0"]["image"].c.values) == genes[::-1]  # not the total
+    with pytest.raises(DataError, match="total_counts"):
+        ps.get.gene_map(sdata, "total_counts", what="sd")
+
+
+def test_logarithms_have_no_scatter(fitted, predict) -> None:
+    predict(fitted)
+    with pytest.raises(DataError, match="nb_pcc"):
+        ps.get.gene_map(fitted, what="sd")

@@ -109,6 +109,7 @@ _TABLE: list[tuple[r.Rule, str]] = [
     (r.number("a positive number of µm", lambda x: x > 0), "radius_um spacing_um bin_um map_um pitch_um"),
     (r.choice(1, 4, 8), "n_symmetries"),
     (r.choice("map", "factors"), "write"),
+    (r.choice("mean", "sd"), "what"),
     (r.number("a number from 0.5 to 0.99", lambda x: 0.5 <= x <= 0.99), "interval"),
     (r.raising(StoreError, r.element_name("the first part of names")), "key_added"),
     # plots

@@ -40,7 +40,7 @@ from pixnet_sd.engine.predict import (
 )
 from pixnet_sd.errors import CheckpointError, DataError, ElementError, PixNetError
 from pixnet_sd.geometry import MAP_STRIDE, Circles, Grid, Regions, RegionShare
-from pixnet_sd.model import Factors, Head, PixNet, gene_columns, outputs_of
+from pixnet_sd.model import Factors, Head, PixNet, dispersion_of, gene_columns, outputs_of
 from pixnet_sd.params import PredictParams
 from pixnet_sd.slide import PixelContent, Slide, check_on_disk, check_same_pixels, open_slide, tissue_mask
 from pixnet_sd.slide.elements import affine_matrix
@@ -544,7 +544,11 @@ def _map_results(job: _Job, blocks: GeneMapWriter) -> tuple[dict[str, Any], dict
         arrays = (each.detach().cpu().numpy() for each in tensors)
         factor_head = FactorHead(outputs_of(model.genes, model.record.objective), *arrays)
         elements[head_key(job.map_key)] = factor_head.table(units, job.fingerprint)
-    about = {"units": units, "identity": job.map_identity, "fingerprint": job.fingerprint, "factor": job.factor}
+    about: dict[str, Any] = {"units": units, "identity": job.map_identity, "fingerprint": job.fingerprint}
+    about["factor"], dispersion = job.factor, dispersion_of(model)
+    if dispersion is not None:  # of the genes that the channels are, or that factors make
+        index = range(len(model.genes)) if job.write == "factors" else job.index
+        about["dispersion"] = dispersion.of(np.array(index, np.intp)).note()
     return elements, {"maps": {job.map_key: job.provenance | about | {"depends_on": job.parts}}}
 
 

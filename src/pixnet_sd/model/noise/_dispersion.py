@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,16 @@ class Dispersion:
         if not sizes:
             return None
         return cls(np.array([area for area, _ in sizes]), np.array([np.asarray(var[n], np.float64) for _, n in sizes]))
+
+    def note(self) -> dict[str, Any]:
+        """Give them as JSON, to four digits."""
+        values = [[float(f"{value:.4g}") for value in row] for row in self.values.tolist()]
+        return {"areas_um2": self.areas_um2.tolist(), "values": values}
+
+    @classmethod
+    def noted(cls, note: Mapping[str, Any]) -> Dispersion:
+        """Read what `note` gives."""
+        return cls(np.array(note["areas_um2"], np.float64), np.array(note["values"], np.float64))
 
     def of(self, genes: NDArray[np.integer]) -> Dispersion:
         """Select genes by position."""
