@@ -44,8 +44,9 @@ def drawn(network: Network, slide: TrainingSlide, scatter: float, seed: int = 0)
 
 
 def test_counts_add_up_whatever_the_level_was(network, learnable, make_run, fabric) -> None:
-    """Also of a slide of another depth; an output of which nothing was counted keeps its level."""
+    """Also of a slide of another depth, and of regions without counts; an output without any keeps its level."""
     slides = [drawn(network, learnable(160, 192, seed=k), 0.2, k) for k in range(2)]
+    slides[0].measured[0].values[::3] = 0  # as of small bins
     slides[1] = replace(slides[1], depth=3.0)
     features = Colours(network, make_run(slides, objective="nb_pcc"), fabric)
     set_level(network, features, slides)

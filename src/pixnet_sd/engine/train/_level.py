@@ -23,7 +23,7 @@ _MOST_BATCHES, _MOST_REGIONS, _MOST_VALUES = 32, 256, 2**19  # whose scatter is 
 
 
 class _Compared(NamedTuple):
-    """Expected counts of some outputs at the measured depth, and measured ones, of regions of one size with counts."""
+    """Expected counts of some outputs at the measured depth, and measured ones, of regions of one size."""
 
     slide: TrainingSlide
     size: int
@@ -45,11 +45,10 @@ def _compared(
             predict = partial(network.region_values, inputs, operator)
             measure, last = partial(block_of, target, device=maps.device), slice(n_genes, n_genes + 1)
             total, depth = measure(last), predict(last)
-            some = total[:, 0] > 0
-            both = torch.cat([slide.depth * depth, total], dim=1)[some]
+            both = torch.cat([slide.depth * depth, total], dim=1)  # regions without counts are of the total's level
             for outputs in output_blocks(n_genes, len(inputs), min(n_genes, DENSE_OUTPUTS)):
                 expected = predict(outputs) * (total / depth.clamp_min(1e-12))
-                yield _Compared(slide, size, outputs, expected[some], measure(outputs)[some], both)
+                yield _Compared(slide, size, outputs, expected, measure(outputs), both)
 
 
 @torch.no_grad()
@@ -87,8 +86,9 @@ def set_dispersion(network: Network, features: FeatureMaps, held_out: Sequence[T
     most = min(_MOST_REGIONS, max(_MOST_VALUES // network.head.n_outputs, 1))
     found: dict[tuple[int, int], list[NDArray[np.float64]]] = {}
     blocks: dict[int, slice] = {}
-    for slide, size, outputs, mean, counts, _ in _compared(network, features, held_out, _MOST_BATCHES):
-        number = features.run.size_number(slide.measured[size].size_name)
+    for slide, size, outputs, mean, counts, total in _compared(network, features, held_out, _MOST_BATCHES):
+        number, some = features.run.size_number(slide.measured[size].size_name), total[:, 1] > 0
+        mean, counts = mean[some], counts[some]
         if number is not None and len(counts):
             picked = np.unique(np.linspace(0, len(counts) - 1, most).astype(np.intp))
             both = torch.stack([counts, mean])[:, picked].double()
