@@ -18,12 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from own_process import RESULT, in_own_process
 
 OBJECTIVES = ("nb_pcc", "mse_pcc")
 KEPT: dict[str, Any] = {"encoder": "test_resnet", "freeze_encoder": True}
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Run all cases; the ratios of each figure, counts over logarithms."""
     options = parse(arguments)
     if options.objective:
-        print("RESULT " + json.dumps(run(options)))
+        print(RESULT + json.dumps(run(options)))
         return {}
     print("| | | counts | logarithms | ratio |\n|---|---|---:|---:|---:|")
     ratios = {}
@@ -73,17 +73,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def measured(options: argparse.Namespace, case: str, objective: str) -> dict[str, float]:
     """One run in a process of its own."""
-    command = [sys.executable, __file__, "--cases", case, "--objective", objective]
-    command += ["--folder", str(options.folder), "--size-um", str(options.size_um)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{case}, {objective} failed with {process.returncode}")
-    result = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT "))[7:])
-    return {**result, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+    asked = ["--cases", case, "--objective", objective, "--size-um", str(options.size_um)]
+    return in_own_process([__file__, *asked, "--folder", str(options.folder)])
 
 
 def run(options: argparse.Namespace) -> dict[str, float]:

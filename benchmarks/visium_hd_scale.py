@@ -26,13 +26,14 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from own_process import RESULT, in_own_process
 
 SIZE_UM, MPP, N_GENES, PANEL = 4500.0, 0.25, 18_000, 250
 STEPS, TILE_PX, BATCH = 12, 512, 2
@@ -51,7 +52,7 @@ LIMIT_GB, GROWTH, OVERHEAD, DATA_SHARE = 4.0, 0.15, 1.3, 0.10
 def main() -> int:
     options = parse()
     if options.stage:
-        print("RESULT " + json.dumps(STAGES[options.stage](options)))
+        print(RESULT + json.dumps(STAGES[options.stage](options)))
         return 0
     rows = {}
     for name, size_um in (("quarter", options.size_um / 2), ("full", options.size_um)):
@@ -101,17 +102,9 @@ class Stages:
         self.arguments += ["--n-genes", str(options.n_genes)]
 
     def __call__(self, stage: str) -> dict[str, Any]:
-        command = [sys.executable, __file__, "--stage", stage, *self.arguments]
         started = time.monotonic()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            output = process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"{stage} failed with {process.returncode}")
-        result = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT "))[7:])
-        result |= {"wall_s": time.monotonic() - started, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+        result = in_own_process([__file__, "--stage", stage, *self.arguments])
+        result["wall_s"] = time.monotonic() - started
         print(f"  {stage}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()), flush=True)
         return result
 
