@@ -79,6 +79,11 @@ def test_scatter_is_that_of_counts_in_a_pixel_of_each_level(counted, predict, wr
     assert list(ps.get.gene_map(sdata, what="sd")["scale0"]["image"].c.values) == genes[::-1]  # not the total
     with pytest.raises(DataError, match="total_counts"):
         ps.get.gene_map(sdata, "total_counts", what="sd")
+    if write == "map":  # channels that were picked and turned round since
+        whole = sdata.images["pixnet_map"]
+        sdata.images["pixnet_map"] = whole.map_over_datasets(lambda each: each.isel(c=[1, 0]) if each else each)
+        image = ps.get.gene_map(sdata, genes[-1], what="sd")["scale0"]["image"]
+        np.testing.assert_array_equal(image[0], found["scale0"]["image"].sel(c=genes[-1]))
 
 
 def test_logarithms_have_no_scatter(fitted, predict) -> None:

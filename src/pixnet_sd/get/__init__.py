@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 from spatialdata.transformations import get_transformation
 
 from pixnet_sd._arguments import checked
@@ -80,13 +81,13 @@ def gene_map(
     known = _channels(element) if head is None else head.genes
     name = f"the gene map {key!r}" if head is None else f"the factors {key!r}"
     noted = _noted_dispersion(sdata, key, name) if what == "sd" else None
-    usable = known if noted is None else known[: noted.dispersion.values.shape[1]]
+    usable = known if noted is None else [gene for gene in known if gene in noted.genes]
     wanted = usable if wanted is None else wanted
     check_genes(wanted, usable, name)
     index = [known.index(gene) for gene in wanted]
     levels = [level[index] for level in levels] if head is None else _made_of_factors(head, levels, index)
     if noted is not None:
-        levels = _standard_deviations(levels, noted, index)
+        levels = _standard_deviations(levels, noted, wanted)
     return image_pyramid(levels, wanted, get_transformation(element, get_all=True))
 
 
@@ -123,7 +124,8 @@ def _made_of_factors(head: FactorHead, levels: Sequence[Any], index: Sequence[in
 class _NotedDispersion(NamedTuple):
     """What a map's note says of the scatter of measurements."""
 
-    dispersion: Dispersion
+    genes: pd.Index
+    dispersion: Dispersion  # of these
     pixel_um2: float  # area of a pixel of level 0
 
 
@@ -137,12 +139,13 @@ def _noted_dispersion(sdata: SpatialData, key: str, name: str) -> _NotedDispersi
     from pixnet_sd.model.noise import Dispersion  # loads torch
 
     pitch_um = MAP_STRIDE * note["working_mpp"] * note["factor"]
-    return _NotedDispersion(Dispersion.noted(note["dispersion"]), pitch_um**2)
+    genes = pd.Index(note["dispersion"]["genes"])  # channels may have been picked or sorted since
+    return _NotedDispersion(genes, Dispersion.noted(note["dispersion"]), pitch_um**2)
 
 
-def _standard_deviations(levels: Sequence[Any], noted: _NotedDispersion, index: Sequence[int]) -> list[Any]:
+def _standard_deviations(levels: Sequence[Any], noted: _NotedDispersion, genes: Sequence[str]) -> list[Any]:
     """Turn densities of every level into the standard deviation of counts over area in each pixel."""
-    dispersion, made = noted.dispersion.of(np.array(index, dtype=np.intp)), []
+    dispersion, made = noted.dispersion.of(noted.genes.get_indexer(pd.Index(genes))), []
     for k, density in enumerate(levels):
         area_um2 = noted.pixel_um2 * 4**k
         alpha = dispersion.at(np.array([area_um2]))[0].astype(np.float32)[:, None, None]

@@ -547,8 +547,9 @@ def _map_results(job: _Job, blocks: GeneMapWriter) -> tuple[dict[str, Any], dict
     about: dict[str, Any] = {"units": units, "identity": job.map_identity, "fingerprint": job.fingerprint}
     about["factor"], dispersion = job.factor, dispersion_of(model)
     if dispersion is not None:  # of the genes that the channels are, or that factors make
-        index = range(len(model.genes)) if job.write == "factors" else job.index
-        about["dispersion"] = dispersion.of(np.array(index, np.intp)).note()
+        genes = pd.Index(model.genes if job.write == "factors" else job.genes)
+        of_genes = dispersion.of(pd.Index(model.genes).get_indexer(genes))
+        about["dispersion"] = {"genes": genes.tolist(), **of_genes.note()}
     return elements, {"maps": {job.map_key: job.provenance | about | {"depends_on": job.parts}}}
 
 
