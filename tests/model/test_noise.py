@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from tests.model.literal import literal_expectation
 
-from pixnet_sd.model.noise import Dispersion, calibrated_dispersion, coverage, expected_log_normalised, quantiles
+from pixnet_sd.model.noise import (
+    Dispersion,
+    calibrated_dispersion,
+    coverage,
+    expected_log_normalised,
+    minus_log_likelihood,
+    quantiles,
+)
 
 
 @settings(deadline=None, max_examples=30)
@@ -25,11 +32,51 @@ def test_expected_log_normalised_is_the_sum_over_all_counts(
 
 
 def test_gradients_of_the_expectation() -> None:
-    rng = np.random.default_rng(0)
-    inputs = [torch.from_numpy(rng.uniform(0.1, 5, shape)).requires_grad_() for shape in ((6, 3), (3,))]
+    rng, dispersion = np.random.default_rng(0), torch.tensor([0.1, 1, 5]).double()
+    mean = torch.from_numpy(rng.uniform(0.1, 5, (6, 3))).requires_grad_()
     total = torch.tensor([[9.0], [20], [0], [1e3], [50], [7]]).double()
-    assert torch.autograd.gradcheck(lambda *of: expected_log_normalised(*of, total, 1e2), inputs)
-    assert (expected_log_normalised(*inputs, total, 1e2)[2] == 0).all()
+    for of in (dispersion, dispersion * torch.ones(6, 1)):
+        assert torch.autograd.gradcheck(lambda mean, of=of: expected_log_normalised(mean, of, total, 1e2), mean)
+    assert (expected_log_normalised(mean, dispersion, total, 1e2)[2] == 0).all()
+
+
+def test_many_regions_are_as_each_by_itself() -> None:
+    """More than are worked through at a time."""
+    mean = torch.rand(700, 300, generator=torch.manual_seed(0)).mul_(9).requires_grad_()
+    counts, total, dispersion = mean.detach().round(), torch.full((700, 1), 1500.0), torch.linspace(0.01, 2, 300)
+    whole = expected_log_normalised(mean, dispersion, total, 1e4)
+    lost = minus_log_likelihood(mean, counts, dispersion)
+    (slope,) = torch.autograd.grad(whole.sum() + lost.sum(), mean)
+    parts = [mean.detach()[k::7].requires_grad_() for k in range(7)]
+    for k, part in enumerate(parts):
+        found = expected_log_normalised(part, dispersion, total[k::7], 1e4)
+        torch.testing.assert_close(found, whole[k::7])
+        lost_there = minus_log_likelihood(part, counts[k::7], dispersion)
+        torch.testing.assert_close(*torch.autograd.grad(found.sum() + lost_there.sum(), part), slope[k::7])
+        lost = lost - lost_there
+    assert lost.abs().max() < 0.05  # of tens of thousands
+
+
+# Likelihood
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 99), st.sampled_from([0.01, 0.4, 30.0]), st.sampled_from([1e-4, 0.3, 20.0]))
+def test_likelihood_is_that_of_scipy_and_so_are_its_gradients(seed: int, depth: float, alpha: float) -> None:
+    rng = np.random.default_rng(seed)
+    mean, dispersion = depth * rng.uniform(0.5, 2, (8, 2)), np.array([alpha, 0.5])
+    counts, inputs = drawn(seed, mean, dispersion), (torch.from_numpy(mean), torch.from_numpy(dispersion))
+
+    def literal(mu: np.ndarray) -> np.ndarray:
+        return np.asarray(stats.nbinom.logpmf(counts, 1 / dispersion, 1 / (1 + dispersion * mu)).sum(0))
+
+    found = minus_log_likelihood(inputs[0], torch.from_numpy(counts), inputs[1])
+    other = minus_log_likelihood(2 * inputs[0], torch.from_numpy(counts), inputs[1])  # less what the counts decide
+    np.testing.assert_allclose((found - other).numpy(), literal(2 * mean) - literal(mean), rtol=1e-5, atol=1e-5)
+    inputs = tuple(each.requires_grad_() for each in inputs)
+    assert torch.autograd.gradcheck(
+        lambda mu, a: minus_log_likelihood(mu, torch.from_numpy(counts), a), inputs, atol=1e-4, rtol=1e-3
+    )
 
 
 # Intervals

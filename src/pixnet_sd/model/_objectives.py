@@ -15,7 +15,7 @@ from torch import Tensor
 from pixnet_sd.params import ObjectiveName
 
 from ._operators import Operator
-from .noise import expected_log_normalised
+from .noise import expected_log_normalised, minus_log_likelihood
 
 _EPS = 1e-8
 _TINY = 1e-12
@@ -170,7 +170,7 @@ class NbPcc(Objective):
         usual = known.usual[:, genes] * (known.measured_total / known.usual_total.clamp_min(_TINY))
         mean = known.at_measured_depth(predicted) + _TINY * usual
         information = (usual / (1 + dispersion.detach() * usual)).sum(0)
-        lost = _minus_log_likelihood(mean, measured, dispersion) / information.clamp_min(_TINY)
+        lost = minus_log_likelihood(mean, measured, dispersion) / information.clamp_min(_TINY)
         loss = loss + lost.sum() / (about.n_outputs - 1)
         if not self.pcc_weight:
             return loss
@@ -199,13 +199,6 @@ def _summed(
     summed = sums.apply(mean)
     squares = sums.apply(mean.detach() ** 2) / (summed.detach() ** 2).clamp_min(_TINY)
     return summed, sums.apply(measured), sums.apply(total), (dispersion * squares).clamp_min(_LEAST_DISPERSION)
-
-
-def _minus_log_likelihood(mean: Tensor, measured: Tensor, dispersion: Tensor) -> Tensor:
-    """Sum over regions, per gene, without the term that depends on the count alone: means and counts (n, M) -> (M,)."""
-    shape, grown = 1 / dispersion, torch.log1p(dispersion * mean)
-    known = torch.lgamma(measured + shape) - torch.lgamma(shape) + measured * torch.log(dispersion * mean + _TINY)
-    return ((measured + shape) * grown - known).sum(0)
 
 
 def make_objective(name: ObjectiveName, *, pcc_weight: float, target_sum: float) -> Objective:

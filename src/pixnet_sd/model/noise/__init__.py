@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._dispersion import Dispersion
 from ._expected import expected_log_normalised
 from ._intervals import LEVEL, calibrated_dispersion, coverage, cumulative, inside, quantiles
+from ._likelihood import minus_log_likelihood
 
 __all__ = [
     "LEVEL",
@@ -14,5 +15,6 @@ __all__ = [
     "cumulative",
     "expected_log_normalised",
     "inside",
+    "minus_log_likelihood",
     "quantiles",
 ]
