@@ -62,6 +62,22 @@ def test_scores_are_of_the_held_out_bins(shown):
     assert {gene: float(pcc) for gene, pcc in rows} == pytest.approx(expected.to_dict(), abs=2e-3)
 
 
+def test_levels_are_of_the_same_bins_at_their_depth(shown):
+    """Counts of the bins on tissue beside the share of the bin's counts that is expected of a gene."""
+    output, text = shown
+    slide = sd.read_zarr(output / "sample.zarr")
+    measured, predicted = slide.tables[TABLE], slide.tables[PREDICTED]
+    found = predicted[predicted.obs["on_tissue"]]
+    counts = measured.to_df().set_axis(measured.obs["location_id"]).loc[found.obs["instance_id"]]
+    shares = np.expm1(found.to_df()) / 1e4
+    at_depth = shares.mul(counts.sum(axis=1).to_numpy(), axis=0)
+    for gene in ("COL1A1", "MS4A1"):
+        row = re.search(rf"^{gene} +(\d\S*) +(\d\S*) +(\d\S*) +\d\S* +\d\S* +\d\S*$", text, re.MULTILINE)
+        assert row is not None
+        means = counts[gene].mean(), at_depth[gene].mean()
+        assert [float(each) for each in row.groups()] == pytest.approx([*means, means[1] / means[0]], abs=2e-3)
+
+
 def test_fails_when_too_little_is_learnt(shown, tmp_path, capsys, monkeypatch):
     """Also when the correlation is no number, which is never at least anything."""
     output, _ = shown

@@ -70,7 +70,8 @@ Held-out part, bins of {BIN_UM} µm, Pearson correlation over bins, spatially va
 
 {scores.round(3).to_string()}
 
-Whole slide, counts in a bin of {BIN_UM} µm, mean over bins:
+Whole slide, counts in a bin of {BIN_UM} µm, mean over bins: measured, beside what is expected of as many counts in all;
+and the truth, beside what is predicted from the image alone:
 
 {levels(slide, truth).round(3).to_string()}
 
@@ -136,13 +137,27 @@ def as_caught(truth: pd.DataFrame, measured: AnnData, cut_um: float) -> AnnData:
 
 
 def levels(slide: SpatialData, truth: AnnData) -> pd.DataFrame:
-    """Compare the mean of the genes that are drawn, over all bins, with what is expected there."""
-    table = slide.tables[PREDICTED]
+    """Compare means over bins of the genes that are drawn, once at the depth of each bin and once at the slide's.
+
+    How much of a bin is caught is drawn, and not on its image: counts are compared with what is expected of as many.
+    """
+    genes, table, measured = list(DRAWN), slide.tables[PREDICTED], slide.tables[TABLE]
     table = table[table.obs["on_tissue"]]
-    there = truth[truth.obs["location_id"].isin(table.obs["instance_id"])]
-    genes = list(DRAWN)
-    true, predicted = there.to_df()[genes].mean() / MILLION, table.to_df("expected_counts")[genes].mean()
-    return pd.DataFrame({"truth": true, "predicted": predicted, "ratio": predicted / true}).rename_axis(None)
+    rows = pd.Index(measured.obs["location_id"]).get_indexer(table.obs["instance_id"])
+    table, rows = table[rows >= 0], rows[rows >= 0]
+    expected = table.to_df("expected_counts")[genes]
+    depth = np.asarray(measured.X.sum(axis=1)).ravel()[rows] / table.obs["expected_total_counts"]
+    means = pd.DataFrame(
+        {
+            "measured": measured.to_df()[genes].iloc[rows].mean(),
+            "at its depth": expected.mul(depth, axis=0).mean(),
+            "truth": truth.to_df()[genes].iloc[rows].mean() / MILLION,
+            "predicted": expected.mean(),
+        }
+    )
+    means.insert(2, "ratio", means["at its depth"] / means["measured"])
+    means["ratio to truth"] = means["predicted"] / means["truth"]
+    return means.rename_axis(None)
 
 
 def score(slide: SpatialData, truth: AnnData, cut_um: float) -> pd.DataFrame:
