@@ -10,6 +10,8 @@ different seeds. Every model has the same frozen encoder (``efficientnet_lite0``
 (a) Trained on spots of 55 and 100 µm, tested at 2, 8, 16, 55 and 100 µm: PixNet with three objectives, and spot-crop
     networks with the encoder frozen or fine-tuned, whose crop has the tested size, or the nearest size trained on.
 (b) Trained on every subset of the 2, 8 and 16 µm bins, tested on each.
+(c) Intervals: the default trained on all three, with nothing, some tiles, or one slide held out; which share of counts
+    lies in the middle 90 % of what is expected of as many.
 
 Scores are of log-normalised expression, ``log1p(1e4 x / sum x)``, of the genes that vary: against counts as they were
 drawn, where a region has any, and against what is expected in the tissue. "expected / observed" are total counts, times
@@ -28,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -45,7 +48,7 @@ from cross_scale_slides import (
     training_slide,
     varying_genes,
 )
-from her2st import ENCODER, packaged_weights, scores
+from her2st import ENCODER, covered, packaged_weights, scores
 from shared_pyramids import shared_pyramids
 
 import pixnet_sd as ps
@@ -69,6 +72,8 @@ FIT: dict[str, Any] = {
     "device": "cpu",
     "show_progress_bar": False,
 }
+HELD_OUT: dict[str, Any] = {"nothing": None, "tiles": 0.2, "a slide": ["slide 1"]}
+COVERAGE = 0.88, 0.92
 DEFAULT, CROP = "nb_pcc", "spot-crop"
 GAIN, CALIBRATED = 0.10, 0.05
 
@@ -82,6 +87,7 @@ class Bench:
     training: dict[str, sd.SpatialData] = field(default_factory=dict)
     tests: list[tuple[sd.SpatialData, list[TestRegions]]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    covered: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         options = self.options
@@ -98,16 +104,7 @@ class Bench:
         """All objectives of PixNet, trained on some tables."""
         for name, options in MODELS.items():
             started = time.monotonic()
-            network = MODEL | {"encoder_weights": self.weights} | options.get("model_params", {})
-            with shared_pyramids(self.folder / "pyramids"):
-                model = ps.tl.fit(
-                    self.training,
-                    table_key=tables,
-                    genes=self.genes,
-                    train_params=TRAIN | {"max_steps": self.options.steps},
-                    checkpoint_dir=self.folder / f"{part} {trained} {name}",
-                    **(FIT | options | {"model_params": network}),
-                )
+            model = self._fit(f"{part} {trained} {name}", tables, TRAIN, options)
             fitted = time.monotonic() - started
             for k, (sdata, regions) in enumerate(self.tests):
                 asked = [each for each in regions if part == "a" or each.size_um in BIN_UM]
@@ -116,20 +113,46 @@ class Bench:
                 f"({part}) {trained}: {name} {fitted:.0f} s + {time.monotonic() - started - fitted:.0f} s", flush=True
             )
 
+    def intervals(self) -> None:
+        """Coverage on the test slides, with something held out in training to set the scatter by, or nothing."""
+        tables = [f"square_{s:03d}um" for s in BIN_UM]
+        for held_out, validation in HELD_OUT.items():
+            model = self._fit(f"c {held_out}", tables, TRAIN | {"anneal": True}, {"validation": validation})
+            for sdata, regions in self.tests:
+                for each in regions:
+                    if each.size_um in BIN_UM:
+                        share = covered(self._table(sdata, model, each), each.counts, each.counts.sum(axis=1))
+                        self.covered.append({"held out": held_out, "size_um": each.size_um, "coverage": share})
+            print(f"(c) {held_out} held out", flush=True)
+
+    def _fit(self, name: str, tables: list[str], train: dict[str, Any], options: dict[str, Any]) -> ps.PixNet:
+        network = MODEL | {"encoder_weights": self.weights} | options.get("model_params", {})
+        with shared_pyramids(self.folder / "pyramids"):
+            return ps.tl.fit(
+                self.training,
+                table_key=tables,
+                genes=self.genes,
+                train_params=train | {"max_steps": self.options.steps},
+                checkpoint_dir=self.folder / name,
+                **(FIT | options | {"model_params": network}),
+            )
+
+    def _table(self, sdata: sd.SpatialData, model: ps.PixNet, regions: TestRegions) -> ad.AnnData:
+        """Predictions of test regions, in their order."""
+        options = {"mpp": MPP, "overwrite": True, "device": "cpu", "show_progress_bar": False}
+        options["predict_params"] = {"tile_px": -(-int(self.options.size_um) // 32) * 32}  # one tile
+        ps.tl.predict(sdata, model, shapes_key=regions.key, write=None, **options)
+        table = sdata.tables.pop(f"pixnet_{regions.key}")
+        return table[pd.Index(table.obs["instance_id"]).get_indexer(sdata.shapes[regions.key].index)].copy()
+
     def _predict(
         self, sdata: sd.SpatialData, model: ps.PixNet, tests: list[TestRegions], about: dict[str, Any]
     ) -> None:
-        side = -(-int(self.options.size_um) // 32) * 32  # one tile
-        options = {"mpp": MPP, "overwrite": True, "device": "cpu", "show_progress_bar": False}
-        options["predict_params"] = {"tile_px": side}
-        ps.tl.predict(sdata, model, **options)
         for regions in tests:
-            ps.tl.predict(sdata, model, shapes_key=regions.key, write=None, **options)
-            table = sdata.tables.pop(f"pixnet_{regions.key}")
-            order = pd.Index(table.obs["instance_id"]).get_indexer(sdata.shapes[regions.key].index)
+            table = self._table(sdata, model, regions)
             total = table.obs.get("expected_total_counts")
             expected = float("nan") if total is None else float(total.sum())
-            self._score(np.asarray(table.X, np.float64)[order], regions, about, expected)
+            self._score(np.asarray(table.X, np.float64), regions, about, expected)
 
     def crops(self) -> None:
         """Spot-crop networks, trained on the spots."""
@@ -211,6 +234,14 @@ def verdicts(frame: pd.DataFrame) -> Iterator[str]:
         )
 
 
+def coverages(frame: pd.DataFrame) -> Iterator[str]:
+    """Coverage of 90 % at each size, mean over test slides, with the least and the most of one."""
+    for (held_out, size_um), rows in frame.groupby(["held out", "size_um"], sort=False):
+        mean, low, high = rows["coverage"].agg(["mean", "min", "max"])
+        verdict = "met" if COVERAGE[0] <= mean <= COVERAGE[1] else "NOT MET"
+        yield f"{verdict}: (c) {held_out} held out, {size_um} µm: {mean:.1%} of counts ({low:.1%} to {high:.1%})"
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """PCC@M and MSE against the truth, methods by tested size, for each training set."""
     parts = []
@@ -253,7 +284,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("cross_scale"), help="for the tables and the plot")
-    parser.add_argument("--only", choices=("a", "b"), help="one part of it")
+    parser.add_argument("--only", nargs="+", default=["a", "b", "c"], choices=("a", "b", "c"), help="parts of it")
     parser.add_argument("--size-um", type=float, default=1200.0, help="side of the slides")
     parser.add_argument("--n-training", type=int, default=3)
     parser.add_argument("--n-test", type=int, default=2)
@@ -269,19 +300,25 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
         print(f"slides: {time.monotonic() - started:.0f} s", flush=True)
-        if options.only != "b":
+        if "a" in options.only:
             bench.pixnet("a", "55 + 100 µm", [f"spots_{s:03d}um" for s in SPOT_UM])
             bench.crops()
             bench.table().to_csv(options.out / "cross_scale.csv", index=False)
-        for sizes in subsets() if options.only != "a" else ():
+        for sizes in subsets() if "b" in options.only else ():
             bench.pixnet("b", " + ".join(map(str, sizes)) + " µm", [f"square_{s:03d}um" for s in sizes])
             bench.table().to_csv(options.out / "cross_scale.csv", index=False)
-    frame = bench.table()
-    text = markdown(frame)
-    (options.out / "cross_scale.md").write_text(text, encoding="utf-8")
-    draw(frame, options.out / "cross_scale.png")
-    print(text)
-    print("\n".join(verdicts(frame)) if options.only != "b" else "")
+        if "c" in options.only:
+            bench.intervals()
+    frame = pd.DataFrame(bench.covered)
+    if bench.covered:
+        print("\n".join(coverages(frame)))
+    if bench.rows:
+        frame = bench.table()
+        text = markdown(frame)
+        (options.out / "cross_scale.md").write_text(text, encoding="utf-8")
+        draw(frame, options.out / "cross_scale.png")
+        print(text)
+        print("\n".join(verdicts(frame)) if "a" in options.only else "")
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
     return frame
 

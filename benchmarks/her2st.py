@@ -258,10 +258,7 @@ class Runs:
         counts = next(iter(sd.read_zarr(self.stores[test]).tables.values()))
         counts.obs_names = counts.obs[counts.uns["spatialdata_attrs"]["instance_key"]].astype(str)
         measured_counts = np.asarray(counts[table.obs_names, table.var_names].X.toarray(), np.float64)
-        dispersion = Dispersion.read(table.var).at(table.obs["area_um2"].to_numpy(np.float64))
-        mean = np.expm1(np.asarray(table.X, np.float64)) * total.to_numpy(np.float64)[:, None] / TARGET_SUM
-        known = ~np.isnan(mean).any(axis=1)
-        return float(coverage(measured_counts[known], mean[known], dispersion[known]).mean())
+        return covered(table, measured_counts, total.to_numpy(np.float64))
 
     def _predict(self, test: str, model: ps.PixNet, n_symmetries: int) -> ad.AnnData:
         """The table of the test section's spots, rows called by their ids."""
@@ -272,6 +269,14 @@ class Runs:
         table = sdata.tables[f"pixnet_{spots}"].copy()
         table.obs_names = table.obs["instance_id"].astype(str)
         return table
+
+
+def covered(table: ad.AnnData, counts: Array, total: Array) -> float:
+    """Share of counts (n, M) in the middle 90 % of what a table expects at a depth, counts of all genes (n,)."""
+    dispersion = Dispersion.read(table.var).at(table.obs["area_um2"].to_numpy(np.float64))
+    mean = np.expm1(np.asarray(table.X, np.float64)) * total[:, None] / TARGET_SUM
+    known = ~np.isnan(mean).any(axis=1)
+    return float(coverage(counts[known], mean[known], dispersion[known]).mean())
 
 
 def expectation(table: ad.AnnData, total: pd.Series) -> Array:
