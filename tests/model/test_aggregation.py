@@ -219,6 +219,17 @@ def test_joined_tiles_take_only_the_pixels_that_they_touch() -> None:
     assert TiledOperator([aligned, sparse]).joined().gather(rows) is rows
 
 
+def test_bins_of_other_sizes_need_the_same_pixels() -> None:
+    """So that what is done to each is done once: turned bins, which have no separable operator."""
+    rows = rows_of(WIDE).repeat(2, 1)
+    for bin_px, n in ((4, 12), (8, 6)):
+        row, col = (each.ravel() for each in np.indices((n, n)))
+        bins = build_operator(Lattice(row, col, turned(bin_px, 0.05, (1, 1))), WIDE)
+        joined = TiledOperator([bins, bins]).joined()
+        assert joined.gather(rows) is rows
+        torch.testing.assert_close(joined.total(rows), TiledOperator([bins, bins]).apply(rows))
+
+
 @staging
 def test_without_a_gradient_there_is_no_transpose_and_rows_of_another_number_are_refused() -> None:
     staged = circles.staged(gradient=False, pin=False)

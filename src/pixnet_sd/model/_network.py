@@ -243,21 +243,32 @@ class Network(nn.Module):
         Features (B, C, h, w), in the order of the operator's B h w columns -> (n, M). Of a region off the slide (n_px
         0) the sum is 0 and the mean the bias.
         """
-        return self.region_values(self.region_inputs(features, operator), operator)
+        return self.region_values(self.region_inputs(self.rows(features), operator), operator)
 
-    def region_inputs(self, features: Tensor, operator: Operator) -> Tensor:
-        """Return all that `region_values` needs of the features: A D under a linear head, else D where A is not 0."""
-        rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+    def rows(self, features: Tensor) -> Tensor:
+        """Lay feature maps out as operators have their columns: (B, C, h, w) -> (B h w, C)."""
+        return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+
+    def region_inputs(self, rows: Tensor, operator: Operator) -> Tensor:
+        """Return all that regions need of feature `rows`: A D under a linear head, else D where A is not 0."""
         return operator.apply(rows) if self.head.is_linear else operator.gather(rows)
 
     def region_values(self, inputs: Tensor, operator: Operator, outputs: slice = slice(None)) -> Tensor:
         """Compute outputs of `predict_regions`, shape (n, outputs), from `region_inputs`."""
+        return self.summed(self.pixel_values(inputs, outputs), operator, outputs)
+
+    def pixel_values(self, inputs: Tensor, outputs: slice) -> Tensor:
+        """Compute what of `region_values` depends on the inputs only, so that sizes with the same share it."""
+        return inputs if self.head.is_linear else self.head(inputs, outputs)
+
+    def summed(self, values: Tensor, operator: Operator, outputs: slice) -> Tensor:
+        """Compute `region_values` from `pixel_values`."""
         if not self.head.is_linear:
-            return operator.total(self.head(inputs, outputs))
-        n_px = torch.as_tensor(operator.n_px, dtype=inputs.dtype, device=inputs.device)[:, None]
+            return operator.total(values)
+        n_px = torch.as_tensor(operator.n_px, dtype=values.dtype, device=values.device)[:, None]
         weight, bias = self.head.weight[outputs].float(), self.head.bias[outputs].float()
-        with torch.autocast(inputs.device.type, enabled=False):
-            return apply_head(inputs, n_px, weight, bias, self.aggregation)
+        with torch.autocast(values.device.type, enabled=False):
+            return apply_head(values, n_px, weight, bias, self.aggregation)
 
     def log_dispersion_of(self, size: int | None, outputs: slice) -> Tensor:
         """Return the logarithm of the dispersion of outputs, (outputs,), at a size; at one that is new, the mean."""

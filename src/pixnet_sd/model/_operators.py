@@ -67,6 +67,8 @@ class StagedMatrix:
             return make(*self.forward, size=self.shape), backward
 
 
+_NEARLY_ALL = 2 / 3  # of the pixels, from which on it does not pay to pick those that regions touch
+
 Matrix: TypeAlias = "sparse.csr_array | StagedMatrix"
 
 
@@ -215,12 +217,17 @@ class TiledOperator(Operator):
         return torch.cat([tile.apply(own) for tile, own in zip(self.tiles, rows, strict=True)])
 
     def joined(self) -> Operator:
-        """Make one matrix of sparse tiles, as many small products keep a GPU waiting, of the pixels that they touch."""
+        """Make one matrix of sparse tiles, as many small products keep a GPU waiting, of the pixels that they touch.
+
+        Of bins that touch nearly all pixels it is of all: then those of other sizes need the same.
+        """
         sparse_tiles = [tile for tile in self.tiles if isinstance(tile, SparseOperator)]
         if len(sparse_tiles) < len(self.tiles):
             return self
         matrix = _block_diagonal([tile.matrix for tile in sparse_tiles])
         pixels, columns = np.unique(matrix.indices, return_inverse=True)
+        if len(pixels) >= _NEARLY_ALL * matrix.shape[1]:
+            return SparseOperator(matrix, self.n_px)
         shape = matrix.shape[0], len(pixels)
         touched = sparse.csr_array((matrix.data, columns.astype(matrix.indices.dtype), matrix.indptr), shape=shape)
         return TouchedOperator(pixels.astype(np.int64), touched, self.n_px)

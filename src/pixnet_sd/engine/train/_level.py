@@ -41,7 +41,7 @@ def _compared(
     for batch, maps in features.scored(slides, n_batches):
         slide = batch.plan.slide
         for size, (operator, target) in enumerate(zip(batch.operators, batch.targets, strict=True)):
-            inputs = network.region_inputs(maps, operator)
+            inputs = network.region_inputs(network.rows(maps), operator)
             predict = partial(network.region_values, inputs, operator)
             measure, last = partial(block_of, target, device=maps.device), slice(n_genes, n_genes + 1)
             total, depth = measure(last), predict(last)

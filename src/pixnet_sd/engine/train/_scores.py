@@ -43,38 +43,52 @@ class BatchLoss:
     def backward(self, features: Tensor, fabric: Fabric) -> Tensor:
         """Add the gradient to that of all parameters, from D (B, C, h, w); returns the loss, detached."""
         used = [k for k, target in enumerate(self.targets) if target.shape[0]]  # sizes with regions in these tiles
-        inputs = [self.network.region_inputs(features, self.operators[k]) for k in used]
-        n_rows = max(max(len(rows), self.targets[k].shape[0]) for k, rows in zip(used, inputs, strict=True))
+        rows = self.network.rows(features)
+        inputs = [self.network.region_inputs(rows, self.operators[k]) for k in used]
+        n_rows = max(max(len(own), self.targets[k].shape[0]) for k, own in zip(used, inputs, strict=True))
         blocks = output_blocks(self.network.head.n_outputs, n_rows, self.block_size)
         held = [partial(block_of, self.targets[k], device=features.device) for k in used]
         varying = [self.objective.n_varying(map(targets, blocks)) for targets in held]
-        # The gradient stops at what all blocks share, and is carried on from there once.
-        leaves = [rows.detach().requires_grad_() for rows in inputs]
+        totals = [self._totals(k, own) for k, own in zip(used, inputs, strict=True)]
+        # The gradient stops at what all blocks share, and is carried on from there once. Sizes that need all pixels,
+        # as bins do, have one input.
+        shared = {id(own): own for own in inputs}
+        leaves = {key: own.detach().requires_grad_() for key, own in shared.items()}
         total = features.new_zeros(())
         for outputs in blocks:
-            parts = [self._part(outputs, *of_size) for of_size in zip(used, leaves, varying, strict=True)]
-            loss = torch.stack(parts).mean()
+            pixels = {key: self.network.pixel_values(leaf, outputs) for key, leaf in leaves.items()}
+            each = zip(used, [pixels[id(own)] for own in inputs], varying, totals, strict=True)
+            loss = torch.stack([self._part(outputs, *of_size) for of_size in each]).mean()
             fabric.backward(loss)
             total += loss.detach()
-        carried = [(rows * leaf.grad).sum() for rows, leaf in zip(inputs, leaves, strict=True) if leaf.grad is not None]
-        fabric.backward(torch.stack(carried).sum())
+        grads = [(own * grad).sum() for key, own in shared.items() if (grad := leaves[key].grad) is not None]
+        fabric.backward(torch.stack(grads).sum())
         return total
 
-    def _part(self, outputs: slice, k: int, rows: Tensor, n_varying: Tensor) -> Tensor:
-        """Compute the share of the k-th size's loss that a group of outputs has."""
+    @torch.no_grad()
+    def _totals(self, k: int, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Predict and read the counts of all genes in regions of the k-th size, (n, 1) each."""
+        if not self.objective.has_total:
+            return None
+        last = slice(self.network.head.n_outputs - 1, self.network.head.n_outputs)
+        predicted = self.network.region_values(inputs, self.operators[k], last) * self.depth
+        return predicted, block_of(self.targets[k], last, inputs.device)
+
+    def _part(
+        self, outputs: slice, k: int, pixels: Tensor, n_varying: Tensor, totals: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Compute the share of the k-th size's loss that a group of outputs has, from their `pixel_values`."""
         operator, head, densities = self.operators[k], self.network.head, None
-        measured = partial(block_of, self.targets[k], device=rows.device)
-        predicted = self.network.region_values(rows, operator, outputs)
+        predicted = self.network.summed(pixels, operator, outputs)
         predicted = predicted if self.depth == 1 else predicted * self.depth
-        if self.objective.has_total:  # usual counts, and the sums over all genes
-            unit, last = self.depth * head.unit, slice(head.n_outputs - 1, head.n_outputs)
+        if totals is not None:  # usual counts, and the sums over all genes
+            unit = self.depth * head.unit
             n_px = torch.as_tensor(operator.n_px, dtype=unit.dtype, device=unit.device)[:, None]
-            total = self.network.region_values(rows, operator, last) * self.depth
             dispersion = self.network.log_dispersion_of(self.sizes[k], outputs)
-            usual = n_px * unit[outputs], n_px * unit[last]
-            densities = Densities(total, measured(last), dispersion, *usual, self.sums[k] if self.sums else None)
+            usual = n_px * unit[outputs], n_px * unit[-1:]
+            densities = Densities(*totals, dispersion, *usual, self.sums[k] if self.sums else None)
         about = Part(outputs, head.n_outputs, n_varying, densities)
-        return self.objective.part(predicted, measured(outputs), about)
+        return self.objective.part(predicted, block_of(self.targets[k], outputs, pixels.device), about)
 
 
 class Scores(NamedTuple):
@@ -160,7 +174,7 @@ class _SizeMoments:
 
     def add(self, features: Tensor, operator: Operator, target: Target) -> None:
         """Take in a batch's regions of this size."""
-        inputs = self.network.region_inputs(features, operator)
+        inputs = self.network.region_inputs(self.network.rows(features), operator)
         predict = partial(self.network.region_values, inputs, operator)
         measure = partial(block_of, target, device=features.device)
         kept: Tensor | slice = slice(None)
