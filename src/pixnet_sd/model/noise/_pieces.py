@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-_PIECE = 2**16  # values, of which a dozen arrays fit into a processor's cache
+_PIECE = 2**20  # values: few enough for a cache, as many as keep calls rare, of which each waits for other threads
 
 
 def cached_rows(values: Tensor) -> Iterator[slice]:
