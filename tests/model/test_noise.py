@@ -79,6 +79,13 @@ def test_likelihood_is_that_of_scipy_and_so_are_its_gradients(seed: int, depth: 
     )
 
 
+@pytest.mark.parametrize("dispersion", [1e-30, 1e-10, 1e10])
+def test_likelihood_is_finite_whatever_the_dispersion_becomes(dispersion: float) -> None:
+    mean, alpha = (torch.full(shape, value, requires_grad=True) for shape, value in (((3, 2), 2.0), ((2,), dispersion)))
+    lost = minus_log_likelihood(mean, torch.tensor([[0.0, 3]] * 3), alpha).sum()
+    assert torch.isfinite(torch.stack([lost, *(each.sum() for each in torch.autograd.grad(lost, (mean, alpha)))])).all()
+
+
 # Intervals
 
 

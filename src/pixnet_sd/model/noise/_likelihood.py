@@ -11,6 +11,7 @@ from torch import Tensor
 from ._pieces import cached_rows
 
 _TINY = 1e-12
+_LEAST = 1e-8  # of a dispersion: no count is so large that less would be seen, and float32 holds what is made of it
 
 
 class _MinusLogLikelihood(torch.autograd.Function):
@@ -18,6 +19,7 @@ class _MinusLogLikelihood(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, measured: Tensor, dispersion: Tensor) -> Tensor:
+        dispersion = dispersion.clamp_min(_LEAST)
         shape = 1 / dispersion
         start, start_slope = log_gamma(shape)
         lost, by_shape, by_mean = torch.zeros_like(dispersion), torch.zeros_like(dispersion), torch.empty_like(mean)
@@ -49,7 +51,7 @@ def minus_log_likelihood(mean: Tensor, measured: Tensor, dispersion: Tensor) -> 
 
 
 def log_gamma(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute log Γ(x) and its derivative of x > 0, by Stirling's series at x + 4, to 1e-6: faster than torch does."""
+    """Compute log Γ(x) and its derivative of 0 < x < 1e9, by Stirling's series at x + 4, to 1e-6: faster than torch does."""
     pairs = x * (x + 3)  # x (x + 1) (x + 2) (x + 3) = pairs (pairs + 2)
     product = pairs * (pairs + 2)
     far = x + 4
