@@ -51,7 +51,7 @@ def minus_log_likelihood(mean: Tensor, measured: Tensor, dispersion: Tensor) -> 
 
 
 def log_gamma(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute log Γ(x) and its derivative of 0 < x < 1e9, by Stirling's series at x + 4, to 1e-6: faster than torch does."""
+    """Compute log Γ(x) and its derivative of 0 < x < 1e9, by Stirling's series at x + 4, to 1e-6, faster than torch."""
     pairs = x * (x + 3)  # x (x + 1) (x + 2) (x + 3) = pairs (pairs + 2)
     product = pairs * (pairs + 2)
     far = x + 4
