@@ -15,7 +15,7 @@ from tests.model.literal import aggregates, dense_operator, example_map, masks
 from torch import Tensor
 
 from pixnet_sd.geometry import Circles, Grid, LabelGrid, Lattice, Regions, Window, squares
-from pixnet_sd.model import Operator, TiledOperator, build_operator, count_pixels
+from pixnet_sd.model import Operator, TiledOperator, build_operator, count_pixels, sharing_pixels
 
 GRID = Grid(6, 5, 4)  # 24 × 20 px
 WIDE = Grid(11, 13, 4)
@@ -219,15 +219,18 @@ def test_joined_tiles_take_only_the_pixels_that_they_touch() -> None:
     assert TiledOperator([aligned, sparse]).joined().gather(rows) is rows
 
 
-def test_bins_of_other_sizes_need_the_same_pixels() -> None:
+def test_sizes_that_touch_most_pixels_need_the_same() -> None:
     """So that what is done to each is done once: turned bins, which have no separable operator."""
-    rows = rows_of(WIDE).repeat(2, 1)
-    for bin_px, n in ((4, 12), (8, 6)):
-        row, col = (each.ravel() for each in np.indices((n, n)))
-        bins = build_operator(Lattice(row, col, turned(bin_px, 0.05, (1, 1))), WIDE)
-        joined = TiledOperator([bins, bins]).joined()
-        assert joined.gather(rows) is rows
-        torch.testing.assert_close(joined.total(rows), TiledOperator([bins, bins]).apply(rows))
+    rows, row_col = rows_of(WIDE).repeat(2, 1), [[each.ravel() for each in np.indices((n, n))] for n in (12, 6)]
+    bins = [
+        build_operator(Lattice(row, col, turned(bin_px, 0.05, (1, 1))), WIDE)
+        for bin_px, (row, col) in zip((4, 8), row_col, strict=True)
+    ]
+    joined = [TiledOperator([each, each]).joined() for each in bins]
+    for found, operator in zip(sharing_pixels(joined, len(rows)), joined, strict=True):
+        assert found.gather(rows) is rows
+        torch.testing.assert_close(found.total(rows), operator.apply(rows))
+    assert sharing_pixels(joined[:1], len(rows)) == joined[:1]
 
 
 @staging

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         make_objective,
         pearson_per_gene,
     )
-    from ._operators import Move, Operator, SparseOperator, TiledOperator, staged_array
+    from ._operators import Move, Operator, SparseOperator, TiledOperator, sharing_pixels, staged_array
     from ._record import CHECKSUMS, DecoderConfig, ModelRecord, library_versions, link_of, outputs_of, read_record
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "read_record",
     "receptive_radius_px",
     "sees_whole_tile",
+    "sharing_pixels",
     "staged_array",
 ]
 

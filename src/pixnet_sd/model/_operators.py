@@ -67,8 +67,6 @@ class StagedMatrix:
             return make(*self.forward, size=self.shape), backward
 
 
-_NEARLY_ALL = 2 / 3  # of the pixels, from which on it does not pay to pick those that regions touch
-
 Matrix: TypeAlias = "sparse.csr_array | StagedMatrix"
 
 
@@ -178,6 +176,13 @@ class TouchedOperator(Operator):
     def apply(self, features: Tensor) -> Tensor:
         return self.total(self.gather(features))
 
+    def of_all_pixels(self, n_pixels: int) -> SparseOperator:
+        """Put the empty columns back; before it is staged."""
+        assert isinstance(self.matrix, sparse.csr_array)
+        columns = np.asarray(self.pixels, self.matrix.indices.dtype)[self.matrix.indices]
+        shape = self.matrix.shape[0], n_pixels
+        return SparseOperator(sparse.csr_array((self.matrix.data, columns, self.matrix.indptr), shape=shape), self.n_px)
+
 
 @dataclass(frozen=True, eq=False)
 class SeparableOperator(Operator):
@@ -217,17 +222,12 @@ class TiledOperator(Operator):
         return torch.cat([tile.apply(own) for tile, own in zip(self.tiles, rows, strict=True)])
 
     def joined(self) -> Operator:
-        """Make one matrix of sparse tiles, as many small products keep a GPU waiting, of the pixels that they touch.
-
-        Of bins that touch nearly all pixels it is of all: then those of other sizes need the same.
-        """
+        """Make one matrix of sparse tiles, as many small products keep a GPU waiting, of the pixels that they touch."""
         sparse_tiles = [tile for tile in self.tiles if isinstance(tile, SparseOperator)]
         if len(sparse_tiles) < len(self.tiles):
             return self
         matrix = _block_diagonal([tile.matrix for tile in sparse_tiles])
         pixels, columns = np.unique(matrix.indices, return_inverse=True)
-        if len(pixels) >= _NEARLY_ALL * matrix.shape[1]:
-            return SparseOperator(matrix, self.n_px)
         shape = matrix.shape[0], len(pixels)
         touched = sparse.csr_array((matrix.data, columns.astype(matrix.indices.dtype), matrix.indptr), shape=shape)
         return TouchedOperator(pixels.astype(np.int64), touched, self.n_px)
@@ -237,6 +237,14 @@ class TiledOperator(Operator):
 
     def moved(self, move: Move) -> Operator:
         return TiledOperator([tile.moved(move) for tile in self.tiles])
+
+
+def sharing_pixels(operators: Sequence[Operator], n_pixels: int) -> list[Operator]:
+    """Let operators that touch more pixels in all than there are need all: what is computed of each is so but once."""
+    touched = [operator for operator in operators if isinstance(operator, TouchedOperator)]
+    if sum(len(operator.pixels) for operator in touched) <= n_pixels:
+        return list(operators)
+    return [o.of_all_pixels(n_pixels) if isinstance(o, TouchedOperator) else o for o in operators]
 
 
 def _block_diagonal(matrices: Sequence[sparse.csr_array]) -> sparse.csr_array:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixnet_sd.engine import N_SYMMETRIES, Tile, TrainingSlide, TrainingTiles
 from pixnet_sd.geometry import MAP_STRIDE, Grid, Regions, Window, neighbour_groups
-from pixnet_sd.model import Move, Operator, SparseOperator, TiledOperator, build_operator
+from pixnet_sd.model import Move, Operator, SparseOperator, TiledOperator, build_operator, sharing_pixels
 
 DENSE_OUTPUTS = 1024  # most that are held for all regions of a batch
 _BLOCK_BYTES = 2**27
@@ -113,7 +113,8 @@ def tile_operators(plan: BatchPlan, members: Sequence[tuple[NDArray[np.intp], ..
         to_tile = np.array([[1, 0, -col0], [0, 1, -row0], [0, 0, 1]], np.float64)
         for operators, measured, index in zip(per_size, slide.measured, of_tile, strict=True):
             operators.append(build_operator(measured.regions.subset(index).transform(to_tile), grid, inside=inside))
-    return [TiledOperator(operators).joined() for operators in per_size]
+    n_pixels = sum((height // stride) * (width // stride) for _, _, height, width in plan.tiles)
+    return sharing_pixels([TiledOperator(operators).joined() for operators in per_size], n_pixels)
 
 
 def _sums_of_few(
