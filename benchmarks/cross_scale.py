@@ -119,10 +119,9 @@ class Bench:
         for held_out, validation in HELD_OUT.items():
             model = self._fit(f"c {held_out}", tables, TRAIN | {"anneal": True}, {"validation": validation})
             for sdata, regions in self.tests:
-                for each in regions:
-                    if each.size_um in BIN_UM:
-                        share = covered(self._table(sdata, model, each), each.counts, each.counts.sum(axis=1))
-                        self.covered.append({"held out": held_out, "size_um": each.size_um, "coverage": share})
+                for each, table in self._tables(sdata, model, [each for each in regions if each.size_um in BIN_UM]):
+                    share = covered(table, each.counts, each.counts.sum(axis=1))
+                    self.covered.append({"held out": held_out, "size_um": each.size_um, "coverage": share})
             print(f"(c) {held_out} held out", flush=True)
 
     def _fit(self, name: str, tables: list[str], train: dict[str, Any], options: dict[str, Any]) -> ps.PixNet:
@@ -137,19 +136,23 @@ class Bench:
                 **(FIT | options | {"model_params": network}),
             )
 
-    def _table(self, sdata: sd.SpatialData, model: ps.PixNet, regions: TestRegions) -> ad.AnnData:
-        """Predictions of test regions, in their order."""
+    def _tables(
+        self, sdata: sd.SpatialData, model: ps.PixNet, tests: list[TestRegions]
+    ) -> Iterator[tuple[TestRegions, ad.AnnData]]:
+        """Test regions with their predictions, in their order, from one map."""
         options = {"mpp": MPP, "overwrite": True, "device": "cpu", "show_progress_bar": False}
         options["predict_params"] = {"tile_px": -(-int(self.options.size_um) // 32) * 32}  # one tile
-        ps.tl.predict(sdata, model, shapes_key=regions.key, write=None, **options)
-        table = sdata.tables.pop(f"pixnet_{regions.key}")
-        return table[pd.Index(table.obs["instance_id"]).get_indexer(sdata.shapes[regions.key].index)].copy()
+        ps.tl.predict(sdata, model, **options)
+        for regions in tests:
+            ps.tl.predict(sdata, model, shapes_key=regions.key, write=None, **options)
+            table = sdata.tables.pop(f"pixnet_{regions.key}")
+            order = pd.Index(table.obs["instance_id"]).get_indexer(sdata.shapes[regions.key].index)
+            yield regions, table[order].copy()
 
     def _predict(
         self, sdata: sd.SpatialData, model: ps.PixNet, tests: list[TestRegions], about: dict[str, Any]
     ) -> None:
-        for regions in tests:
-            table = self._table(sdata, model, regions)
+        for regions, table in self._tables(sdata, model, tests):
             total = table.obs.get("expected_total_counts")
             expected = float("nan") if total is None else float(total.sum())
             self._score(np.asarray(table.X, np.float64), regions, about, expected)

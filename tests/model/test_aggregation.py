@@ -227,10 +227,13 @@ def test_sizes_that_touch_most_pixels_need_the_same() -> None:
         for bin_px, (row, col) in zip((4, 8), row_col, strict=True)
     ]
     joined = [TiledOperator([each, each]).joined() for each in bins]
-    for found, operator in zip(sharing_pixels(joined, len(rows)), joined, strict=True):
-        assert found.gather(rows) is rows
-        torch.testing.assert_close(found.total(rows), operator.apply(rows))
-    assert sharing_pixels(joined[:1], len(rows)) == joined[:1]
+    few = TiledOperator([circles, nothing]).joined()
+    for operators in (joined, [TiledOperator([aligned, aligned]).joined(), few]):
+        for found, operator in zip(sharing_pixels(operators, len(rows)), operators, strict=True):
+            assert found.gather(rows) is rows
+            torch.testing.assert_close(found.total(rows), operator.apply(rows))
+    for operators in (joined[:1], [few, few]):
+        assert sharing_pixels(operators, len(rows)) == operators
 
 
 @staging

@@ -42,19 +42,21 @@ def test_gradients_of_the_expectation() -> None:
 
 def test_many_regions_are_as_each_by_itself() -> None:
     """More than are worked through at a time."""
-    mean = torch.rand(700, 300, generator=torch.manual_seed(0)).mul_(9).requires_grad_()
-    counts, total, dispersion = mean.detach().round(), torch.full((700, 1), 1500.0), torch.linspace(0.01, 2, 300)
-    whole = expected_log_normalised(mean, dispersion, total, 1e4)
+    n, width = 90, 30_000
+    mean = torch.rand(n, width, generator=torch.manual_seed(0)).mul_(9).requires_grad_()
+    counts, total, dispersion = mean.detach().round(), torch.full((n, 1), 1.5e5), torch.linspace(0.01, 2, width)
+    of_region = dispersion * torch.linspace(0.5, 2, n)[:, None]
+    whole = expected_log_normalised(mean, of_region, total, 1e4)
     lost = minus_log_likelihood(mean, counts, dispersion)
     (slope,) = torch.autograd.grad(whole.sum() + lost.sum(), mean)
-    parts = [mean.detach()[k::7].requires_grad_() for k in range(7)]
+    parts = [mean.detach()[k::2].requires_grad_() for k in range(2)]
     for k, part in enumerate(parts):
-        found = expected_log_normalised(part, dispersion, total[k::7], 1e4)
-        torch.testing.assert_close(found, whole[k::7])
-        lost_there = minus_log_likelihood(part, counts[k::7], dispersion)
-        torch.testing.assert_close(*torch.autograd.grad(found.sum() + lost_there.sum(), part), slope[k::7])
+        found = expected_log_normalised(part, of_region[k::2], total[k::2], 1e4)
+        torch.testing.assert_close(found, whole[k::2])
+        lost_there = minus_log_likelihood(part, counts[k::2], dispersion)
+        torch.testing.assert_close(*torch.autograd.grad(found.sum() + lost_there.sum(), part), slope[k::2])
         lost = lost - lost_there
-    assert lost.abs().max() < 0.05  # of tens of thousands
+    assert lost.abs().max() < 0.05  # of hundreds
 
 
 # Likelihood

@@ -240,9 +240,9 @@ class TiledOperator(Operator):
 
 
 def sharing_pixels(operators: Sequence[Operator], n_pixels: int) -> list[Operator]:
-    """Let operators that touch more pixels in all than there are need all: what is computed of each is so but once."""
-    touched = [operator for operator in operators if isinstance(operator, TouchedOperator)]
-    if sum(len(operator.pixels) for operator in touched) <= n_pixels:
+    """Let all operators need all pixels, where one does or they touch more in all: each is then computed but once."""
+    touched = [len(operator.pixels) for operator in operators if isinstance(operator, TouchedOperator)]
+    if len(touched) == len(operators) and sum(touched) <= n_pixels:
         return list(operators)
     return [o.of_all_pixels(n_pixels) if isinstance(o, TouchedOperator) else o for o in operators]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._pieces import cached_rows
+from ._pieces import pieces
 
 _STEP, _FIRST, _LAST = 1.0, -4.0, 2.0  # of the quadrature, in the logarithm; the first is added to -log(largest)
 _LOG2_E = math.log2(math.e)  # torch is three times quicker at powers of 2
@@ -22,7 +22,7 @@ class _ExpectedLog(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, dispersion: Tensor, scale: Tensor, nodes: tuple[float, ...]) -> Tensor:
         value, slope = torch.empty_like(mean), torch.empty_like(mean) if ctx.needs_input_grad[0] else None
-        for rows in cached_rows(mean):
+        for rows in pieces(mean):
             of_rows = dispersion[rows] if len(dispersion) > 1 else dispersion
             _integrate(mean[rows], of_rows, scale[rows], nodes, value[rows], None if slope is None else slope[rows])
         ctx.save_for_backward(slope)

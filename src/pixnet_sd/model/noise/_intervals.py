@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from scipy import special, stats
 from torch import Tensor
 
+from ._pieces import pieces
+
 Float = NDArray[np.float64]
 
 LEVEL = 0.9
@@ -83,9 +85,7 @@ def quantiles(mean: Tensor, dispersion: Tensor, probabilities: Sequence[float]) 
 
     They are looked up between the nodes of a table, to 1 % or a count, in pieces that fit into a processor's cache.
     """
-    rows = max(_PIECE // max(mean.shape[1], 1), 1)
-    pieces = zip(mean.split(rows), dispersion.split(rows), strict=True)
-    every = [_looked_up(*piece, probabilities) for piece in pieces]
+    every = [_looked_up(mean[rows], dispersion[rows], probabilities) for rows in pieces(mean, _PIECE)]
     return [torch.cat(of_piece) for of_piece in zip(*every, strict=True)]
 
 

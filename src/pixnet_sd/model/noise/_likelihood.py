@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._pieces import cached_rows
+from ._pieces import pieces
 
 _TINY = 1e-12
 _LEAST = 1e-8  # of a dispersion: no count is so large that less would be seen, and float32 holds what is made of it
@@ -21,13 +21,13 @@ class _MinusLogLikelihood(torch.autograd.Function):
     def forward(ctx: Any, mean: Tensor, measured: Tensor, dispersion: Tensor) -> Tensor:
         dispersion = dispersion.clamp_min(_LEAST)
         shape = 1 / dispersion
-        start, start_slope = log_gamma(shape)
+        start, start_slope = _log_gamma(shape)
         lost, by_shape, by_mean = torch.zeros_like(dispersion), torch.zeros_like(dispersion), torch.empty_like(mean)
-        for rows in cached_rows(mean):
+        for rows in pieces(mean):
             y = measured[rows]
             spread, counted = dispersion * mean[rows], y + shape
             grown, known = torch.log1p(spread), torch.log(spread + _TINY).mul_(y)
-            rising, slope = log_gamma(counted)
+            rising, slope = _log_gamma(counted)
             lost += torch.addcmul(-known, counted, grown).sub_(rising.sub_(start)).sum(0)
             pull = torch.div(counted, spread + 1).sub_(y.div(spread.add(_TINY))).mul_(dispersion)
             by_mean[rows] = pull
@@ -50,7 +50,7 @@ def minus_log_likelihood(mean: Tensor, measured: Tensor, dispersion: Tensor) -> 
     return lost
 
 
-def log_gamma(x: Tensor) -> tuple[Tensor, Tensor]:
+def _log_gamma(x: Tensor) -> tuple[Tensor, Tensor]:
     """Compute log Γ(x) and its derivative of 0 < x < 1e9, by Stirling's series at x + 4, to 1e-6, faster than torch."""
     pairs = x * (x + 3)  # x (x + 1) (x + 2) (x + 3) = pairs (pairs + 2)
     product = pairs * (pairs + 2)
